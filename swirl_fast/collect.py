@@ -1,0 +1,115 @@
+"""Stage 1: the policy answers questions with real tools, many trajectories side by side, every step kept as it is taken.
+
+Used by `collect` (sampled, several trajectories a question) and `evaluate` (the same loop, held-out questions, greedy or sampled).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from swirl_fast.actions import Action, parse
+from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
+from swirl_fast.rendering import Renderer
+from swirl_fast.seeds import seed_of
+from swirl_fast.store import Store
+from swirl_fast.tasks.task import Question
+from swirl_fast.tools.tool import Tool, observation
+from swirl_fast.trajectory import Finish, Step, Trajectory
+
+
+@dataclass(frozen=True)
+class Collector:
+    """prompt: question text -> token ids of s_1. tools: by name, real ones."""
+
+    engine: Engine
+    renderer: Renderer
+    tools: Mapping[str, Tool]
+    prompt: Callable[[str], list[int]]
+    sampling: Sampling
+    max_steps: int
+    batch: int
+    seed: int
+
+    def collect(
+        self,
+        store: Store,
+        questions: Sequence[Question],
+        trajectories_per_question: int,
+        progress: Callable[[int, int], None] = lambda trajectories, steps: None,
+    ) -> None:
+        """Fills the store up to `trajectories_per_question` finished trajectories of every question; those that are there are
+        continued or left alone. progress: called with the numbers of trajectories finished and steps taken in each round."""
+        store.add_questions(questions)
+        begun = {trajectory.id: trajectory for trajectory in store.trajectories(finished=False)}
+        done = {trajectory.id for trajectory in store.trajectories(finished=True)}
+        waiting = self._waiting(questions, trajectories_per_question, begun, done)
+        active: list[Trajectory] = []
+        while True:
+            while len(active) < self.batch and (trajectory := next(waiting, None)) is not None:
+                active.append(trajectory)
+            if not active:
+                return
+            steps = self._round(active)
+            store.record(active)
+            still = [trajectory for trajectory in active if trajectory.finish is None]
+            progress(len(active) - len(still), steps)
+            active = still
+
+    def _waiting(
+        self, questions: Sequence[Question], count: int, begun: dict[str, Trajectory], done: set[str]
+    ) -> Iterator[Trajectory]:
+        for question in questions:
+            prompt: list[int] | None = None
+            for k in range(count):
+                id_ = f"{question.id}/{k}"
+                if id_ in done:
+                    continue
+                if id_ in begun:
+                    yield begun[id_]
+                    continue
+                prompt = prompt or self.prompt(question.text)
+                seed = seed_of(self.seed, id_)
+                yield Trajectory(id_, question.id, question.task, question.text, seed, len(prompt), list(prompt))
+
+    def _round(self, active: Sequence[Trajectory]) -> int:
+        """One action, and its observation, for every trajectory that has room for one. Returns the number of actions taken."""
+        room = [t for t in active if len(t.tokens) + self.sampling.max_new_tokens <= self.engine.max_context]
+        for trajectory in active:
+            if trajectory not in room:
+                trajectory.finish = Finish.CONTEXT_LIMIT
+        requests = [
+            Request(
+                tokens=trajectory.tokens,
+                sampling=self.sampling,
+                stop_ids=(self.renderer.stop_id,),
+                seed=seed_of(trajectory.seed, trajectory.num_steps),
+                cache_key=trajectory.id,
+            )
+            for trajectory in room
+        ]
+        for trajectory, (completion,) in zip(room, self.engine.generate(requests), strict=True):
+            self._take(trajectory, completion)
+        return len(room)
+
+    def _take(self, trajectory: Trajectory, completion: Completion) -> None:
+        text = self.renderer.text(completion.tokens)
+        stopped = completion.finish == "stop"
+        action = parse(text, self.tools.keys(), truncated=not stopped)
+        start = len(trajectory.tokens)
+        step = Step(start, start + len(completion.tokens), text, action, completion.logprobs, completion.policy_version)
+        trajectory.tokens = [*trajectory.tokens, *completion.tokens]
+        trajectory.steps.append(step)
+        if action.kind == "answer":
+            trajectory.finish = Finish.ANSWER
+        elif trajectory.num_steps == self.max_steps:
+            trajectory.finish = Finish.STEP_LIMIT
+        else:
+            step.observation = self._observe(action)
+            trajectory.tokens += self.renderer.observation(step.observation, stopped)
+
+    def _observe(self, action: Action) -> str:
+        if action.kind == "malformed":
+            return f"ERROR: {action.error}"
+        assert action.tool is not None
+        return observation(action.argument, self.tools[action.tool].call(action.argument))

@@ -1,0 +1,41 @@
+"""The protocol of a process judge, and its verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from swirl_fast.actions import Action
+from swirl_fast.trajectory import StepView
+
+
+class Verdict(str, Enum):
+    GOOD = "GOOD"
+    BAD = "BAD"
+    UNKNOWN = "UNKNOWN"  # the judge failed or gave no verdict: never a reward, always counted
+
+
+@dataclass(frozen=True)
+class Judgement:
+    verdict: Verdict
+    reason: str
+
+
+class Judge(Protocol):
+    id: str  # names the judge and the version of its prompt or rules; verdicts are cached under it
+
+    def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
+        """One judgement a step, in order. Never raises for what a step contains; a judge that cannot answer says UNKNOWN."""
+        ...
+
+
+def judge_actions(judge: Judge, views: Sequence[StepView], actions: Sequence[Action]) -> list[Judgement]:
+    """One judgement an action. A malformed action is BAD by the environment's own rule (it did nothing); the judge sees the rest."""
+    judgements = {
+        i: Judgement(Verdict.BAD, f"malformed: {action.error}") for i, action in enumerate(actions) if action.kind == "malformed"
+    }
+    rest = [i for i in range(len(views)) if i not in judgements]
+    judgements.update(zip(rest, judge.judge([views[i] for i in rest]), strict=True))
+    return [judgements[i] for i in range(len(views))]

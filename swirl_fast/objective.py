@@ -1,0 +1,147 @@
+"""Rewards -> advantages -> one weight per action -> loss. Pure functions: no model, no torch.distributed.
+
+J(θ) = E_{s ~ T, a ~ π_θ(·|s)} [R(a|s)] (arXiv 2504.04736, equation 1), every state a contextual bandit: no return, no discount.
+The loss is a sum over predicted tokens of `weight * (policy term + kl_coef * k3)`. Every weight is made from GLOBAL counts
+that the caller sums over ranks, so that the loss depends neither on micro-batches nor on the number of ranks.
+
+UNKNOWN verdicts: such an action has advantage 0 and weight 0 and is left out of its siblings' baseline and of every count, as
+if it had never been drawn.
+
+Legend: A actions, N predicted tokens (action a owns rows offsets[a]:offsets[a+1]).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swirl_fast.config import AlgorithmConfig
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What the objective knows of a rank's sampled actions; all of shape [A].
+
+    rewards: float32 (any value where unknown). known: bool, the judge gave a verdict. states, trajectories: int64 numbers of the
+    state and trajectory each action belongs to, local to the rank; all samples of a state lie on one rank. lengths: int64 tokens.
+    """
+
+    rewards: Tensor
+    known: Tensor
+    states: Tensor
+    trajectories: Tensor
+    lengths: Tensor
+
+
+def advantages(actions: Actions, name: str) -> tuple[Tensor, Tensor]:
+    """(advantage [A] float32, valid [A] bool); advantage is 0 where not valid.
+
+    reinforce: the reward itself. rloo, ppo: reward minus the mean of the state's other known rewards (unbiased: the state does not
+    depend on the policy). grpo: reward minus the state's mean, over its standard deviation + 1e-4 (DeepSeekMath, equation 3).
+    All but reinforce need two known rewards at a state; with fewer its actions are not valid.
+    """
+    known = actions.known
+    rewards = torch.where(known, actions.rewards.float(), torch.zeros(()))
+    if name == "reinforce":
+        return rewards, known
+    count = _sum_by(known.float(), actions.states)
+    total = _sum_by(rewards, actions.states)
+    valid = known & (count >= 2)
+    safe = count.clamp(min=2)
+    if name in ("rloo", "ppo"):
+        advantage = rewards - (total - rewards) / (safe - 1)
+    elif name == "grpo":
+        centred = torch.where(known, rewards - total / safe, torch.zeros(()))
+        deviation = (_sum_by(centred**2, actions.states) / (safe - 1)).sqrt()
+        advantage = centred / (deviation + 1e-4)
+    else:
+        raise ValueError(f"unknown algorithm {name!r}")
+    return torch.where(valid, advantage, torch.zeros(())), valid
+
+
+def counts(actions: Actions, valid: Tensor) -> Tensor:
+    """[3] float64: numbers of states, tokens and trajectories with a valid action; summed over ranks they are `totals`."""
+    states = actions.states[valid].unique().numel()
+    trajectories = actions.trajectories[valid].unique().numel()
+    return torch.tensor([states, int(actions.lengths[valid].sum()), trajectories], dtype=torch.float64)
+
+
+def weights(actions: Actions, valid: Tensor, weighting: str, totals: Tensor) -> Tensor:
+    """[A] float32: the weight of each token of an action, 0 where not valid.
+
+    state: every state weighs 1/#states, its actions alike (the tokens of an action are summed, as the log-probability of the whole
+    action is). trajectory: every trajectory 1/#trajectories, its states alike. token: every token 1/#tokens.
+    """
+    states, tokens, trajectories = totals.tolist()
+    ones = valid.double()
+    if weighting == "token":
+        weight = ones / max(tokens, 1)
+    else:
+        siblings = _sum_by(ones, actions.states).clamp(min=1)
+        if weighting == "state":
+            weight = ones / siblings / max(states, 1)
+        elif weighting == "trajectory":
+            states_of = _sum_by(ones / siblings, actions.trajectories).clamp(min=1)
+            weight = ones / siblings / states_of / max(trajectories, 1)
+        else:
+            raise ValueError(f"unknown weighting {weighting!r}")
+    return weight.float()
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Detached float64 sums over the tokens of one micro-batch; added up over micro-batches and ranks they give the metrics."""
+
+    tokens: float
+    kl: float
+    clipped: float
+    ratio_max: float
+
+
+def policy_loss(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    algorithm: AlgorithmConfig,
+    ref_logp_N: Tensor | None = None,
+) -> tuple[Tensor, LossSums]:
+    """Scalar loss (a sum: weights already hold the global normaliser) and sums for the metrics. All inputs float32 [N].
+
+    reinforce, rloo, grpo: -ratio * A with ratio = exp(logp - old_logp); on policy (old = logp detached) its gradient is
+    -A * grad logp. ppo: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A).
+    KL: k3 = exp(ref - logp) - (ref - logp) - 1 (Schulman, "Approximating KL divergence"), times algorithm.kl_coef.
+    Tokens of weight 0 contribute exactly nothing, whatever their log-probs.
+    """
+    used = weight_N != 0
+    zero = torch.zeros((), dtype=logp_N.dtype)
+    ratio = torch.where(used, logp_N - old_logp_N, zero).exp()
+    term = ratio * advantage_N
+    clipped = torch.zeros_like(used)
+    if algorithm.name == "ppo":
+        bounded = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantage_N
+        clipped = used & (bounded < term)
+        term = torch.minimum(term, bounded)
+    loss = -(weight_N * torch.where(used, term, zero)).sum()
+    kl = zero
+    if ref_logp_N is not None:
+        gap = torch.where(used, ref_logp_N - logp_N, zero)
+        k3 = gap.exp() - gap - 1
+        loss = loss + algorithm.kl_coef * (weight_N * k3).sum()
+        kl = k3.detach().double().sum()
+    return loss, LossSums(
+        tokens=float(used.sum()),
+        kl=float(kl),
+        clipped=float(clipped.sum()),
+        ratio_max=float(torch.where(used, ratio.detach(), zero).max()) if used.any() else 0.0,
+    )
+
+
+def _sum_by(values: Tensor, groups: Tensor) -> Tensor:
+    """The sum of `values` over each element's group, at every element."""
+    if not len(values):
+        return values
+    sums = torch.zeros(int(groups.max()) + 1, dtype=values.dtype)
+    return sums.index_add(0, groups, values)[groups]

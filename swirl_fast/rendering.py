@@ -1,0 +1,140 @@
+"""Chat template -> token ids, append-only: the tokens that were sampled are never rendered or tokenised again.
+
+A trajectory's tokens grow by `action tokens as sampled` + `observation tokens`, where the latter are the end of the assistant's
+turn (when it was not sampled), the user turn with the observation, and the opening of the next assistant turn. Both ends of that
+are read off the template once, by rendering conversations that differ in one message. A template for which that is not
+possible, because it changes or drops earlier turns when later ones arrive, is refused by name: training would see other tokens
+than the rollout did.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from swirl_fast.actions import ANSWER_TAG, TOOL_TAGS
+from swirl_fast.tasks.task import Example
+from swirl_fast.tools.tool import Tool
+
+Message = dict[str, str]
+
+
+def instructions(tools: Sequence[Tool], max_steps: int) -> str:
+    """The system message: what the tags mean and how the conversation goes (points of the paper's appendix, in our words)."""
+    lines = ["Answer the question in a few words."]
+    for tool in tools:
+        tag = TOOL_TAGS[tool.name]
+        lines.append(f"To use the {tool.name}, write <{tag}>…</{tag}>: {tool.description}")
+    if tools:
+        lines.append(
+            f"You may make up to {max_steps - 1} calls, one a turn. The result comes back as QUERY -> RESULT. "
+            "Never repeat a call that was already made."
+        )
+    lines.append(f"When you have enough information, write <{ANSWER_TAG}>…</{ANSWER_TAG}>.")
+    if tools:
+        lines.append("A turn has either one call or the answer, never both.")
+    return "\n".join(lines)
+
+
+def conversation(question: str, tools: Sequence[Tool], max_steps: int, examples: Sequence[Example]) -> list[Message]:
+    """System message, the worked examples as earlier turns, and the question."""
+    messages = [{"role": "system", "content": instructions(tools, max_steps)}]
+    for example in examples:
+        messages.append({"role": "user", "content": example.question})
+        for i, action in enumerate(example.actions):
+            messages.append({"role": "assistant", "content": action})
+            if i < len(example.observations):
+                messages.append({"role": "user", "content": example.observations[i]})
+    messages.append({"role": "user", "content": question})
+    return messages
+
+
+class Renderer:
+    """stop_id: the token that ends an assistant turn; generation stops at it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the model") -> None:
+        """Raises ValueError, naming `name`, for a chat template that is not append-only."""
+        self.tokenizer = tokenizer
+        self._name = name
+        special = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+        self._system_role = self._has_system_role()
+        before, self._after = self._probe()
+        tokens = self._encode(before)
+        self.stop_id = tokens[0] if tokens else -1
+        if self.stop_id not in tokenizer.get_added_vocab().values():
+            raise ValueError(
+                f"the chat template of {name} does not end an assistant's turn with a special token (it continues with {before!r}), "
+                "so generation would not know where to stop; set model.chat_template to one that does"
+            )
+        self._end_of_turn = tokenizer.convert_ids_to_tokens(self.stop_id)
+        self._before = before.removeprefix(self._end_of_turn)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of s_1: the rendered conversation with the opening of the assistant's turn."""
+        return self._encode(self._render([{**m, "content": self.plain(m["content"])} for m in messages]))
+
+    def observation(self, text: str, stopped: bool) -> list[int]:
+        """Token ids that follow an action: `s_{i+1} = s_i + a_i + observation(o_i)`.
+
+        stopped: the action's last token is the stop token (False: it hit the length limit, and the turn is closed here).
+        """
+        tokens = self._encode(self._before + self.plain(text) + self._after)
+        return tokens if stopped else [self.stop_id, *tokens]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of an action, without its stop token."""
+        if tokens and tokens[-1] == self.stop_id:
+            tokens = tokens[:-1]
+        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def plain(self, text: str) -> str:
+        """`text` with the tokenizer's special tokens broken up, so that no question, passage or result can end a turn."""
+        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) if self._special else text
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if not self._system_role and messages and messages[0]["role"] == "system":
+            system, first, *rest = messages
+            messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    def _has_system_role(self) -> bool:
+        messages = [{"role": "system", "content": "S-probe"}, {"role": "user", "content": "U-probe"}]
+        try:
+            return "S-probe" in self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError:  # Gemma-2 raises: it has no system role
+            return False
+
+    def _probe(self) -> tuple[str, str]:
+        """The texts between an action and an observation, and between an observation and the next action."""
+        messages = [{"role": "system", "content": "instructions"}, {"role": "user", "content": "question"}]
+        rendered = self._render(messages)
+        found = set()
+        for i, action in enumerate(
+            ("<math_exp>1 + 1</math_exp>", "<think>\nreasoning\n</think>\n\n<math_exp>2</math_exp>", "<answer>2</answer>")
+        ):
+            observation = f"OBSERVATION-{i}"
+            messages += [{"role": "assistant", "content": action}, {"role": "user", "content": observation}]
+            longer = self._render(messages)
+            start = rendered + action
+            if not longer.startswith(start) or longer[len(start) :].count(observation) != 1:
+                at = next((k for k, (a, b) in enumerate(zip(longer, start, strict=False)) if a != b), min(len(longer), len(start)))
+                raise ValueError(
+                    f"the chat template of {self._name} rewrites earlier turns: after one more turn, {start[max(0, at - 20) : at + 40]!r} "
+                    f"has become {longer[max(0, at - 20) : at + 40]!r}. Set model.chat_template to a template that only appends"
+                )
+            before, after = longer[len(start) :].split(observation)
+            found.add((before, after))
+            rendered = longer
+        if len(found) != 1:
+            raise ValueError(
+                f"the chat template of {self._name} renders the same turn differently at different places: {sorted(found)}. "
+                "Set model.chat_template to a template that only appends"
+            )
+        return found.pop()

@@ -1,0 +1,60 @@
+"""The protocol of a task: questions with gold answers, the tools on offer, worked examples and a score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """answers: gold answers, any of which is right. Gold answers never reach a process judge or the policy."""
+
+    id: str
+    task: str
+    text: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """exact_match, f1, precision and recall in [0, 1]; where an answer is a number, all four are equal."""
+
+    exact_match: float
+    f1: float
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """A worked example, shown as earlier turns of the conversation.
+
+    actions: texts of the model's turns, the last with an answer tag. observations: one full observation (`QUERY -> RESULT`)
+    between each two of them.
+    """
+
+    question: str
+    actions: tuple[str, ...]
+    observations: tuple[str, ...]
+
+
+class Task(Protocol):
+    name: str
+    tools: tuple[str, ...]  # names of the tools on offer
+    examples: tuple[Example, ...]  # worked examples, best first
+
+    def questions(self, split: Split) -> Sequence[Question]:
+        """The questions of a split, in a fixed order. Raises ValueError naming file, line and field for a malformed row."""
+        ...
+
+    def passages(self) -> Sequence[tuple[str, str]]:
+        """(title, text) of every passage of all splits, in a fixed order, without duplicates; empty for tasks without search."""
+        ...
+
+    def score(self, question: Question, answer: str | None) -> Score:
+        """Zero for None. Never raises, whatever the answer."""
+        ...

@@ -1,0 +1,328 @@
+"""Step-wise RL (arXiv 2504.04736, section 3.3): at the states of kept trajectories the current policy draws fresh actions, a process
+judge scores each, and a policy gradient learns from them.
+
+One step on every rank: next trajectories -> sample -> judge -> advantages -> combs -> loss and backward a micro-batch ->
+clip, optimizer -> weights to the engine. Started alone or by `torchrun`, with the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swirl_fast.comb import Branch, Comb, SampledState, micro_batches, pack
+from swirl_fast.config import Config, ConfigError
+from swirl_fast.engines.engine import Engine
+from swirl_fast.judges.judge import Judge
+from swirl_fast.objective import LossSums, advantages, counts, policy_loss, weights
+from swirl_fast.policy import PackedRow, Policy
+from swirl_fast.rendering import Renderer
+from swirl_fast.shards import TrajectoryStream
+from swirl_fast.training import checkpoint, weight_sync
+from swirl_fast.training.metrics import MetricsLog
+from swirl_fast.training.parallel import Ranks
+from swirl_fast.training.rollout import SampledAction, judge_sampled, sample_actions, to_actions, to_branches
+from swirl_fast.trajectory import Trajectory
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class MicroBatch:
+    """A packed comb and, for its N predicted tokens, what the loss needs; float32 [N] on the policy's device."""
+
+    row: PackedRow
+    advantage_N: Tensor
+    weight_N: Tensor
+    engine_logp_N: Tensor
+    ref_logp_N: Tensor | None = None
+    old_logp_N: Tensor | None = None
+
+
+@dataclass
+class Totals:
+    """What one rank adds up over its micro-batches; summed (or, where named so, maximised) over ranks before it is shown."""
+
+    loss: float = 0.0
+    tokens: float = 0.0
+    kl: float = 0.0
+    clipped: float = 0.0
+    entropy: float = 0.0
+    gap: float = 0.0
+    gap_max: float = 0.0
+    ratio_max: float = 0.0
+    rewards: float = 0.0
+    actions: float = 0.0
+    known: float = 0.0
+    malformed: float = 0.0
+    states: float = 0.0
+    process_label: float = 0.0
+    computed_tokens: float = 0.0
+    effective_tokens: float = 0.0
+    prompt_tokens: float = 0.0
+    cached_tokens: float = 0.0
+    generated_tokens: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, sums: LossSums) -> None:
+        self.tokens += sums.tokens
+        self.kl += sums.kl
+        self.clipped += sums.clipped
+        self.ratio_max = max(self.ratio_max, sums.ratio_max)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Trainer:
+    """All collaborators are handed in; `train` runs to `training.steps` from wherever the newest checkpoint stands."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        policy: Policy,
+        reference: Policy | None,
+        engine: Engine,
+        judge: Judge,
+        renderer: Renderer,
+        tools: tuple[str, ...],
+        stream: TrajectoryStream,
+    ) -> None:
+        self.config, self.ranks = config, ranks
+        self.policy, self.reference, self.engine, self.judge = policy, reference, engine, judge
+        self.renderer, self.tools, self.stream = renderer, tools, stream
+        training = config.training
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(),
+            lr=training.learning_rate,
+            betas=(training.betas[0], training.betas[1]),
+            weight_decay=training.weight_decay,
+            fused=ranks.device.type == "cuda",
+        )
+        self.step = 0  # batches done; also the policy version
+        self.checkpoints = config.folder / "checkpoints"
+
+    def train(self) -> None:
+        training = self.config.training
+        restored = checkpoint.load_latest(self.checkpoints, self.policy, self.optimizer, self.ranks)
+        if restored is not None:
+            self.step = restored["step"]
+            self.stream.load_state_dict(restored["stream"])
+        weight_sync.sync(self.policy, self.engine, self.step)
+        with MetricsLog(self.config.folder, self.step, self.ranks.main, training.tensorboard, training.steps) as log:
+            while self.step < training.steps:
+                metrics = self.train_step()
+                log.write(metrics)
+                if self.step % training.checkpoint_every == 0 or self.step == training.steps:
+                    self.save()
+
+    def save(self) -> Path:
+        state = {"step": self.step, "stream": self.stream.state_dict()}
+        keep = self.config.training.keep_checkpoints
+        return checkpoint.save(self.checkpoints, self.step, self.policy, self.optimizer, state, self.ranks, keep)
+
+    def train_step(self) -> Metrics:
+        """One batch of sampled actions and `updates_per_batch` optimizer steps on it. Returns the step's metrics, equal on all ranks."""
+        start = time.perf_counter()
+        totals = Totals()
+        config = self.config
+        with totals.phase("data"):
+            samples = self.stream.next_batch()
+        trajectories = [sample.trajectory for sample in samples]
+        with totals.phase("rollout"):
+            before = self.engine.stats()
+            before_counts = (before.prompt_tokens, before.cached_tokens, before.generated_tokens)
+            sampled = sample_actions(
+                trajectories, self.engine, self.renderer, self.tools, config.training, config.run.seed, self.step
+            )
+            after = self.engine.stats()
+            totals.prompt_tokens = after.prompt_tokens - before_counts[0]
+            totals.cached_tokens = after.cached_tokens - before_counts[1]
+            totals.generated_tokens = after.generated_tokens - before_counts[2]
+        with totals.phase("judge"):
+            judgements = judge_sampled(sampled, self.judge)
+        with totals.phase("pack"):
+            actions = to_actions(sampled, judgements)
+            advantage_A, valid_A = advantages(actions, config.algorithm.name)
+            global_counts = self.ranks.sum(counts(actions, valid_A))
+            weight_A = weights(actions, valid_A, config.algorithm.weighting, global_counts)
+            batches = self._pack(trajectories, sampled, advantage_A, weight_A, totals)
+        for one in actions.states.unique():
+            of_state = actions.known & (actions.states == one)
+            if of_state.any():
+                totals.process_label += float(actions.rewards[of_state].mean())
+                totals.states += 1
+        totals.actions = len(sampled)
+        totals.known = float(actions.known.sum())
+        totals.rewards = float(actions.rewards[actions.known].sum())
+        totals.malformed = sum(one.action.kind == "malformed" for one in sampled)
+
+        with totals.phase("old_logprobs"), torch.no_grad():
+            for batch in batches:
+                if self.reference is not None:
+                    batch.ref_logp_N = self.reference(batch.row)[0]
+                if config.algorithm.updates_per_batch > 1:
+                    batch.old_logp_N = self.policy(batch.row)[0]
+        grad_norm = 0.0
+        for update in range(config.algorithm.updates_per_batch):
+            grad_norm = self._update(batches, totals, first=update == 0)
+        self.step += 1
+        with totals.phase("weight_sync"):
+            weight_sync.sync(self.policy, self.engine, self.step)
+        return self._metrics(totals, grad_norm, time.perf_counter() - start)
+
+    def _pack(
+        self,
+        trajectories: list[Trajectory],
+        sampled: list[SampledAction],
+        advantage_A: Tensor,
+        weight_A: Tensor,
+        totals: Totals,
+    ) -> list[MicroBatch]:
+        """This rank's micro-batches, as many as the busiest rank has: FSDP's collectives must match, so others run empty ones."""
+        device = self.ranks.device
+        branches = to_branches(trajectories, sampled, (weight_A != 0).tolist())
+        combs = [pack(group) for group in micro_batches(branches, self.config.training.token_budget)]
+        wanted = int(self.ranks.max(torch.tensor([len(combs)]))[0])
+        batches = []
+        for comb in combs:
+            numbers_N = torch.from_numpy(np.repeat(comb.indices_A, np.diff(comb.offsets))).long()
+            engine_logp = np.concatenate([sampled[a].completion.logprobs for a in comb.indices_A])
+            batches.append(
+                MicroBatch(
+                    PackedRow.of(comb, device),
+                    advantage_A[numbers_N].to(device),
+                    weight_A[numbers_N].to(device),
+                    torch.from_numpy(engine_logp).float().to(device),
+                )
+            )
+            totals.computed_tokens += comb.computed_tokens
+            totals.effective_tokens += comb.effective_tokens
+        for _ in range(wanted - len(combs)):
+            zero = torch.zeros(1, device=device)
+            batches.append(MicroBatch(PackedRow.of(_empty_comb(), device), zero, zero, zero))
+        return batches
+
+    def _update(self, batches: list[MicroBatch], totals: Totals, first: bool) -> float:
+        """Forward and backward over the micro-batches, one optimizer step. Returns the global gradient norm before clipping."""
+        training = self.config.training
+        rate = learning_rate(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with totals.phase("forward_backward"):
+            for i, batch in enumerate(batches):
+                if self.ranks.distributed:
+                    self.policy.set_requires_gradient_sync(i == len(batches) - 1)
+                logp_N, entropy_N = self.policy(batch.row, entropy=True)
+                old_N = logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N
+                loss, sums = policy_loss(
+                    logp_N, old_N, batch.advantage_N, batch.weight_N, self.config.algorithm, batch.ref_logp_N
+                )
+                (loss * self.ranks.size).backward()  # FSDP averages gradients over ranks; the loss is a global sum
+                if first:
+                    used = batch.weight_N != 0
+                    gap = (logp_N.detach() - batch.engine_logp_N)[used].abs()
+                    totals.loss += float(loss)
+                    totals.add(sums)
+                    totals.gap += float(gap.sum())
+                    totals.gap_max = max(totals.gap_max, float(gap.max()) if len(gap) else 0.0)
+                    assert entropy_N is not None
+                    totals.entropy += float(entropy_N[used].sum())
+        with totals.phase("optimizer"):
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), training.clip_grad_norm) if batches else torch.zeros(())
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            grad_norm = float(norm)
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(
+                    f"step {self.step}: the gradient norm is {grad_norm}; lower training.learning_rate or raise training.clip_grad_norm's "
+                    f"precision with model.autocast=none. The newest checkpoint in {self.checkpoints} is intact"
+                )
+            if batches:
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def _metrics(self, totals: Totals, grad_norm: float, seconds: float) -> Metrics:
+        names = [name for name, value in vars(totals).items() if isinstance(value, float) and not name.endswith("_max")]
+        summed = self.ranks.sum(torch.tensor([getattr(totals, name) for name in names], dtype=torch.float64))
+        s = dict(zip(names, summed.tolist(), strict=True))
+        top = self.ranks.max(torch.tensor([totals.gap_max, totals.ratio_max, seconds], dtype=torch.float64))
+        gap_max, ratio_max, seconds = top.tolist()
+        tokens = max(s["tokens"], 1.0)
+        parameters = sum(p.numel() for p in self.policy.parameters())
+        return {
+            "step": self.step,
+            "policy_version": self.step,
+            "reward": s["rewards"] / max(s["known"], 1.0),
+            "process_label": s["process_label"] / max(s["states"], 1.0),
+            "unknown": s["actions"] - s["known"],
+            "malformed": s["malformed"] / max(s["actions"], 1.0),
+            "loss": s["loss"],
+            "kl": s["kl"] / tokens,
+            "entropy": s["entropy"] / tokens,
+            "clip_fraction": s["clipped"] / tokens,
+            "ratio_max": ratio_max,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate(self.config, self.step - 1),
+            "engine_gap_mean": s["gap"] / tokens,
+            "engine_gap_max": gap_max,
+            "states": s["states"],
+            "actions": s["actions"],
+            "action_tokens": s["generated_tokens"],
+            "tokens_computed": s["computed_tokens"],
+            "tokens_effective": s["effective_tokens"],
+            "tokens_computed_per_second": s["computed_tokens"] / seconds,
+            "tokens_effective_per_second": s["effective_tokens"] / seconds,
+            "tflops": 6 * parameters * s["computed_tokens"] / max(totals.seconds.get("forward_backward", 0.0), 1e-9) / 1e12,
+            "cache_hit_rate": s["cached_tokens"] / max(s["prompt_tokens"], 1.0),
+            "seconds": seconds,
+            **{f"seconds_{name}": value for name, value in totals.seconds.items()},
+        }
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of batch `step` (0-based): linear warm-up over `warmup_steps`, then constant, or a cosine down to 0 at `steps`."""
+    training = config.training
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    if training.schedule == "constant":
+        return training.learning_rate
+    progress = (step - training.warmup_steps) / max(training.steps - training.warmup_steps, 1)
+    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_budget(config: Config, trajectories: list[Trajectory], max_context: int) -> None:
+    """Raises ConfigError, before any work, when a recorded state with a longest action fits neither a micro-batch nor the context."""
+    training = config.training
+    longest = max(trajectories, key=lambda trajectory: trajectory.steps[-1].start)
+    needed = longest.steps[-1].start + training.max_action_tokens
+    if needed > training.token_budget:
+        raise ConfigError(
+            f"training.token_budget={training.token_budget}: trajectory {longest.id} has a state of {longest.steps[-1].start} tokens, "
+            f"and actions may have {training.max_action_tokens}; set it to at least {needed}"
+        )
+    if needed > max_context:
+        raise ConfigError(
+            f"training.max_action_tokens={training.max_action_tokens}: with a state of {longest.steps[-1].start} tokens (trajectory "
+            f"{longest.id}) this exceeds the model's context of {max_context}"
+        )
+
+
+def _empty_comb() -> Comb:
+    """One state, one token, to be used with weight 0."""
+    one = np.zeros(1, np.int32)
+    return pack([Branch(one, (SampledState(1, (one,), (0,)),))])

@@ -1,0 +1,101 @@
+"""Ranks and FSDP2: the same code for one process, gloo on CPUs and nccl on GPUs.
+
+Without torchrun there is no process group and nothing is sharded; under torchrun every decoder layer is a `fully_shard` group
+and the rest of the policy (embeddings, final norm, output layer) is the root group, gathered inside its forward.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from swirl_fast.policy import Policy
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; rank 0 of 1 without torchrun."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return dist.is_initialized()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks of a small CPU tensor; every rank gets it."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def barrier(self) -> None:
+        if self.distributed:
+            dist.barrier()
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if not self.distributed:
+            return values
+        moved = values.to(self.device)
+        dist.all_reduce(moved, operation)
+        return moved.cpu()
+
+
+def start() -> Ranks:
+    """Joins the process group when torchrun set one up (environment variable WORLD_SIZE)."""
+    cuda = torch.cuda.is_available()
+    if "WORLD_SIZE" not in os.environ:
+        return Ranks(0, 1, torch.device("cuda" if cuda else "cpu"))
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(policy: Policy, ranks: Ranks, compute_dtype: torch.dtype = torch.float32) -> Policy:
+    """Moves the policy to the device and shards it over all ranks. compute_dtype: of gathered parameters; gradients are reduced and
+    parameters stepped in the type they were loaded in."""
+    policy.to(ranks.device)
+    if not ranks.distributed:
+        return policy
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("shard",))
+    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for layer in decoder_layers(policy):
+        fully_shard(layer, mesh=mesh, mp_policy=mixed)
+    return fully_shard(policy, mesh=mesh, mp_policy=mixed)
+
+
+def decoder_layers(policy: Policy) -> torch.nn.ModuleList:
+    """The one ModuleList that holds the model's decoder layers."""
+    for module in policy.model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == policy.model.config.get_text_config().num_hidden_layers:
+            return module
+    raise ValueError(f"model type {policy.model.config.model_type}: no list of decoder layers was found to shard")
+
+
+def full_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """(name in the transformers model, whole tensor) of every parameter, one at a time; a collective: all ranks must iterate."""
+    for name, parameter in policy.model.named_parameters():
+        tensor = parameter.detach()
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,97 @@
+"""The first half of a training step: fresh actions at recorded states, and their rewards. Tools are never called here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from swirl_fast.actions import Action, parse
+from swirl_fast.comb import Branch, SampledState
+from swirl_fast.config import TrainingConfig
+from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
+from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_actions
+from swirl_fast.objective import Actions
+from swirl_fast.rendering import Renderer
+from swirl_fast.seeds import seed_of
+from swirl_fast.trajectory import StepView, Trajectory
+
+
+@dataclass(frozen=True)
+class SampledAction:
+    """state, trajectory: numbers local to the batch. completion: tokens and log-probs of the engine."""
+
+    trajectory: int
+    state: int
+    completion: Completion
+    action: Action
+    view: StepView
+
+
+def sample_actions(
+    trajectories: Sequence[Trajectory],
+    engine: Engine,
+    renderer: Renderer,
+    tools: Sequence[str],
+    training: TrainingConfig,
+    seed: int,
+    step: int,
+) -> list[SampledAction]:
+    """`samples_per_state` actions at every state of every trajectory, grouped by state, states in order."""
+    sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
+    places = [(t, i) for t, trajectory in enumerate(trajectories) for i in range(trajectory.num_steps)]
+    requests = [
+        Request(
+            tokens=trajectories[t].state(i),
+            sampling=sampling,
+            n=training.samples_per_state,
+            stop_ids=(renderer.stop_id,),
+            seed=seed_of(seed, "train", step, trajectories[t].id, i),
+            cache_key=trajectories[t].id,
+        )
+        for t, i in places
+    ]
+    sampled = []
+    for state, ((t, i), completions) in enumerate(zip(places, engine.generate(requests), strict=True)):
+        recorded = trajectories[t].view(i)
+        for completion in completions:
+            text = renderer.text(completion.tokens)
+            action = parse(text, tools, truncated=completion.finish == "length")
+            view = StepView(recorded.task, recorded.question, recorded.history, text)
+            sampled.append(SampledAction(t, state, completion, action, view))
+    return sampled
+
+
+def judge_sampled(sampled: Sequence[SampledAction], judge: Judge) -> list[Judgement]:
+    return judge_actions(judge, [s.view for s in sampled], [s.action for s in sampled])
+
+
+def to_actions(sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> Actions:
+    """GOOD is 1, BAD is 0, UNKNOWN is not known."""
+    return Actions(
+        rewards=torch.tensor([float(j.verdict is Verdict.GOOD) for j in judgements], dtype=torch.float32),
+        known=torch.tensor([j.verdict is not Verdict.UNKNOWN for j in judgements], dtype=torch.bool),
+        states=torch.tensor([s.state for s in sampled], dtype=torch.int64),
+        trajectories=torch.tensor([s.trajectory for s in sampled], dtype=torch.int64),
+        lengths=torch.tensor([len(s.completion.tokens) for s in sampled], dtype=torch.int64),
+    )
+
+
+def to_branches(trajectories: Sequence[Trajectory], sampled: Sequence[SampledAction], keep: Sequence[bool]) -> list[Branch]:
+    """One branch a trajectory; an action's number is its place in `sampled`; actions that are not kept are left out."""
+    grouped: dict[int, dict[int, list[int]]] = {}
+    for number, one in enumerate(sampled):
+        if keep[number]:
+            grouped.setdefault(one.trajectory, {}).setdefault(one.state, []).append(number)
+    branches = []
+    for t, by_state in grouped.items():
+        trajectory = trajectories[t]
+        states = []
+        for numbers in by_state.values():
+            step = len(sampled[numbers[0]].view.history)
+            actions = tuple(np.asarray(sampled[n].completion.tokens, np.int32) for n in numbers)
+            states.append(SampledState(trajectory.steps[step].start, actions, tuple(numbers)))
+        branches.append(Branch(np.asarray(trajectory.tokens, np.int32), tuple(states)))
+    return branches
