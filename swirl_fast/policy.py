@@ -7,7 +7,7 @@ arguments through to every layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,26 +25,32 @@ ATTENTION = "swirl_tree"
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_N, targets_N int64."""
+    """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_N, targets_N int64.
+
+    plans: what tree attention derives from the packing, by sliding window; made when a layer first asks.
+    """
 
     tokens_1T: Tensor
     depth_1T: Tensor
     subtree_end_T: Tensor
     rows_N: Tensor
     targets_N: Tensor
-    plan: TreePlan
+    plans: dict[int | None, TreePlan] = field(default_factory=dict)
 
     @classmethod
     def of(cls, comb: Comb, device: torch.device | str = "cpu") -> PackedRow:
-        subtree_end = torch.from_numpy(comb.subtree_end_T).to(device)
         return cls(
             tokens_1T=torch.from_numpy(comb.tokens_T).long().to(device)[None],
             depth_1T=torch.from_numpy(comb.depth_T).long().to(device)[None],
-            subtree_end_T=subtree_end,
+            subtree_end_T=torch.from_numpy(comb.subtree_end_T).to(device),
             rows_N=torch.from_numpy(comb.rows_N).long().to(device),
             targets_N=torch.from_numpy(comb.targets_N).long().to(device),
-            plan=tree_plan(subtree_end),
         )
+
+    def plan(self, window: int | None) -> TreePlan:
+        if window not in self.plans:
+            self.plans[window] = tree_plan(self.subtree_end_T, depth=self.depth_1T[0], window=window)
+        return self.plans[window]
 
 
 def _attention(
@@ -63,17 +69,8 @@ def _attention(
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     assert packed is not None, "the model was called without a packed row; call Policy.forward"
     assert dropout == 0.0, "attention dropout cannot be exact over shared prefixes"
-    out = tree_attention(
-        query[0],
-        key[0],
-        value[0],
-        packed.subtree_end_T,
-        depth=packed.depth_1T[0],
-        scale=scaling,
-        softcap=softcap,
-        window=sliding_window,
-        plan=packed.plan,
-    )
+    plan = packed.plan(sliding_window)
+    out = tree_attention(query[0], key[0], value[0], None, scale=scaling, softcap=softcap, window=sliding_window, plan=plan)
     return out.transpose(0, 1)[None], None
 
 

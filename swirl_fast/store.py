@@ -1,14 +1,14 @@
 """runs/NAME/trajectories.db: questions, trajectories, steps and verdicts, safe against being killed at any moment.
 
-    questions ──< trajectories (prompt tokens, finish) ──< steps (action, its log-probs, tokens from the last step to this one's end)
+    questions ──< trajectories (prompt tokens, finish) ──< steps (action, log-probs, tokens behind the step before)
     verdicts (judge id, hash of what the judge saw)        meta (fingerprints of what produced the rows)
 
-SQLite in WAL mode. Every method writes in one transaction, so a SIGKILL loses at most the call in flight; what is there already
-is recognised and not written twice, so a rerun doubles nothing. synchronous=FULL extends the promise to a power failure: one
-fsync for each round of a batch of trajectories is nothing beside the generation of that round.
+SQLite in WAL mode. Every method writes in one transaction, so a SIGKILL loses at most the call in flight; what is there
+already is recognised and not written twice, so a rerun doubles nothing. synchronous=FULL extends the promise to a power
+failure: one fsync a round of a batch of trajectories is nothing beside the generation of that round.
 
-One process writes, any number read meanwhile. The writer holds a flock on trajectories.db.lock, which the kernel lets go when the
-process ends, however it ends. Left out: several writers, and file systems without working locks.
+One process writes, any number read meanwhile. The writer holds a flock on trajectories.db.lock, which the kernel lets
+go when the process ends, however it ends. Left out: several writers, and file systems without working locks.
 """
 
 from __future__ import annotations
@@ -94,16 +94,16 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
         elif not self.path.is_file():
-            raise ValueError(f"{self.path} does not exist: collect trajectories first, or check run.folder and run.name")
-        # Autocommit: transactions are opened by hand. Reading needs a connection that could write, to recover the log of a
-        # killed writer; query_only then forbids it everything else.
+            raise ValueError(f"{self.path} does not exist: collect first, or check run.folder and run.name")
+        # Autocommit: transactions are opened by hand. A reader's connection is no read-only one: it may be the first
+        # after a killed writer, and then recovers the log; `_transaction` keeps it from writing anything else.
         self._db = sqlite3.connect(self.path, isolation_level=None, timeout=60.0)
         self._db.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
         try:
             self._open()
         except sqlite3.DatabaseError as error:
             self.close()
-            raise ValueError(f"{self.path} cannot be read as a store ({error}): move it away or use another run.name") from error
+            raise ValueError(f"{self.path} is no readable store ({error}): use another run.name") from error
         except BaseException:
             self.close()
             raise
@@ -123,7 +123,6 @@ class Store:
             raise ValueError(f"{self.path} is empty: collect trajectories first")
         db.execute("PRAGMA foreign_keys = ON")
         if not self.writable:
-            db.execute("PRAGMA query_only = ON")
             return
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
@@ -157,8 +156,8 @@ class Store:
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, _canonical(value)))
 
     def check_meta(self, key: str, value: Any) -> None:
-        """Remembers a JSON value the first time. Raises ValueError when another one was remembered, naming what differs: the
-        rows of this store were made with other settings."""
+        """Remembers a JSON value the first time. Raises ValueError when another one was remembered, naming what
+        differs: the rows of this store were made with other settings."""
         stored = self.meta()
         if key not in stored:
             self.set_meta(key, value)
@@ -172,14 +171,14 @@ class Store:
         else:
             difference = f"it was {old!r}, is {new!r} now"
         raise ValueError(
-            f"{self.path} was made with another {key}: {difference}. Go back to the earlier setting or use another run.name"
+            f"{self.path} was made with another {key}: {difference}. Go back to what it was or use another run.name"
         )
 
     # ---- questions
 
     def add_questions(self, questions: Iterable[Question]) -> None:
-        """Adds those that are not there yet. Raises ValueError for a question that is there with other contents; then nothing
-        is added."""
+        """Adds those that are not there yet. Raises ValueError for a question that is there with other contents; then
+        nothing is added."""
         with self._transaction():
             for question in questions:
                 row = (question.task, question.text, json.dumps(question.answers))
@@ -191,8 +190,8 @@ class Store:
                     )
                 elif stored != row:
                     raise ValueError(
-                        f"{self.path}: question {question.id!r} was {stored} and is {row} now: the task's data have changed, "
-                        "use another run.name"
+                        f"{self.path}: question {question.id!r} was {stored} and is {row} now: "
+                        "the task's data have changed, use another run.name"
                     )
 
     def questions(self) -> list[Question]:
@@ -205,13 +204,13 @@ class Store:
     def record(self, trajectories: Iterable[Trajectory]) -> None:
         """Writes all that is new in these trajectories in one transaction: themselves, steps, finish.
 
-        Call it with a new trajectory when its prompt stands, and after every round with the trajectories that took a step: an
-        action goes in together with its observation's tokens. What was recorded before stays as it is; recording the same
-        again writes nothing.
+        Call it with a new trajectory when its prompt stands, and after every round with the trajectories that took a
+        step: an action goes in together with its observation's tokens. What was recorded before stays as it is;
+        recording the same again writes nothing.
 
         Raises ValueError, and writes nothing, for a trajectory that is not a continuation of the recorded one, fails
-        `Trajectory.check`, has tokens behind its last step that belong to no step, or whose question is not in the store.
-        Log-probs are kept as float32, token ids as int32.
+        `Trajectory.check`, has new tokens without a new step, or whose question is not in the store. Log-probs are kept
+        as float32, token ids as int32.
         """
         given = list(trajectories)
         with self._transaction():
@@ -230,7 +229,8 @@ class Store:
             known = "is not in the store" if question is None else f"is {question} in the store"
             raise ValueError(f"{name}: question {trajectory.question_id!r} {known}: add_questions comes first")
 
-        row = self._row("SELECT number, finish, question_id, seed, prompt FROM trajectories WHERE id = ?", trajectory.id)
+        select = "SELECT number, finish, question_id, seed, prompt FROM trajectories WHERE id = ?"
+        row = self._row(select, trajectory.id)
         if row is None:
             insert = "INSERT INTO trajectories (id, question_id, seed, prompt) VALUES (?, ?, ?, ?)"
             number, stored_finish = self._db.execute(insert, (trajectory.id, *head)).lastrowid, None
@@ -238,8 +238,9 @@ class Store:
             number, stored_finish, *stored_head = row
             if tuple(stored_head) != head:
                 raise ValueError(f"{name} is recorded with another question, seed or prompt")
-        count, size = self._row("SELECT count(*), ifnull(sum(length(tokens)), 0) FROM steps WHERE trajectory = ?", number)
-        at = len(prompt) // 4 + size // 4  # tokens recorded so far
+        select = "SELECT count(*), ifnull(sum(length(tokens)), 0) FROM steps WHERE trajectory = ?"
+        count, size = self._row(select, number)
+        at = (len(prompt) + size) // 4  # tokens recorded so far
         if stored_finish is not None and (finish, len(steps)) != (stored_finish, count):
             raise ValueError(f"{name} is finished ({stored_finish}, {count} steps) and cannot change")
         if len(steps) < count or (len(steps) == count and len(tokens) != at):
@@ -248,19 +249,21 @@ class Store:
                 "tokens come with a step"
             )
         if count:
-            last = self._row("SELECT start, stop, text, observation, tokens FROM steps WHERE trajectory = ? AND i = ?", number, count - 1)
-            step = steps[count - 1]
-            if (step.start, step.end, step.text, step.observation, _int32(tokens[at - len(last[4]) // 4 : at])) != last:
+            select = "SELECT start, stop, text, observation, tokens FROM steps WHERE trajectory = ? AND i = ?"
+            last = self._row(select, number, count - 1)
+            step, own = steps[count - 1], _int32(tokens[at - len(last[-1]) // 4 : at])
+            if (step.start, step.end, step.text, step.observation, own) != last:
                 raise ValueError(f"{name}: step {count - 1} differs from the recorded one")
         if len(steps) > count and steps[count].start < at:
-            raise ValueError(f"{name}: step {count} starts at {steps[count].start}, inside the {at} tokens recorded before")
+            raise ValueError(f"{name}: step {count} starts at {steps[count].start}, inside the {at} recorded tokens")
 
         for i in range(count, len(steps)):
             step = steps[i]
             until = steps[i + 1].start if i + 1 < len(steps) else len(tokens)
             action = step.action
             self._db.execute(
-                "INSERT INTO steps VALUES (?, ?, ?, ?, CAST(? AS TEXT), ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?)",
+                "INSERT INTO steps VALUES (?, ?, ?, ?, CAST(? AS TEXT), "
+                "?, ?, CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?)",
                 (number, i, step.start, step.end, _utf8(step.text))
                 + (action.kind, action.tool, _utf8(action.argument), _utf8(action.error))
                 + (None if step.observation is None else _utf8(step.observation), step.policy_version)
@@ -286,7 +289,8 @@ class Store:
         try:
             heads = self._db.execute(
                 "SELECT t.number, t.id, t.question_id, q.task, q.text, t.seed, t.prompt, t.finish "
-                "FROM trajectories t JOIN questions q ON q.id = t.question_id WHERE t.id IN (SELECT value FROM json_each(?))",
+                "FROM trajectories t JOIN questions q ON q.id = t.question_id "
+                "WHERE t.id IN (SELECT value FROM json_each(?))",
                 (wanted,),
             ).fetchall()
             steps = self._db.execute(
@@ -300,9 +304,9 @@ class Store:
         found: dict[int, Trajectory] = {}
         for number, id_, question_id, task, question, seed, prompt, finish in heads:
             tokens = np.frombuffer(prompt, "<i4").tolist()
-            found[number] = Trajectory(
-                id_, question_id, task, question, int(seed), len(tokens), tokens, finish=Finish(finish) if finish else None
-            )
+            trajectory = Trajectory(id_, question_id, task, question, int(seed), len(tokens), tokens)
+            trajectory.finish = Finish(finish) if finish else None
+            found[number] = trajectory
         for number, start, stop, text, kind, tool, argument, error, observation, version, tokens, logprobs in steps:
             trajectory = found[number]
             trajectory.tokens += np.frombuffer(tokens, "<i4").tolist()
@@ -328,7 +332,7 @@ class Store:
     # ---- verdicts
 
     def verdicts(self, judge_id: str, hashes: Iterable[str]) -> dict[str, Judgement]:
-        """The judgements there are, under the hashes of `StepView.content_hash`; UNKNOWN ones included, absent ones left out."""
+        """The judgements there are, UNKNOWN ones included, under the hashes (`StepView.content_hash`)."""
         rows = self._db.execute(
             "SELECT content_hash, verdict, reason FROM verdicts "
             "WHERE judge_id = ? AND content_hash IN (SELECT value FROM json_each(?))",
@@ -343,12 +347,13 @@ class Store:
         return [one for one in wanted if one not in stored or stored[one].verdict is Verdict.UNKNOWN]
 
     def add_verdicts(self, judge_id: str, judgements: Mapping[str, Judgement]) -> None:
-        """Keeps judgements under their content hashes. UNKNOWN gives way to a later verdict; GOOD and BAD stay, so that what
-        was filtered by them can be filtered again with the same result."""
+        """Keeps judgements under their content hashes. UNKNOWN gives way to a later verdict; GOOD and BAD stay, so that
+        what was filtered by them can be filtered again with the same result."""
         with self._transaction():
             self._db.executemany(
-                "INSERT INTO verdicts VALUES (?, ?, ?, CAST(? AS TEXT)) ON CONFLICT DO UPDATE SET verdict = excluded.verdict, "
-                f"reason = excluded.reason WHERE verdicts.verdict = '{Verdict.UNKNOWN.value}'",
+                "INSERT INTO verdicts VALUES (?, ?, ?, CAST(? AS TEXT)) ON CONFLICT DO UPDATE "
+                "SET verdict = excluded.verdict, reason = excluded.reason "
+                f"WHERE verdicts.verdict = '{Verdict.UNKNOWN.value}'",
                 [(judge_id, key, one.verdict.value, _utf8(one.reason)) for key, one in judgements.items()],
             )
 

@@ -1,0 +1,29 @@
+"""Process judges: GOOD, BAD or UNKNOWN for one step, given the text it followed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from swirl_fast.config import ConfigError, JudgeConfig
+from swirl_fast.judges.judge import Judge
+from swirl_fast.judges.rules import RulesJudge
+
+
+def load_judge(config: JudgeConfig, tools_by_task: Mapping[str, Collection[str]], probe: bool = True) -> Judge:
+    """The judge a config names, ready for work.
+
+    tools_by_task: task name -> names of the tools on offer there; the rules judge needs it to tell what is malformed.
+    probe: ask the endpoint of a model judge once, so that a wrong address, key or model name fails here.
+
+    Raises ValueError, with the key, the value and the remedy, for a setting or an endpoint that cannot work.
+    """
+    if config.kind == "rules":
+        return RulesJudge(config.rules, tools_by_task)
+    if config.kind == "model":
+        from swirl_fast.judges.model import ModelJudge  # httpx is loaded only where an endpoint is asked
+
+        judge = ModelJudge(config.model)
+        if probe:
+            judge.check()
+        return judge
+    raise ConfigError(f"judge.kind is {config.kind!r}; use rules or model")

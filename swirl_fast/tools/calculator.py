@@ -3,13 +3,13 @@
     text -> tokens -> Python expression -> syntax tree -> Fraction -> text
          normalise                   ast.parse     evaluate    render
 
-No part of the text is ever executed. The tokenizer knows numbers, operators and a dozen words and rejects the rest; the walk
-over the tree knows six kinds of nodes; every power and factorial is bounded before it is computed. So `evaluate` is safe in
-any process. The tool runs it in one worker process all the same, under a memory limit and a time limit: whatever was
-overlooked here then costs one call, not the run.
+No part of the text is ever executed. The tokenizer knows numbers, operators and a dozen words and rejects the rest;
+the walk over the tree knows six kinds of nodes; every power and factorial is bounded before it is computed. So
+`evaluate` is safe in any process. The tool runs it in one worker process all the same, under a memory limit and a time
+limit: whatever was overlooked here then costs one call, not the run.
 
-The worker is this file run as a script. It imports nothing but the standard library (30 ms to start), never the caller's
-`__main__` as multiprocessing would, so it starts alike under pytest, torchrun and `python -m`.
+The worker is this file run as a script. It imports nothing but the standard library (30 ms to start), never the
+caller's `__main__` as multiprocessing would, so it starts alike under pytest, torchrun and `python -m`.
 
 Left out: units, variables, equations, complex numbers, trigonometry and logarithms.
 """
@@ -86,13 +86,13 @@ class CalculationError(ValueError):
 def normalise(expression: str) -> str:
     """The expression in one canonical spelling, which is also a valid Python expression; a fixed point of itself.
 
-    `^` and superscripts become `**`; `x`, `×`, `÷`, `of` and typographic minus signs their operators; thousands commas and currency
-    signs go; `50%` becomes `(50/100)` unless an operand follows, where `%` is the remainder; `5!` becomes `factorial(5)`; brackets
-    and braces become parentheses; a trailing `=` or `= ?` is dropped. Inside `max(…)`, `min(…)` and `round(…)` a comma always
-    separates arguments: `max(1,200)` has two.
+    `^` and superscripts become `**`; `x`, `×`, `÷`, `of` and typographic minus signs their operators; thousands commas
+    and currency signs go; `50%` becomes `(50/100)` unless an operand follows, where `%` is the remainder; `5!` becomes
+    `factorial(5)`; brackets and braces become parentheses; a trailing `=` or `= ?` is dropped. Inside `max(…)`,
+    `min(…)` and `round(…)` a comma always separates arguments: `max(1,200)` has two.
 
-    Raises CalculationError for any other character or word, unbalanced parentheses, a missing operator, or more than 500
-    characters. Linear in the length of the text.
+    Raises CalculationError for any other character or word, unbalanced parentheses, a missing operator, or more than
+    500 characters. Linear in the length of the text.
     """
     if len(expression) > MAX_CHARS:
         raise CalculationError(f"The expression has {len(expression)} characters; at most {MAX_CHARS} are allowed.")
@@ -118,7 +118,9 @@ def normalise(expression: str) -> str:
         separates = bool(opened) and function_before(opened[-1]) in _SEVERAL
         match = (separates and _PLAIN_TOKEN.match(text, at)) or _TOKEN.match(text, at)
         if not match:
-            raise CalculationError(f"{_show(text[at:].lstrip()[:1])} cannot be calculated; write numbers and + - * / ^ ( ).")
+            raise CalculationError(
+                f"{_show(text[at:].lstrip()[:1])} cannot be calculated; write numbers and + - * / ^ ( )."
+            )
         at = match.end()
         token = match[match.lastgroup or 0]
         if match.lastgroup in ("grouped", "number") or token == "pi":
@@ -132,7 +134,9 @@ def normalise(expression: str) -> str:
             operand = -1
         elif match.lastgroup == "word":
             if token not in _FUNCTIONS:
-                raise CalculationError(f"{_show(token)} cannot be calculated; write numbers and + - * / ^ ( ) without words or units.")
+                raise CalculationError(
+                    f"{_show(token)} cannot be calculated; write numbers and + - * / ^ ( ) without words or units."
+                )
             _operator_wanted(operand, out, token)
             out.append(token)
         elif token == "(":
@@ -174,9 +178,11 @@ def _operator_wanted(operand: int, out: list[str], token: str) -> None:
 
 
 def _operand_follows(text: str, at: int) -> bool:
-    """Whether `%` before `at` is the remainder: an operand comes next (`7 % 3`), not `of`, an operator or the end (`50% of 80`)."""
+    """Whether `%` before `at` is the remainder: an operand comes next (`7 % 3`), not `of` or an operator."""
     match = _TOKEN.match(text, at)
-    return bool(match) and (match.lastgroup in ("grouped", "number") or match["sign"] == "(" or match["word"] not in (None, "of"))
+    if match is None or match["word"] == "of":
+        return False
+    return match["sign"] is None or match["sign"] == "("
 
 
 def _canonical_number(token: str) -> str:
@@ -190,8 +196,9 @@ def _canonical_number(token: str) -> str:
 def evaluate(expression: str) -> Fraction:
     """The exact value of an arithmetic expression; only irrational roots and powers are rounded, to 30 digits.
 
-    Understands + - * / // % ** ^ ! parentheses, percentages, sqrt, abs, round (half away from zero), min, max, floor, ceil,
-    factorial and pi. Pure, bounded in time and memory, safe on any text. Raises CalculationError with the reason.
+    Understands + - * / // % ** ^ ! parentheses, percentages, sqrt, abs, round (half away from zero), min, max, floor,
+    ceil, factorial and pi. Pure, bounded in time and memory, safe on any text. Raises CalculationError with the
+    reason.
     """
     source = normalise(expression)
     try:
@@ -224,7 +231,9 @@ def _value(node: ast.expr, source: str) -> Fraction:
         case ast.Call(func=ast.Name(id=name)) if name in _FUNCTIONS and not node.keywords:
             low, high = _FUNCTIONS[name]
             if not low <= len(node.args) <= high:
-                raise CalculationError(f"{name} takes {low if low == high else f'{low} to {high}'} numbers, not {len(node.args)}.")
+                raise CalculationError(
+                    f"{name} takes {low if low == high else f'{low} to {high}'} numbers, not {len(node.args)}."
+                )
             return _bounded(_call(name, [_value(argument, source) for argument in node.args]))
     raise CalculationError("The expression is incomplete or malformed.")
 
@@ -328,8 +337,8 @@ def _bounded(value: Fraction) -> Fraction:
 def render(value: Fraction) -> str:
     """The value as the tool shows it, in the style of Python's floats: 24 is `24.0`, 1/3 is `0.3333333333`.
 
-    Whole numbers of up to 30 digits are exact. Others show 10 significant digits, or 4 decimals where that is more, so that
-    cents survive; below 1e-5, or beyond 30 digits before the point, in the form `1.5e+40`.
+    Whole numbers of up to 30 digits are exact. Others show 10 significant digits, or 4 decimals where that is more, so
+    that cents survive; below 1e-5, or beyond 30 digits before the point, in the form `1.5e+40`.
     """
     if value == 0:
         return "0.0"
@@ -353,14 +362,17 @@ _MENTION = re.compile(
     r"(?P<percent>%(?![\d(])|\s%(?!\s*[\d(]))?",  # 7%3 and 7 % 3 are remainders
     re.IGNORECASE | re.ASCII,
 )
-_TEXT_SPELLINGS = str.maketrans({**dict.fromkeys("−–—‒﹣－", "-"), **dict.fromkeys("€£", "$"), "\u00a0": " ", "\u202f": " "})
+_TEXT_SPELLINGS = str.maketrans(
+    {**dict.fromkeys("−–—‒﹣－", "-"), **dict.fromkeys("€£", "$"), "\u00a0": " ", "\u202f": " "}
+)
 
 
 def numbers(text: str) -> list[Fraction]:
     """All numbers mentioned in a text, in order: 1,200 is 1200, $3.50 is 7/2, 50% is 1/2, 3/4 is 3 and 4, 3rd is 3.
 
-    A minus counts as a sign only where no subtraction can be meant: `-4` and `7 - -4` have one, `7-4`, `7 -4` and `7 - 4` have
-    none. Digits inside a word (`H2O`) and numbers of more than 2,000 digits are left out. Never raises; linear in the length.
+    A minus counts as a sign only where no subtraction can be meant: `-4` and `7 - -4` have one, `7-4` and `7 -4`
+    have none. Digits inside a word (`H2O`) and numbers of more than 2,000 digits are left out. Never raises; linear in
+    the length.
     """
     found = []
     for match in _MENTION.finditer(re.sub(r"[ \t]+", " ", text.translate(_TEXT_SPELLINGS))):
@@ -376,13 +388,16 @@ def numbers(text: str) -> list[Fraction]:
 class Calculator:
     """The tool. One worker process, started at the first call; a context manager.
 
-    A call that takes longer than `time_limit` seconds kills the worker (by its pid) and answers with an error; the next call starts
-    another (about 0.03 s, which the limit does not count). Raises RuntimeError when no worker can be started. The worker ends with its parent: at the end of its input, and at the latest a second after the parent has gone.
-    Threads may share one calculator; a forked child gets a worker of its own.
+    A call that takes longer than `time_limit` seconds kills the worker (by its pid) and answers with an error; the
+    next call starts another (about 0.03 s, which the limit does not count). Raises RuntimeError when no worker can be
+    started. The worker ends with its parent: at the end of its input, and at the latest a second after the parent has
+    gone. Threads may share one calculator; a forked child gets a worker of its own.
     """
 
     name = "calculator"
-    description = "a calculator: write one arithmetic expression with + - * / ^ ( ) and numbers; it gives back the value"
+    description = (
+        "a calculator: write one arithmetic expression with + - * / ^ ( ) and numbers; it gives back the value"
+    )
 
     def __init__(self, time_limit: float = TIME_LIMIT) -> None:
         if not time_limit > 0:
@@ -455,7 +470,9 @@ class Calculator:
     def __enter__(self) -> Calculator:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -480,7 +497,9 @@ def _serve(parent: int, time_limit: float) -> None:
     """The worker: one JSON string a line in, one out, until the input ends or the parent is gone."""
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when the worker ends
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent decides when the worker ends
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     except (ValueError, OSError):
@@ -495,7 +514,9 @@ def _serve(parent: int, time_limit: float) -> None:
             return
         *lines, pending = (pending + chunk).split(b"\n")
         for line in lines:
-            signal.setitimer(signal.ITIMER_REAL, time_limit + 1)  # SIGALRM ends the worker even if the parent is gone by then
+            signal.setitimer(
+                signal.ITIMER_REAL, time_limit + 1
+            )  # SIGALRM ends the worker even if the parent is gone by then
             try:
                 answer = render(evaluate(json.loads(line)))
             except CalculationError as error:

@@ -101,7 +101,9 @@ class Trainer:
         renderer: Renderer,
         tools: tuple[str, ...],
         stream: TrajectoryStream,
+        settings: dict[str, object],
     ) -> None:
+        self.settings = settings  # a checkpoint of other settings is refused
         self.config, self.ranks = config, ranks
         self.policy, self.reference, self.engine, self.judge = policy, reference, engine, judge
         self.renderer, self.tools, self.stream = renderer, tools, stream
@@ -120,6 +122,11 @@ class Trainer:
         training = self.config.training
         restored = checkpoint.load_latest(self.checkpoints, self.policy, self.optimizer, self.ranks)
         if restored is not None:
+            if restored["settings"] != self.settings:
+                raise ConfigError(
+                    f"{self.checkpoints} was trained with other settings: {_difference(restored['settings'], self.settings)}. "
+                    "Go back to them, or use another run.name"
+                )
             self.step = restored["step"]
             self.stream.load_state_dict(restored["stream"])
         weight_sync.sync(self.policy, self.engine, self.step)
@@ -131,7 +138,7 @@ class Trainer:
                     self.save()
 
     def save(self) -> Path:
-        state = {"step": self.step, "stream": self.stream.state_dict()}
+        state = {"step": self.step, "stream": self.stream.state_dict(), "settings": self.settings}
         keep = self.config.training.keep_checkpoints
         return checkpoint.save(self.checkpoints, self.step, self.policy, self.optimizer, state, self.ranks, keep)
 
@@ -195,7 +202,9 @@ class Trainer:
     ) -> list[MicroBatch]:
         """This rank's micro-batches, as many as the busiest rank has: FSDP's collectives must match, so others run empty ones."""
         device = self.ranks.device
-        branches = to_branches(trajectories, sampled, (weight_A != 0).tolist())
+        # without a KL term an action whose advantage is 0 has loss and gradient 0: it need not be computed
+        used_A = (weight_A != 0) & ((advantage_A != 0) | (self.config.algorithm.kl_coef > 0))
+        branches = to_branches(trajectories, sampled, used_A.tolist())
         combs = [pack(group) for group in micro_batches(branches, self.config.training.token_budget)]
         wanted = int(self.ranks.max(torch.tensor([len(combs)]))[0])
         batches = []
@@ -248,8 +257,8 @@ class Trainer:
             grad_norm = float(norm)
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(
-                    f"step {self.step}: the gradient norm is {grad_norm}; lower training.learning_rate or raise training.clip_grad_norm's "
-                    f"precision with model.autocast=none. The newest checkpoint in {self.checkpoints} is intact"
+                    f"step {self.step}: the gradient norm is {grad_norm}; lower training.learning_rate, or "
+                    f"compute in model.dtype=float32. The newest checkpoint in {self.checkpoints} is intact"
                 )
             if batches:
                 self.optimizer.step()
@@ -320,6 +329,14 @@ def check_budget(config: Config, trajectories: list[Trajectory], max_context: in
             f"training.max_action_tokens={training.max_action_tokens}: with a state of {longest.steps[-1].start} tokens (trajectory "
             f"{longest.id}) this exceeds the model's context of {max_context}"
         )
+
+
+def _difference(old: Any, new: Any, key: str = "") -> str:
+    """The leaves in which two nested dicts differ, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = (_difference(old.get(k), new.get(k), f"{key}.{k}".lstrip(".")) for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+        return "; ".join(parts)
+    return f"{key} was {old!r}, is {new!r} now"
 
 
 def _empty_comb() -> Comb:

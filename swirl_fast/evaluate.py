@@ -1,0 +1,91 @@
+"""Stage 4: held-out questions, step by step with tools, scored against gold answers and judged by process.
+
+Accuracy is the exact match of the task (numeric equality, or the official normalisation). Intervals are Wilson's at 95 % with
+the questions as units; for a mean of values in [0, 1] that are not all 0 or 1 this is conservative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.tasks.scoring import interval
+from swirl_fast.tasks.task import Question, Task
+from swirl_fast.trajectory import Trajectory
+
+
+def summarise(
+    task: Task,
+    questions: Sequence[Question],
+    trajectories: Sequence[Trajectory],
+    judgements: Mapping[str, Sequence[Judgement]],
+) -> dict[str, Any]:
+    """JSON-able numbers of one evaluation; judgements: trajectory id -> one a step.
+
+    process_label: share of GOOD among the steps with a verdict, averaged within, then across trajectories (paper, section 4).
+    malformed, repeated: shares of all steps. answered: share of trajectories with an answer.
+    """
+    by_id = {question.id: question for question in questions}
+    scores = {t.id: task.score(by_id[t.question_id], t.answer) for t in trajectories}
+    labels: dict[str, float] = {}
+    unknown = 0
+    for trajectory in trajectories:
+        verdicts = [judgement.verdict for judgement in judgements[trajectory.id]]
+        known = [verdict for verdict in verdicts if verdict is not Verdict.UNKNOWN]
+        unknown += len(verdicts) - len(known)
+        if known:
+            labels[trajectory.id] = sum(verdict is Verdict.GOOD for verdict in known) / len(known)
+    accuracy, accuracy_interval = _mean(trajectories, {id_: score.exact_match for id_, score in scores.items()})
+    process_label, process_interval = _mean(trajectories, labels)
+    steps = max(sum(t.num_steps for t in trajectories), 1)
+    return {
+        "questions": len({t.question_id for t in trajectories}),
+        "trajectories": len(trajectories),
+        "accuracy": accuracy,
+        "accuracy_interval": accuracy_interval,
+        "f1": _mean(trajectories, {id_: score.f1 for id_, score in scores.items()})[0],
+        "precision": _mean(trajectories, {id_: score.precision for id_, score in scores.items()})[0],
+        "recall": _mean(trajectories, {id_: score.recall for id_, score in scores.items()})[0],
+        "process_label": process_label,
+        "process_label_interval": process_interval,
+        "malformed": sum(s.action.kind == "malformed" for t in trajectories for s in t.steps) / steps,
+        "repeated": sum(_repeated(t) for t in trajectories) / steps,
+        "answered": sum(t.answer is not None for t in trajectories) / max(len(trajectories), 1),
+        "steps": steps / max(len(trajectories), 1),
+        "unknown": unknown,
+    }
+
+
+def _mean(trajectories: Sequence[Trajectory], values: Mapping[str, float]) -> tuple[float, list[float]]:
+    """Mean over questions of the mean over a question's trajectories, and its interval; trajectories without a value are left out."""
+    by_question: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        if trajectory.id in values:
+            by_question.setdefault(trajectory.question_id, []).append(values[trajectory.id])
+    means = [sum(own) / len(own) for own in by_question.values()]
+    if not means:
+        return 0.0, [0.0, 1.0]
+    return sum(means) / len(means), list(interval(sum(means), len(means)))
+
+
+def _repeated(trajectory: Trajectory) -> int:
+    """Tool calls that repeat an earlier one of the same trajectory, white space aside."""
+    calls = [(s.action.tool, "".join(s.action.argument.split())) for s in trajectory.steps if s.action.kind == "tool"]
+    return len(calls) - len(set(calls))
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Evaluations side by side, as text: the ends of 95 % intervals in brackets."""
+
+    def share(row: Mapping[str, Any], key: str) -> str:
+        low, high = row[f"{key}_interval"]
+        return f"{row[key]:6.1%} [{low:.1%}, {high:.1%}]"
+
+    lines = [f"{'':12}{'accuracy':26}{'mean process label':26}{'malformed':>10}{'repeated':>10}{'steps':>7}{'questions':>11}"]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:12}{share(row, 'accuracy'):26}{share(row, 'process_label'):26}"
+            f"{row['malformed']:10.1%}{row['repeated']:10.1%}{row['steps']:7.2f}{row['questions']:11d}"
+        )
+    return "\n".join(lines)

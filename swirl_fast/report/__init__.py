@@ -1,0 +1,207 @@
+"""One HTML file about a run: what training changed, its curves, and trajectories to read step by step with their
+verdicts.
+
+    config.yaml  metrics.jsonl  filter.json  summary.json  trajectories.db  evaluations/NAME.json, NAME.db
+        ->  report.html
+
+Every one of them may be missing: the report shows what there is and says what is not there yet. It needs no network:
+style sheet, script and charts are inside, and its Content-Security-Policy forbids everything else, so no text of a
+model can load or run anything. Left out: the actions sampled in training, which are not kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from swirl_fast import __version__
+from swirl_fast.report import reading
+from swirl_fast.report.assets import CSS, JS
+from swirl_fast.report.curves import curves
+from swirl_fast.report.headline import headline
+from swirl_fast.report.inputs import Run, load
+from swirl_fast.report.markup import escape, is_number, show
+
+REPORT_FILE = "report.html"
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes run_folder/report.html, in place of the one before, and returns its path.
+
+    Changes nothing else, and may be called while a stage is running. Raises ValueError when there is no such folder;
+    a file in it that cannot be read is named in the report.
+    """
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: check run.folder and run.name, or start a run first")
+    page = _page(load(folder))
+    path = folder / REPORT_FILE
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _page(run: Run) -> str:
+    sections = {
+        "Result": headline(run),
+        "Training": curves(run.metrics, kl_measured=run.setting("algorithm.kl_coef") != 0),
+        "Filter": _survivors(run),
+        "Trajectories": _trajectories(run),
+        "Settings": _settings(run),
+    }
+    links = "".join(f'<a href="#{title.lower()}">{title}</a>' for title in sections)
+    body = "".join(
+        f'<section aria-labelledby="{title.lower()}"><h2 id="{title.lower()}">{title}</h2>\n{html}</section>\n'
+        for title, html in sections.items()
+    )
+    # Last: the sections add what they could not read.
+    problems = "".join(f"<li>{problem}</li>" for problem in run.problems)
+    if problems:
+        problems = f'<div class="missing"><b>This run is not complete.</b><ul>{problems}</ul></div>\n'
+    digest = base64.b64encode(hashlib.sha256(JS.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    name, now = escape(run.folder.resolve().name), datetime.now(UTC)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{name} – swirl-fast</title>
+<link rel="icon" href="data:,">
+<style>{CSS}</style>
+</head>
+<body>
+<a class="skip" href="#result">Skip to the result</a>
+<header>
+<p class="over">Step-Wise Reinforcement Learning</p>
+<h1>{name}</h1>
+{_lede(run)}{_facts(run)}{problems}<nav aria-label="Sections">{links}</nav>
+</header>
+<main>
+{body}</main>
+<footer><p>Written by swirl-fast {escape(__version__)} on
+<time datetime="{now.isoformat(timespec="seconds")}">{now:%d %B %Y, %H:%M} UTC</time>.</p></footer>
+<script>{JS}</script>
+</body>
+</html>
+"""
+
+
+def _lede(run: Run) -> str:
+    """The result in one sentence; nothing before there is one."""
+    if run.compared is None:
+        return ""
+    base, trained = run.compared
+    parts = [
+        f"{name} went from {show(base[key], '%')} to {show(trained[key], '%')}"
+        for key, name in (("accuracy", "accuracy"), ("process_label", "the mean process label"))
+        if is_number(base.get(key)) and is_number(trained.get(key))
+    ]
+    if not parts:
+        return ""
+    return f'<p class="lede">On {show(trained.get("questions"), "")} held-out questions {", ".join(parts)}.</p>\n'
+
+
+def _facts(run: Run) -> str:
+    facts: dict[str, str] = {}
+    kind = run.setting("tasks.kind")
+    for name, value in {
+        "Model": Path(str(run.setting("model.path") or "")).name,
+        "Task": run.setting("tasks.dataset") if kind == "reasoning_gym" else kind,
+        "Algorithm": run.setting("algorithm.name"),
+    }.items():
+        if value:
+            facts[name] = str(value)
+    if run.filter and is_number(run.filter.get("kept")):
+        facts["Trajectories kept"] = f"{show(run.filter['kept'], '')} of {show(run.filter.get('total'), '')}"
+    if run.metrics:
+        steps, wanted = show(run.metrics[-1]["step"], ""), run.setting("training.steps")
+        facts["Training steps"] = f"{steps} of {wanted:,}" if isinstance(wanted, int) else steps
+
+        def total(key: str) -> float:
+            return sum(row[key] for row in run.metrics if is_number(row.get(key)))
+
+        facts["Training time"] = show(total("seconds"), "s")
+        if total("tokens_computed"):
+            facts["Shared prefixes"] = f"{total('tokens_effective') / total('tokens_computed'):.1f} times fewer tokens"
+    items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    return f'<dl class="facts">{items}</dl>\n' if items else ""
+
+
+def _survivors(run: Run) -> str:
+    if run.filter is None:
+        return "<p>No filter has been applied yet.</p>\n"
+    total, survivors = run.filter.get("total"), run.filter.get("survivors")
+    rows = []
+    for text, count in survivors if isinstance(survivors, list) else []:
+        share = count / total if total else 0.0
+        rows.append(
+            f'<tr><th scope="row">{escape(str(text))}</th>'
+            f'<td class="number"><data value="{count}">{count:,}</data></td><td class="number">{show(share, "%")}</td>'
+            f'<td><span class="share" style="width:{100 * share:.1f}%"></span></td></tr>\n'
+        )
+    describe = str(run.filter.get("describe", ""))
+    return (
+        f"<p>{escape(describe[:1].upper() + describe[1:])}.</p>\n"
+        '<div class="wide" tabindex="0" role="region" aria-label="Survivors of the filter"><table class="survivors">'
+        "<caption>Trajectories left after each condition</caption><thead><tr>"
+        '<th scope="col">trajectories</th><th scope="col" class="number">left</th>'
+        '<th scope="col" class="number">share</th><td></td></tr>'
+        f"</thead><tbody>\n{''.join(rows)}</tbody></table></div>\n"
+    )
+
+
+def _trajectories(run: Run) -> str:
+    folder, collected = run.folder / "evaluations", run.folder / "trajectories.db"
+    stores = {
+        name: (folder / f"{name}.db", one.get("judge"))
+        for name, one in run.evaluations.items()
+        if (folder / f"{name}.db").is_file()
+    }
+    pages = []
+    if stores:
+        pages.append(_sample(run, "Evaluations", lambda: reading.evaluated(stores)))
+    if collected.is_file():
+        pages.append(_sample(run, "Collected", lambda: reading.collected(collected, run.judge_id)))
+    if not any(pages):
+        return "<p>There are no trajectories to read yet.</p>\n"
+    return reading.filter_form(pages) + "".join(pages)
+
+
+def _sample(run: Run, title: str, load_sample: Callable[[], tuple[str, int, int]]) -> str:
+    try:
+        html, shown, total = load_sample()
+    except (ValueError, sqlite3.DatabaseError) as error:
+        run.problems.append(f"{title.lower()} trajectories cannot be read: {escape(str(error))}")
+        return ""
+    what = "questions, the evaluations' trajectories side by side" if title == "Evaluations" else "trajectories"
+    if shown < total:
+        chosen = (
+            f"{shown:,} of {total:,} {what}, chosen so that every kind of verdict, answer and ending is seen: "
+            "their shares are not those of the run."
+        )
+    else:
+        chosen = f"All {total:,} {what}."
+    return f"<h3>{title}</h3>\n<p>{chosen}</p>\n{html}"
+
+
+def _settings(run: Run) -> str:
+    files = {"config.yaml": run.config_text, "summary.json": json.dumps(run.summary, indent=2) if run.summary else ""}
+    parts = [
+        f'<details class="file"><summary><code>{name}</code></summary>'
+        f'<div class="config">{escape(text)}</div></details>\n'
+        for name, text in files.items()
+        if text
+    ]
+    return "".join(parts) or "<p>There is no <code>config.yaml</code> yet.</p>\n"

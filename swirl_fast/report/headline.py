@@ -1,0 +1,106 @@
+"""Evaluations side by side: means, their intervals as bars, and what training changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from swirl_fast.report.charts import interval_bar
+from swirl_fast.report.inputs import Run
+from swirl_fast.report.markup import escape, is_number, show
+
+# Key of the evaluation, name, unit, direction that is better (0: neither; None: no change is shown), explanation.
+ROWS = (
+    ("accuracy", "Accuracy", "%", 1, "answers that equal a gold answer"),
+    ("process_label", "Mean process label", "%", 1, "steps judged GOOD, averaged within, then across trajectories"),
+    ("f1", "Token F1", "%", 1, "overlap of answer and gold answer"),
+    ("answered", "Answered", "%", 1, "trajectories that end with an answer"),
+    ("malformed", "Malformed", "%", -1, "of all steps"),
+    ("repeated", "Repeated calls", "%", -1, "of all steps"),
+    ("steps", "Steps", "", 0, "a trajectory"),
+    ("unknown", "Steps without a verdict", "", 0, "left out of the process label"),
+    ("questions", "Questions", "", None, "held out from training"),
+    ("trajectories", "Trajectories", "", None, "evaluated"),
+    ("temperature", "Temperature", "", None, ""),
+    ("seconds", "Time", "s", None, ""),
+)
+REPEATS = {"f1": "accuracy", "trajectories": "questions"}  # rows left out where they equal another one
+
+INTERVALS = (
+    "Bars run from 0 to 100%: the dot is the mean, the line its 95% interval (Wilson, questions as units). "
+    "The interval of a change is Newcombe's; it ignores that both answered the same questions, which makes it wide."
+)
+
+
+def headline(run: Run) -> str:
+    """The table of all evaluations; with base and trained among them, a column for the change between these two."""
+    evaluations, pair = run.evaluations, run.compared
+    if not evaluations:
+        return "<p>No evaluation is finished yet.</p>\n"
+    rows = []
+    for key, name, unit, direction, explanation in ROWS:
+        if not any(key in one for one in evaluations.values()):
+            continue
+        if key in REPEATS and all(one.get(key) == one.get(REPEATS[key]) for one in evaluations.values()):
+            continue
+        cells = "".join(f"<td>{_cell(one, key, unit)}</td>" for one in evaluations.values())
+        if pair:
+            cells += f"<td>{_change(*pair, key, unit, direction)}</td>"
+        first = ' class="first"' if key in ("accuracy", "process_label") else ""
+        rows.append(f'<tr{first}><th scope="row">{name}<small>{explanation}</small></th>{cells}</tr>\n')
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in evaluations)
+    if pair:
+        between = "<small>base to trained</small>" if len(evaluations) > 2 else ""
+        head += f'<th scope="col">change{between}</th>'
+    models = "; ".join(
+        f"{escape(name)}: <code>{escape(str(one.get('model', '?')))}</code>" for name, one in evaluations.items()
+    )
+    judges = sorted({escape(str(one["judge"])) for one in evaluations.values() if "judge" in one})
+    judged = f" Process judge: <code>{'</code>, <code>'.join(judges)}</code>." if judges else ""
+    return (
+        '<div class="headline wide" tabindex="0" role="region" aria-label="Evaluations"><table>\n'
+        f"<caption>Evaluations on held-out questions</caption>\n<thead><tr><td></td>{head}</tr></thead>\n"
+        f"<tbody>\n{''.join(rows)}</tbody></table></div>\n"
+        f'<p class="note">{INTERVALS}</p>\n<p class="note">Weights – {models}.{judged}</p>\n'
+    )
+
+
+def _interval(evaluation: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    ends = evaluation.get(f"{key}_interval")
+    if isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends)) and is_number(evaluation.get(key)):
+        return ends[0], ends[1]
+    return None
+
+
+def _cell(evaluation: Mapping[str, Any], key: str, unit: str) -> str:
+    value = evaluation.get(key)
+    if not is_number(value):
+        return "–"
+    text = f'<data value="{value!r}">{show(value, unit)}</data>'
+    ends = _interval(evaluation, key)
+    if ends is None:
+        return text
+    return f"{text}{interval_bar(value, *ends)}<small>{show(ends[0], '%')} – {show(ends[1], '%')}</small>"
+
+
+def _change(base: Mapping[str, Any], trained: Mapping[str, Any], key: str, unit: str, direction: int | None) -> str:
+    """The difference, and its 95 % interval where both have one: Newcombe 1998, method 10, from two Wilson intervals.
+
+    low = d - sqrt((p2 - low2)² + (high1 - p1)²), high = d + sqrt((high2 - p2)² + (p1 - low1)²), d = p2 - p1
+    """
+    old, new = base.get(key), trained.get(key)
+    if direction is None or not (is_number(old) and is_number(new)):
+        return ""
+    difference = new - old
+    kind = "better" if difference * direction > 0 else "worse" if difference * direction < 0 else ""
+    points = f'{100 * difference:+.1f} <small class="unit">points</small>'
+    text = points if unit == "%" else f"{difference:+}" if isinstance(difference, int) else f"{difference:+.2f}"
+    text = f'<span class="{kind}">{text}</span>' if kind else text
+    left, right = _interval(base, key), _interval(trained, key)
+    if not (left and right):
+        return text
+    low = 100 * (difference - math.hypot(new - right[0], left[1] - old))
+    high = 100 * (difference + math.hypot(right[1] - new, old - left[0]))
+    chance = ", may be chance" if low <= 0 <= high else ""
+    return f"{text}<small>95%: {low:+.1f} to {high:+.1f}{chance}</small>"

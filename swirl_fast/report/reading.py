@@ -1,0 +1,241 @@
+"""Trajectories to read: which ones, and each as a block that opens to its steps, verdicts, reasons and observations."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.report.markup import block, escape, short
+from swirl_fast.store import Store
+from swirl_fast.tasks.hotpotqa import HotPotQA
+from swirl_fast.tasks.scoring import score_number, score_text
+from swirl_fast.trajectory import Finish, Step, Trajectory
+
+SAMPLE = 40  # trajectories shown of one store
+
+FINISHES = {
+    Finish.ANSWER: "answered",
+    Finish.STEP_LIMIT: "step limit reached",
+    Finish.CONTEXT_LIMIT: "context full",
+    None: "not finished",
+}
+CLASSES = {True: "right", False: "wrong", None: "none"}
+MATCHES = {True: "= gold", False: "≠ gold", None: "no answer"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """judgements: one a step, None for a step the judge was not asked about."""
+
+    trajectory: Trajectory
+    gold: tuple[str, ...]
+    judgements: tuple[Judgement | None, ...]
+
+    @property
+    def matches(self) -> bool | None:
+        """Whether the answer equals a gold answer; None without an answer."""
+        answer = self.trajectory.answer
+        if answer is None:
+            return None
+        score = score_text if self.trajectory.task == HotPotQA.name else score_number
+        return score(answer, self.gold).exact_match == 1.0
+
+    @property
+    def verdicts(self) -> list[str]:
+        """The names of the steps' verdicts; `NONE` for a step that was not judged."""
+        return [one.verdict.value if one else "NONE" for one in self.judgements]
+
+    @property
+    def good(self) -> str:
+        """`2 of 3 GOOD`, as a share of the steps with a verdict."""
+        known = [one for one in self.judgements if one is not None and one.verdict is not Verdict.UNKNOWN]
+        if not known:
+            return "no verdict"
+        return f"{sum(one.verdict is Verdict.GOOD for one in known)} of {len(known)} GOOD"
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What a sample should have some of each: the verdicts that occur, the match with gold, the finish."""
+        return (*sorted(set(self.verdicts)), MATCHES[self.matches], FINISHES[self.trajectory.finish])
+
+
+def read(path: Path, judge_id: str | None) -> Iterator[Reading]:
+    """Every trajectory of a store with its verdicts by `judge_id`, None: by the judge with most verdicts there.
+    Raises ValueError for a file that is no store of ours."""
+    with Store(path, writable=False) as store:
+        judge_id = judge_id or _main_judge(path)
+        gold = {question.id: question.answers for question in store.questions()}
+        for trajectory in store.trajectories():
+            hashes = [view.content_hash() for view in trajectory.views()]
+            stored = store.verdicts(judge_id, hashes)
+            judgements = tuple(
+                _judgement(step, stored.get(key)) for step, key in zip(trajectory.steps, hashes, strict=True)
+            )
+            yield Reading(trajectory, gold[trajectory.question_id], judgements)
+
+
+def _judgement(step: Step, stored: Judgement | None) -> Judgement | None:
+    if step.action.kind == "malformed":  # BAD by the environment's own rule: the judge is never asked
+        return Judgement(Verdict.BAD, f"malformed: {step.action.error}")
+    return stored
+
+
+def _main_judge(path: Path) -> str:
+    with closing(sqlite3.connect(path, timeout=60.0)) as db:
+        db.execute("PRAGMA query_only = ON")
+        row = db.execute(
+            "SELECT judge_id FROM verdicts GROUP BY judge_id ORDER BY count(*) DESC, judge_id LIMIT 1"
+        ).fetchone()
+    return row[0] if row else ""
+
+
+def sample(kinds: Mapping[str, tuple[str, ...]], limit: int) -> set[str]:
+    """At most `limit` of the ids: one of every kind in turn, so that rare kinds are seen; within a kind in the order
+    of a hash, so that no question is preferred."""
+    order: dict[tuple[str, ...], list[str]] = {}
+    for id_ in sorted(kinds, key=lambda id_: hashlib.sha256(id_.encode("utf-8", "surrogatepass")).digest()):
+        order.setdefault(kinds[id_], []).append(id_)
+    turns = sorted((turn, kind, id_) for kind, ids in order.items() for turn, id_ in enumerate(ids))
+    return {id_ for _, _, id_ in turns[:limit]}
+
+
+def collected(path: Path, judge_id: str | None) -> tuple[str, int, int]:
+    """(HTML, shown, total) of the collected trajectories."""
+    kinds = {reading.trajectory.id: reading.kind for reading in read(path, judge_id)}
+    chosen = sample(kinds, SAMPLE)
+    shown = [reading for reading in read(path, judge_id) if reading.trajectory.id in chosen]
+    return "".join(_block({"collected": reading}) for reading in shown), len(shown), len(kinds)
+
+
+def evaluated(stores: Mapping[str, tuple[Path, str | None]]) -> tuple[str, int, int]:
+    """(HTML, shown, total) of the evaluations' trajectories, those of one question side by side; stores: name ->
+    (path, judge id).
+
+    Sample k of a question has the same id in every evaluation, so ids pair what belongs together.
+    """
+    kinds: dict[str, tuple[str, ...]] = {}
+    for name, (path, judge_id) in stores.items():
+        for reading in read(path, judge_id):
+            id_ = reading.trajectory.id
+            kinds[id_] = (*kinds.get(id_, ()), name, *reading.kind)
+    chosen = sample(kinds, SAMPLE)
+    rows: dict[str, dict[str, Reading]] = {}
+    for name, (path, judge_id) in stores.items():
+        for reading in read(path, judge_id):
+            if reading.trajectory.id in chosen:
+                rows.setdefault(reading.trajectory.id, {})[name] = reading
+    return "".join(map(_block, rows.values())), len(rows), len(kinds)
+
+
+def _block(readings: Mapping[str, Reading]) -> str:
+    """One question: a line that opens to the trajectories, by the name of where they come from."""
+    first = next(iter(readings.values()))
+    trajectory, gold = first.trajectory, first.gold
+    chips = []
+    for name, one in readings.items():
+        origin = "" if name == "collected" else f"{escape(name)} "
+        chips.append(
+            f'<span class="chip {CLASSES[one.matches]}">{origin}<b>{MATCHES[one.matches]}</b> {one.good}</span>'
+        )
+    articles = "".join(_article(name, one) for name, one in readings.items())
+    return (
+        f'<details class="block" data-change="{_change(readings)}"><summary>'
+        f'<span class="q">{short(trajectory.question, 160)}</span>'
+        f'<span class="chips">{"".join(chips)}</span></summary>\n<div class="body"><p class="label">Question</p>'
+        f'<div class="text question">{block(trajectory.question)}</div>'
+        f'<p class="label">Gold answer</p><div class="text gold">{block(" | ".join(gold))}</div>'
+        f'<div class="pair">{articles}</div></div></details>\n'
+    )
+
+
+def _change(readings: Mapping[str, Reading]) -> str:
+    """Whether training gained or lost the question; empty when neither, or when one of the two is not there."""
+    if not {"base", "trained"} <= readings.keys():
+        return ""
+    base, trained = (readings[name].matches is True for name in ("base", "trained"))
+    return "" if base == trained else "gained" if trained else "lost"
+
+
+def _article(name: str, reading: Reading) -> str:
+    t = reading.trajectory
+    steps = "".join(
+        _step(i, step, one) for i, (step, one) in enumerate(zip(t.steps, reading.judgements, strict=True), 1)
+    )
+    return (
+        f'<article class="trajectory" data-verdicts="{" ".join(sorted(set(reading.verdicts)))}" '
+        f'data-finish="{_finish(t.finish)}" data-match="{CLASSES[reading.matches]}">'
+        f'<h4>{escape(name)} <span class="id">{short(t.id, 60)}</span></h4>'
+        f'<p class="outcome"><b>{MATCHES[reading.matches]}</b> · {reading.good} · {FINISHES[t.finish]}</p>'
+        f'<ol class="steps">{steps or "<li>no step was taken</li>"}</ol></article>'
+    )
+
+
+def _finish(finish: Finish | None) -> str:
+    return finish.value if finish else "unfinished"
+
+
+def _step(number: int, step: Step, judgement: Judgement | None) -> str:
+    verdict = judgement.verdict.value if judgement else "not judged"
+    look = verdict.lower().replace(" ", "-")
+    kind = (
+        f"calls {step.action.tool}"
+        if step.action.kind == "tool"
+        else {"answer": "answers", "malformed": "malformed"}[step.action.kind]
+    )
+    parts = [
+        f'<li class="step {look}"><p class="head"><b>Step {number}</b> {escape(kind)} '
+        f'<span class="badge {look}">{verdict}</span></p>',
+        f'<div class="text action">{block(step.text, mark_tags=True) or "<i>empty</i>"}</div>',
+    ]
+    if judgement:
+        parts.append(f'<p class="reason"><span class="label">Judge</span> {block(judgement.reason)}</p>')
+    if step.observation is not None:
+        parts.append(f'<p class="label">Observation</p><div class="text observation">{block(step.observation)}</div>')
+    return "".join([*parts, "</li>"])
+
+
+def filter_form(pages: Sequence[str]) -> str:
+    """How to read the blocks in `pages`, and the form that filters them, with the choices that occur; shown by the
+    script."""
+
+    def option(value: str, name: str, attribute: str) -> str:
+        found = not value or any(re.search(rf'{attribute}="[^"]*\b{value}\b', page) for page in pages)
+        return f'<option value="{value}">{name}</option>' if found else ""
+
+    verdicts = {
+        "": "any",
+        "GOOD": "a step GOOD",
+        "BAD": "a step BAD",
+        "UNKNOWN": "a step UNKNOWN",
+        "NONE": "a step not judged",
+    }
+    changes = {"gained": "gained: only trained = gold", "lost": "lost: only base = gold"}
+    choices = {
+        "verdict": "".join(option(value, name, "data-verdicts") for value, name in verdicts.items())
+        + '<option value="ALL">every step GOOD</option>',
+        "match": option("", "any", "")
+        + "".join(option(CLASSES[matches], name, "data-match") for matches, name in MATCHES.items())
+        + "".join(option(value, name, "data-change") for value, name in changes.items()),
+        "finish": option("", "any way", "")
+        + "".join(option(_finish(finish), name, "data-finish") for finish, name in FINISHES.items()),
+    }
+    labels = {"verdict": "Verdicts", "match": "Answer", "finish": "Ended"}
+    selects = "".join(
+        f'<label>{labels[key]}<select name="{key}">{html}</select></label>\n' for key, html in choices.items()
+    )
+    return f"""<p>A question opens to its trajectories, step by step: what the model wrote, the verdict of the process
+judge and its reason, and what the environment answered. “= gold” compares the answer with the gold answer, which the
+judge never sees.</p>
+<form class="filter" hidden>
+{selects}<label class="search">Search in questions and steps
+<input type="search" name="search" autocomplete="off"></label>
+<button type="button" data-open>Open or close all</button><button type="reset">Reset</button>
+<p class="found" role="status"></p>
+</form>
+"""

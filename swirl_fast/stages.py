@@ -1,0 +1,355 @@
+"""The commands: each builds its collaborators from the config, does one stage, and leaves what the next one reads.
+
+    collect  -> trajectories.db      judge -> verdicts in it       filter -> shards/, filter.json
+    train    -> checkpoints/, metrics.jsonl, tensorboard/, model/  evaluate -> evaluations/NAME.json, NAME.db
+    report   -> report.html          run   -> all of it, summary.json
+
+All lie in runs/NAME. A stage that is complete is left alone; one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from swirl_fast import evaluate as evaluation
+from swirl_fast.collect import Collector
+from swirl_fast.config import Config, ConfigError, dump
+from swirl_fast.engines.engine import Engine, Sampling
+from swirl_fast.filtering import keep
+from swirl_fast.judges import load_judge
+from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_actions
+from swirl_fast.rendering import Renderer, conversation
+from swirl_fast.seeds import seed_of
+from swirl_fast.store import Store
+from swirl_fast.tasks import load_task
+from swirl_fast.tasks.task import Question, Task
+from swirl_fast.tools.tool import Tool
+from swirl_fast.trajectory import Trajectory
+
+JUDGE_CHUNK = 256  # steps judged between two writes
+
+
+def collect(config: Config) -> None:
+    task = _task(config)
+    questions = task.questions("train")
+    sampling = Sampling(config.collect.max_action_tokens, config.collect.temperature, config.collect.top_p, config.collect.top_k)
+    count = config.collect.trajectories_per_question
+    with Store(config.folder / "trajectories.db") as store:
+        store.check_meta("collection", _fingerprint(config, sampling))
+        store.add_questions(questions)
+        if store.counts().finished < count * len(questions):
+            _roll_out(config, task, questions, count, sampling, store, seed_of(config.run.seed, "collect"), "collect")
+        counts = store.counts()
+    print(f"collect: {counts.finished} trajectories of {counts.questions} questions, {counts.steps} steps, {counts.tokens} tokens")
+
+
+def judge(config: Config) -> None:
+    task = _task(config)
+    with _judge(config, task) as judge, Store(config.folder / "trajectories.db") as store:
+        trajectories = list(store.trajectories(finished=True))
+        _judge_steps(judge, store, trajectories, "judge")
+        judgements = judgements_of(judge, store, trajectories)
+    verdicts = [judgement.verdict for own in judgements.values() for judgement in own]
+    shares = ", ".join(f"{sum(v is kind for v in verdicts)} {kind.value}" for kind in Verdict)
+    print(f"judge: {len(verdicts)} steps by {judge.id}: {shares}")
+
+
+def filter(config: Config) -> None:
+    from swirl_fast.shards import StepSample, write_shards
+
+    task = _task(config)
+    questions = {question.id: question for question in task.questions("train")}
+    with _judge(config, task) as judge, Store(config.folder / "trajectories.db", writable=False) as store:
+        trajectories = list(store.trajectories(finished=True))
+        judgements = judgements_of(judge, store, trajectories)
+        collection = store.meta().get("collection", {})
+    outcomes = {
+        t.id: task.score(questions[t.question_id], t.answer).exact_match == 1.0 for t in trajectories if t.answer is not None
+    }
+    selection = keep(
+        trajectories,
+        judgements,
+        outcomes,
+        config.filter.kind,  # type: ignore[arg-type]  # checked by config.check
+        max_trajectories=config.filter.max_trajectories,
+        seed=config.run.seed,
+    )
+    kept = set(selection.kept)
+    samples = [StepSample(t, [j.verdict for j in judgements[t.id]]) for t in trajectories if t.id in kept]
+    fingerprint = {"collection": collection, "judge": judge.id, "filter": asdict(config.filter)}
+    write_shards(config.folder / "shards", samples, fingerprint=fingerprint, selection=selection, replace=True)
+    summary = {
+        "kind": selection.kind,
+        "kept": len(selection.kept),
+        "total": selection.total,
+        "survivors": selection.survivors(),
+        "describe": selection.describe(),
+    }
+    _write_json(config.folder / "filter.json", summary)
+    print(f"filter: {selection.describe()}")
+
+
+def train(config: Config) -> None:
+    """Under torchrun, one call a rank."""
+    from swirl_fast.training.build import run_training
+    from swirl_fast.training.parallel import start, stop
+
+    ranks = start()
+    try:
+        if ranks.main:
+            _save_config(config)
+        run_training(config, ranks)
+    finally:
+        stop()
+
+
+def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str, Any]:
+    """Evaluates `model.path`, or the Hugging Face folder `weights`, under a name. Returns the summary."""
+    task = _task(config)
+    questions = task.questions("eval")
+    settings = config.evaluate
+    length = settings.max_action_tokens or config.collect.max_action_tokens
+    sampling = Sampling(length, settings.temperature)
+    folder = config.folder / "evaluations"
+    wanted = _fingerprint(config, sampling) | {"weights": _weights_id(weights), "use_tools": settings.use_tools}
+    _set_aside(folder, name, wanted)
+    start = time.perf_counter()
+    with _judge(config, task) as judge, Store(folder / f"{name}.db") as store:
+        store.check_meta("evaluation", wanted)
+        store.add_questions(questions)
+        spent = store.meta().get("seconds", 0.0)
+        if store.counts().finished < settings.samples * len(questions):
+            seed = seed_of(config.run.seed, "evaluate")
+            _roll_out(config, task, questions, settings.samples, sampling, store, seed, f"evaluate {name}", weights)
+        trajectories = list(store.trajectories(finished=True))
+        _judge_steps(judge, store, trajectories, f"judge {name}")
+        judgements = judgements_of(judge, store, trajectories)
+        seconds = spent + time.perf_counter() - start
+        store.set_meta("seconds", seconds)
+    summary = {
+        "name": name,
+        "model": weights or config.model.path,
+        "task": task.name,
+        "judge": judge.id,
+        "temperature": settings.temperature,
+        **evaluation.summarise(task, questions, trajectories, judgements),
+        "seconds": seconds,
+    }
+    _write_json(folder / f"{name}.json", summary)
+    print(evaluation.table({name: summary}))
+    return summary
+
+
+def evaluate_trained(config: Config) -> dict[str, Any]:
+    folder = config.folder / "model"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"run.name={config.run.name}: {folder} holds no trained model yet; run train first")
+    return evaluate(config, "trained", str(folder))
+
+
+def report(config: Config) -> None:
+    from swirl_fast.report import write_report
+
+    print(f"report: {write_report(config.folder)}")
+
+
+def run(config: Config) -> None:
+    """Every stage in order, then the table base -> trained and summary.json."""
+    start = time.perf_counter()
+    _save_config(config)
+    previous = _read_json(config.folder / "summary.json")
+    base = evaluate(config, "base")
+    collect(config)
+    judge(config)
+    filter(config)
+    train(config)
+    trained = evaluate_trained(config)
+    keys = ("accuracy", "accuracy_interval", "process_label", "process_label_interval", "malformed", "questions")
+    rows = {"base": {key: base[key] for key in keys}, "trained": {key: trained[key] for key in keys}}
+    seconds = time.perf_counter() - start
+    if previous is not None and {name: previous.get(name) for name in rows} == rows:
+        seconds = previous["seconds"]  # nothing was done anew: the time it took stands
+    _write_json(config.folder / "summary.json", {**rows, "seconds": seconds})
+    report(config)
+    print(f"\n{evaluation.table({'base': base, 'trained': trained})}\n\n{config.folder / 'summary.json'}  ({seconds:.0f} s)")
+
+
+def judgements_of(judge: Judge, store: Store, trajectories: Sequence[Trajectory]) -> dict[str, list[Judgement]]:
+    """Trajectory id -> one judgement a step; UNKNOWN where the judge was not asked yet."""
+    not_judged = Judgement(Verdict.UNKNOWN, "not judged yet: run the judge stage")
+    found: dict[str, list[Judgement]] = {}
+    for trajectory in trajectories:
+        hashes = [view.content_hash() for view in trajectory.views()]
+        stored = store.verdicts(judge.id, hashes)
+        found[trajectory.id] = [
+            Judgement(Verdict.BAD, f"malformed: {step.action.error}")
+            if step.action.kind == "malformed"
+            else stored.get(key, not_judged)
+            for step, key in zip(trajectory.steps, hashes, strict=True)
+        ]
+    return found
+
+
+def _judge_steps(judge: Judge, store: Store, trajectories: Sequence[Trajectory], what: str) -> None:
+    """Asks the judge about every well-formed step without a verdict, and keeps the answers chunk by chunk."""
+    steps = {
+        view.content_hash(): (view, step.action)
+        for trajectory in trajectories
+        for view, step in zip(trajectory.views(), trajectory.steps, strict=True)
+        if step.action.kind != "malformed"
+    }
+    missing = store.missing(judge.id, steps)
+    with _bar(what, len(missing), "step") as bar:
+        for at in range(0, len(missing), JUDGE_CHUNK):
+            keys = missing[at : at + JUDGE_CHUNK]
+            judgements = judge_actions(judge, [steps[key][0] for key in keys], [steps[key][1] for key in keys])
+            store.add_verdicts(judge.id, dict(zip(keys, judgements, strict=True)))
+            bar.update(len(keys))
+
+
+def _roll_out(
+    config: Config,
+    task: Task,
+    questions: Sequence[Question],
+    count: int,
+    sampling: Sampling,
+    store: Store,
+    seed: int,
+    what: str,
+    weights: str | None = None,
+) -> None:
+    from swirl_fast.model import load_tokenizer
+
+    renderer = Renderer(load_tokenizer(config.model), config.model.path)
+    offered = task.tools if config.evaluate.use_tools or what == "collect" else ()
+    with _tools(config, task, offered) as tools, _engine(config, weights) as engine:
+        examples = task.examples[: config.tasks.examples] if offered else ()
+
+        def prompt(question: str) -> list[int]:
+            return renderer.prompt(conversation(question, list(tools.values()), config.collect.max_steps, examples))
+
+        collector = Collector(engine, renderer, tools, prompt, sampling, config.collect.max_steps, config.collect.batch, seed)
+        total = count * len(questions)
+        with _bar(what, total, "trajectory", store.counts().finished) as bar:
+            collector.collect(store, questions, count, lambda trajectories, steps: bar.update(trajectories))
+        stats = engine.stats()
+    seconds = max(stats.prefill_seconds + stats.decode_seconds, 1e-9)
+    print(
+        f"{what}: {stats.generated_tokens} tokens generated at {stats.generated_tokens / seconds:.0f} a second, "
+        f"{stats.cached_tokens / max(stats.prompt_tokens, 1):.0%} of the prompt tokens came from the prefix cache"
+    )
+
+
+def _task(config: Config) -> Task:
+    return load_task(config.tasks, config.run.seed)
+
+
+@contextlib.contextmanager
+def _judge(config: Config, task: Task) -> Iterator[Judge]:
+    judge = load_judge(config.judge, {task.name: task.tools})
+    try:
+        yield judge
+    finally:
+        close = getattr(judge, "close", None)
+        if close is not None:
+            close()
+
+
+@contextlib.contextmanager
+def _tools(config: Config, task: Task, offered: Sequence[str]) -> Iterator[Mapping[str, Tool]]:
+    from swirl_fast.tools.calculator import Calculator
+    from swirl_fast.tools.search import Search
+
+    with contextlib.ExitStack() as stack:
+        tools: dict[str, Tool] = {}
+        if "calculator" in offered:
+            tools["calculator"] = stack.enter_context(Calculator())
+        if "search" in offered:
+            s = config.search
+            tools["search"] = Search(task.passages(), s.top_k, s.passage_chars, Path(s.cache).expanduser())
+        yield tools
+
+
+@contextlib.contextmanager
+def _engine(config: Config, weights: str | None) -> Iterator[Engine]:
+    from swirl_fast.engines.local import LocalEngine
+    from swirl_fast.model import load_model
+
+    e = config.engine
+    model = load_model(config.model, e.dtype, weights)
+    engine = LocalEngine(model, max_sequences=e.max_sequences, cache_tokens=e.cache_tokens)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _bar(what: str, total: int, unit: str, done: int = 0) -> tqdm:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(desc=what, total=total, initial=done, unit=unit, disable=None, leave=False)
+
+
+def _fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
+    """What the trajectories of a store depend on; the number of questions may grow."""
+    from swirl_fast.model import model_fingerprint
+
+    tasks = asdict(config.tasks)
+    for name in ("limit", "eval_limit"):
+        del tasks[name]
+    return {
+        "model": model_fingerprint(config.model),
+        "chat_template": config.model.chat_template,
+        "engine_dtype": config.engine.dtype,
+        "tasks": tasks,
+        "search": {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars},
+        "sampling": asdict(sampling),
+        "max_steps": config.collect.max_steps,
+        "seed": config.run.seed,
+    }
+
+
+def _weights_id(weights: str | None) -> Any:
+    """Which trained weights: the marker that training leaves beside them, else the files' sizes."""
+    if weights is None:
+        return None
+    marker = _read_json(Path(weights) / "trained.json")
+    return marker or {file.name: file.stat().st_size for file in sorted(Path(weights).glob("*.safetensors"))}
+
+
+def _set_aside(folder: Path, name: str, wanted: dict[str, Any]) -> None:
+    """Renames the files of an evaluation of other weights or settings to NAME-K, so that a longer training is evaluated anew and
+    nothing is lost."""
+    path = folder / f"{name}.db"
+    if not path.is_file():
+        return
+    with Store(path, writable=False) as store:
+        if store.meta().get("evaluation", wanted) == json.loads(json.dumps(wanted)):
+            return
+    k = next(k for k in range(1, 10_000) if not (folder / f"{name}-{k}.db").exists())
+    for file in folder.glob(f"{name}.*"):
+        file.rename(folder / file.name.replace(name, f"{name}-{k}", 1))
+    print(f"evaluate: the evaluation {name} was of other weights or settings; it is kept as {name}-{k}")
+
+
+def _save_config(config: Config) -> None:
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (config.folder / "config.yaml").write_text(dump(config))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.rename(path)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None

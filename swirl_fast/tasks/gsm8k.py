@@ -1,0 +1,80 @@
+"""GSM8K: grade-school word problems with a calculator (Cobbe et al. 2021, arXiv 2110.14168).
+
+Official format: one JSON object a line, `question` and `answer`, the latter a worked solution that ends in `#### N`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from swirl_fast.config import TasksConfig
+from swirl_fast.tasks.rows import Row, question_id, read_splits
+from swirl_fast.tasks.scoring import number, score_number
+from swirl_fast.tasks.task import Example, Question, Score, Split
+from swirl_fast.tools.tool import observation
+
+
+def worked(question: str, expression: str, value: str, answer: str) -> Example:
+    """An example of one calculation, which computes everything, and the answer."""
+    actions = (f"<math_exp>{expression}</math_exp>", f"<answer>{answer}</answer>")
+    return Example(question, actions, (observation(expression, value),))
+
+
+WORD_PROBLEMS = (
+    worked(
+        "A baker fills 6 trays with 12 rolls each. She sells 45 rolls and gives away 9. How many rolls are left?",
+        "6 * 12 - 45 - 9",
+        "18.0",
+        "18",
+    ),
+    worked(
+        "Tickets cost $14 for adults and $8 for children. What do 2 adults and 5 children pay together?",
+        "2 * 14 + 5 * 8",
+        "68.0",
+        "68",
+    ),
+    Example(
+        "A tank holds 240 liters and is 35% full. A pump adds 12 liters a minute. After how many minutes is it full?",
+        ("<math_exp>240 - 35% of 240</math_exp>", "<math_exp>156 / 12</math_exp>", "<answer>13</answer>"),
+        (observation("240 - 35% of 240", "156.0"), observation("156 / 12", "13.0")),
+    ),
+)
+
+
+class GSM8K:
+    """path, eval_path: files, or Hugging Face names such as `openai/gsm8k` (splits train and test).
+
+    Without eval_path the last tenth of `path` is held out. A training question that is also in the held-out split is
+    dropped. limit and eval_limit take the first rows.
+    """
+
+    name = "gsm8k"
+    tools: tuple[str, ...] = ("calculator",)
+    examples: tuple[Example, ...] = WORD_PROBLEMS
+
+    def __init__(self, config: TasksConfig, seed: int = 0) -> None:
+        splits = read_splits(config.path, config.eval_path, hub=("main", "test"))
+        held_out = self._parse(splits["eval"], set())
+        train = self._parse(splits["train"], {question.text for question in held_out})
+        self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
+
+    def _parse(self, rows: list[Row], seen: set[str]) -> list[Question]:
+        questions = []
+        for row in rows:
+            text, solution = row.text("question"), row.text("answer")
+            _, marker, answer = solution.rpartition("####")
+            if not marker or number(answer) is None:
+                raise row.error("answer", "must end in `#### N` with one number N")
+            if text not in seen:
+                seen.add(text)
+                questions.append(Question(question_id(self.name, text), self.name, text, (answer.strip(),)))
+        return questions
+
+    def questions(self, split: Split) -> Sequence[Question]:
+        return self._questions[split]
+
+    def passages(self) -> Sequence[tuple[str, str]]:
+        return ()
+
+    def score(self, question: Question, answer: str | None) -> Score:
+        return score_number(answer, question.answers)

@@ -1,0 +1,114 @@
+"""Rows of a data file or of a Hugging Face data set, and what is held out of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from swirl_fast.config import ConfigError
+from swirl_fast.tasks.task import Split
+
+HELD_OUT = 0.1  # share of the rows, from the end, that is held out when there is no eval_path
+
+
+class Row(NamedTuple):
+    """where: the place as an error names it, `file:line` or `file, row 3`. fields: the row as it was read."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def text(self, field: str) -> str:
+        """A field that must be text, and not blank. Raises ValueError naming file, line and field."""
+        value = self.fields.get(field)
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(field, "must be text" if field in self.fields else "is missing")
+        return value.strip()
+
+    def error(self, field: str, remedy: str) -> ValueError:
+        shown = repr(self.fields.get(field))
+        shown = f" = {shown[:80]}{'…' if len(shown) > 80 else ''}" if field in self.fields else ""
+        return ValueError(f"{self.where}: field '{field}'{shown}: {remedy}")
+
+
+def read_splits(path: str | None, eval_path: str | None, hub: tuple[str, str]) -> dict[Split, list[Row]]:
+    """All rows of both splits, in the order of their files.
+
+    Without eval_path the last tenth of `path`, at least one row, is held out. hub: the configuration and the name of
+    the evaluation split of a Hugging Face data set (its training split is called `train` everywhere); a name given as
+    `NAME:CONFIGURATION` has its own. Raises ConfigError for missing or unreadable sources, ValueError for malformed
+    ones.
+    """
+    if not path:
+        raise ConfigError("tasks.path: give a data file in the official format, or a Hugging Face data set's name")
+    configuration, eval_split = hub
+    rows = _read("tasks.path", path, configuration, "train")
+    if eval_path:
+        return {"train": rows, "eval": _read("tasks.eval_path", eval_path, configuration, eval_split)}
+    held_out = max(1, round(len(rows) * HELD_OUT))
+    if len(rows) <= held_out:
+        raise ConfigError(f"tasks.path={path}: {len(rows)} rows cannot be split; give at least 2, or tasks.eval_path")
+    return {"train": rows[:-held_out], "eval": rows[-held_out:]}
+
+
+def question_id(task: str, text: str) -> str:
+    """An id that depends on nothing but the question: the same in every order, subset and split of its file."""
+    return f"{task}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
+    file = Path(path).expanduser()
+    if file.is_file():
+        rows = _read_file(file)
+    elif path.startswith((".", "/", "~")) or path.endswith((".json", ".jsonl")):
+        raise ConfigError(f"{key}={path}: no such file")
+    else:
+        rows = _read_hub(key, path, configuration, split)
+    if not rows:
+        raise ConfigError(f"{key}={path}: has no rows")
+    return rows
+
+
+def _read_file(file: Path) -> list[Row]:
+    """One JSON list of objects, or one JSON object a line."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
+    if text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{file}:{getattr(error, 'lineno', 1)}: not valid JSON: {error}") from None
+        rows = [Row(f"{file}, row {i} of {len(items)}", item) for i, item in enumerate(items, 1)]
+    else:
+        rows = []
+        for i, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(Row(f"{file}:{i}", json.loads(line)))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{file}:{i}: not a JSON object: {error}") from None
+    for row in rows:
+        if not isinstance(row.fields, dict):
+            raise ValueError(f"{row.where}: must be a JSON object, not {type(row.fields).__name__}")
+    return rows
+
+
+def _read_hub(key: str, path: str, configuration: str, split: str) -> list[Row]:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ConfigError(
+            f"{key}={path}: no such file; to load it as a Hugging Face data set, run: pip install datasets"
+        ) from None
+    name, _, own = path.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, own or configuration, split=split)
+    except Exception as error:  # the library raises a dozen unrelated kinds: network, hub, file and value errors
+        raise ConfigError(
+            f"{key}={path}: no such file, and not loadable as a Hugging Face data set: {error}"
+        ) from error
+    return [Row(f"{path} ({split}), row {i}", dict(fields)) for i, fields in enumerate(loaded, 1)]

@@ -1,0 +1,109 @@
+"""Scores of an answer against gold answers: numeric equality, or the official HotPotQA metrics. Pure functions.
+
+The HotPotQA metrics are those of hotpot_evaluate_v1.py (Yang et al. 2018, arXiv 1809.09600): lower case, no
+punctuation, no articles, single spaces; token F1; `yes`, `no` and `noanswer` match only themselves. One difference: an
+answer that normalises to nothing scores 0, also against a gold answer that does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+
+from swirl_fast.tasks.task import Score
+from swirl_fast.tools.calculator import numbers
+
+ZERO = Score(0.0, 0.0, 0.0, 0.0)
+_MAX_CHARS = 2_000  # an answer is a few words; what is longer than an action's argument may be is none
+_FRACTION = re.compile(r"\s*(-?)\s*(\d{1,50})\s*/\s*(\d{1,50})\s*", re.ASCII)
+_PERCENT = re.compile(r"\d\s*%")
+_WHOLLY_CLOSED = ("yes", "no", "noanswer")
+
+
+def number(text: str) -> Fraction | None:
+    """The one number a text states, None when it states none or several.
+
+    `10`, `10.00`, `$10`, `10 clips`, `1,200`, `3/4` and `50%` (= 1/2) are numbers. `48/2` is an unfinished calculation
+    rather than a number: a fraction counts only when it is no whole number. Never raises.
+    """
+    if len(text) > _MAX_CHARS:
+        return None
+    text = re.sub(r"[−–]", "-", text)
+    fraction = _FRACTION.fullmatch(text)
+    if fraction:
+        numerator, denominator = int(fraction[2]), int(fraction[3])
+        if denominator == 0 or numerator % denominator == 0:
+            return None
+        return Fraction(-numerator if fraction[1] else numerator, denominator)
+    found = numbers(re.sub(r"^\s*-\s+(?=[$\d.])", "-", text))
+    return found[0] if len(found) == 1 else None
+
+
+def same_number(answer: str, gold: str) -> bool:
+    """Whether both state one number and the numbers are equal, exactly: 10 == 10.00 == $10; 0.333 is not 1/3.
+
+    Where only one side has a percent sign it may also be the unit of the answer (GSM8K's gold answers have no units):
+    `50%` equals 50 as well as 0.5.
+    """
+    left, right = number(answer), number(gold)
+    if left is None or right is None:
+        return False
+    if left == right:
+        return True
+    percent = bool(_PERCENT.search(answer)), bool(_PERCENT.search(gold))
+    return (percent == (True, False) and left * 100 == right) or (percent == (False, True) and left == right * 100)
+
+
+def score_number(answer: str | None, golds: Sequence[str]) -> Score:
+    """All four measures 1 when the answer equals a gold number, else 0."""
+    right = answer is not None and any(same_number(answer, gold) for gold in golds)
+    return Score(1.0, 1.0, 1.0, 1.0) if right else ZERO
+
+
+def normalise_answer(text: str) -> str:
+    """The official normalisation: lower case, punctuation and articles dropped, white space collapsed."""
+    text = "".join(char for char in text.lower() if char not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def score_text(answer: str | None, golds: Sequence[str]) -> Score:
+    """Exact match, F1, precision and recall against the gold answer that fits best (highest exact match, then F1)."""
+    if answer is None:
+        return ZERO
+    given = normalise_answer(answer)
+    scores = (_score_normalised(given, normalise_answer(gold)) for gold in golds)
+    return max(scores, key=lambda score: (score.exact_match, score.f1), default=ZERO)
+
+
+def _score_normalised(given: str, gold: str) -> Score:
+    if given != gold and (given in _WHOLLY_CLOSED or gold in _WHOLLY_CLOSED):
+        return ZERO
+    given_words, gold_words = given.split(), gold.split()
+    common = sum((Counter(given_words) & Counter(gold_words)).values())
+    if not common:  # also where both normalise to nothing
+        return ZERO
+    precision, recall = common / len(given_words), common / len(gold_words)
+    return Score(float(given == gold), 2 * precision * recall / (precision + recall), precision, recall)
+
+
+def interval(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share: (low, high), both in [0, 1]; (0, 1) for n = 0.
+
+    successes: may be fractional, e.g. a sum of means over samples. Raises ValueError unless 0 <= successes <= n.
+
+    centre ± width = (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964 (Wilson 1927).
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes={successes} of n={n}: must be between 0 and n")
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from swirl_fast.config import Config, ConfigError, check, dump, load
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_load(path: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text("[]")
+    load(path, [f"tasks.path={data}"])
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    config = load(None, ["training.steps=3", "tasks.options={min_terms: 3}", "model.path=org/name"])
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(config))
+    assert load(file) == config
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("training: {steps: 3, learning_rate: 1e-5}\n")
+    config = load(file, ["training.steps=4"])
+    assert (config.training.steps, config.training.learning_rate) == (4, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.step=3", ["training.step", "unknown key", "training.steps"]),
+        ("nonsense.key=3", ["nonsense", "unknown key"]),
+        ("training.steps=abc", ["training.steps", "abc", "Integer"]),
+        ("training.steps=1.5", ["training.steps", "1.5"]),
+        ("training.steps", ["section.key=value"]),
+        ("training=[1", ["not readable"]),
+        ("model=3", ["model"]),
+        ("training.samples_per_state=1", ["training.samples_per_state=1", "at least 2", "reinforce"]),
+        ("training.learning_rate=nan", ["learning_rate=nan"]),
+        ("training.learning_rate=-1", ["learning_rate", "above 0"]),
+        ("training.betas=[0.9]", ["training.betas", "two numbers"]),
+        ("training.schedule=linear", ["training.schedule=linear", "constant, cosine"]),
+        ("algorithm.name=dpo", ["algorithm.name=dpo", "rloo"]),
+        ("algorithm.clip_low=1.0", ["algorithm.clip_low"]),
+        ("algorithm.updates_per_batch=2", ["updates_per_batch=2", "ppo"]),
+        ("filter.kind=best", ["filter.kind=best", "process_and_outcome"]),
+        ("collect.temperature=0", ["collect.temperature=0", "alike"]),
+        ("collect.top_p=0", ["collect.top_p"]),
+        ("evaluate.samples=3", ["evaluate.samples=3", "evaluate.temperature"]),
+        ("judge.kind=model", ["judge.model.url", "http"]),
+        ("tasks.kind=gsm8k", ["tasks.path", "gsm8k"]),
+        ("tasks.path=/no/such/file.jsonl", ["tasks.path=/no/such/file.jsonl", "no such file"]),
+        ("run.name=a/b", ["run.name=a/b"]),
+        ("engine.kind=vllm", ["engine.kind=vllm", "local"]),
+    ],
+)
+def test_bad_values_name_key_value_and_remedy(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(None, [override])
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load(tmp_path / "none.yaml")
+    file = tmp_path / "c.yaml"
+    file.write_text("training: {steps: [")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load(file)
+    file.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError):
+        load(file)
+
+
+def test_defaults_are_possible() -> None:
+    check(Config())

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swirl_fast.config import AlgorithmConfig
+from swirl_fast.objective import Actions, advantages, counts, policy_loss, weights
+
+
+def actions_of(seed: int, states: int = 6, unknown: float = 0.3) -> Actions:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 5, (states,), generator=generator)
+    of_state = torch.repeat_interleave(torch.arange(states), sizes)
+    n = len(of_state)
+    return Actions(
+        rewards=torch.randint(0, 2, (n,), generator=generator).float(),
+        known=torch.rand(n, generator=generator) >= unknown,
+        states=of_state,
+        trajectories=of_state // 2,
+        lengths=torch.randint(1, 7, (n,), generator=generator),
+    )
+
+
+def select(actions: Actions, mask: torch.Tensor) -> Actions:
+    return Actions(**{name: value[mask] for name, value in vars(actions).items()})
+
+
+def test_advantages_by_hand() -> None:
+    actions = Actions(
+        rewards=torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]),
+        known=torch.tensor([True, True, True, True, False]),
+        states=torch.tensor([0, 0, 0, 1, 1]),
+        trajectories=torch.tensor([0, 0, 0, 0, 0]),
+        lengths=torch.tensor([2, 2, 2, 2, 2]),
+    )
+    advantage, valid = advantages(actions, "rloo")
+    torch.testing.assert_close(advantage, torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0]))
+    assert valid.tolist() == [True, True, True, False, False]  # one known sample has no siblings to compare with
+    advantage, _ = advantages(actions, "grpo")
+    deviation = torch.tensor([1.0, 0.0, 0.0]).std()
+    torch.testing.assert_close(advantage[:3], (torch.tensor([1.0, 0.0, 0.0]) - 1 / 3) / (deviation + 1e-4))
+    advantage, valid = advantages(actions, "reinforce")
+    assert advantage.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0] and valid.tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("weighting", ["state", "token", "trajectory"])
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_unknown_verdicts_change_neither_baseline_nor_loss(name: str, weighting: str, seed: int) -> None:
+    """Invariant 7: everything is as if those actions had never been drawn, whatever reward stands beside them."""
+    actions = actions_of(seed)
+    poisoned = copy.deepcopy(actions)
+    poisoned.rewards[~actions.known] = float("nan")
+    without = select(actions, actions.known)
+    results = []
+    for one in (poisoned, without):
+        advantage, valid = advantages(one, name)
+        weight = weights(one, valid, weighting, counts(one, valid))
+        results.append((advantage, weight))
+    (advantage, weight), (wanted_advantage, wanted_weight) = results
+    torch.testing.assert_close(advantage[actions.known], wanted_advantage)
+    torch.testing.assert_close(weight[actions.known], wanted_weight)
+    assert (advantage[~actions.known] == 0).all() and (weight[~actions.known] == 0).all()
+
+
+@pytest.mark.parametrize("weighting", ["state", "token", "trajectory"])
+def test_what_the_weighting_promises(weighting: str) -> None:
+    actions = actions_of(3, unknown=0.0)
+    _, valid = advantages(actions, "reinforce")
+    weight = weights(actions, valid, weighting, counts(actions, valid)).double()
+    if weighting == "token":
+        torch.testing.assert_close((weight * actions.lengths).sum(), torch.tensor(1.0, dtype=torch.float64))
+        assert weight.unique().numel() == 1
+        return
+    groups = actions.states if weighting == "state" else actions.trajectories
+    sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, weight)
+    torch.testing.assert_close(sums, torch.full_like(sums, 1 / len(sums)), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["state", "token", "trajectory"])
+def test_two_ranks_weigh_as_one(weighting: str) -> None:
+    """Invariant 2: with summed counts each rank's weights are those of the whole batch."""
+    actions = actions_of(7)
+    _, valid = advantages(actions, "rloo")
+    whole = weights(actions, valid, weighting, counts(actions, valid))
+    halves = [actions.trajectories < 2, actions.trajectories >= 2]
+    parts = [select(actions, half) for half in halves]
+    totals = sum(counts(part, valid[half]) for part, half in zip(parts, halves, strict=True))
+    for part, half in zip(parts, halves, strict=True):
+        torch.testing.assert_close(weights(part, valid[half], weighting, totals), whole[half])
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_loss_and_gradient_by_the_formula(name: str, kl_coef: float) -> None:
+    torch.manual_seed(0)
+    n = 40
+    logp = torch.randn(n, dtype=torch.float64).sub(2).requires_grad_()
+    old, ref = (logp.detach() + 0.3 * torch.randn(n, dtype=torch.float64) for _ in range(2))
+    advantage, weight = torch.randn(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
+    algorithm = AlgorithmConfig(name=name, kl_coef=kl_coef, clip_low=0.1, clip_high=0.2)
+    loss, sums = policy_loss(logp, old, advantage, weight, algorithm, ref if kl_coef else None)
+    expected, kl, clipped = 0.0, 0.0, 0
+    gradient = torch.zeros(n, dtype=torch.float64)
+    now = logp.detach()
+    for t in range(n):
+        ratio = float((now[t] - old[t]).exp())
+        term, slope = ratio * float(advantage[t]), ratio * float(advantage[t])
+        if name == "ppo":
+            bounded = min(max(ratio, 0.9), 1.2) * float(advantage[t])
+            if bounded < term:
+                term, slope, clipped = bounded, 0.0, clipped + 1
+        gap = float(ref[t] - now[t])
+        k3 = torch.tensor(gap).double().exp().item() - gap - 1 if kl_coef else 0.0
+        expected += float(weight[t]) * (-term + kl_coef * k3)
+        gradient[t] = float(weight[t]) * (-slope + (kl_coef * (1 - torch.tensor(gap).double().exp().item()) if kl_coef else 0.0))
+        kl += k3
+    loss.backward()
+    torch.testing.assert_close(float(loss.detach()), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(logp.grad, gradient, rtol=1e-5, atol=1e-8)
+    assert sums.clipped == clipped and sums.tokens == n
+    torch.testing.assert_close(sums.kl, kl, rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_of_weight_zero_contribute_nothing_even_when_poisoned() -> None:
+    logp = torch.tensor([-1.0, float("nan"), -2.0]).requires_grad_()
+    weight = torch.tensor([0.5, 0.0, 0.5])
+    loss, _ = policy_loss(
+        logp, torch.tensor([-1.0, float("inf"), -2.0]), torch.ones(3), weight, AlgorithmConfig(), torch.full((3,), -1.5)
+    )
+    loss.backward()
+    assert loss.isfinite() and logp.grad[1] == 0 and logp.grad.isfinite().all()
+
+
+def test_on_policy_gradient_is_reinforce() -> None:
+    logp = torch.tensor([-1.0, -3.0]).requires_grad_()
+    advantage, weight = torch.tensor([2.0, -1.0]), torch.tensor([0.25, 0.5])
+    loss, _ = policy_loss(logp, logp.detach(), advantage, weight, AlgorithmConfig(name="rloo"))
+    loss.backward()
+    torch.testing.assert_close(logp.grad, -(weight * advantage))

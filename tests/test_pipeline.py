@@ -1,0 +1,255 @@
+"""The whole way on a small real model: every stage as a user starts it, killed and resumed, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swirl_fast.shards import read_trajectories
+from swirl_fast.store import Store
+from swirl_fast.training.metrics import read_metrics
+
+STEPS = 4
+
+
+def overrides(folder: Path, model: Path, *more: str) -> list[str]:
+    return [
+        f"run.folder={folder}",
+        "run.name=r",
+        f"model.path={model}",
+        "tasks.options={min_terms: 2, max_terms: 2, max_digits: 1}",
+        "tasks.limit=6",
+        "tasks.eval_limit=6",
+        "tasks.examples=1",
+        "collect.trajectories_per_question=3",
+        "collect.max_steps=3",
+        "collect.max_action_tokens=24",
+        "collect.batch=8",
+        "filter.kind=none",
+        "judge.rules.coverage=full",
+        f"training.steps={STEPS}",
+        "training.trajectories_per_step=4",
+        "training.samples_per_state=4",
+        "training.max_action_tokens=24",
+        "training.learning_rate=1e-3",
+        "training.checkpoint_every=1",
+        "training.token_budget=1024",
+        "training.tensorboard=false",
+        *more,
+    ]
+
+
+def command(*arguments: str, ranks: int = 0) -> list[str]:
+    start = [sys.executable, "-m"]
+    if ranks:
+        start += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port()), "-m"]
+    return [*start, "swirl_fast", *arguments]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(arguments: Sequence[str], ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def kill_when(arguments: Sequence[str], reached: object, ranks: int = 0) -> None:
+    """Starts a stage and ends its whole process group with SIGKILL as soon as `reached()`."""
+    process = subprocess.Popen(
+        command(*arguments, ranks=ranks), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not reached():  # type: ignore[operator]
+        assert process.poll() is None, f"ended before it could be killed: {process.stderr.read().decode()}"  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder in which `r` is collected, judged and filtered."""
+    folder = tmp_path_factory.mktemp("collected")
+    for stage in ("collect", "judge", "filter"):
+        start([stage, *overrides(folder, tiny_model)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(collected: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted training on one process without torchrun: what all others are compared with."""
+    folder = copy_of(collected, tmp_path_factory.mktemp("trained"))
+    start(["train", *overrides(folder, tiny_model)])
+    return folder
+
+
+def copy_of(source: Path, target: Path) -> Path:
+    import shutil
+
+    shutil.copytree(source / "r", target / "r")
+    return target
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "r" / "model" / "model.safetensors")
+
+
+def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_model: Path) -> None:
+    arguments = overrides(tmp_path, tiny_model, "training.tensorboard=true")
+    first = start(["run", *arguments])
+    folder = tmp_path / "r"
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in ("base", "trained"):
+        assert summary[name]["questions"] == 6
+        assert summary[name].keys() >= {"accuracy", "process_label", "malformed", "questions"}
+        full = json.loads((folder / "evaluations" / f"{name}.json").read_text())
+        assert {key: full[key] for key in summary[name]} == summary[name]
+    assert summary["seconds"] > 0
+    assert "<html" in (folder / "report.html").read_text()
+    # invariant 8: screen, metrics.jsonl and TensorBoard show the same numbers
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    for name in rows[0]:
+        shown = [event.value for event in board.Scalars(name)]
+        assert shown == pytest.approx([row[name] for row in rows], rel=1e-6), name
+    for row in rows:
+        assert f"reward {row['reward']:.3f}" in first.stdout
+    # something was learned from: rewards differ within some state, so gradients are not zero
+    assert any(row["grad_norm"] > 0 for row in rows)
+    assert all(row["engine_gap_mean"] < 1e-4 for row in rows), "engine and trainer disagree on log-probs"  # invariant 4
+    begin = time.monotonic()
+    second = start(["run", *arguments])
+    assert "trained to step" in second.stdout
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert time.monotonic() - begin < 60
+
+
+def test_trajectories_nest_and_shards_hold_them(collected: Path) -> None:
+    """Invariant 3 on what was really collected, and the same datum in the store and in the shards."""
+    with Store(collected / "r" / "trajectories.db", writable=False) as store:
+        stored = {t.id: t for t in store.trajectories(finished=True)}
+    assert len(stored) == 18
+    for trajectory in stored.values():
+        trajectory.check()
+        for i in range(1, trajectory.num_steps):
+            state = trajectory.state(i)
+            before = trajectory.steps[i - 1]
+            assert state[: before.end] == trajectory.tokens[: before.end]
+            assert state[: before.start] == trajectory.state(i - 1)
+    assert {s.trajectory.id: s.trajectory for s in read_trajectories(collected / "r" / "shards")} == stored
+
+
+def test_collect_killed_at_any_moment_loses_and_doubles_nothing(collected: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Invariant 6, and 9: what comes out is what an uninterrupted collection gives."""
+    arguments = ["collect", *overrides(tmp_path, tiny_model)]
+    db = tmp_path / "r" / "trajectories.db"
+
+    def steps() -> int:
+        if not db.exists():
+            return 0
+        try:
+            with Store(db, writable=False) as store:
+                return store.counts().steps
+        except ValueError:  # the tables are not there yet
+            return 0
+
+    for wanted in (1, 14):
+        kill_when(arguments, lambda wanted=wanted: steps() >= wanted)
+    start(arguments)
+    found, expected = [], []
+    for folder, into in ((tmp_path, found), (collected, expected)):
+        with Store(folder / "r" / "trajectories.db", writable=False) as store:
+            into += [(t.id, t.finish, t.tokens, [s.text for s in t.steps]) for t in store.trajectories()]
+    assert found == expected
+
+
+def test_training_killed_and_resumed_equals_uninterrupted(
+    collected: Path, trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Invariant 6 and 9: bit for bit the same parameters, and every step stands once in the metrics."""
+    folder = copy_of(collected, tmp_path)
+    arguments = ["train", *overrides(folder, tiny_model)]
+    for step in (1, 3):
+        kill_when(arguments, lambda step=step: (folder / "r" / "checkpoints" / f"step_{step:06d}").exists())
+    start(arguments)
+    assert [row["step"] for row in read_metrics(folder / "r")] == list(range(1, STEPS + 1))
+    wanted, found = weights(trained), weights(folder)
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_two_ranks_equal_one(collected: Path, trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Invariant 2: loss, gradient norm and parameters, with FSDP2 and other micro-batches, from the same seed."""
+    folder = copy_of(collected, tmp_path)
+    start(["train", *overrides(folder, tiny_model, "training.token_budget=512")], ranks=2)
+    for one, two in zip(read_metrics(trained / "r"), read_metrics(folder / "r"), strict=True):
+        for key in ("reward", "unknown", "states", "actions", "action_tokens"):
+            assert two[key] == pytest.approx(one[key], abs=1e-12), key
+        for key in ("loss", "grad_norm", "entropy", "process_label"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
+    wanted, found = weights(trained), weights(folder)
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    collected: Path, trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(trained, tmp_path)
+    import shutil
+
+    shutil.rmtree(folder / "r" / "model")
+    newest = folder / "r" / "checkpoints" / f"step_{STEPS:06d}"
+    file = next(newest.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = start(["train", *overrides(folder, tiny_model)])
+    assert "does not match its hash" in done.stderr
+    for name, tensor in weights(trained).items():
+        assert torch.equal(tensor, weights(folder)[name]), name
+
+
+def test_other_settings_do_not_continue_a_checkpoint(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+    folder = copy_of(trained, tmp_path)
+    arguments = ["train", *overrides(folder, tiny_model, "training.learning_rate=2e-3")]
+    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "training.learning_rate was 0.001, is 0.002 now" in done.stderr
+
+
+def test_a_budget_below_the_longest_trunk_is_refused_before_any_work(collected: Path, tiny_model: Path, tmp_path: Path) -> None:
+    folder = copy_of(collected, tmp_path)
+    arguments = ["train", *overrides(folder, tiny_model, "training.token_budget=64")]
+    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "training.token_budget=64" in done.stderr and "at least" in done.stderr
+    assert not (folder / "r" / "checkpoints").exists()
