@@ -2,7 +2,16 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-STREAMING = ["Brotli", "python-snappy", "zstd<2", "xxhash", "pillow", "catalogue<3", "filelock", "tqdm"]  # what mosaicml-streaming's shards need
+STREAMING = [
+    "Brotli",
+    "python-snappy",
+    "zstd<2",
+    "xxhash",
+    "pillow",
+    "catalogue<3",
+    "filelock",
+    "tqdm",
+]  # what mosaicml-streaming's shards need
 
 setup(
     name="swirl-fast",

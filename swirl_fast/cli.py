@@ -26,7 +26,9 @@ _STAGES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="swirl-fast", description="Step-Wise Reinforcement Learning of language models that use tools.")
+    top = argparse.ArgumentParser(
+        prog="swirl-fast", description="Step-Wise Reinforcement Learning of language models that use tools."
+    )
     top.add_argument("--version", action="version", version=f"swirl-fast {__version__}")
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, text in _STAGES.items():
@@ -34,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
         stage.add_argument("--config", metavar="FILE", help="a YAML file; ready ones lie in configs/")
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.steps=20")
         if name == "evaluate":
-            stage.add_argument("--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)")
+            stage.add_argument(
+                "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
+            )
             stage.add_argument("--name", help="name of the evaluation of a FOLDER (default: the folder's name)")
     return top
 

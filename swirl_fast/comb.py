@@ -109,14 +109,18 @@ def pack(branches: Sequence[Branch]) -> Comb:
             owners.append((shared[k], k))
         for state in branch.states:
             if not 1 <= state.length <= len(branch.trunk):
-                raise ValueError(f"a state of {state.length} tokens does not lie on its trunk of {len(branch.trunk)} tokens")
+                raise ValueError(
+                    f"a state of {state.length} tokens does not lie on its trunk of {len(branch.trunk)} tokens"
+                )
             owner = next(trunk for first, trunk in reversed(owners) if first < state.length)
             teeth_at[owner].setdefault(state.length, []).extend(zip(state.indices, state.actions, strict=True))
 
     tokens: list[Ints] = []
     depth: list[Ints] = []
     ends: list[Ints] = []
-    trunk_pieces: list[tuple[int, int, int, int]] = []  # (position in the lists above, trunk, first depth, last depth + 1)
+    trunk_pieces: list[
+        tuple[int, int, int, int]
+    ] = []  # (position in the lists above, trunk, first depth, last depth + 1)
     begins: list[int] = []  # packed index at which each trunk starts
     rows: dict[int, Ints] = {}
     targets: dict[int, Ints] = {}
@@ -195,7 +199,8 @@ def micro_batches(branches: Sequence[Branch], token_budget: int) -> list[list[Br
 def _in_order(branches: Sequence[Branch]) -> list[Branch]:
     """Those with actions, by token order of the trunks, so that common prefixes are neighbours; ties by the first action's number."""
     return sorted(
-        (branch for branch in branches if branch.states), key=lambda branch: (branch.trunk.tolist(), branch.states[0].indices)
+        (branch for branch in branches if branch.states),
+        key=lambda branch: (branch.trunk.tolist(), branch.states[0].indices),
     )
 
 

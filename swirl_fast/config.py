@@ -84,8 +84,12 @@ class CollectConfig:
 
 @dataclass
 class RulesConfig:
-    coverage: str = "connected"  # connected: steps may compute parts, the answer must rest on all; full: one calculation for all
-    constants: list[float] = field(default_factory=lambda: [1.0, 2.0, 100.0])  # numbers allowed without being in the context
+    coverage: str = (
+        "connected"  # connected: steps may compute parts, the answer must rest on all; full: one calculation for all
+    )
+    constants: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 100.0]
+    )  # numbers allowed without being in the context
 
 
 @dataclass
@@ -110,6 +114,7 @@ class JudgeConfig:
 @dataclass
 class FilterConfig:
     kind: str = "process"  # none | process | outcome | process_and_outcome
+    when_empty: str = "error"  # error | none: when no trajectory passes, stop, or use all finished ones (the output says so)
     max_trajectories: int = 0  # keep at most so many, spread evenly over the questions; 0: all
 
 
@@ -269,7 +274,12 @@ def check(config: Config) -> None:
                 fail(f"tasks.{key}", "no such file")
     if config.model.chat_template and not Path(config.model.chat_template).is_file():
         fail("model.chat_template", "no such file; give the path of a Jinja template")
-    at_least(0, tasks__limit=config.tasks.limit, tasks__eval_limit=config.tasks.eval_limit, tasks__examples=config.tasks.examples)
+    at_least(
+        0,
+        tasks__limit=config.tasks.limit,
+        tasks__eval_limit=config.tasks.eval_limit,
+        tasks__examples=config.tasks.examples,
+    )
     at_least(1, search__top_k=config.search.top_k, search__passage_chars=config.search.passage_chars)
     one_of("engine.kind", config.engine.kind, ("local",))
     one_of("engine.dtype", config.engine.dtype, ("float32", "bfloat16"))
@@ -283,14 +293,21 @@ def check(config: Config) -> None:
     )
     at_least(0, collect__temperature=c.temperature, collect__top_k=c.top_k, evaluate__temperature=e.temperature)
     if c.temperature == 0 and c.trajectories_per_question > 1:
-        fail("collect.temperature", f"greedy trajectories are all alike, and {c.trajectories_per_question} a question are asked for; set it above 0")
+        fail(
+            "collect.temperature",
+            f"greedy trajectories are all alike, and {c.trajectories_per_question} a question are asked for; set it above 0",
+        )
     if not 0 < c.top_p <= 1:
         fail("collect.top_p", "must be in (0, 1]")
     one_of("judge.kind", config.judge.kind, ("rules", "model"))
     one_of("judge.rules.coverage", config.judge.rules.coverage, ("connected", "full"))
     if config.judge.kind == "model" and not config.judge.model.url.startswith(("http://", "https://")):
-        fail("judge.model.url", "judge.kind=model needs the URL of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1")
+        fail(
+            "judge.model.url",
+            "judge.kind=model needs the URL of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1",
+        )
     one_of("filter.kind", config.filter.kind, FILTERS)
+    one_of("filter.when_empty", config.filter.when_empty, ("error", "none"))
     at_least(0, filter__max_trajectories=config.filter.max_trajectories)
     one_of("algorithm.name", a.name, ALGORITHMS)
     one_of("algorithm.weighting", a.weighting, WEIGHTINGS)
@@ -299,7 +316,10 @@ def check(config: Config) -> None:
     if a.clip_low >= 1:
         fail("algorithm.clip_low", "must be below 1: the ratio is clipped to [1 - clip_low, 1 + clip_high]")
     if a.name in ("reinforce", "rloo", "grpo") and a.updates_per_batch > 1:
-        fail("algorithm.updates_per_batch", f"{a.name} has no clip against its own drift; use algorithm.name=ppo to reuse a batch")
+        fail(
+            "algorithm.updates_per_batch",
+            f"{a.name} has no clip against its own drift; use algorithm.name=ppo to reuse a batch",
+        )
     at_least(0, training__steps=t.steps, training__warmup_steps=t.warmup_steps, training__weight_decay=t.weight_decay)
     at_least(
         1,
@@ -311,9 +331,14 @@ def check(config: Config) -> None:
         training__keep_checkpoints=t.keep_checkpoints,
     )
     if a.name in ("rloo", "grpo", "ppo") and t.samples_per_state < 2:
-        fail("training.samples_per_state", f"algorithm.name={a.name} compares the samples of one state: it needs at least 2 (or algorithm.name=reinforce)")
+        fail(
+            "training.samples_per_state",
+            f"algorithm.name={a.name} compares the samples of one state: it needs at least 2 (or algorithm.name=reinforce)",
+        )
     above_zero(
-        training__temperature=t.temperature, training__learning_rate=t.learning_rate, training__clip_grad_norm=t.clip_grad_norm
+        training__temperature=t.temperature,
+        training__learning_rate=t.learning_rate,
+        training__clip_grad_norm=t.clip_grad_norm,
     )
     if len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
         fail("training.betas", "must be two numbers in [0, 1)")

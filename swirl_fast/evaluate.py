@@ -82,7 +82,9 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         low, high = row[f"{key}_interval"]
         return f"{row[key]:6.1%} [{low:.1%}, {high:.1%}]"
 
-    lines = [f"{'':12}{'accuracy':26}{'mean process label':26}{'malformed':>10}{'repeated':>10}{'steps':>7}{'questions':>11}"]
+    lines = [
+        f"{'':12}{'accuracy':26}{'mean process label':26}{'malformed':>10}{'repeated':>10}{'steps':>7}{'questions':>11}"
+    ]
     for name, row in rows.items():
         lines.append(
             f"{name:12}{share(row, 'accuracy'):26}{share(row, 'process_label'):26}"

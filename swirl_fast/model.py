@@ -39,7 +39,9 @@ def resolve(path: str) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.path={path}: the folder has no config.json; give a folder that save_pretrained wrote")
+            raise ConfigError(
+                f"model.path={path}: the folder has no config.json; give a folder that save_pretrained wrote"
+            )
         return str(folder)
     if path.startswith((".", "/", "~")):
         raise ConfigError(f"model.path={path}: no such folder")
@@ -113,7 +115,9 @@ def _embedded() -> Path:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     options = {"gguf_file": _GGUF}
-    gguf_config = getattr(transformers, "GgufConfig", None)  # from 5.19 on, saving fails without it; 5.12 has no such class
+    gguf_config = getattr(
+        transformers, "GgufConfig", None
+    )  # from 5.19 on, saving fails without it; 5.12 has no such class
     if gguf_config is not None:
         options["quantization_config"] = gguf_config(dequantize=True)
     source = str(Path(spec.origin).parent)

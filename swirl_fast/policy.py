@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from swirl_kernels.linear_logprob import linear_logprob
-from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from swirl_fast.comb import Comb
 from swirl_fast.config import ConfigError
 from swirl_fast.model import refuse_inexact
+from swirl_kernels.linear_logprob import linear_logprob
+from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 
 ATTENTION = "swirl_tree"
 
@@ -70,7 +70,9 @@ def _attention(
     assert packed is not None, "the model was called without a packed row; call Policy.forward"
     assert dropout == 0.0, "attention dropout cannot be exact over shared prefixes"
     plan = packed.plan(sliding_window)
-    out = tree_attention(query[0], key[0], value[0], None, scale=scaling, softcap=softcap, window=sliding_window, plan=plan)
+    out = tree_attention(
+        query[0], key[0], value[0], None, scale=scaling, softcap=softcap, window=sliding_window, plan=plan
+    )
     return out.transpose(0, 1)[None], None
 
 
@@ -90,7 +92,9 @@ class Policy(nn.Module):
         text = model.config.get_text_config()
         for key in ("logit_scale", "logits_scaling"):
             if getattr(text, key, 1.0) not in (None, 1.0):
-                raise ConfigError(f"model type {text.model_type}: {key}={getattr(text, key)} is not supported by the fused log-probs")
+                raise ConfigError(
+                    f"model type {text.model_type}: {key}={getattr(text, key)} is not supported by the fused log-probs"
+                )
         model.set_attn_implementation(ATTENTION)
         self.model = model
         self.temperature = temperature

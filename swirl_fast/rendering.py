@@ -117,14 +117,21 @@ class Renderer:
         rendered = self._render(messages)
         found = set()
         for i, action in enumerate(
-            ("<math_exp>1 + 1</math_exp>", "<think>\nreasoning\n</think>\n\n<math_exp>2</math_exp>", "<answer>2</answer>")
+            (
+                "<math_exp>1 + 1</math_exp>",
+                "<think>\nreasoning\n</think>\n\n<math_exp>2</math_exp>",
+                "<answer>2</answer>",
+            )
         ):
             observation = f"OBSERVATION-{i}"
             messages += [{"role": "assistant", "content": action}, {"role": "user", "content": observation}]
             longer = self._render(messages)
             start = rendered + action
             if not longer.startswith(start) or longer[len(start) :].count(observation) != 1:
-                at = next((k for k, (a, b) in enumerate(zip(longer, start, strict=False)) if a != b), min(len(longer), len(start)))
+                at = next(
+                    (k for k, (a, b) in enumerate(zip(longer, start, strict=False)) if a != b),
+                    min(len(longer), len(start)),
+                )
                 raise ValueError(
                     f"the chat template of {self._name} rewrites earlier turns: after one more turn, {start[max(0, at - 20) : at + 40]!r} "
                     f"has become {longer[max(0, at - 20) : at + 40]!r}. Set model.chat_template to a template that only appends"

@@ -38,9 +38,12 @@ JUDGE_CHUNK = 256  # steps judged between two writes
 
 
 def collect(config: Config) -> None:
+    _save_config(config)
     task = _task(config)
     questions = task.questions("train")
-    sampling = Sampling(config.collect.max_action_tokens, config.collect.temperature, config.collect.top_p, config.collect.top_k)
+    sampling = Sampling(
+        config.collect.max_action_tokens, config.collect.temperature, config.collect.top_p, config.collect.top_k
+    )
     count = config.collect.trajectories_per_question
     with Store(config.folder / "trajectories.db") as store:
         store.check_meta("collection", _fingerprint(config, sampling))
@@ -48,7 +51,9 @@ def collect(config: Config) -> None:
         if store.counts().finished < count * len(questions):
             _roll_out(config, task, questions, count, sampling, store, seed_of(config.run.seed, "collect"), "collect")
         counts = store.counts()
-    print(f"collect: {counts.finished} trajectories of {counts.questions} questions, {counts.steps} steps, {counts.tokens} tokens")
+    print(
+        f"collect: {counts.finished} trajectories of {counts.questions} questions, {counts.steps} steps, {counts.tokens} tokens"
+    )
 
 
 def judge(config: Config) -> None:
@@ -72,22 +77,22 @@ def filter(config: Config) -> None:
         judgements = judgements_of(judge, store, trajectories)
         collection = store.meta().get("collection", {})
     outcomes = {
-        t.id: task.score(questions[t.question_id], t.answer).exact_match == 1.0 for t in trajectories if t.answer is not None
+        t.id: task.score(questions[t.question_id], t.answer).exact_match == 1.0
+        for t in trajectories
+        if t.answer is not None
     }
-    selection = keep(
-        trajectories,
-        judgements,
-        outcomes,
-        config.filter.kind,  # type: ignore[arg-type]  # checked by config.check
-        max_trajectories=config.filter.max_trajectories,
-        seed=config.run.seed,
-    )
+    limit, seed = config.filter.max_trajectories, config.run.seed
+    selection = keep(trajectories, judgements, outcomes, config.filter.kind, max_trajectories=limit, seed=seed)  # type: ignore[arg-type]
+    if not selection.kept and config.filter.when_empty == "none":
+        print(f"filter: {selection.describe()}; filter.when_empty=none, so all finished trajectories are used")
+        selection = keep(trajectories, judgements, outcomes, "none", max_trajectories=limit, seed=seed)
     kept = set(selection.kept)
     samples = [StepSample(t, [j.verdict for j in judgements[t.id]]) for t in trajectories if t.id in kept]
     fingerprint = {"collection": collection, "judge": judge.id, "filter": asdict(config.filter)}
     write_shards(config.folder / "shards", samples, fingerprint=fingerprint, selection=selection, replace=True)
     summary = {
         "kind": selection.kind,
+        "judge": judge.id,
         "kept": len(selection.kept),
         "total": selection.total,
         "survivors": selection.survivors(),
@@ -113,6 +118,7 @@ def train(config: Config) -> None:
 
 def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str, Any]:
     """Evaluates `model.path`, or the Hugging Face folder `weights`, under a name. Returns the summary."""
+    _save_config(config)
     task = _task(config)
     questions = task.questions("eval")
     settings = config.evaluate
@@ -164,7 +170,6 @@ def report(config: Config) -> None:
 def run(config: Config) -> None:
     """Every stage in order, then the table base -> trained and summary.json."""
     start = time.perf_counter()
-    _save_config(config)
     previous = _read_json(config.folder / "summary.json")
     base = evaluate(config, "base")
     collect(config)
@@ -179,7 +184,9 @@ def run(config: Config) -> None:
         seconds = previous["seconds"]  # nothing was done anew: the time it took stands
     _write_json(config.folder / "summary.json", {**rows, "seconds": seconds})
     report(config)
-    print(f"\n{evaluation.table({'base': base, 'trained': trained})}\n\n{config.folder / 'summary.json'}  ({seconds:.0f} s)")
+    print(
+        f"\n{evaluation.table({'base': base, 'trained': trained})}\n\n{config.folder / 'summary.json'}  ({seconds:.0f} s)"
+    )
 
 
 def judgements_of(judge: Judge, store: Store, trajectories: Sequence[Trajectory]) -> dict[str, list[Judgement]]:
@@ -236,7 +243,9 @@ def _roll_out(
         def prompt(question: str) -> list[int]:
             return renderer.prompt(conversation(question, list(tools.values()), config.collect.max_steps, examples))
 
-        collector = Collector(engine, renderer, tools, prompt, sampling, config.collect.max_steps, config.collect.batch, seed)
+        collector = Collector(
+            engine, renderer, tools, prompt, sampling, config.collect.max_steps, config.collect.batch, seed
+        )
         total = count * len(questions)
         with _bar(what, total, "trajectory", store.counts().finished) as bar:
             collector.collect(store, questions, count, lambda trajectories, steps: bar.update(trajectories))

@@ -6,8 +6,8 @@
              |<---- s_3 --------------------------------------------->|
 
 State i is `tokens[:steps[i].start]`: a view, never a copy. `s_{i+1} = s_i + a_i + o_i` holds token by token, because the
-tokens that were sampled are the tokens that are kept (arXiv 2504.04736, section 3; method.md of the paper calls the actions of
-one trajectory its sub-trajectories).
+tokens that were sampled are the tokens that are kept (arXiv 2504.04736, section 3, where a state with its
+action is called a sub-trajectory).
 
 Pure Python: imports neither torch nor transformers.
 """

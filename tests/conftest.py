@@ -89,7 +89,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
     fast.chat_template = CHAT_TEMPLATE
@@ -108,7 +109,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from swirl_fast.tools.calculator import Calculator
 
     torch.manual_seed(0)
-    task = load_task(TasksConfig(limit=200, eval_limit=1, options={"min_terms": 2, "max_terms": 2, "max_digits": 1}), seed=1)
+    task = load_task(
+        TasksConfig(limit=80, eval_limit=1, options={"min_terms": 2, "max_terms": 2, "max_digits": 1}), seed=1
+    )
     calculator = Calculator()
     messages = [conversation(q.text, [calculator], 3, task.examples[:1]) for q in task.questions("train")]
     tokenizer = train_tokenizer([m["content"] for one in messages[:20] for m in one])
@@ -125,7 +128,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(torch.tensor(renderer.prompt(one) + turns))
     calculator.close()
     model = LlamaForCausalLM(
-        LlamaConfig(**{**SHAPE, "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}, tie_word_embeddings=True)
+        LlamaConfig(
+            **{**SHAPE, "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128},
+            tie_word_embeddings=True,
+        )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):

@@ -26,7 +26,9 @@ def branches_of(seed: int, vocab: int = V, longest: int = 14, allow_empty: bool 
     branches, number = [], 0
     for _ in range(draw.randint(1, 4)):
         kept = root[: draw.randint(0, len(root))]
-        trunk = np.array([*kept, *(draw.randrange(1, vocab) for _ in range(draw.randint(0 if kept else 1, longest)))], np.int32)
+        trunk = np.array(
+            [*kept, *(draw.randrange(1, vocab) for _ in range(draw.randint(0 if kept else 1, longest)))], np.int32
+        )
         states = []
         for length in sorted({draw.randint(1, len(trunk)) for _ in range(draw.randint(1, 3))}):
             sizes = [draw.randint(0 if allow_empty else 1, 5) for _ in range(draw.randint(0, 3))]
@@ -161,7 +163,11 @@ def test_fp32_and_tokens_saved() -> None:
     draw = np.random.default_rng(0)
     trunk = draw.integers(1, V, 120).astype(np.int32)
     states = tuple(
-        SampledState(40 * (i + 1), tuple(draw.integers(1, V, 12).astype(np.int32) for _ in range(4)), tuple(range(4 * i, 4 * i + 4)))
+        SampledState(
+            40 * (i + 1),
+            tuple(draw.integers(1, V, 12).astype(np.int32) for _ in range(4)),
+            tuple(range(4 * i, 4 * i + 4)),
+        )
         for i in range(3)
     )
     branches = [Branch(trunk, states)]

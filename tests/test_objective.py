@@ -118,7 +118,9 @@ def test_loss_and_gradient_by_the_formula(name: str, kl_coef: float) -> None:
         gap = float(ref[t] - now[t])
         k3 = torch.tensor(gap).double().exp().item() - gap - 1 if kl_coef else 0.0
         expected += float(weight[t]) * (-term + kl_coef * k3)
-        gradient[t] = float(weight[t]) * (-slope + (kl_coef * (1 - torch.tensor(gap).double().exp().item()) if kl_coef else 0.0))
+        gradient[t] = float(weight[t]) * (
+            -slope + (kl_coef * (1 - torch.tensor(gap).double().exp().item()) if kl_coef else 0.0)
+        )
         kl += k3
     loss.backward()
     torch.testing.assert_close(float(loss.detach()), expected, rtol=1e-6, atol=1e-9)

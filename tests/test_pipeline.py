@@ -71,7 +71,9 @@ def environment() -> dict[str, str]:
 
 
 def start(arguments: Sequence[str], ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -79,7 +81,11 @@ def start(arguments: Sequence[str], ranks: int = 0) -> subprocess.CompletedProce
 def kill_when(arguments: Sequence[str], reached: object, ranks: int = 0) -> None:
     """Starts a stage and ends its whole process group with SIGKILL as soon as `reached()`."""
     process = subprocess.Popen(
-        command(*arguments, ranks=ranks), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        command(*arguments, ranks=ranks),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 200
     while not reached():  # type: ignore[operator]
@@ -167,7 +173,9 @@ def test_trajectories_nest_and_shards_hold_them(collected: Path) -> None:
     assert {s.trajectory.id: s.trajectory for s in read_trajectories(collected / "r" / "shards")} == stored
 
 
-def test_collect_killed_at_any_moment_loses_and_doubles_nothing(collected: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_collect_killed_at_any_moment_loses_and_doubles_nothing(
+    collected: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """Invariant 6, and 9: what comes out is what an uninterrupted collection gives."""
     arguments = ["collect", *overrides(tmp_path, tiny_model)]
     db = tmp_path / "r" / "trajectories.db"
@@ -219,7 +227,9 @@ def test_two_ranks_equal_one(collected: Path, trained: Path, tiny_model: Path, t
     wanted, found = weights(trained), weights(folder)
     assert wanted.keys() == found.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
@@ -247,7 +257,9 @@ def test_other_settings_do_not_continue_a_checkpoint(trained: Path, tiny_model: 
     assert done.returncode == 2 and "training.learning_rate was 0.001, is 0.002 now" in done.stderr
 
 
-def test_a_budget_below_the_longest_trunk_is_refused_before_any_work(collected: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_budget_below_the_longest_trunk_is_refused_before_any_work(
+    collected: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     folder = copy_of(collected, tmp_path)
     arguments = ["train", *overrides(folder, tiny_model, "training.token_budget=64")]
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)

@@ -46,7 +46,11 @@ def test_tokens_of_a_trajectory_decode_to_the_rendered_conversation(template: st
     calculator.close()
     actions, observations = ["<math_exp>2 + 3</math_exp>", "<answer>5</answer>"], ["2 + 3 -> 5.0"]
     tokens = renderer.prompt(messages)
-    tokens += [*renderer.tokenizer.encode(actions[0]), renderer.stop_id, *renderer.observation(observations[0], stopped=True)]
+    tokens += [
+        *renderer.tokenizer.encode(actions[0]),
+        renderer.stop_id,
+        *renderer.observation(observations[0], stopped=True),
+    ]
     messages += [{"role": "assistant", "content": actions[0]}, {"role": "user", "content": observations[0]}]
     assert renderer.tokenizer.decode(tokens) == renderer.tokenizer.decode(renderer.prompt(messages))
 
@@ -79,13 +83,19 @@ def test_text_of_an_action_leaves_the_stop_token_out() -> None:
 
 
 def test_a_template_without_system_role_gets_the_instructions_in_the_first_turn() -> None:
-    tokens = Renderer(tokenizer(GEMMA)).prompt([{"role": "system", "content": "RULES"}, {"role": "user", "content": "Q"}])
+    tokens = Renderer(tokenizer(GEMMA)).prompt(
+        [{"role": "system", "content": "RULES"}, {"role": "user", "content": "Q"}]
+    )
     assert "user\nRULES\n\nQ" in TOKENIZER.decode(tokens)
 
 
 @pytest.mark.parametrize(
     ("template", "why"),
-    [(DROPS_THINKING, "rewrites earlier turns"), (NO_END, "does not end an assistant's turn"), (NUMBERS_TURNS, "differently at different places")],
+    [
+        (DROPS_THINKING, "rewrites earlier turns"),
+        (NO_END, "does not end an assistant's turn"),
+        (NUMBERS_TURNS, "differently at different places"),
+    ],
 )
 def test_other_templates_are_refused_by_name(template: str, why: str) -> None:
     with pytest.raises(ValueError, match=f"chat template of the-model.*{why}"):

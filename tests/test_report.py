@@ -1,6 +1,7 @@
 """The report against the files it is about: the page is parsed, and what it shows is compared with what lies in the
 run's folder."""
 
+import ast
 import base64
 import hashlib
 import json
@@ -156,8 +157,8 @@ def make_trajectory(
 def make_store(
     path: Path, questions: list[Question], trajectories: list[Trajectory]
 ) -> dict[str, list[Judgement | None]]:
-    """Verdicts go round GOOD, BAD, UNKNOWN over the steps; every fifth well-formed step has none. Another judge calls some
-    steps GOOD. Returns what a report should say of each step by trajectory id, None for not judged."""
+    """Verdicts go round GOOD, BAD, UNKNOWN over the steps; every fifth well-formed step has none. Another judge calls
+    some steps GOOD. Returns what a report should say of each step by trajectory id, None for not judged."""
     expected: dict[str, list[Judgement | None]] = {}
     count = 0
     with Store(path) as store:
@@ -505,6 +506,17 @@ def test_curves_and_table_hold_the_metrics(run: Made) -> None:
     for row, metrics in zip(table.one("tbody").all("tr"), run.metrics, strict=True):
         for key, cell in zip(keys, row.all("td"), strict=True):
             assert float(cell.text) == pytest.approx(metrics[key], rel=1e-4)
+
+
+def test_the_keys_are_those_that_training_writes() -> None:
+    source = (Path(__file__).parents[1] / "swirl_fast" / "training" / "loop.py").read_text()
+    function = next(n for n in ast.walk(ast.parse(source)) if getattr(n, "name", "") == "_metrics")
+    returned = next(n.value for n in ast.walk(function) if isinstance(n, ast.Return))
+    assert isinstance(returned, ast.Dict)
+    keys = {key.value for key in returned.keys if isinstance(key, ast.Constant)}
+    assert keys == {key for key in metrics_row(1) if not key.startswith("seconds_")}
+    phases = set(re.findall(r'phase\("(\w+)"\)', source))
+    assert {key.removeprefix("seconds_") for key in metrics_row(1) if key.startswith("seconds_")} <= phases
 
 
 def test_a_long_training_is_averaged_and_gaps_stay_gaps() -> None:

@@ -68,32 +68,37 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T)[targets] without the logits.
 
-    hidden: floating [N, H], any strides; row n predicts targets[n]. weight: [V, H] in the same dtype. bias: [V] or None.
-    Under autocast the matrix products run in the autocast dtype; gradients come back in each input's own dtype.
+    hidden: floating [N, H], any strides; row n predicts targets[n]. weight: [V, H] in the same dtype. bias: [V] or
+    None. Under autocast the matrix products run in the autocast dtype; gradients come back in each input's own dtype.
     targets: integer [N], in [0, valid_vocab), or ignore_index.
     temperature: positive float, or a floating tensor [N] with one per row (no gradient). Divides the logits.
     softcap: logits become softcap * tanh(logits / softcap) before the temperature (Gemma 2: 30). None: no cap.
-    valid_vocab: only the first so many rows of weight are tokens, the rest is padding: no probability, no gradient. None: all.
+    valid_vocab: only the first so many rows of weight are tokens, the rest is padding without probability or gradient.
     entropy: also return the entropy of each row's distribution in nats.
-    ignore_index: rows with this target return 0, whatever their hidden state holds (NaN included), and pass back exactly zero.
-    workspace_mb: bound on what exists of the logits at any moment, in MiB, forward and backward, beside inputs and gradients.
+    ignore_index: rows with this target return 0 and pass back exactly zero, whatever they hold (NaN included).
+    workspace_mb: MiB of logits that may exist at any moment: working tiles, and tiles held from forward to backward.
 
-    Returns logp [N], natural logarithm, fp32 (float64 for float64 inputs), or (logp, entropy). Gradients for hidden, weight and
-    bias through both; a frozen input costs nothing, and rows whose upstream gradient is exactly zero are skipped exactly.
+    Returns logp [N], natural logarithm, fp32 (float64 for float64 inputs), or (logp, entropy). Gradients for hidden,
+    weight and bias through both; a frozen input costs nothing, and rows whose upstream gradient is exactly zero are
+    skipped exactly.
 
-    Precision: sums over the vocabulary and over rows are fp32 (float64 for float64). In bf16 and fp16 the logits carry the
-    rounding of the matrix product's output, except the target's own logit, which is computed in fp32.
-    Repeatability: the vocabulary is cut at places that depend on workspace_mb and H alone, never on N, and rows never mix. What
-    remains is the matrix product, whose library may round differently for another number of rows: the same row in another
-    packing agrees to 1e-6 relative to its logits in fp32.
+    Precision: sums over the vocabulary and over rows are fp32 (float64 for float64). In bf16 and fp16 the logits carry
+    the rounding of the matrix product's output, except the target's own logit, which is computed in fp32.
+    Repeatability: where the vocabulary is cut depends on the settings and dtypes, never on N, and rows never mix. What
+    remains is the matrix product, whose library may round differently for another number of rows: in fp32 a row's
+    results agree to 1e-6 (relative, and 2e-6 absolute) under any permutation and packing, not bit by bit.
 
-    Raises ValueError for wrong shapes, dtypes, devices or settings, and for a target outside the vocabulary (row and value named).
+    Raises ValueError for wrong shapes, dtypes, devices or settings, and for a target outside the vocabulary (row and
+    value named).
 
-    Cost: 2NHV for the forward and 6NHV for the backward multiply-adds' worth of operations: one NHV product is computed again
-    instead of being kept. Source of the scheme: Wijmans et al., "Cut Your Losses", arXiv 2411.09009; unlike theirs, no entry of
-    the softmax is dropped for being small.
+    Cost in floating-point operations: 2NHV forward, 6NHV backward, of which 2NHV compute the logits again; tiles that
+    fit into workspace_mb are held instead, so that a small N costs 6NHV in all (and full logits 6NHV plus the passes
+    over them). Scheme: Wijmans et al., "Cut Your Losses", arXiv 2411.09009; unlike theirs, no entry of the softmax is
+    dropped for being small.
     """
-    settings = _checked(hidden, weight, targets, bias, temperature, softcap, valid_vocab, entropy, ignore_index, workspace_mb)
+    settings = _checked(
+        hidden, weight, targets, bias, temperature, softcap, valid_vocab, entropy, ignore_index, workspace_mb
+    )
     backend = choose_backend("linear_logprob", hidden)
     assert backend == "torch", f"linear_logprob knows no backend {backend}"
     per_row = temperature.detach() if isinstance(temperature, Tensor) else None
@@ -142,8 +147,8 @@ def _checked(
 ) -> Settings:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; give [N, H] and [V, H] (select the rows "
-            "that predict something first; a batch dimension is flattened by the caller)"
+            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; give [N, H] and [V, H] "
+            "(select the rows that predict something and flatten a batch dimension first)"
         )
     rows, vocab = hidden.shape[0], weight.shape[0]
     if targets.shape != (rows,) or targets.is_floating_point() or targets.dtype == torch.bool:
@@ -152,7 +157,9 @@ def _checked(
         raise ValueError(f"bias has shape {tuple(bias.shape)}; weight has {vocab} rows, so it must be [{vocab}]")
     devices = {t.device for t in (hidden, weight, targets, bias, temperature) if isinstance(t, Tensor)}
     if len(devices) > 1:
-        raise ValueError(f"hidden, weight, targets, bias, temperature lie on {sorted(map(str, devices))}; use one device")
+        raise ValueError(
+            f"hidden, weight, targets, bias, temperature lie on {sorted(map(str, devices))}; use one device"
+        )
     valid_vocab = vocab if valid_vocab is None else valid_vocab
     if not 1 <= valid_vocab <= vocab:
         raise ValueError(f"valid_vocab is {valid_vocab}; weight has {vocab} rows, so it must lie in [1, {vocab}]")
@@ -165,21 +172,21 @@ def _checked(
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(
-            f"targets[{row}] is {int(targets[row])}, outside the vocabulary [0, {valid_vocab}); rows to leave out carry "
-            f"ignore_index={ignore_index}"
+            f"targets[{row}] is {int(targets[row])}, outside the vocabulary [0, {valid_vocab}); rows to leave out "
+            f"carry ignore_index={ignore_index}"
         )
     if isinstance(temperature, Tensor):
         if temperature.shape != (rows,) or not temperature.is_floating_point() or temperature.requires_grad:
             raise ValueError(
-                f"temperature has shape {tuple(temperature.shape)}, dtype {temperature.dtype}, "
-                f"requires_grad={temperature.requires_grad}; give a float, or a floating tensor [{rows}] without gradient"
+                f"temperature has shape {tuple(temperature.shape)}, dtype {temperature.dtype}, requires_grad="
+                f"{temperature.requires_grad}; give a float, or a floating tensor [{rows}] without gradient"
             )
         wrong = torch.nonzero(live & ~((temperature > 0) & temperature.isfinite()))
         if len(wrong):
             row = int(wrong[0])
             raise ValueError(f"temperature[{row}] is {float(temperature[row])}; it must be positive and finite")
     elif not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be positive and finite (greedy decoding has no gradient)")
+        raise ValueError(f"temperature is {temperature}; it must be positive and finite (greedy has no distribution)")
     return Settings(
         compute_dtype=_compute_dtype(hidden, weight),
         temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),

@@ -1,9 +1,10 @@
 """Causal attention over a forest packed in preorder.
 
-Legend: T packed tokens (keys), Q queries (T unless query_index says otherwise), D head dimension, Hq query heads, Hkv key heads.
+Legend: T packed tokens (keys), Q queries (T unless query_index says otherwise), D head dimension, Hq query heads, Hkv
+key heads.
 
-Key j is visible to query i iff `j <= i < subtree_end[j]`. A prompt of two tokens, two teeth (3 4 and 5 6) that hang at its second
-state and the trunk's own continuation (7 8):
+Key j is visible to query i iff `j <= i < subtree_end[j]`. A prompt of two tokens, two teeth (3 4 and 5 6) that hang at
+its second state and the trunk's own continuation (7 8):
 
                                         keys   0 1 2 3 4 5 6 7 8
     0 1 2 ─┬─ 3 4      subtree_end[keys] ->    9 9 9 5 5 7 7 9 9
@@ -17,7 +18,8 @@ state and the trunk's own continuation (7 8):
                                            7   x x x . . . . x
                                            8   x x x . . . . x x
 
-Plain causal attention is `subtree_end = T`; packed documents have the end of their document; both are trees without branches.
+Plain causal attention is `subtree_end = T`; packed documents have the end of their document; both are trees without
+branches.
 
 Left out: dropout, attention sinks, double backward, gradients through vmap.
 """
@@ -25,12 +27,15 @@ Left out: dropout, attention sinks, double backward, gradients through vmap.
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor
 
 from swirl_kernels.backend import choose_backend
+from swirl_kernels.tree import TreePlan, tree_plan
 from swirl_kernels.tree_attention_torch import tree_attention_torch
-from swirl_kernels.tree_plan import TreePlan, tree_plan
+
+__all__ = ["TreePlan", "naive_tree_attention", "tree_attention", "tree_plan"]
 
 
 def tree_attention(
@@ -48,27 +53,29 @@ def tree_attention(
 ) -> Tensor:
     """softmax(mask(cap(scale q k^T))) v with the mask of a forest in preorder, at the cost of the visible pairs alone.
 
-    q: [Hq, Q, D]; k, v: [Hkv, T, D], Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv)); one floating dtype, any
-    strides. Under autocast all three are cast to the autocast dtype, as scaled_dot_product_attention does.
+    q: [Hq, Q, D]; k, v: [Hkv, T, D], Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv)); one floating
+    dtype, any strides. Under autocast all three are cast to the autocast dtype, as scaled_dot_product_attention does.
     subtree_end: integer [T], first preorder index after each token's subtree. None is allowed when plan is given.
     depth: integer [T], position on the path from the root; only the window reads it. None: the number of ancestors.
     scale: factor on the scores, default D ** -0.5.
     softcap: scores become softcap * tanh(scores / softcap) before the mask (Gemma 2: 50).
     window: key j is visible only when depth[i] - depth[j] < window; None: no window.
-    query_index: integer [Q], preorder index of each query, when only some tokens are queries (an engine whose other tokens lie in
-    its cache). None: Q = T.
-    plan: `tree_plan(subtree_end, depth=…, window=…, query_index=…)`, to be made once and passed to every layer; depth and
-    query_index are then read from it.
+    query_index: integer [Q], preorder index of each query, when only some tokens are queries (an engine whose other
+    tokens lie in its cache). None: Q = T.
+    plan: `tree_plan(subtree_end, depth=…, window=…, query_index=…)`, to be made once and passed to every layer; depth
+    and query_index are then read from it.
 
-    Returns [Hq, Q, D] in q's dtype, with gradients for q, k and v. Statistics are fp32 (float64 for float64 inputs). Memory is
-    O(T); nothing of size Q x T exists. Branches do not touch each other: a NaN in one leaves its siblings and other trees alone.
+    Returns [Hq, Q, D] in q's dtype, with gradients for q, k and v. Statistics are fp32 (float64 for float64 inputs).
+    Memory is O(T); nothing of size Q x T exists. Branches do not touch each other: a NaN in one leaves its siblings and
+    other trees alone.
 
-    Raises ValueError for wrong shapes, dtypes or devices, for a subtree_end that is no preorder, and for a plan of another packing
-    or window.
+    Raises ValueError for wrong shapes, dtypes or devices, for a subtree_end that is no preorder, and for a plan of
+    another packing or window.
 
-    How: every segment of the tree is one call against its own keys (causal) and one for everything below it (no mask). The parts
-    of a query are merged by their log-sum-exp, and since `p = exp(score - lse)` and `delta = sum(dout * out)` need only the merged
-    lse and out, the backward runs part by part as well (FlashAttention-2, arXiv 2307.08691, section 3.1).
+    How: every segment of the tree is one call against its own keys (causal) and one for everything below it (no mask).
+    The parts of a query are merged by their log-sum-exp, and since `p = exp(score - lse)` and `delta = sum(dout * out)`
+    need only the merged lse and out, the backward runs part by part as well (FlashAttention-2, arXiv 2307.08691,
+    section 3.1).
     """
     q, k, v = _one_dtype(q, k, v)
     plan = _checked_plan(q, k, v, subtree_end, depth, window, query_index, plan)
@@ -139,10 +146,14 @@ def _checked_plan(
             "[Hkv, T, D] (no batch dimension: pack the batch into one row)"
         )
     if q.shape[0] == 0 or k.shape[0] == 0 or q.shape[0] % k.shape[0]:
-        raise ValueError(f"{q.shape[0]} query heads over {k.shape[0]} key heads; the first must be a multiple of the second")
+        raise ValueError(
+            f"{q.shape[0]} query heads over {k.shape[0]} key heads; the first must be a multiple of the second"
+        )
     if plan is None:
         if subtree_end is None:
-            raise ValueError("subtree_end is None and no plan is given; one of the two must say what the tree looks like")
+            raise ValueError(
+                "subtree_end is None and no plan is given; one of the two must say what the tree looks like"
+            )
         plan = tree_plan(subtree_end, depth=depth, window=window, query_index=query_index)
     else:
         if depth is not None or query_index is not None:
@@ -152,16 +163,19 @@ def _checked_plan(
         if subtree_end is not None and (
             subtree_end.shape != plan.subtree_end.shape
             # Comparing the values on a GPU would make every layer wait for the device.
-            or (subtree_end.device.type == "cpu" and not torch.equal(subtree_end, plan.subtree_end.to(subtree_end.dtype)))
+            or (
+                subtree_end.device.type == "cpu"
+                and not torch.equal(subtree_end, plan.subtree_end.to(subtree_end.dtype))
+            )
         ):
             raise ValueError("the plan was made for another subtree_end; call tree_plan once per packing")
     if k.shape[1] != plan.num_keys or q.shape[1] != plan.num_queries:
         raise ValueError(
-            f"q has {q.shape[1]} tokens and k {k.shape[1]}, but the tree has {plan.num_queries} queries and {plan.num_keys} "
-            "keys; pass query_index when only some of the packed tokens are queries"
+            f"q has {q.shape[1]} tokens and k {k.shape[1]}, but the tree has {plan.num_queries} queries and "
+            f"{plan.num_keys} keys; pass query_index when only some of the packed tokens are queries"
         )
     if not q.device == k.device == v.device == plan.depth.device:
         raise ValueError(
-            f"q, k, v and subtree_end lie on {q.device}, {k.device}, {v.device}, {plan.depth.device}; move them to one device"
+            f"q, k, v and subtree_end lie on {q.device}, {k.device}, {v.device}, {plan.depth.device}; use one device"
         )
     return plan

@@ -1,9 +1,10 @@
 """tree_attention in plain torch: the parts of a TreePlan, one call each, merged by their log-sum-exp.
 
-Legend: B batched calls (blocks x query heads per key head), H key heads, n queries and m keys of one call, D head dimension.
+Legend: B batched calls (blocks x query heads per key head), H key heads, n queries and m keys of one call, D head
+dimension.
 
-On a CPU a call is torch's own flash kernel, taken at the aten level because only there it hands out the log-sum-exp and takes a
-merged one back. With a soft-cap, and on other devices, a call is explicit math over chunks of queries.
+On a CPU a call is torch's own flash kernel, taken at the aten level because only there it hands out the log-sum-exp and
+takes a merged one back. With a soft-cap, and on other devices, a call is explicit math over chunks of queries.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swirl_kernels.tree_plan import Part, Rows, TreePlan
+from swirl_kernels.tree import Part, Rows, TreePlan
 
 SCORE_ELEMENTS = 1 << 24  # scores held at once where they are computed explicitly (64 MB in fp32)
 SPLIT_QUERIES = 256  # a query block is split over threads only into pieces at least this long
 
 
-def tree_attention_torch(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, scale: float, softcap: float | None) -> Tensor:
+def tree_attention_torch(
+    q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, scale: float, softcap: float | None
+) -> Tensor:
     """q [Hq, Q, D] in ascending preorder, k and v [Hkv, T, D]; everything checked by the caller. Returns [Hq, Q, D]."""
     out: Tensor = _TreeAttention.apply(q, k, v, plan, scale, softcap)
     return out
@@ -88,8 +91,8 @@ class _Calls:
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def _below(self) -> Iterator[Part]:
-        """The parts without a triangle. The flash backward runs one thread per head and block, so a part is split until that
-        keeps the threads evenly busy (9 heads of 64 on 2 threads: 150 -> 129 ms for 4800 x 720)."""
+        """The parts without a triangle. The flash backward runs one thread per head and block, so a part is split until
+        that keeps the threads evenly busy (9 heads of 64 on 2 threads: 150 -> 129 ms for 4800 x 720)."""
         heads, threads = self.key_heads * self.group, torch.get_num_threads()
         for part in self.plan.below:
             rows, n = part.queries.index, part.queries.length
@@ -113,10 +116,19 @@ class _Calls:
             o, s = _flash_forward(q_, k_, v_, part.causal, visible, self.scale)
         else:
             o, s = _math_forward(q_, k_, v_, part.causal, visible, self.scale, self.softcap)
-        return self._rows(part.queries, o.to(self.accumulator)), self._rows(part.queries, s)
+        return self._rows(part, o.to(self.accumulator)), self._rows(part, s)
 
     def _backward_part(
-        self, part: Part, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dk: Tensor, dv: Tensor
+        self,
+        part: Part,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dk: Tensor,
+        dv: Tensor,
     ) -> Tensor:
         """Adds to dk and dv, returns dq of the part's real queries [Hq, rows, D]."""
         dout_, q_, out_ = (self._queries(part, x) for x in (dout, q, out))
@@ -128,33 +140,36 @@ class _Calls:
             grads = _math_backward(dout_, q_, k_, v_, out_, lse_, part.causal, visible, self.scale, self.softcap)
         dq_, dk_, dv_ = grads
         for total, share in ((dk, dk_), (dv, dv_)):
-            share = share.unflatten(0, (-1, self.group)).sum(1, dtype=self.accumulator)  # [blocks, H, m, D]
+            share = share.unflatten(0, (part.queries.blocks, -1)).sum(1, dtype=self.accumulator)  # [blocks, H, m, D]
             if part.keys.blocks == 1:
                 share = share.sum(0, keepdim=True)
             _add(total, part.keys.index, part.keys.drop_padding(share.transpose(0, 1)))
-        return self._rows(part.queries, dq_.to(self.accumulator))
+        return self._rows(part, dq_.to(self.accumulator))
+
+    # The query heads of one key head become further blocks over the same keys, except under a mask: there they become
+    # further queries (the mask says who sees what), which spares copying the keys of many short blocks for each of them.
 
     def _queries(self, part: Part, x: Tensor) -> Tensor:
-        """[Hq, Q, D] -> [blocks * group, H, n, D]."""
+        """[Hq, Q, D] -> [blocks * group, H, n, D], or masked [blocks, H, group * n, D]."""
         grid = part.queries.take(x).unflatten(0, (self.key_heads, self.group))
-        return grid.permute(2, 1, 0, 3, 4).flatten(0, 1)
+        return grid.permute(2, 0, 1, 3, 4).flatten(2, 3) if part.masked else grid.permute(2, 1, 0, 3, 4).flatten(0, 1)
+
+    def _rows(self, part: Part, x: Tensor) -> Tensor:
+        """The inverse: [blocks * group, H, n, …] or [blocks, H, group * n, …] -> [Hq, real rows, …]."""
+        if part.masked:
+            grid = x.unflatten(2, (self.group, -1)).movedim(0, 2).flatten(0, 1)
+        else:
+            grid = x.unflatten(0, (-1, self.group)).transpose(0, 2).flatten(0, 1)
+        return part.queries.drop_padding(grid)
 
     def _keys(self, part: Part, x: Tensor) -> Tensor:
-        """[Hkv, T, D] -> [blocks * group, H, m, D]; repeated, not copied, where all blocks read the same keys."""
+        """[Hkv, T, D] -> [blocks * group or blocks, H, m, D]; repeated, not copied, where all blocks read the same."""
         grid = part.keys.take(x).transpose(0, 1)[:, None]
-        blocks = part.queries.blocks
-        return grid.expand(blocks, self.group, *grid.shape[2:]).flatten(0, 1)
-
-    def _rows(self, rows: Rows, x: Tensor) -> Tensor:
-        """[blocks * group, H, n, …] -> [Hq, real rows, …]."""
-        grid = x.unflatten(0, (-1, self.group)).transpose(0, 2).flatten(0, 1)
-        return rows.drop_padding(grid)
+        return grid.expand(part.queries.blocks, 1 if part.masked else self.group, *grid.shape[2:]).flatten(0, 1)
 
     def _visible(self, part: Part) -> Tensor | None:
-        """[blocks * group, 1, n, m], True = visible; None where no mask is needed."""
-        if not part.masked:
-            return None
-        return self.plan.visible(part).repeat_interleave(self.group, 0)[:, None]
+        """[blocks, 1, group * n, m], True = visible; None where no mask is needed."""
+        return self.plan.visible(part).repeat(1, self.group, 1)[:, None] if part.masked else None
 
 
 def _put(total: Tensor, rows: slice | Tensor, values: Tensor) -> None:
@@ -265,7 +280,8 @@ def _math_backward(
         dv += torch.matmul(weights.transpose(-2, -1), dout_)
         dscores = torch.matmul(dout_, v.transpose(-2, -1)).sub_(delta[:, :, rows]).mul_(weights)
         if softcap is not None:
-            # d tanh = 1 - tanh^2; where the mask put -inf the weight is zero already, and inf * 0 must not come out of it.
+            # d tanh = 1 - tanh^2; where the mask put -inf the weight is zero already, and inf * 0 must not come out of
+            # it.
             dscores.mul_(1 - scores.div_(softcap).clamp_(-1, 1).square_())
         dscores.mul_(scale)
         dq[:, :, rows] = torch.matmul(dscores, k)

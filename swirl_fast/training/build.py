@@ -25,9 +25,21 @@ _MARKER = "trained.json"
 def settings_of(config: Config) -> dict[str, object]:
     """What a checkpoint's further course depends on; what may change on resuming (its length, its pace of saving) is left out."""
     training = asdict(config.training)
-    for name in ("steps", "checkpoint_every", "keep_checkpoints", "tensorboard", "token_budget", "activation_checkpointing"):
+    for name in (
+        "steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "tensorboard",
+        "token_budget",
+        "activation_checkpointing",
+    ):
         del training[name]
-    return {"model": asdict(config.model), "algorithm": asdict(config.algorithm), "training": training, "seed": config.run.seed}
+    return {
+        "model": asdict(config.model),
+        "algorithm": asdict(config.algorithm),
+        "training": training,
+        "seed": config.run.seed,
+    }
 
 
 def run_training(config: Config, ranks: Ranks) -> None:
@@ -44,7 +56,9 @@ def run_training(config: Config, ranks: Ranks) -> None:
     content = int(stream.manifest.content_hash, 16) >> 12  # exact in a float64
     spread = ranks.max(torch.tensor([content, -content], dtype=torch.float64)).sum()
     if spread != 0:
-        raise ValueError(f"{config.folder / 'shards'} is not the same on all ranks; copy the same folder to every machine")
+        raise ValueError(
+            f"{config.folder / 'shards'} is not the same on all ranks; copy the same folder to every machine"
+        )
     marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings_of(config)}
     if (target / _MARKER).is_file() and json.loads((target / _MARKER).read_text()) == marker:
         if ranks.main:
@@ -82,7 +96,9 @@ def run_training(config: Config, ranks: Ranks) -> None:
         reference.requires_grad_(False)
         shard(reference, ranks, compute)
     judge = load_judge(config.judge, {task.name: task.tools})
-    trainer = Trainer(config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings_of(config))
+    trainer = Trainer(
+        config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings_of(config)
+    )
     try:
         trainer.train()
         checkpoint.export(target, policy, tokenizer, ranks)

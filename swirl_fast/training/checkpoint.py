@@ -26,7 +26,13 @@ _MANIFEST = "manifest.json"
 
 
 def save(
-    folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any], ranks: Ranks, keep: int
+    folder: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    ranks: Ranks,
+    keep: int,
 ) -> Path:
     """Writes `folder/step_N` and removes all but the last `keep`. Collective. state: JSON-able, the same on every rank."""
     target = folder / f"step_{step:06d}"

@@ -7,7 +7,6 @@ clip, optimizer -> weights to the engine. Started alone or by `torchrun`, with t
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -245,14 +244,18 @@ class Trainer:
                 if first:
                     used = batch.weight_N != 0
                     gap = (logp_N.detach() - batch.engine_logp_N)[used].abs()
-                    totals.loss += float(loss)
+                    totals.loss += float(loss.detach())
                     totals.add(sums)
                     totals.gap += float(gap.sum())
                     totals.gap_max = max(totals.gap_max, float(gap.max()) if len(gap) else 0.0)
                     assert entropy_N is not None
                     totals.entropy += float(entropy_N[used].sum())
         with totals.phase("optimizer"):
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), training.clip_grad_norm) if batches else torch.zeros(())
+            norm = (
+                torch.nn.utils.clip_grad_norm_(self.policy.parameters(), training.clip_grad_norm)
+                if batches
+                else torch.zeros(())
+            )
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             grad_norm = float(norm)
             if not math.isfinite(grad_norm):
@@ -266,8 +269,8 @@ class Trainer:
         return grad_norm
 
     def _metrics(self, totals: Totals, grad_norm: float, seconds: float) -> Metrics:
-        names = [name for name, value in vars(totals).items() if isinstance(value, float) and not name.endswith("_max")]
-        summed = self.ranks.sum(torch.tensor([getattr(totals, name) for name in names], dtype=torch.float64))
+        names = [name for name in vars(totals) if name != "seconds" and not name.endswith("_max")]
+        summed = self.ranks.sum(torch.tensor([float(getattr(totals, name)) for name in names], dtype=torch.float64))
         s = dict(zip(names, summed.tolist(), strict=True))
         top = self.ranks.max(torch.tensor([totals.gap_max, totals.ratio_max, seconds], dtype=torch.float64))
         gap_max, ratio_max, seconds = top.tolist()
@@ -296,7 +299,11 @@ class Trainer:
             "tokens_effective": s["effective_tokens"],
             "tokens_computed_per_second": s["computed_tokens"] / seconds,
             "tokens_effective_per_second": s["effective_tokens"] / seconds,
-            "tflops": 6 * parameters * s["computed_tokens"] / max(totals.seconds.get("forward_backward", 0.0), 1e-9) / 1e12,
+            "tflops": 6
+            * parameters
+            * s["computed_tokens"]
+            / max(totals.seconds.get("forward_backward", 0.0), 1e-9)
+            / 1e12,
             "cache_hit_rate": s["cached_tokens"] / max(s["prompt_tokens"], 1.0),
             "seconds": seconds,
             **{f"seconds_{name}": value for name, value in totals.seconds.items()},
@@ -334,7 +341,11 @@ def check_budget(config: Config, trajectories: list[Trajectory], max_context: in
 def _difference(old: Any, new: Any, key: str = "") -> str:
     """The leaves in which two nested dicts differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
-        parts = (_difference(old.get(k), new.get(k), f"{key}.{k}".lstrip(".")) for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+        parts = (
+            _difference(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))
+            for k in sorted({*old, *new})
+            if old.get(k) != new.get(k)
+        )
         return "; ".join(parts)
     return f"{key} was {old!r}, is {new!r} now"
 

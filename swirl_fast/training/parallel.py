@@ -89,7 +89,10 @@ def shard(policy: Policy, ranks: Ranks, compute_dtype: torch.dtype = torch.float
 def decoder_layers(policy: Policy) -> torch.nn.ModuleList:
     """The one ModuleList that holds the model's decoder layers."""
     for module in policy.model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == policy.model.config.get_text_config().num_hidden_layers:
+        if (
+            isinstance(module, torch.nn.ModuleList)
+            and len(module) == policy.model.config.get_text_config().num_hidden_layers
+        ):
             return module
     raise ValueError(f"model type {policy.model.config.model_type}: no list of decoder layers was found to shard")
 

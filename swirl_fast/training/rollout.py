@@ -79,7 +79,9 @@ def to_actions(sampled: Sequence[SampledAction], judgements: Sequence[Judgement]
     )
 
 
-def to_branches(trajectories: Sequence[Trajectory], sampled: Sequence[SampledAction], keep: Sequence[bool]) -> list[Branch]:
+def to_branches(
+    trajectories: Sequence[Trajectory], sampled: Sequence[SampledAction], keep: Sequence[bool]
+) -> list[Branch]:
     """One branch a trajectory; an action's number is its place in `sampled`; actions that are not kept are left out."""
     grouped: dict[int, dict[int, list[int]]] = {}
     for number, one in enumerate(sampled):

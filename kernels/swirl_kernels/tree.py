@@ -1,0 +1,310 @@
+"""The structure of a packed tree, derived once per packing and shared by all layers.
+
+Legend: T packed tokens (keys), Q queries, B blocks of one batched call, L tokens of a block.
+
+A segment is a maximal run of equal `subtree_end`: a stretch of the tree without a branch. Two kinds of calls cover
+every visible pair exactly once, and none of them needs a mask unless a window cuts into it:
+
+    own     the queries of a segment against the keys of the same segment: plain causal attention; segments of like
+            length (the teeth of a comb) are padded to one length and go as one batch
+    below   the keys of a segment against the queries of everything below it: no mask at all, since all of them see
+            all of it, and in preorder they are one contiguous slice
+
+    preorder index    0 1 2 3 4 5 6 7 8 9            0 1 2 ─┬─ 3 4 ─┬─ 5 6
+    subtree_end      10 . . 9 . 7 . 9 . 10                  │       └─ 7 8
+    own               [0 3) [3 5) [5 7) [7 9) [9 10)        └─ 9
+    below             keys [0 3) x queries [3 10);  keys [3 5) x queries [5 9)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PIECE = 1024  # longest segment in one call; cutting longer ones gives a CPU's threads more (head, block) pairs to share
+ALONE = 512  # segments this long gain nothing from a batch
+MASK_ELEMENTS = 1 << 22  # largest mask of one call
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a [heads, N, …] tensor laid out as [heads, blocks, length, …], short blocks padded with zeros.
+
+    index: the real rows, in order. slots: where each of them lies in the flattened [blocks * length] grid; None without
+    padding.
+    """
+
+    index: slice | Tensor
+    blocks: int
+    length: int
+    slots: Tensor | None = None
+
+    def take(self, x: Tensor) -> Tensor:
+        rows = x[:, self.index] if isinstance(self.index, slice) else _select(x, self.index)
+        if self.slots is not None:
+            grid = rows.new_zeros(x.shape[0], self.blocks * self.length, *x.shape[2:])
+            rows = grid.index_copy_(1, self.slots, rows)
+        return rows.unflatten(1, (self.blocks, self.length))
+
+    def drop_padding(self, grid: Tensor) -> Tensor:
+        """The inverse of the layout: [heads, blocks, length, …] to [heads, real rows, …]."""
+        rows = grid.flatten(1, 2)
+        return rows if self.slots is None else _select(rows, self.slots)
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    """x[:, index]. On token-major memory index_select along the heads' side would copy all of x first (4x slower)."""
+    if x.stride(1) > x.stride(0):
+        return x.transpose(0, 1).index_select(0, index).transpose(0, 1)
+    return x.index_select(1, index)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One attention call. causal: query and key blocks are the same tokens. masked: positions and depths decide."""
+
+    queries: Rows
+    keys: Rows
+    causal: bool = False
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """What `tree_plan` found out. Opaque to callers; everything but the two sizes lies on `subtree_end`'s device."""
+
+    num_keys: int
+    num_queries: int
+    window: int | None
+    subtree_end: Tensor  # [T]
+    depth: Tensor  # [T]
+    position: Tensor  # [Q] preorder index of every query, ascending
+    order: Tensor | None  # [Q] puts the caller's queries into ascending order; None when they are
+    own: tuple[Part, ...]  # together they hold every query exactly once
+    below: tuple[Part, ...]
+
+    def visible(self, part: Part) -> Tensor:
+        """The mask of a masked part, [B, Lq, Lk], True = visible; padding sees nothing and is seen by nothing."""
+        q = part.queries.take(self.position[None] + 1)[0] - 1
+        k = part.keys.take(torch.arange(1, self.num_keys + 1, device=self.depth.device)[None])[0] - 1
+        seen = (k[:, None, :] >= 0) & (k[:, None, :] <= q[:, :, None])
+        if self.window is not None:
+            distance = self.depth[q.clamp(min=0)][:, :, None] - self.depth[k.clamp(min=0)][:, None, :]
+            seen &= distance < self.window
+        return seen
+
+
+def tree_plan(
+    subtree_end: Tensor,
+    *,
+    depth: Tensor | None = None,
+    window: int | None = None,
+    query_index: Tensor | None = None,
+) -> TreePlan:
+    """Checks a packing and derives its calls. Do it once per packing (and window), not once per layer.
+
+    subtree_end: integer [T], first preorder index after each token's subtree.
+    depth: integer [T], position on the path from the root, used by the window alone; None: the number of ancestors.
+    window: a query sees keys whose depth is less than `window` below its own; None: all.
+    query_index: integer [Q], preorder index of each query, any order; None: every token is a query.
+
+    Cost: a few passes over T integers and one Python step per segment (1 to 2 ms for a comb of 8k tokens and 100 teeth).
+
+    Raises ValueError when subtree_end is no preorder (`j < end[j] <= T`, intervals nested), a shape or dtype is wrong,
+    an index lies outside, or window < 1.
+    """
+    end = _integers(subtree_end, "subtree_end")
+    num_keys = len(end)
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; use at least 1 (a token always sees itself), or None for no window")
+    starts = _segments(end)
+    if depth is None:
+        # Tokens before i whose subtree has ended are no ancestors; the others are.
+        index = torch.arange(num_keys)
+        depth_T = index - torch.searchsorted(end.sort().values, index, right=True)
+    else:
+        depth_T = _integers(depth, "depth")
+        if len(depth_T) != num_keys:
+            raise ValueError(f"depth has {len(depth_T)} entries, subtree_end {num_keys}; give one per packed token")
+    position, order = _positions(query_index, num_keys)
+    own, below = _Builder(end, depth_T, position, window, subtree_end.device).parts(starts)
+    device = subtree_end.device
+    return TreePlan(
+        num_keys=num_keys,
+        num_queries=len(position),
+        window=window,
+        subtree_end=subtree_end.detach().clone(),  # a caller may reuse the buffer
+        depth=depth_T.to(device),
+        position=position.to(device),
+        order=None if order is None else order.to(device),
+        own=tuple(own),
+        below=tuple(below),
+    )
+
+
+def _integers(x: Tensor, name: str) -> Tensor:
+    if x.dim() != 1 or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; give a one-dimensional integer tensor"
+        )
+    return x.detach().to("cpu", torch.int64, copy=True)
+
+
+def _segments(end: Tensor) -> list[int]:
+    """First index of every run of equal `end`. Raises ValueError when `end` is no preorder."""
+    total = len(end)
+    wrong = torch.nonzero((end <= torch.arange(total)) | (end > total))
+    if len(wrong):
+        j = int(wrong[0])
+        raise ValueError(
+            f"subtree_end[{j}] is {int(end[j])}, outside [{j + 1}, {total}]: a token's subtree holds the token itself "
+            "and ends inside the packing; a leaf has subtree_end = index + 1"
+        )
+    starts = torch.nonzero(torch.diff(end, prepend=end.new_tensor([-1])))[:, 0]
+    open_ends: list[tuple[int, int]] = []
+    for a, e in zip(starts.tolist(), end[starts].tolist(), strict=True):
+        while open_ends and open_ends[-1][0] <= a:
+            open_ends.pop()
+        if open_ends and e > open_ends[-1][0]:
+            outer, j = open_ends[-1]
+            raise ValueError(
+                f"subtree_end is no preorder: token {a} ends at {e}, but lies in the subtree of token {j}, which ends "
+                f"at {outer}; pack every subtree contiguously, parents before children"
+            )
+        open_ends.append((e, a))
+    return starts.tolist()
+
+
+def _positions(query_index: Tensor | None, num_keys: int) -> tuple[Tensor, Tensor | None]:
+    """Ascending preorder indices of the queries, and the permutation that sorts the caller's (None when sorted)."""
+    if query_index is None:
+        return torch.arange(num_keys), None
+    position = _integers(query_index, "query_index")
+    wrong = torch.nonzero((position < 0) | (position >= num_keys))
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"query_index[{i}] is {int(position[i])}, outside [0, {num_keys}): it must name one of the packed tokens"
+        )
+    if (torch.diff(position) >= 0).all():
+        return position, None
+    position, order = position.sort(stable=True)
+    return position, order
+
+
+@dataclass(frozen=True)
+class _Builder:
+    end: Tensor
+    depth: Tensor
+    position: Tensor
+    window: int | None
+    device: torch.device
+
+    def parts(self, starts: list[int]) -> tuple[list[Part], list[Part]]:
+        complete: list[_Span] = []
+        masked: list[_Span] = []
+        below: list[Part] = []
+        distinct = bool((torch.diff(self.position) > 0).all())
+        every = distinct and len(self.position) == len(self.end)
+        position: Sequence[int] = range(len(self.end)) if every else self.position.tolist()
+        ends = self.end.tolist()
+        for a, b in self._pieces(starts):
+            q0, q1, q2 = (bisect_left(position, at) for at in (a, b, ends[a]))
+            if q0 < q1:
+                last = position[q1 - 1] + 1  # keys behind the segment's last query are seen by none of its queries
+                whole = distinct and q1 - q0 == last - a
+                span = _Span(q0, q1, a, last)
+                (complete if whole and not self._window_cuts(a, last) else masked).append(span)
+            if q1 < q2:
+                below.extend(self._below(q1, q2, a, b))
+        own = [self._batch(spans, causal=True) for spans in _buckets(complete)]
+        own += [self._batch(spans, causal=False) for spans in _buckets(masked)]
+        return own, below
+
+    def _pieces(self, starts: list[int]) -> Iterator[tuple[int, int]]:
+        # A piece no longer than the window needs no mask of its own; below 256 tokens a mask beats more calls.
+        longest = PIECE if self.window is None else min(PIECE, max(self.window, 256))
+        edges = [*starts, len(self.end)]
+        for a, b in zip(edges, edges[1:], strict=False):
+            cuts = -(-(b - a) // longest)
+            pieces = [a + (b - a) * i // cuts for i in range(cuts + 1)]
+            yield from zip(pieces, pieces[1:], strict=False)
+
+    def _window_cuts(self, a: int, b: int) -> bool:
+        return self.window is not None and int(self.depth[a:b].max() - self.depth[a:b].min()) >= self.window
+
+    def _below(self, q0: int, q1: int, k0: int, k1: int) -> Iterator[Part]:
+        keys = Rows(slice(k0, k1), 1, k1 - k0)
+        if self.window is None:
+            yield Part(Rows(slice(q0, q1), 1, q1 - q0), keys)
+            return
+        depth_q, depth_k = self.depth[self.position[q0:q1]], self.depth[k0:k1]
+        sees_all = depth_q - depth_k.min() < self.window
+        sees_some = (depth_q - depth_k.max() < self.window) & ~sees_all
+        if sees_all.any():
+            yield Part(self._rows(q0 + torch.nonzero(sees_all)[:, 0]), keys)
+        rows = q0 + torch.nonzero(sees_some)[:, 0]
+        step = max(1, MASK_ELEMENTS // (k1 - k0))
+        for i in range(0, len(rows), step):
+            yield Part(self._rows(rows[i : i + step]), keys, masked=True)
+
+    def _rows(self, rows: Tensor) -> Rows:
+        first, n = int(rows[0]), len(rows)
+        if int(rows[-1]) - first + 1 == n:
+            return Rows(slice(first, first + n), 1, n)
+        return Rows(rows.to(self.device), 1, n)
+
+    def _batch(self, spans: list[_Span], *, causal: bool) -> Part:
+        queries = self._grid([span.q0 for span in spans], [span.queries for span in spans])
+        keys = self._grid([span.k0 for span in spans], [span.keys for span in spans])
+        return Part(queries, keys, causal=causal, masked=not causal)
+
+    def _grid(self, starts: list[int], lengths: list[int]) -> Rows:
+        if len(starts) == 1:
+            return Rows(slice(starts[0], starts[0] + lengths[0]), 1, lengths[0])
+        length, blocks = max(lengths), len(lengths)
+        within = torch.arange(length).expand(blocks, length)
+        real = within < torch.tensor(lengths)[:, None]
+        index = (within + torch.tensor(starts)[:, None])[real]
+        slots = None if real.all() else torch.nonzero(real.flatten())[:, 0].to(self.device)
+        return Rows(index.to(self.device), blocks, length, slots)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The queries [q0, q1) of one segment and its keys [k0, k1)."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+    @property
+    def queries(self) -> int:
+        return self.q1 - self.q0
+
+    @property
+    def keys(self) -> int:
+        return self.k1 - self.k0
+
+
+def _buckets(spans: list[_Span]) -> Iterator[list[_Span]]:
+    """Segments of like length together: padding to the longest costs less than a call of its own."""
+    bucket: list[_Span] = []
+    most = 0
+    for span in sorted(spans, key=lambda s: (s.keys, s.queries), reverse=True):
+        if bucket:
+            longest = bucket[0].keys
+            like = span.keys >= 0.8 * longest or longest <= 32
+            mask = (len(bucket) + 1) * max(most, span.queries) * longest
+            if longest >= ALONE or not like or mask > MASK_ELEMENTS:
+                yield bucket
+                bucket, most = [], 0
+        most = max(most, span.queries)
+        bucket.append(span)
+    if bucket:
+        yield bucket

@@ -1,0 +1,24 @@
+"""Every tensor made by torch.empty arrives full of NaN, so that an output or workspace read before it is written
+shows."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    was = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True)
+def backend_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SWIRL_KERNELS_BACKEND", raising=False)

@@ -1,0 +1,435 @@
+import contextlib
+import itertools
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import swirl_kernels.linear_logprob_torch as implementation
+from swirl_kernels import linear_logprob, naive_linear_logprob
+
+SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing kept
+TARGETS = ("logp", "entropy", "dhidden", "dweight", "dbias")
+
+
+def inputs(rows: int, vocab: int, size: int, *, ignored: float = 0.0, valid: int | None = None) -> tuple[Tensor, ...]:
+    """hidden, weight, bias with gradients and targets, float64, of which a share is ignored."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(rows, size), torch.randn(vocab, size) / size**0.5, torch.randn(vocab)
+    targets = torch.randint(0, valid or vocab, (rows,))
+    targets[torch.rand(rows) < ignored] = -100
+    return *(x.double().requires_grad_() for x in (hidden, weight, bias)), targets
+
+
+def upstream(rows: int, seed: int, zeros: float = 0.0) -> Tensor:
+    """Another gradient for every row, some of them exactly zero."""
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(rows, generator=generator, dtype=torch.float64)
+    return g.masked_fill(torch.rand(rows, generator=generator) < zeros, 0.0)
+
+
+def results(
+    function: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    g: Tensor | None,
+    h: Tensor | None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Values and gradients for the upstream gradients g of logp and h of the entropy."""
+    out = function(hidden, weight, targets, entropy=h is not None, **options)
+    logp, entropy = out if h is not None else (out, None)
+    values = {"logp": logp} | ({"entropy": entropy} if entropy is not None else {})
+    given = [(x, u.to(x.dtype)) for x, u in ((logp, g), (entropy, h)) if x is not None and u is not None]
+    wanted = [x for x in (hidden, weight, options.get("bias")) if x is not None and x.requires_grad]
+    grads = torch.autograd.grad([x for x, _ in given], wanted, [u for _, u in given])
+    names = [
+        n
+        for n, x in zip(TARGETS[2:], (hidden, weight, options.get("bias")), strict=True)
+        if x is not None and x.requires_grad
+    ]
+    return {n: x.detach() for n, x in (values | dict(zip(names, grads, strict=True))).items()}
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """As a relative norm, and per row against the row's own size plus the mean one."""
+    assert got.keys() == expected.keys()
+    for name, b in expected.items():
+        a, b = got[name].double(), b.double()
+        assert a.shape == b.shape, name
+        assert not a.isnan().any(), f"{name} holds NaN"
+        assert (a - b).norm() <= tolerance * b.norm(), f"{name}: error {(a - b).norm():.2e} of {b.norm():.2e}"
+        rows, size = ((a - b).abs(), b.abs()) if a.dim() == 1 else ((a - b).norm(dim=1), b.norm(dim=1))
+        bad = rows > 4 * tolerance * (size + size.mean())
+        assert not bad.any(), f"{name}: rows {bad.nonzero()[:5].tolist()} off by {rows[bad][:5].tolist()}"
+
+
+def rounded(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """The same numbers as dtype can hold them, in float64, with gradients."""
+    return [x.detach().to(dtype).double().requires_grad_() for x in tensors]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 60),
+    vocab=st.integers(2, 90),
+    size=st.integers(1, 9),
+    padding=st.sampled_from([0, 0, 7]),
+    with_bias=st.booleans(),
+    temperature=st.sampled_from([1.0, 0.6, "per row"]),
+    softcap=st.sampled_from([None, None, 1.5]),
+    which=st.sampled_from(["logp", "entropy only", "both", "logp of both"]),
+    ignored=st.sampled_from([0.0, 0.3]),
+    zeros=st.sampled_from([0.0, 0.2, 0.7]),
+    workspace_mb=st.sampled_from([SMALL, 0.02, 256]),
+    tile=st.sampled_from([(7, 16), (1024, 4096)]),
+)
+def test_equals_naive(
+    rows, vocab, size, padding, with_bias, temperature, softcap, which, ignored, zeros, workspace_mb, tile
+) -> None:
+    hidden, weight, bias, targets = inputs(rows, vocab + padding, size, ignored=ignored, valid=vocab)
+    targets[0] = vocab - 1
+    if temperature == "per row":
+        temperature = torch.rand(rows, dtype=torch.float64) + 0.5
+    options = dict(
+        bias=bias if with_bias else None,
+        temperature=temperature,
+        softcap=softcap,
+        valid_vocab=vocab if padding else None,
+        g=None if which == "entropy only" else upstream(rows, 1, zeros),
+        h=None if which == "logp" else upstream(rows, 2, zeros),
+    )
+    if which == "logp of both":  # the entropy is asked for, but no gradient comes back through it
+        options["h"] = torch.zeros(rows, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:  # small tiles, so that many are held, and not all of them
+        patch.setattr(implementation, "TILE_ROWS", tile[0])
+        patch.setattr(implementation, "TILE_VOCAB", tile[1])
+        got = results(linear_logprob, hidden, weight, targets, workspace_mb=workspace_mb, **options)
+    expected = results(naive_linear_logprob, hidden, weight, targets, **options)
+    floor = 1e-12 * (1 + sum(x.norm() for x in expected.values()))
+    for name, x in expected.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-10, atol=float(floor), msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "softcap, temperature", itertools.product([None, 2.0], [1.0, torch.tensor([0.5, 1.0, 2.0, 1.5])])
+)
+def test_gradcheck(softcap: float | None, temperature: Any) -> None:
+    hidden, weight, bias, targets = inputs(4, 7, 3)
+    targets[2] = -100
+    options = dict(softcap=softcap, temperature=temperature, entropy=True, workspace_mb=0.0005)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: linear_logprob(x, w, targets, bias=b, **options), (hidden, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("workspace_mb", [1, 256])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_other_dtypes_against_float64_of_the_same_numbers(dtype, tolerance, workspace_mb) -> None:
+    hidden, weight, bias, targets = inputs(700, 3001, 48, ignored=0.1)
+    options = dict(g=upstream(700, 1), h=upstream(700, 2), temperature=0.8)
+    exact = rounded(dtype, hidden, weight, bias)
+    expected = results(naive_linear_logprob, *exact[:2], targets, bias=exact[2], **options)
+    cast = [x.detach().to(dtype).requires_grad_() for x in exact]
+    got = results(linear_logprob, *cast[:2], targets, bias=cast[2], workspace_mb=workspace_mb, **options)
+    assert got["logp"].dtype == got["entropy"].dtype == torch.float32
+    assert all(got[n].dtype == dtype for n in TARGETS[2:])
+    assert_close(got, expected, tolerance)
+
+
+def test_autocast_multiplies_in_bf16_and_returns_gradients_in_fp32() -> None:
+    hidden, weight, _, targets = inputs(300, 2500, 32)
+    exact = rounded(torch.bfloat16, hidden, weight)
+    expected = results(naive_linear_logprob, *exact, targets, g=upstream(300, 1), h=upstream(300, 2))
+    single = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    for mixed in (single, [single[0].detach().bfloat16().requires_grad_(), single[1]]):
+        with torch.autocast("cpu", torch.bfloat16), Products() as products:
+            out = linear_logprob(*mixed, targets, entropy=True)
+        assert products.dtypes == {torch.bfloat16}
+        grads = []
+        for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):  # same bits either way
+            with context, Products() as products:
+                up = [upstream(300, seed).float() for seed in (1, 2)]
+                grads.append(torch.autograd.grad(out, mixed, up, retain_graph=True))
+            assert products.dtypes == {torch.bfloat16}
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        got = dict(zip(TARGETS, (*(x.detach() for x in out), *grads[0]), strict=False))
+        assert got["dweight"].dtype == torch.float32 and got["dhidden"].dtype == mixed[0].dtype
+        assert_close(got, expected, 1e-2)
+
+
+def test_target_logit_of_bf16_inputs_is_not_rounded() -> None:
+    """Logits near 40 are 0.25 apart in bf16. The target's own is exact, and with it a logp that hangs on nothing
+    else."""
+    torch.manual_seed(0)
+    hidden = torch.zeros(64, 8)
+    hidden[:, 0] = torch.linspace(6, 6.5, 64)
+    weight = torch.zeros(1000, 8)
+    weight[5, 0] = 6.3
+    targets = torch.full((64,), 5)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    z = hidden[:, 0].double() * weight[5, 0].double() / 5
+    expected = z - torch.logaddexp(z, torch.full_like(z, math.log(999)))
+    got = linear_logprob(hidden, weight, targets, temperature=5.0)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+class Products(TorchDispatchMode):
+    """Dtypes of the matrix products' factors, the largest tensor made, and the bytes of every result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("entropy, softcap, dtype", [(False, None, torch.float32), (True, 5.0, torch.bfloat16)])
+def test_workspace_bounds_what_exists_of_the_logits(entropy: bool, softcap: float | None, dtype: torch.dtype) -> None:
+    rows, vocab, size, workspace_mb = 1500, 6000, 4, 2
+    hidden, weight, _, targets = (x.detach() for x in inputs(rows, vocab, size))
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+    saved: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        saved[x.data_ptr()] = x.numel() * x.itemsize
+        return x
+
+    with Products() as products, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = linear_logprob(hidden, weight, targets, entropy=entropy, softcap=softcap, workspace_mb=workspace_mb)
+        loss = out[0].sum() + out[1].sum() if entropy else out.sum()
+        loss.backward()
+    assert products.largest * 4 <= workspace_mb * 2**20 < rows * vocab * 4
+    kept = sum(size for x, size in saved.items() if x not in (hidden.data_ptr(), weight.data_ptr()))
+    assert kept <= workspace_mb * 2**20 + 8 * 8 * rows
+
+
+def test_logits_far_below_zero_and_a_vocabulary_no_tile_divides() -> None:
+    """A padded column that counted as logit 0 would take all the probability."""
+    hidden, weight, _, targets = inputs(33, 4099, 16)
+    bias = torch.full((4099,), -1000.0, dtype=torch.float64, requires_grad=True)
+    options = dict(g=upstream(33, 1), h=upstream(33, 2), bias=bias)
+    expected = results(naive_linear_logprob, hidden, weight, targets, **options)
+    for workspace_mb in (0.1, 256):
+        got = results(linear_logprob, hidden, weight, targets, workspace_mb=workspace_mb, **options)
+        assert_close(got, expected, 1e-10)
+    single = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
+    got = results(linear_logprob, *single[:2], targets, **options | {"bias": single[2]})
+    assert_close(got, expected, 2e-4)  # fp32 logits near -1000 are 6e-5 apart
+
+
+def test_a_nearly_certain_target_keeps_its_digits() -> None:
+    """logp and every gradient shrink to 1e-6 here; in fp32 they must still be right relative to themselves."""
+    torch.manual_seed(0)
+    vocab = 500
+    hidden = torch.zeros(20, 8, dtype=torch.float64)
+    hidden[:, 0] = torch.linspace(14, 20, 20)
+    hidden[:, 1:] = 0.1 * torch.randn(20, 7)
+    weight = torch.zeros(vocab, 8, dtype=torch.float64)
+    weight[:, 1:] = 0.1 * torch.randn(vocab, 7)
+    weight[3, 0] = 1.0
+    targets = torch.full((20,), 3)
+    single = [x.float().requires_grad_() for x in (hidden, weight)]
+    exact = [x.detach().double().requires_grad_() for x in single]
+    for workspace_mb in (0.05, 256):
+        got = results(linear_logprob, *single, targets, g=upstream(20, 1), h=upstream(20, 2), workspace_mb=workspace_mb)
+        expected = results(naive_linear_logprob, *exact, targets, g=upstream(20, 1), h=upstream(20, 2))
+        assert expected["logp"].abs().max() < 5e-3 and expected["logp"].abs().min() < 2e-6
+        assert_close(got, expected, 1e-5)
+        for name in ("logp", "entropy"):
+            relative = (got[name].double() - expected[name]).abs() / expected[name].abs()
+            assert relative.max() < 1e-5
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("workspace_mb", [SMALL, 256])
+def test_ignored_rows_contribute_exactly_zero(poison: float, workspace_mb: float) -> None:
+    hidden, weight, bias, targets = inputs(40, 70, 6, ignored=0.4)
+    live = targets != -100
+    assert 0 < live.sum() < 40
+    poisoned = hidden.detach().masked_fill(~live[:, None], poison).requires_grad_()
+    temperature = (torch.rand(40, dtype=torch.float64) + 0.5).masked_fill(~live, poison)
+    g, h = upstream(40, 1).masked_fill(~live, poison), upstream(40, 2).masked_fill(~live, poison)
+    options = dict(bias=bias, workspace_mb=workspace_mb)
+    got = results(linear_logprob, poisoned, weight, targets, g=g, h=h, temperature=temperature, **options)
+    alone = results(
+        linear_logprob,
+        hidden.detach()[live].requires_grad_(),
+        weight,
+        targets[live],
+        g=g[live],
+        h=h[live],
+        temperature=temperature[live],
+        **options,
+    )
+    for name, x in alone.items():
+        per_row = name in ("logp", "entropy", "dhidden")
+        assert torch.equal(got[name][live] if per_row else got[name], x), name
+        assert not per_row or (got[name][~live] == 0).all(), name
+
+
+@pytest.mark.parametrize("workspace_mb", [SMALL, 256])
+@pytest.mark.parametrize("flowing", [1, 25, 39])
+def test_rows_with_zero_upstream_are_skipped_exactly(workspace_mb: float, flowing: int) -> None:
+    """Even a row whose hidden state is NaN passes nothing back when nothing comes in."""
+    hidden, weight, bias, targets = inputs(40, 70, 6)
+    quiet = torch.arange(40) >= flowing
+    poisoned = hidden.detach().masked_fill(quiet[:, None], math.nan).requires_grad_()
+    options = dict(bias=bias, g=upstream(40, 1).masked_fill(quiet, 0.0), h=None)
+    got = results(linear_logprob, poisoned, weight, targets, workspace_mb=workspace_mb, **options)
+    expected = results(naive_linear_logprob, hidden, weight, targets, **options)
+    assert (got["dhidden"][quiet] == 0).all()
+    del got["logp"], expected["logp"]
+    assert_close(got, expected, 1e-10)
+
+
+def test_a_row_is_the_same_in_every_packing() -> None:
+    hidden, weight, _, targets = inputs(900, 2000, 40)
+    hidden, weight = (x.detach().float().requires_grad_() for x in (hidden, weight))
+    g, h = upstream(900, 1), upstream(900, 2)
+    whole = results(linear_logprob, hidden, weight, targets, g=g, h=h)
+    order = torch.randperm(900, generator=torch.Generator().manual_seed(3))
+    for workspace_mb in (0.5, 256):
+        options = dict(workspace_mb=workspace_mb)
+        permuted = hidden.detach()[order].requires_grad_()
+        got = results(linear_logprob, permuted, weight, targets[order], g=g[order], h=h[order], **options)
+        for name in ("logp", "entropy", "dhidden"):
+            torch.testing.assert_close(got[name], whole[name][order], rtol=1e-6, atol=2e-6)
+        for rows in (slice(0, 1), slice(3, 20), slice(100, 513)):
+            part = hidden.detach()[rows].requires_grad_()
+            got = results(linear_logprob, part, weight, targets[rows], g=g[rows], h=h[rows], **options)
+            for name in ("logp", "entropy", "dhidden"):
+                torch.testing.assert_close(got[name], whole[name][rows], rtol=1e-6, atol=2e-6)
+
+
+def test_rows_of_dlogits_sum_to_zero() -> None:
+    """With a constant feature of weight 1 that sum is its gradient, and over all rows the bias gradient's sum."""
+    hidden, weight, bias, targets = inputs(50, 3000, 8)
+    weight.data[:, 0] = 1.0
+    hidden, weight, bias = (x.detach().float().requires_grad_() for x in (hidden, weight, bias))
+    for h in (None, upstream(50, 2)):
+        got = results(linear_logprob, hidden, weight, targets, g=upstream(50, 1), h=h, bias=bias)
+        assert got["dhidden"][:, 0].abs().max() < 2e-6 * 10
+        assert abs(got["dbias"].double().sum()) < 1e-5
+
+
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
+def test_frozen_inputs_get_no_gradient_and_cost_no_product(frozen: tuple[bool, bool, bool]) -> None:
+    hidden, weight, bias, targets = inputs(30, 50, 4)
+    tensors = [x.detach().requires_grad_(not f) for x, f in zip((hidden, weight, bias), frozen, strict=True)]
+    out = linear_logprob(*tensors[:2], targets, bias=tensors[2])
+    if all(frozen):
+        assert not out.requires_grad
+        return
+    with Products() as products:
+        out.backward(upstream(30, 1))
+    expected = torch.autograd.grad(
+        naive_linear_logprob(hidden, weight, targets, bias=bias), (hidden, weight, bias), upstream(30, 1)
+    )
+    for x, e, f in zip(tensors, expected, frozen, strict=True):
+        assert (x.grad is None) if f else torch.allclose(x.grad, e, rtol=1e-10, atol=1e-12)  # type: ignore[arg-type]
+    assert bool(products.dtypes) == (
+        not (frozen[0] and frozen[1])
+    )  # all tiles were kept: the bias alone needs no product
+
+
+def test_strided_slices_as_inputs() -> None:
+    hidden, weight, _, targets = inputs(24, 60, 5)
+    expected = results(naive_linear_logprob, hidden, weight, targets, g=upstream(24, 1), h=None)
+    wide = torch.full((24, 13), math.nan, dtype=torch.float64)
+    wide[:, 2:12:2] = hidden.detach()
+    tall = torch.full((120, 5), math.nan, dtype=torch.float64)
+    tall[::2] = weight.detach()
+    strided = wide[:, 2:12:2].requires_grad_(), tall[::2].requires_grad_()
+    for workspace_mb in (SMALL, 256):
+        got = results(linear_logprob, *strided, targets, g=upstream(24, 1), h=None, workspace_mb=workspace_mb)
+        assert_close(got, expected, 1e-10)
+    transposed = weight.detach().t().contiguous().t().requires_grad_()
+    got = results(linear_logprob, hidden, transposed, targets, g=upstream(24, 1), h=None)
+    assert_close(got, expected, 1e-10)
+
+
+def test_a_bias_of_minus_infinity_forbids_tokens() -> None:
+    hidden, weight, bias, targets = inputs(20, 40, 4)
+    forbidden = torch.arange(40) % 3 == 0
+    targets = targets - (targets % 3 == 0).long() + 2 * (targets == 0).long()
+    bias = bias.detach().masked_fill(forbidden, -math.inf)
+    options = dict(g=upstream(20, 1), h=upstream(20, 2))
+    for workspace_mb in (SMALL, 256):
+        got = results(linear_logprob, hidden, weight, targets, bias=bias, workspace_mb=workspace_mb, **options)
+        allowed = weight.detach()[~forbidden].requires_grad_()
+        position = (~forbidden).cumsum(0) - 1
+        expected = results(naive_linear_logprob, hidden, allowed, position[targets], bias=bias[~forbidden], **options)
+        assert (got["dweight"][forbidden] == 0).all()
+        got["dweight"] = got["dweight"][~forbidden]
+        assert_close(got, expected, 1e-10)
+
+
+def test_backward_from_a_second_thread_and_twice() -> None:
+    hidden, weight, _, targets = inputs(30, 50, 4)
+    out = linear_logprob(hidden, weight, targets)
+    expected = torch.autograd.grad(out, (hidden, weight), upstream(30, 1), retain_graph=True)
+    got: list[Tensor] = []
+    work = lambda: got.extend(torch.autograd.grad(out, (hidden, weight), upstream(30, 1), retain_graph=True))  # noqa: E731
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_no_rows_and_only_ignored_rows() -> None:
+    for targets in (torch.zeros(0, dtype=torch.int64), torch.full((3,), -100)):
+        hidden = torch.full((len(targets), 4), math.nan, requires_grad=True)
+        weight = torch.randn(10, 4, requires_grad=True)
+        logp, entropy = linear_logprob(hidden, weight, targets, entropy=True)
+        (logp.sum() + entropy.sum()).backward()
+        assert logp.shape == entropy.shape == targets.shape and (logp == 0).all() and (entropy == 0).all()
+        assert hidden.grad is not None and hidden.grad.shape == hidden.shape and (hidden.grad == 0).all()
+        assert weight.grad is not None and (weight.grad == 0).all()
+
+
+def test_wrong_arguments_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, bias, targets = inputs(6, 10, 4)
+
+    def refused(message: str, *args: Any, error: type[Exception] = ValueError, **options: Any) -> None:
+        with pytest.raises(error, match=message):
+            linear_logprob(*args, **options)
+
+    refused(
+        r"targets\[4\] is 10, outside the vocabulary \[0, 10\)",
+        hidden,
+        weight,
+        targets.index_fill(0, torch.tensor(4), 10),
+    )
+    refused(r"targets\[1\] is -1, .* ignore_index=-100", hidden, weight, targets.index_fill(0, torch.tensor(1), -1))
+    refused(r"outside the vocabulary \[0, 3\)", hidden, weight, torch.full((6,), 3), valid_vocab=3)
+    refused(r"\(6, 4\) and weight \(10, 3\)", hidden, weight[:, :3], targets)
+    refused(r"shape \(1, 6, 4\)", hidden[None], weight, targets)
+    refused(r"give integers \[6\]", hidden, weight, targets[:5])
+    refused(r"torch.float64; give integers", hidden, weight, targets.double())
+    refused(r"bias has shape \(9,\)", hidden, weight, targets, bias=bias[:9])
+    refused("hidden is torch.float64 and weight torch.float32", hidden, weight.float(), targets)
+    refused("valid_vocab is 11", hidden, weight, targets, valid_vocab=11)
+    refused("temperature is 0", hidden, weight, targets, temperature=0.0)
+    refused(r"temperature\[2\] is -1", hidden, weight, targets, temperature=torch.tensor([1.0, 1, -1, 1, 1, 1]))
+    refused("without gradient", hidden, weight, targets, temperature=torch.ones(6, requires_grad=True))
+    refused("softcap is 0", hidden, weight, targets, softcap=0.0)
+    refused("workspace_mb is 0", hidden, weight, targets, workspace_mb=0)
+    monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")
+    refused("linear_logprob has no Triton implementation", hidden, weight, targets, error=NotImplementedError)

@@ -1,0 +1,348 @@
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import swirl_kernels.tree as planning
+import swirl_kernels.tree_attention_torch as implementation
+from swirl_kernels import naive_tree_attention, tree_attention, tree_plan
+
+
+def pack(*forest: Any) -> Tensor:
+    """subtree_end of trees written as (length, child, child, …)."""
+    end: list[int] = []
+
+    def walk(tree: Any) -> None:
+        length, *children = tree
+        start = len(end)
+        end.extend([0] * length)
+        for child in children:
+            walk(child)
+        end[start : start + length] = [len(end)] * length
+
+    for tree in forest:
+        walk(tree)
+    return torch.tensor(end, dtype=torch.int32)
+
+
+def comb(prompt: int, steps: int, teeth: int, tooth: int) -> Any:
+    """A tree whose trunk has `steps` states, each with its teeth."""
+    tree: Any = None
+    for i in reversed(range(steps)):
+        tree = (prompt if i == 0 else tooth, *[(tooth,)] * teeth, *([tree] if tree else []))
+    return tree
+
+
+def inputs(
+    end: Tensor,
+    *,
+    heads: int = 2,
+    key_heads: int = 1,
+    dim: int = 8,
+    queries: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as a model makes them: token-major in memory, seen head-major."""
+    torch.manual_seed(0)
+    sizes = ((len(end) if queries is None else queries, heads), (len(end), key_heads), (len(end), key_heads))
+    q, k, v = (torch.randn(n, h, dim, dtype=torch.float64).to(dtype) for n, h in sizes)
+    return tuple(x.transpose(0, 1).requires_grad_() for x in (q, k, v))  # type: ignore[return-value]
+
+
+def results(function: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """Output and the gradients of q, k, v for one fixed upstream gradient."""
+    out = function(q, k, v, *args, **kwargs)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (out, *torch.autograd.grad(out, (q, k, v), upstream.to(out.dtype)))
+
+
+def assert_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
+    """As a relative norm, and per token row against the row's own size plus the mean one.
+
+    A thousandth of the output's size is the floor: gradients of tokens that see only themselves are zero up to
+    rounding.
+    """
+    floor = 1e-3 * expected[0].detach().double().norm(dim=-1)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+        a, b = a.detach().double(), b.detach().double()
+        assert a.shape == b.shape, name
+        assert not a.isnan().any(), f"{name} holds NaN"
+        error = (a - b).norm()
+        assert error <= tolerance * (b.norm() + floor.norm()), f"{name}: error {error:.2e} of {b.norm():.2e}"
+        rows, size = (a - b).norm(dim=-1), b.norm(dim=-1)
+        bad = rows > 4 * tolerance * (size + size.mean() + floor.mean())
+        assert not bad.any(), f"{name}: rows {bad.nonzero()[:5].tolist()} off by {rows[bad][:5].tolist()}"
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> Tensor:
+    """Random forests in preorder: after each token, how many of its ancestors the next one climbs before it hangs
+    itself on."""
+    climbs = draw(st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, 1, 2, 5, 99]), min_size=1, max_size=70))
+    path: list[int] = []
+    end = [0] * len(climbs)
+    for j, climb in enumerate(climbs):
+        for _ in range(min(climb, len(path))):
+            end[path.pop()] = j
+        path.append(j)
+    for j in path:
+        end[j] = len(climbs)
+    return torch.tensor(end, dtype=torch.int32)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    end=forests(),
+    heads=st.sampled_from([(1, 1), (3, 3), (4, 2), (6, 1)]),
+    softcap=st.sampled_from([None, None, 2.0]),
+    window=st.sampled_from([None, None, 1, 2, 7, 1000]),
+    scale=st.sampled_from([None, 0.7]),
+    subset=st.one_of(st.none(), st.lists(st.integers(0, 10_000), max_size=40)),
+    piece=st.sampled_from([3, 1024]),
+)
+def test_equals_naive_on_random_forests(end, heads, softcap, window, scale, subset, piece) -> None:
+    query_index = None if subset is None else torch.tensor(subset, dtype=torch.int64) % len(end)
+    q, k, v = inputs(end, heads=heads[0], key_heads=heads[1], queries=None if subset is None else len(subset))
+    options = dict(softcap=softcap, window=window, scale=scale, query_index=query_index)
+    with pytest.MonkeyPatch.context() as patch:  # small limits, so that pieces, splits and chunks occur at this size
+        patch.setattr(planning, "PIECE", piece)
+        patch.setattr(planning, "MASK_ELEMENTS", 300)
+        patch.setattr(implementation, "SPLIT_QUERIES", 2)
+        patch.setattr(implementation, "SCORE_ELEMENTS", 200)
+        patch.setattr(torch, "get_num_threads", lambda: 4)
+        got = results(tree_attention, q, k, v, end, **options)
+    expected = results(naive_tree_attention, q, k, v, end, **options)
+    assert_close(got, expected, 1e-10)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_branch_at_every_offset(softcap: float | None) -> None:
+    for offset in range(128):
+        end = pack((1 + offset, (3,), (1,), (140 - offset, (2,))))
+        q, k, v = inputs(end, dim=4)
+        got = results(tree_attention, q, k, v, end, softcap=softcap)
+        assert_close(got, results(naive_tree_attention, q, k, v, end, softcap=softcap), 1e-10)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"window": 60}], ids=["flash", "softcap", "window"])
+def test_other_dtypes_against_float64_of_the_same_numbers(dtype, tolerance, options) -> None:
+    end = pack(comb(90, 3, 4, 25), (40, (7,), (7,), (1,)), (1,))
+    q, k, v = inputs(end, heads=4, key_heads=2, dim=16, dtype=dtype)
+    got = results(tree_attention, q, k, v, end, **options)
+    assert all(x.dtype == dtype for x in got)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    assert_close(got, results(naive_tree_attention, *exact, end, **options), tolerance)
+
+
+def test_a_comb_equals_its_rows_one_by_one() -> None:
+    """Every path from the root, alone and causal, gives the same outputs; gradients add up over the paths a token lies
+    on."""
+    end = pack(comb(20, 3, 2, 6))
+    q, k, v = inputs(end, heads=2, key_heads=2)
+    out = tree_attention(q, k, v, end)
+    index = torch.arange(len(end))
+    leaves = index[end == index + 1]
+    assert len(leaves) == 6 and len(end) == 20 + 2 * 6 + 6 * 6  # the trunk ends in a state with teeth
+    for leaf in leaves:
+        path = index[(index <= leaf) & (leaf < end)]
+        row = F.scaled_dot_product_attention(*(x[None, :, path] for x in (q, k, v)), is_causal=True)[0]
+        torch.testing.assert_close(out[:, path], row, rtol=1e-12, atol=1e-12)
+
+
+def test_plain_causal_and_packed_documents_are_trees_without_branches() -> None:
+    end = torch.tensor([50] * 50 + [80] * 30 + [81])
+    q, k, v = inputs(end, heads=3, key_heads=3)
+    documents = [
+        F.scaled_dot_product_attention(*(x[None, :, a:b] for x in (q, k, v)), is_causal=True)[0]
+        for a, b in ((0, 50), (50, 80), (80, 81))
+    ]
+    torch.testing.assert_close(tree_attention(q, k, v, end), torch.cat(documents, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_one_plan_serves_every_layer_and_is_checked() -> None:
+    end = pack(comb(10, 2, 3, 4))
+    plan = tree_plan(end)
+    q, k, v = inputs(end)
+    expected = results(naive_tree_attention, q, k, v, end)
+    assert_close(results(tree_attention, q, k, v, end, plan=plan), expected, 1e-10)
+    assert_close(results(tree_attention, q, k, v, None, plan=plan), expected, 1e-10)
+    with pytest.raises(ValueError, match="another subtree_end"):
+        tree_attention(q, k, v, torch.full_like(end, len(end)), plan=plan)
+    with pytest.raises(ValueError, match="window is 5, but the plan was made for None"):
+        tree_attention(q, k, v, end, plan=plan, window=5)
+    with pytest.raises(ValueError, match="belong to tree_plan"):
+        tree_attention(q, k, v, end, plan=plan, depth=torch.arange(len(end)))
+    with pytest.raises(ValueError, match="no plan"):
+        tree_attention(q, k, v, None)
+
+
+def test_decoding_reads_only_keys_that_are_written() -> None:
+    """An engine reserves slots for tokens to come: three teeth of 6 slots, of which 2, 1 and 4 hold tokens."""
+    end = pack((9, (6,), (6,), (6,)))
+    written = torch.cat([torch.arange(9), torch.tensor([9, 10, 15, 21, 22, 23, 24])])
+    query_index = torch.tensor([24, 10, 15])
+    q, k, v = inputs(end, heads=4, key_heads=2, queries=3)
+    expected = naive_tree_attention(q, k, v, end, query_index=query_index)
+    empty = torch.ones(len(end), dtype=torch.bool).index_fill(0, written, False)
+    k, v = (x.detach().masked_fill(empty[None, :, None], math.nan) for x in (k, v))
+    torch.testing.assert_close(tree_attention(q, k, v, end, query_index=query_index), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 5}], ids=["flash", "softcap", "window"])
+def test_a_poisoned_branch_leaves_the_others_alone(options: dict[str, Any]) -> None:
+    """NaN in the second tooth and in a second tree: the rest of the first tree keeps its bits, and a third tree its
+    gradients."""
+    end = pack((8, (4,), (3,), (4,)), (6, (2,), (2,)), (5, (2,)))
+    q, k, v = inputs(end, heads=2, key_heads=2)
+    clean = results(tree_attention, q, k, v, end, **options)
+    poisoned_rows = torch.tensor([*range(12, 15), *range(19, 29)])
+    poisoned = [x.detach().index_fill(1, poisoned_rows, math.nan).requires_grad_() for x in (q, k, v)]
+    got = results(tree_attention, *poisoned, end, **options)
+    alone = torch.ones(len(end), dtype=torch.bool).index_fill(0, poisoned_rows, False)
+    assert torch.equal(got[0][:, alone], clean[0][:, alone])
+    for a, b in zip(got[1:], clean[1:], strict=True):
+        assert torch.equal(a[:, 29:], b[:, 29:])
+
+
+def test_window_measures_the_given_depth() -> None:
+    end = pack((6, (3,), (3,)), (5,))
+    natural = torch.tensor([*range(6), 6, 7, 8, 6, 7, 8, *range(5)])
+    q, k, v = inputs(end)
+    expected = results(naive_tree_attention, q, k, v, end, window=4)
+    assert_close(results(tree_attention, q, k, v, end, window=4, depth=natural + 100), expected, 1e-10)
+    doubled = results(tree_attention, q, k, v, end, window=4, depth=2 * natural)
+    assert_close(doubled, results(naive_tree_attention, q, k, v, end, window=4, depth=2 * natural), 1e-10)
+    assert not torch.allclose(doubled[0], expected[0])
+
+
+def test_strides_of_inputs_and_upstream_do_not_matter() -> None:
+    end = pack(comb(7, 2, 2, 3))
+    q, k, v = inputs(end, heads=2, key_heads=2)
+    expected = torch.autograd.grad(naive_tree_attention(q, k, v, end).sum(), (q, k, v))
+    big = torch.stack([x.detach() for x in (q, k, v)], -1)  # the last dimension is not the contiguous one
+    odd = [big[..., i].requires_grad_() for i in range(3)]
+    got = torch.autograd.grad(tree_attention(*odd, end).sum(), odd)  # the upstream gradient has stride 0
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_gradcheck() -> None:
+    end = pack((3, (2,), (1, (2,), (1,))), (2,))
+    q, k, v = inputs(end, heads=2, key_heads=1, dim=3)
+    for options in ({}, {"softcap": 1.5}, {"window": 3}):
+        assert torch.autograd.gradcheck(lambda q, k, v, o=options: tree_attention(q, k, v, end, **o), (q, k, v))
+
+
+def test_backward_from_a_second_thread_and_under_autocast() -> None:
+    end = pack(comb(12, 2, 3, 5))
+    q, k, v = inputs(end, dtype=torch.float32)
+    out = tree_attention(q, k, v, end)
+    expected = torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)
+    got: list[Tensor] = []
+    thread = threading.Thread(
+        target=lambda: got.extend(torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True))
+    )
+    thread.start(), thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    out = tree_attention(q, k, v, end, softcap=4.0)
+    loss = out.square().sum()
+    expected = torch.autograd.grad(loss, (q, k, v), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = list(torch.autograd.grad(loss, (q, k, v)))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_autocast_casts_as_sdpa_does() -> None:
+    end = pack(comb(12, 2, 3, 5))
+    q, k, v = inputs(end, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(tree_attention, q, k, v.bfloat16(), end)
+    assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in (q, k, v)]
+    assert_close(got, results(naive_tree_attention, *exact, end), 2e-2)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+def test_nothing_of_size_queries_times_keys_exists() -> None:
+    end = pack(comb(300, 3, 6, 40))
+    q, k, v = inputs(end, heads=2, key_heads=2, dtype=torch.float32)
+    with LargestTensor() as mode:
+        results(tree_attention, q, k, v, end)
+    assert mode.largest == q.numel()
+
+
+def test_empty_packing_and_single_token() -> None:
+    for end in (torch.zeros(0, dtype=torch.int32), torch.ones(1, dtype=torch.int32)):
+        q, k, v = inputs(end)
+        assert_close(results(tree_attention, q, k, v, end), results(naive_tree_attention, q, k, v, end), 1e-10)
+
+
+@pytest.mark.parametrize(
+    "end, message",
+    [
+        ([1, 1, 3], r"subtree_end\[1\] is 1, outside \[2, 3\]"),
+        ([4, 2, 3], r"subtree_end\[0\] is 4, outside \[1, 3\]"),
+        ([2, 3, 3], r"token 1 ends at 3, but lies in the subtree of token 0, which ends at 2"),
+        ([4, 3, 4, 4], r"token 2 ends at 4, but lies in the subtree of token 1"),
+    ],
+)
+def test_a_packing_that_is_no_preorder_is_refused(end: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tree_plan(torch.tensor(end))
+
+
+def test_wrong_arguments_are_refused_with_numbers() -> None:
+    end = pack(comb(4, 1, 2, 2))
+    q, k, v = inputs(end, heads=2, key_heads=1)
+    with pytest.raises(ValueError, match=r"give \[Hq, Q, D\]"):
+        tree_attention(q[None], k[None], v[None], end)
+    with pytest.raises(ValueError, match="3 query heads over 2 key heads"):
+        tree_attention(q[:1].expand(3, -1, -1), k.expand(2, -1, -1), v.expand(2, -1, -1), end)
+    with pytest.raises(ValueError, match="q has 7 tokens and k 8"):
+        tree_attention(q[:, :7], k, v, end)
+    with pytest.raises(ValueError, match="float64, torch.float32"):
+        tree_attention(q, k.float(), v, end)
+    with pytest.raises(ValueError, match=r"query_index\[1\] is 8, outside \[0, 8\)"):
+        tree_attention(q[:, :2], k, v, end, query_index=torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match="window is 0"):
+        tree_attention(q, k, v, end, window=0)
+    with pytest.raises(ValueError, match="softcap is -1"):
+        tree_attention(q, k, v, end, softcap=-1.0)
+    with pytest.raises(ValueError, match="one-dimensional integer"):
+        tree_plan(end.float())
+    with pytest.raises(ValueError, match="depth has 3 entries, subtree_end 8"):
+        tree_plan(end, depth=torch.arange(3))
+
+
+def test_backend_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = pack(comb(4, 1, 2, 2))
+    q, k, v = inputs(end)
+    expected = tree_attention(q, k, v, end)
+    monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "torch")
+    assert torch.equal(tree_attention(q, k, v, end), expected)
+    monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")
+    with pytest.raises(NotImplementedError, match="tree_attention has no Triton implementation"):
+        tree_attention(q, k, v, end)
+    monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="'cuda'; use 'torch' or 'triton'"):
+        tree_attention(q, k, v, end)
