@@ -114,7 +114,9 @@ class JudgeConfig:
 @dataclass
 class FilterConfig:
     kind: str = "process"  # none | process | outcome | process_and_outcome
-    when_empty: str = "error"  # error | none: when no trajectory passes, stop, or use all finished ones (the output says so)
+    when_empty: str = (
+        "error"  # error | none: when no trajectory passes, stop, or use all finished ones (the output says so)
+    )
     max_trajectories: int = 0  # keep at most so many, spread evenly over the questions; 0: all
 
 

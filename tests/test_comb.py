@@ -8,10 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive.rows import padded_rows, separate_rows, side_by_side
+from small_models import SHAPE, build
 
 from swirl_fast.comb import Branch, Comb, SampledState, micro_batches, pack
 from swirl_fast.policy import PackedRow, Policy

@@ -174,6 +174,8 @@ def test_cached_tokens_are_exact():
     longer = state + first[1].tokens + tokens(10, 2)
     assert cached(longer) == [30 + 5], "the last sampled token was never fed"
     assert cached(tokens(12, 3), state[:20] + tokens(3, 4), state[:7]) == [0, 20, 6]
+    few = engine_of(make(), max_sequences=2).generate([Request(state, ask, n=5)])[0]
+    assert [c.cached_tokens for c in few] == [0] * 5, "siblings that waited share one computation of the prompt"
     trunk = tokens(50, 5)  # one call: the shortest computes its own tokens, each longer one the rest
     assert cached(trunk[:45], trunk[:10], trunk, trunk[:10], n=5) == [9, 0, 44, 9]
     stats = engine.stats()
@@ -241,6 +243,35 @@ def test_broken_weights_are_an_error_and_leave_no_trace():
         engine.generate(mixed_requests(0))
     engine.update_weights(model.state_dict().items(), 2)
     check(model, mixed_requests(0), engine.generate(mixed_requests(0)))
+
+
+def test_a_prompt_does_not_push_out_what_its_neighbour_needs():
+    engine = engine_of(make(), cache_tokens=50)
+    known, new = sorted([tokens(40, 1), tokens(30, 2)], reverse=True)
+    engine.generate([Request(known, Sampling(1))])
+    first, second = engine.generate([Request(new, Sampling(1)), Request(known, Sampling(1))])
+    assert (first[0].cached_tokens, second[0].cached_tokens) == (0, len(known) - 1)
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_an_interrupted_call_leaves_no_trace(at, monkeypatch):
+    """The tree holds a prompt before its keys are computed: stopped in between, it must not be believed."""
+    model = make()
+    engine = engine_of(model, max_sequences=3)
+    monkeypatch.setattr(local, "PREFILL_TOKENS", 20)
+    forward, calls = engine._forward, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine, "_forward", interrupted)
+    request = Request(tokens(45, 1), Sampling(5), n=5)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([request])
+    check(model, [request], engine.generate([request]))
 
 
 @pytest.mark.parametrize(
@@ -388,7 +419,7 @@ def test_sample_draws_from_the_cut_distribution(seed, vocabulary, top_k, top_p, 
 
 
 def test_sample_handles_rows_of_every_kind_and_extreme_uniforms():
-    logits = torch.tensor([[0.0, 5.0, 1.0, -math.inf]]).repeat(6, 1)
+    logits = torch.tensor([[-math.inf, 0.0, 5.0, 1.0, -math.inf]]).repeat(6, 1)
     last = 1 - 2.0**-24
     drawn, logprobs = sample(
         logits,
@@ -397,7 +428,7 @@ def test_sample_handles_rows_of_every_kind_and_extreme_uniforms():
         top_p=torch.tensor([0.1, 1.0, 1.0, 1.0, 1.0, 1.0]),
         uniform=torch.tensor([0.9, 0.0, last, last, 0.0, 0.5]),
     )
-    assert drawn.tolist() == [1, 0, 2, 2, 1, 1]
+    assert drawn.tolist() == [2, 1, 3, 3, 2, 2]
     plain = torch.tensor([0.0, 5.0, 1.0]).log_softmax(-1)
     assert torch.allclose(logprobs, torch.tensor([plain[1], plain[0], plain[2], plain[2], plain[1], 0.0]), atol=1e-6)
     with pytest.raises(RuntimeError, match="not finite"):

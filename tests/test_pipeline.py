@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +25,40 @@ from swirl_fast.store import Store
 from swirl_fast.training.metrics import read_metrics
 
 STEPS = 4
+
+
+class JudgeServer(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint whose verdict is a function of the prompt's text, so that rewards differ between actions: a good
+    third GOOD, some without a verdict, the rest BAD."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        number = hashlib.sha256(body["messages"][-1]["content"].encode()).digest()[0]
+        reply = (
+            "I cannot say."
+            if number < 20
+            else f"Because of this and that.\nVERDICT: {'GOOD' if number < 120 else 'BAD'}"
+        )
+        answer = {"choices": [{"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}]}
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def judged() -> Iterator[str]:
+    """The overrides that make the server the judge."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"judge={{kind: model, model: {{url: 'http://127.0.0.1:{server.server_port}/v1'}}}}"
+    server.shutdown()
+    server.server_close()
 
 
 def overrides(folder: Path, model: Path, *more: str) -> list[str]:
@@ -36,7 +75,6 @@ def overrides(folder: Path, model: Path, *more: str) -> list[str]:
         "collect.max_action_tokens=24",
         "collect.batch=8",
         "filter.kind=none",
-        "judge.rules.coverage=full",
         f"training.steps={STEPS}",
         "training.trajectories_per_step=4",
         "training.samples_per_state=4",
@@ -57,8 +95,6 @@ def command(*arguments: str, ranks: int = 0) -> list[str]:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -78,7 +114,7 @@ def start(arguments: Sequence[str], ranks: int = 0) -> subprocess.CompletedProce
     return done
 
 
-def kill_when(arguments: Sequence[str], reached: object, ranks: int = 0) -> None:
+def kill_when(arguments: Sequence[str], reached: Callable[[], bool], ranks: int = 0) -> None:
     """Starts a stage and ends its whole process group with SIGKILL as soon as `reached()`."""
     process = subprocess.Popen(
         command(*arguments, ranks=ranks),
@@ -88,7 +124,7 @@ def kill_when(arguments: Sequence[str], reached: object, ranks: int = 0) -> None
         start_new_session=True,
     )
     deadline = time.monotonic() + 200
-    while not reached():  # type: ignore[operator]
+    while not reached():
         assert process.poll() is None, f"ended before it could be killed: {process.stderr.read().decode()}"  # type: ignore[union-attr]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -97,25 +133,23 @@ def kill_when(arguments: Sequence[str], reached: object, ranks: int = 0) -> None
 
 
 @pytest.fixture(scope="module")
-def collected(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def collected(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, judged: str) -> Path:
     """A folder in which `r` is collected, judged and filtered."""
     folder = tmp_path_factory.mktemp("collected")
     for stage in ("collect", "judge", "filter"):
-        start([stage, *overrides(folder, tiny_model)])
+        start([stage, *overrides(folder, tiny_model, judged)])
     return folder
 
 
 @pytest.fixture(scope="module")
-def trained(collected: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(collected: Path, tiny_model: Path, judged: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted training on one process without torchrun: what all others are compared with."""
     folder = copy_of(collected, tmp_path_factory.mktemp("trained"))
-    start(["train", *overrides(folder, tiny_model)])
+    start(["train", *overrides(folder, tiny_model, judged)])
     return folder
 
 
 def copy_of(source: Path, target: Path) -> Path:
-    import shutil
-
     shutil.copytree(source / "r", target / "r")
     return target
 
@@ -124,8 +158,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "r" / "model" / "model.safetensors")
 
 
-def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_model: Path) -> None:
-    arguments = overrides(tmp_path, tiny_model, "training.tensorboard=true")
+def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_model: Path, judged: str) -> None:
+    arguments = overrides(tmp_path, tiny_model, judged, "training.tensorboard=true")
     first = start(["run", *arguments])
     folder = tmp_path / "r"
     summary = json.loads((folder / "summary.json").read_text())
@@ -148,8 +182,8 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
         assert shown == pytest.approx([row[name] for row in rows], rel=1e-6), name
     for row in rows:
         assert f"reward {row['reward']:.3f}" in first.stdout
-    # something was learned from: rewards differ within some state, so gradients are not zero
-    assert any(row["grad_norm"] > 0 for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows), "rewards must differ within states, else nothing here is tested"
+    assert any(row["unknown"] > 0 for row in rows)
     assert all(row["engine_gap_mean"] < 1e-4 for row in rows), "engine and trainer disagree on log-probs"  # invariant 4
     begin = time.monotonic()
     second = start(["run", *arguments])
@@ -200,11 +234,11 @@ def test_collect_killed_at_any_moment_loses_and_doubles_nothing(
 
 
 def test_training_killed_and_resumed_equals_uninterrupted(
-    collected: Path, trained: Path, tiny_model: Path, tmp_path: Path
+    collected: Path, trained: Path, tiny_model: Path, judged: str, tmp_path: Path
 ) -> None:
     """Invariant 6 and 9: bit for bit the same parameters, and every step stands once in the metrics."""
     folder = copy_of(collected, tmp_path)
-    arguments = ["train", *overrides(folder, tiny_model)]
+    arguments = ["train", *overrides(folder, tiny_model, judged)]
     for step in (1, 3):
         kill_when(arguments, lambda step=step: (folder / "r" / "checkpoints" / f"step_{step:06d}").exists())
     start(arguments)
@@ -215,10 +249,14 @@ def test_training_killed_and_resumed_equals_uninterrupted(
         assert torch.equal(tensor, found[name]), name
 
 
-def test_two_ranks_equal_one(collected: Path, trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(collected: Path, trained: Path, tiny_model: Path, judged: str, tmp_path: Path) -> None:
     """Invariant 2: loss, gradient norm and parameters, with FSDP2 and other micro-batches, from the same seed."""
     folder = copy_of(collected, tmp_path)
-    start(["train", *overrides(folder, tiny_model, "training.token_budget=512")], ranks=2)
+    start(["train", *overrides(folder, tiny_model, judged, "training.token_budget=512")], ranks=2)
+    before = load_file(tiny_model / "model.safetensors")
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(trained).items()), (
+        "nothing was learned"
+    )
     for one, two in zip(read_metrics(trained / "r"), read_metrics(folder / "r"), strict=True):
         for key in ("reward", "unknown", "states", "actions", "action_tokens"):
             assert two[key] == pytest.approx(one[key], abs=1e-12), key
@@ -233,35 +271,35 @@ def test_two_ranks_equal_one(collected: Path, trained: Path, tiny_model: Path, t
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    collected: Path, trained: Path, tiny_model: Path, tmp_path: Path
+    collected: Path, trained: Path, tiny_model: Path, judged: str, tmp_path: Path
 ) -> None:
     folder = copy_of(trained, tmp_path)
-    import shutil
-
     shutil.rmtree(folder / "r" / "model")
     newest = folder / "r" / "checkpoints" / f"step_{STEPS:06d}"
     file = next(newest.glob("*.distcp"))
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    done = start(["train", *overrides(folder, tiny_model)])
+    done = start(["train", *overrides(folder, tiny_model, judged)])
     assert "does not match its hash" in done.stderr
     for name, tensor in weights(trained).items():
         assert torch.equal(tensor, weights(folder)[name]), name
 
 
-def test_other_settings_do_not_continue_a_checkpoint(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_other_settings_do_not_continue_a_checkpoint(
+    trained: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
     folder = copy_of(trained, tmp_path)
-    arguments = ["train", *overrides(folder, tiny_model, "training.learning_rate=2e-3")]
+    arguments = ["train", *overrides(folder, tiny_model, judged, "training.learning_rate=2e-3")]
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "training.learning_rate was 0.001, is 0.002 now" in done.stderr
 
 
 def test_a_budget_below_the_longest_trunk_is_refused_before_any_work(
-    collected: Path, tiny_model: Path, tmp_path: Path
+    collected: Path, tiny_model: Path, judged: str, tmp_path: Path
 ) -> None:
     folder = copy_of(collected, tmp_path)
-    arguments = ["train", *overrides(folder, tiny_model, "training.token_budget=64")]
+    arguments = ["train", *overrides(folder, tiny_model, judged, "training.token_budget=64")]
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "training.token_budget=64" in done.stderr and "at least" in done.stderr
     assert not (folder / "r" / "checkpoints").exists()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import CHAT_TEMPLATE, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import CHAT_TEMPLATE, train_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from swirl_fast.rendering import Renderer, conversation

@@ -22,7 +22,7 @@ from swirl_fast.training.parallel import Ranks, shard
 _MARKER = "trained.json"
 
 
-def settings_of(config: Config) -> dict[str, object]:
+def settings_of(config: Config, judge_id: str) -> dict[str, object]:
     """What a checkpoint's further course depends on; what may change on resuming (its length, its pace of saving) is left out."""
     training = asdict(config.training)
     for name in (
@@ -36,6 +36,8 @@ def settings_of(config: Config) -> dict[str, object]:
         del training[name]
     return {
         "model": asdict(config.model),
+        "engine_dtype": config.engine.dtype,
+        "judge": judge_id,
         "algorithm": asdict(config.algorithm),
         "training": training,
         "seed": config.run.seed,
@@ -59,12 +61,15 @@ def run_training(config: Config, ranks: Ranks) -> None:
         raise ValueError(
             f"{config.folder / 'shards'} is not the same on all ranks; copy the same folder to every machine"
         )
-    marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings_of(config)}
+    task = load_task(config.tasks, config.run.seed)
+    tools_by_task = {task.name: task.tools}
+    settings = settings_of(config, load_judge(config.judge, tools_by_task, probe=False).id)
+    marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings}
     if (target / _MARKER).is_file() and json.loads((target / _MARKER).read_text()) == marker:
         if ranks.main:
             print(f"train: {target} is trained to step {training.steps} already")
         return
-    task = load_task(config.tasks, config.run.seed)
+    judge = load_judge(config.judge, tools_by_task)
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer(tokenizer, config.model.path)
     recorded = [sample.trajectory for sample in read_trajectories(config.folder / "shards")]
@@ -95,10 +100,7 @@ def run_training(config: Config, ranks: Ranks) -> None:
         reference = Policy(load_model(config.model, "float32"), training.temperature, autocast)
         reference.requires_grad_(False)
         shard(reference, ranks, compute)
-    judge = load_judge(config.judge, {task.name: task.tools})
-    trainer = Trainer(
-        config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings_of(config)
-    )
+    trainer = Trainer(config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings)
     try:
         trainer.train()
         checkpoint.export(target, policy, tokenizer, ranks)
