@@ -44,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    options, rest = parser().parse_known_args(arguments)
+    if wrong := [one for one in rest if one.startswith("-") or "=" not in one]:
+        parser().error(f"unknown arguments: {' '.join(wrong)}")
+    options.overrides += rest  # those behind an option: argparse takes positional arguments in one run only
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"swirl-fast {options.stage}: {error}", file=sys.stderr)
         return 2
-    except (ValueError, ImportError, FloatingPointError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("SWIRL_FAST_TRACEBACK"):
             raise
         print(f"swirl-fast {options.stage}: {error}\n(SWIRL_FAST_TRACEBACK=1 shows where)", file=sys.stderr)

@@ -18,6 +18,11 @@ from swirl_fast.tools.tool import Tool, observation
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 
+def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
+    """The ids a collection is made of; a store may hold more, from a time when more were asked for."""
+    return [f"{question.id}/{k}" for question in questions for k in range(trajectories_per_question)]
+
+
 @dataclass(frozen=True)
 class Collector:
     """prompt: question text -> token ids of s_1. tools: by name, real ones."""
@@ -61,8 +66,7 @@ class Collector:
     ) -> Iterator[Trajectory]:
         for question in questions:
             prompt: list[int] | None = None
-            for k in range(count):
-                id_ = f"{question.id}/{k}"
+            for id_ in trajectory_ids([question], count):
                 if id_ in done:
                     continue
                 if id_ in begun:

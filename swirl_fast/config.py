@@ -308,6 +308,10 @@ def check(config: Config) -> None:
             "judge.model.url",
             "judge.kind=model needs the URL of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1",
         )
+    endpoint = config.judge.model
+    at_least(1, judge__model__max_tokens=endpoint.max_tokens, judge__model__concurrency=endpoint.concurrency)
+    at_least(0, judge__model__retries=endpoint.retries, judge__model__temperature=endpoint.temperature)
+    above_zero(judge__model__timeout=endpoint.timeout)
     one_of("filter.kind", config.filter.kind, FILTERS)
     one_of("filter.when_empty", config.filter.when_empty, ("error", "none"))
     at_least(0, filter__max_trajectories=config.filter.max_trajectories)

@@ -12,10 +12,13 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
@@ -50,7 +53,9 @@ def resolve(path: str) -> str:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, with `model.chat_template` in place of its own template when that is set."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve(config.path))
+    source = resolve(config.path)
+    with _named(config):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     if config.chat_template:
         tokenizer.chat_template = Path(config.chat_template).read_text()
     if not tokenizer.chat_template:
@@ -66,18 +71,42 @@ def load_model(config: ModelConfig, dtype: str, weights: str | None = None) -> P
     weights: a checkpoint's exported folder to load in place of `config.path`.
     """
     source = weights or resolve(config.path)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+    with _named(config):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     return model.eval()
 
 
+@contextmanager
+def _named(config: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except (
+        OSError
+    ) as error:  # what transformers raises for a wrong name, a gated repository and a missing network alike
+        raise ConfigError(
+            f"model.path={config.path}: cannot be loaded ({' '.join(str(error).split())[:300]}). Give a folder that save_pretrained "
+            "wrote, or a name on the Hugging Face hub that this machine can reach (for a gated one, log in with `hf auth login`)"
+        ) from error
+
+
 def model_fingerprint(config: ModelConfig) -> str:
-    """Names the weights that sampled something: the path, and for a local folder the sizes of its files."""
+    """Names the weights that sampled something: the path, and for a local folder a hash of its files."""
     folder = Path(resolve(config.path))
-    if not folder.is_dir():
-        return config.path
-    sizes = [f"{file.name}:{file.stat().st_size}" for file in sorted(folder.glob("*.safetensors"))]
-    name = config.path if config.path == EMBEDDED_MODEL else str(folder.resolve())
-    return " ".join([name, *sizes])
+    return f"{config.path} {weights_hash(folder)}" if folder.is_dir() else config.path
+
+
+def weights_hash(folder: Path) -> str:
+    """Hex digest over the safetensors of a folder: of each its name, its size, and 8 MiB at either end (all of a 54 GB model would
+    take a minute)."""
+    digest = xxhash.xxh64()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 23))
+            stream.seek(max(size - (1 << 23), 0))
+            digest.update(stream.read())
+    return digest.hexdigest()
 
 
 def refuse_inexact(model_config: transformers.PreTrainedConfig) -> None:

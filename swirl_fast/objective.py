@@ -116,7 +116,7 @@ def policy_loss(
     Tokens of weight 0 contribute exactly nothing, whatever their log-probs.
     """
     used = weight_N != 0
-    zero = torch.zeros((), dtype=logp_N.dtype)
+    zero = logp_N.new_zeros(())
     ratio = torch.where(used, logp_N - old_logp_N, zero).exp()
     term = ratio * advantage_N
     clipped = torch.zeros_like(used)

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from swirl_fast import evaluate as evaluation
-from swirl_fast.collect import Collector
+from swirl_fast.collect import Collector, trajectory_ids
 from swirl_fast.config import Config, ConfigError, dump
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.filtering import keep
@@ -48,18 +48,17 @@ def collect(config: Config) -> None:
     with Store(config.folder / "trajectories.db") as store:
         store.check_meta("collection", _fingerprint(config, sampling))
         store.add_questions(questions)
-        if store.counts().finished < count * len(questions):
-            _roll_out(config, task, questions, count, sampling, store, seed_of(config.run.seed, "collect"), "collect")
-        counts = store.counts()
-    print(
-        f"collect: {counts.finished} trajectories of {counts.questions} questions, {counts.steps} steps, {counts.tokens} tokens"
-    )
+        seed = seed_of(config.run.seed, "collect")
+        trajectories = _roll_out(config, task, questions, count, sampling, store, seed, "collect")
+    steps, tokens = sum(t.num_steps for t in trajectories), sum(len(t.tokens) for t in trajectories)
+    print(f"collect: {len(trajectories)} trajectories of {len(questions)} questions, {steps} steps, {tokens} tokens")
 
 
 def judge(config: Config) -> None:
     task = _task(config)
+    Store(config.folder / "trajectories.db", writable=False).close()  # says so when nothing was collected yet
     with _judge(config, task) as judge, Store(config.folder / "trajectories.db") as store:
-        trajectories = list(store.trajectories(finished=True))
+        trajectories = _collected(config, task, store)
         _judge_steps(judge, store, trajectories, "judge")
         judgements = judgements_of(judge, store, trajectories)
     verdicts = [judgement.verdict for own in judgements.values() for judgement in own]
@@ -72,8 +71,8 @@ def filter(config: Config) -> None:
 
     task = _task(config)
     questions = {question.id: question for question in task.questions("train")}
-    with _judge(config, task) as judge, Store(config.folder / "trajectories.db", writable=False) as store:
-        trajectories = list(store.trajectories(finished=True))
+    with _judge(config, task, probe=False) as judge, Store(config.folder / "trajectories.db", writable=False) as store:
+        trajectories = _collected(config, task, store)
         judgements = judgements_of(judge, store, trajectories)
         collection = store.meta().get("collection", {})
     outcomes = {
@@ -118,6 +117,8 @@ def train(config: Config) -> None:
 
 def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str, Any]:
     """Evaluates `model.path`, or the Hugging Face folder `weights`, under a name. Returns the summary."""
+    from swirl_fast.model import weights_hash
+
     _save_config(config)
     task = _task(config)
     questions = task.questions("eval")
@@ -125,17 +126,19 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     length = settings.max_action_tokens or config.collect.max_action_tokens
     sampling = Sampling(length, settings.temperature)
     folder = config.folder / "evaluations"
-    wanted = _fingerprint(config, sampling) | {"weights": _weights_id(weights), "use_tools": settings.use_tools}
+    wanted = _fingerprint(config, sampling) | {
+        "weights": weights and weights_hash(Path(weights)),
+        "use_tools": settings.use_tools,
+    }
     _set_aside(folder, name, wanted)
     start = time.perf_counter()
     with _judge(config, task) as judge, Store(folder / f"{name}.db") as store:
         store.check_meta("evaluation", wanted)
         store.add_questions(questions)
         spent = store.meta().get("seconds", 0.0)
-        if store.counts().finished < settings.samples * len(questions):
-            seed = seed_of(config.run.seed, "evaluate")
-            _roll_out(config, task, questions, settings.samples, sampling, store, seed, f"evaluate {name}", weights)
-        trajectories = list(store.trajectories(finished=True))
+        seed = seed_of(config.run.seed, "evaluate")
+        what = f"evaluate {name}"
+        trajectories = _roll_out(config, task, questions, settings.samples, sampling, store, seed, what, weights)
         _judge_steps(judge, store, trajectories, f"judge {name}")
         judgements = judgements_of(judge, store, trajectories)
         seconds = spent + time.perf_counter() - start
@@ -232,9 +235,15 @@ def _roll_out(
     seed: int,
     what: str,
     weights: str | None = None,
-) -> None:
+) -> list[Trajectory]:
+    """Fills the store where trajectories are missing. Returns those asked for, in the order of the questions."""
     from swirl_fast.model import load_tokenizer
 
+    store.add_questions(questions)
+    wanted = trajectory_ids(questions, count)
+    found = _finished(store, wanted)
+    if len(found) == len(wanted):
+        return found
     renderer = Renderer(load_tokenizer(config.model), config.model.path)
     offered = task.tools if config.evaluate.use_tools or what == "collect" else ()
     with _tools(config, task, offered) as tools, _engine(config, weights) as engine:
@@ -246,8 +255,7 @@ def _roll_out(
         collector = Collector(
             engine, renderer, tools, prompt, sampling, config.collect.max_steps, config.collect.batch, seed
         )
-        total = count * len(questions)
-        with _bar(what, total, "trajectory", store.counts().finished) as bar:
+        with _bar(what, len(wanted), "trajectory", len(found)) as bar:
             collector.collect(store, questions, count, lambda trajectories, steps: bar.update(trajectories))
         stats = engine.stats()
     seconds = max(stats.prefill_seconds + stats.decode_seconds, 1e-9)
@@ -255,6 +263,17 @@ def _roll_out(
         f"{what}: {stats.generated_tokens} tokens generated at {stats.generated_tokens / seconds:.0f} a second, "
         f"{stats.cached_tokens / max(stats.prompt_tokens, 1):.0%} of the prompt tokens came from the prefix cache"
     )
+    return _finished(store, wanted)
+
+
+def _finished(store: Store, wanted: Sequence[str]) -> list[Trajectory]:
+    by_id = {trajectory.id: trajectory for trajectory in store.trajectories(finished=True)}
+    return [by_id[id_] for id_ in wanted if id_ in by_id]
+
+
+def _collected(config: Config, task: Task, store: Store) -> list[Trajectory]:
+    """The finished trajectories of the questions and the number a question that the config asks for."""
+    return _finished(store, trajectory_ids(task.questions("train"), config.collect.trajectories_per_question))
 
 
 def _task(config: Config) -> Task:
@@ -262,8 +281,8 @@ def _task(config: Config) -> Task:
 
 
 @contextlib.contextmanager
-def _judge(config: Config, task: Task) -> Iterator[Judge]:
-    judge = load_judge(config.judge, {task.name: task.tools})
+def _judge(config: Config, task: Task, probe: bool = True) -> Iterator[Judge]:
+    judge = load_judge(config.judge, {task.name: task.tools}, probe)
     try:
         yield judge
     finally:
@@ -289,12 +308,15 @@ def _tools(config: Config, task: Task, offered: Sequence[str]) -> Iterator[Mappi
 
 @contextlib.contextmanager
 def _engine(config: Config, weights: str | None) -> Iterator[Engine]:
+    import torch
+
     from swirl_fast.engines.local import LocalEngine
     from swirl_fast.model import load_model
 
     e = config.engine
     model = load_model(config.model, e.dtype, weights)
-    engine = LocalEngine(model, max_sequences=e.max_sequences, cache_tokens=e.cache_tokens)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = LocalEngine(model, max_sequences=e.max_sequences, cache_tokens=e.cache_tokens, device=device)
     try:
         yield engine
     finally:
@@ -323,14 +345,6 @@ def _fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
         "max_steps": config.collect.max_steps,
         "seed": config.run.seed,
     }
-
-
-def _weights_id(weights: str | None) -> Any:
-    """Which trained weights: the marker that training leaves beside them, else the files' sizes."""
-    if weights is None:
-        return None
-    marker = _read_json(Path(weights) / "trained.json")
-    return marker or {file.name: file.stat().st_size for file in sorted(Path(weights).glob("*.safetensors"))}
 
 
 def _set_aside(folder: Path, name: str, wanted: dict[str, Any]) -> None:

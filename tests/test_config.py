@@ -7,7 +7,9 @@ import pytest
 from swirl_fast.config import Config, ConfigError, check, dump, load
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_shipped_configs_load(path: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     data.write_text("[]")

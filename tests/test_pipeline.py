@@ -34,11 +34,9 @@ class JudgeServer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         number = hashlib.sha256(body["messages"][-1]["content"].encode()).digest()[0]
-        reply = (
-            "I cannot say."
-            if number < 20
-            else f"Because of this and that.\nVERDICT: {'GOOD' if number < 120 else 'BAD'}"
-        )
+        verdict = "GOOD" if number < 120 else "BAD"
+        silent = self.path.startswith("/silent") or number < 20
+        reply = "I cannot say." if silent else f"Because of this and that.\nVERDICT: {verdict}"
         answer = {"choices": [{"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}]}
         data = json.dumps(answer).encode()
         self.send_response(200)
@@ -293,6 +291,45 @@ def test_other_settings_do_not_continue_a_checkpoint(
     arguments = ["train", *overrides(folder, tiny_model, judged, "training.learning_rate=2e-3")]
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "training.learning_rate was 0.001, is 0.002 now" in done.stderr
+
+
+def test_a_judge_without_verdicts_stops_training(
+    collected: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    folder = copy_of(collected, tmp_path)
+    arguments = ["train", *overrides(folder, tiny_model, judged.replace("/v1", "/silent/v1"))]
+    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "gave no verdict on any of" in done.stderr
+    assert not (folder / "r" / "model").exists() and not read_metrics(folder / "r")
+
+
+def test_reusing_a_batch_moves_the_ratio_and_clips_it(
+    collected: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    folder = copy_of(collected, tmp_path)
+    ppo = (
+        "algorithm.name=ppo",
+        "algorithm.updates_per_batch=3",
+        "algorithm.kl_coef=0.1",
+        "training.learning_rate=1e-2",
+    )
+    start(["train", *overrides(folder, tiny_model, judged, *ppo, "training.steps=2")])
+    first, second = read_metrics(folder / "r")
+    assert first["ratio_max"] > 1.2 and 0 < first["clip_fraction"] < 1
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
+
+
+def test_asking_for_fewer_questions_uses_those_alone(
+    collected: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    folder = copy_of(collected, tmp_path)
+    fewer = ("tasks.limit=4", "collect.trajectories_per_question=2")
+    for stage in ("collect", "judge", "filter"):
+        done = start([stage, *overrides(folder, tiny_model, judged, *fewer)])
+    assert "kept 8 of 8" in done.stdout
+    for count in (6, 4):
+        start(["evaluate", *overrides(folder, tiny_model, judged, f"tasks.eval_limit={count}"), "--of", "base"])
+        assert json.loads((folder / "r" / "evaluations" / "base.json").read_text())["questions"] == count
 
 
 def test_a_budget_below_the_longest_trunk_is_refused_before_any_work(

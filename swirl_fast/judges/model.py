@@ -139,6 +139,8 @@ class ModelJudge:
             limits=httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
         )
         self.id = f"model-{config.model}-v{PROMPT_VERSION}"
+        if config.model == EndpointConfig().model:  # names no model: whatever this address serves
+            self.id += f"-{hashlib.sha256(self._url.encode()).hexdigest()[:8]}"
         if config.temperature:
             self.id += f"-t{config.temperature:g}"
 

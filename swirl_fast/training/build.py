@@ -10,7 +10,7 @@ import torch
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.local import LocalEngine
 from swirl_fast.judges import load_judge
-from swirl_fast.model import DTYPES, load_model, load_tokenizer
+from swirl_fast.model import DTYPES, load_model, load_tokenizer, model_fingerprint
 from swirl_fast.policy import Policy
 from swirl_fast.rendering import Renderer
 from swirl_fast.shards import TrajectoryStream, read_trajectories
@@ -25,8 +25,9 @@ _MARKER = "trained.json"
 def settings_of(config: Config, judge_id: str) -> dict[str, object]:
     """What a checkpoint's further course depends on; what may change on resuming (its length, its pace of saving) is left out."""
     training = asdict(config.training)
+    if config.training.schedule == "constant":
+        del training["steps"]  # a cosine depends on where it ends
     for name in (
-        "steps",
         "checkpoint_every",
         "keep_checkpoints",
         "tensorboard",
@@ -35,7 +36,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
     ):
         del training[name]
     return {
-        "model": asdict(config.model),
+        "model": asdict(config.model) | {"weights": model_fingerprint(config.model)},
         "engine_dtype": config.engine.dtype,
         "judge": judge_id,
         "algorithm": asdict(config.algorithm),
@@ -70,10 +71,16 @@ def run_training(config: Config, ranks: Ranks) -> None:
             print(f"train: {target} is trained to step {training.steps} already")
         return
     judge = load_judge(config.judge, tools_by_task)
+    if ranks.main and stream.manifest.trajectories < training.trajectories_per_step:
+        print(
+            f"train: {stream.manifest.trajectories} trajectories passed the filter, fewer than "
+            f"training.trajectories_per_step={training.trajectories_per_step}: every step repeats some, with fresh actions"
+        )
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer(tokenizer, config.model.path)
     recorded = [sample.trajectory for sample in read_trajectories(config.folder / "shards")]
-    stop_ids = {t.tokens[t.steps[0].end - 1] for t in recorded if t.num_steps > 1}
+    # a well-formed action was not cut off, so it ends with the stop token of the tokenizer that sampled it
+    stop_ids = {t.tokens[step.end - 1] for t in recorded for step in t.steps if step.action.kind != "malformed"}
     if stop_ids and renderer.stop_id not in stop_ids:
         raise ConfigError(
             f"model.path={config.model.path}: its turns end with token {renderer.stop_id}, but none of the recorded actions does; "

@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,10 @@ def save(
         writing.mkdir(parents=True)
     ranks.barrier()
     model_state, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing, no_dist=not ranks.distributed)
+    with _quiet():
+        dcp.save(
+            {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing, no_dist=not ranks.distributed
+        )
     ranks.barrier()
     if ranks.main:
         (writing / "state.json").write_text(json.dumps(state))
@@ -70,7 +75,10 @@ def load_latest(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, 
         return None
     source = folder / f"step_{step:06d}"
     model_state, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=source, no_dist=not ranks.distributed)
+    with _quiet():
+        dcp.load(
+            {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=source, no_dist=not ranks.distributed
+        )
     set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     return json.loads((source / "state.json").read_text())
 
@@ -101,7 +109,10 @@ def damage(path: Path) -> str | None:
 
 def export(folder: Path, policy: Policy, tokenizer: Any, ranks: Ranks) -> None:
     """Writes a Hugging Face folder that transformers, SGLang and vLLM load. Collective."""
-    weights = {name: tensor.cpu().clone() for name, tensor in full_parameters(policy)}
+    weights = {}
+    for name, tensor in full_parameters(policy):
+        if ranks.main:
+            weights[name] = tensor.cpu().clone()
     if ranks.main:
         writing = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(writing, ignore_errors=True)
@@ -110,6 +121,14 @@ def export(folder: Path, policy: Policy, tokenizer: Any, ranks: Ranks) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         writing.rename(folder)
     ranks.barrier()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning that there is no process group, which in one process is as it should be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _checkpoints(folder: Path) -> list[Path]:

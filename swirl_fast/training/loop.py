@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,11 @@ from torch import Tensor
 from swirl_fast.comb import Branch, Comb, SampledState, micro_batches, pack
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.engine import Engine
-from swirl_fast.judges.judge import Judge
+from swirl_fast.judges.judge import Judge, Judgement, Verdict
 from swirl_fast.objective import LossSums, advantages, counts, policy_loss, weights
 from swirl_fast.policy import PackedRow, Policy
 from swirl_fast.rendering import Renderer
+from swirl_fast.seeds import seed_of
 from swirl_fast.shards import TrajectoryStream
 from swirl_fast.training import checkpoint, weight_sync
 from swirl_fast.training.metrics import MetricsLog
@@ -34,6 +35,8 @@ from swirl_fast.training.rollout import SampledAction, judge_sampled, sample_act
 from swirl_fast.trajectory import Trajectory
 
 Metrics = dict[str, float]
+
+ENOUGH_TO_TELL = 8  # judged actions without a single verdict: below that it may be the actions
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Totals:
     tokens: float = 0.0
     kl: float = 0.0
     clipped: float = 0.0
+    clip_tokens: float = 0.0  # over all updates on the batch; the other sums are those of the first
     entropy: float = 0.0
     gap: float = 0.0
     gap_max: float = 0.0
@@ -73,9 +77,11 @@ class Totals:
     generated_tokens: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, sums: LossSums) -> None:
-        self.tokens += sums.tokens
-        self.kl += sums.kl
+    def add(self, sums: LossSums, first: bool) -> None:
+        if first:
+            self.tokens += sums.tokens
+            self.kl += sums.kl
+        self.clip_tokens += sums.tokens
         self.clipped += sums.clipped
         self.ratio_max = max(self.ratio_max, sums.ratio_max)
 
@@ -126,6 +132,11 @@ class Trainer:
                     f"{self.checkpoints} was trained with other settings: {_difference(restored['settings'], self.settings)}. "
                     "Go back to them, or use another run.name"
                 )
+            if restored["step"] > training.steps:
+                raise ConfigError(
+                    f"training.steps={training.steps}: {self.checkpoints} stands at step {restored['step']} already; ask for at least "
+                    "as many, or use another run.name"
+                )
             self.step = restored["step"]
             self.stream.load_state_dict(restored["stream"])
         weight_sync.sync(self.policy, self.engine, self.step)
@@ -147,20 +158,22 @@ class Trainer:
         totals = Totals()
         config = self.config
         with totals.phase("data"):
+            first = self.stream.position + self.ranks.rank
             samples = self.stream.next_batch()
+            # by the place in the endless order of trajectories: independent of ranks and resuming, new in every epoch
+            seeds = [seed_of(config.run.seed, "train", first + n * self.ranks.size) for n in range(len(samples))]
         trajectories = [sample.trajectory for sample in samples]
         with totals.phase("rollout"):
             before = self.engine.stats()
             before_counts = (before.prompt_tokens, before.cached_tokens, before.generated_tokens)
-            sampled = sample_actions(
-                trajectories, self.engine, self.renderer, self.tools, config.training, config.run.seed, self.step
-            )
+            sampled = sample_actions(trajectories, self.engine, self.renderer, self.tools, config.training, seeds)
             after = self.engine.stats()
             totals.prompt_tokens = after.prompt_tokens - before_counts[0]
             totals.cached_tokens = after.cached_tokens - before_counts[1]
             totals.generated_tokens = after.generated_tokens - before_counts[2]
         with totals.phase("judge"):
             judgements = judge_sampled(sampled, self.judge)
+        self._check_judged(sampled, judgements)
         with totals.phase("pack"):
             actions = to_actions(sampled, judgements)
             advantage_A, valid_A = advantages(actions, config.algorithm.name)
@@ -190,6 +203,19 @@ class Trainer:
         with totals.phase("weight_sync"):
             weight_sync.sync(self.policy, self.engine, self.step)
         return self._metrics(totals, grad_norm, time.perf_counter() - start)
+
+    def _check_judged(self, sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> None:
+        """Raises ValueError on every rank when the judge answered none of a step's well-formed actions (and there were enough to tell):
+        a dead judge must not look like training."""
+        asked = [j for s, j in zip(sampled, judgements, strict=True) if s.action.kind != "malformed"]
+        known = sum(judgement.verdict is not Verdict.UNKNOWN for judgement in asked)
+        total, answered = self.ranks.sum(torch.tensor([len(asked), known])).tolist()
+        if total >= ENOUGH_TO_TELL and not answered:
+            raise ValueError(
+                f"training step {self.step + 1}: the judge {self.judge.id} gave no verdict on any of {total} actions"
+                f"{f' ({asked[0].reason})' if asked else ''}. "
+                "Start train again when it answers; it goes on from the newest checkpoint"
+            )
 
     def _pack(
         self,
@@ -241,11 +267,11 @@ class Trainer:
                     logp_N, old_N, batch.advantage_N, batch.weight_N, self.config.algorithm, batch.ref_logp_N
                 )
                 (loss * self.ranks.size).backward()  # FSDP averages gradients over ranks; the loss is a global sum
+                totals.add(sums, first)
                 if first:
                     used = batch.weight_N != 0
                     gap = (logp_N.detach() - batch.engine_logp_N)[used].abs()
                     totals.loss += float(loss.detach())
-                    totals.add(sums)
                     totals.gap += float(gap.sum())
                     totals.gap_max = max(totals.gap_max, float(gap.max()) if len(gap) else 0.0)
                     assert entropy_N is not None
@@ -286,7 +312,7 @@ class Trainer:
             "loss": s["loss"],
             "kl": s["kl"] / tokens,
             "entropy": s["entropy"] / tokens,
-            "clip_fraction": s["clipped"] / tokens,
+            "clip_fraction": s["clipped"] / max(s["clip_tokens"], 1.0),
             "ratio_max": ratio_max,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate(self.config, self.step - 1),

@@ -34,7 +34,9 @@ class MetricsLog:
             return
         kept = [row for row in read_metrics(folder) if row["step"] <= step]
         path = folder / METRICS_FILE
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary = path.with_name(METRICS_FILE + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.rename(path)
         self._file = path.open("a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

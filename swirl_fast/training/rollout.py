@@ -36,10 +36,12 @@ def sample_actions(
     renderer: Renderer,
     tools: Sequence[str],
     training: TrainingConfig,
-    seed: int,
-    step: int,
+    seeds: Sequence[int],
 ) -> list[SampledAction]:
-    """`samples_per_state` actions at every state of every trajectory, grouped by state, states in order."""
+    """`samples_per_state` actions at every state of every trajectory, grouped by state, states in order.
+
+    seeds: one a trajectory; a trajectory that comes twice in a batch comes with two seeds, and so draws other actions.
+    """
     sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
     places = [(t, i) for t, trajectory in enumerate(trajectories) for i in range(trajectory.num_steps)]
     requests = [
@@ -48,7 +50,7 @@ def sample_actions(
             sampling=sampling,
             n=training.samples_per_state,
             stop_ids=(renderer.stop_id,),
-            seed=seed_of(seed, "train", step, trajectories[t].id, i),
+            seed=seed_of(seeds[t], i),
             cache_key=trajectories[t].id,
         )
         for t, i in places
