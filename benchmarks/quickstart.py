@@ -18,7 +18,6 @@ STEP_KEYS = (
     "step",
     "reward",
     "process_label",
-    "entropy",
     "engine_gap_mean",
     "tokens_computed",
     "tokens_effective",

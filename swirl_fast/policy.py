@@ -101,8 +101,8 @@ class Policy(nn.Module):
         self.autocast = autocast
         self.softcap = getattr(text, "final_logit_softcapping", None)
 
-    def forward(self, packed: PackedRow, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(log-probs [N] float32 of `targets_N`, entropy [N] float32 without gradient or None)."""
+    def forward(self, packed: PackedRow) -> Tensor:
+        """Log-probs [N] float32 of `targets_N`."""
         device = packed.tokens_1T.device.type
         with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             hidden_1TH = self.model.base_model(
@@ -112,16 +112,11 @@ class Policy(nn.Module):
                 packed=packed,
             ).last_hidden_state
             head = self.model.get_output_embeddings()
-            result = linear_logprob(
+            return linear_logprob(
                 hidden_1TH[0, packed.rows_N],
                 head.weight,
                 packed.targets_N,
                 bias=head.bias,
                 temperature=self.temperature,
                 softcap=self.softcap,
-                entropy=entropy,
             )
-        if not entropy:
-            return result, None
-        logp, entropy_N = result
-        return logp, entropy_N.detach()

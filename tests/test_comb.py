@@ -146,7 +146,7 @@ def test_loss_and_every_gradient_equal_separate_rows(kind: str, way: str) -> Non
                 combs = [side_by_side(combs)]
             found = {}
             for comb in combs:
-                found.update(by_action(comb, policy(PackedRow.of(comb))[0]))
+                found.update(by_action(comb, policy(PackedRow.of(comb))))
         loss = losses(found)
         loss.backward()
         assert found.keys() == wanted.keys()
@@ -178,7 +178,7 @@ def test_fp32_and_tokens_saved() -> None:
     assert comb.computed_tokens == 120 + 12 * 12
     assert comb.effective_tokens == 4 * (40 + 80 + 120) + 12 * 12
     losses(separate_rows(naive, branches)).backward()
-    losses(by_action(comb, Policy(model)(PackedRow.of(comb))[0])).backward()
+    losses(by_action(comb, Policy(model)(PackedRow.of(comb)))).backward()
     for (name, parameter), other in zip(naive.named_parameters(), model.parameters(), strict=True):
         gap = (parameter.grad - other.grad).norm() / parameter.grad.norm()
         assert gap < 1e-5, f"{name}: relative gradient difference {gap:.1e}"
@@ -194,7 +194,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-        losses(by_action(comb, policy(PackedRow.of(comb))[0])).backward()
+        losses(by_action(comb, policy(PackedRow.of(comb)))).backward()
         gradients.append([p.grad for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -60,7 +60,7 @@ class Totals:
     kl: float = 0.0
     clipped: float = 0.0
     clip_tokens: float = 0.0  # over all updates on the batch; the other sums are those of the first
-    entropy: float = 0.0
+    surprisal: float = 0.0  # of all sampled tokens: its mean is an unbiased estimate of the policy's entropy
     gap: float = 0.0
     gap_max: float = 0.0
     ratio_max: float = 0.0
@@ -186,6 +186,7 @@ class Trainer:
                 totals.process_label += float(actions.rewards[of_state].mean())
                 totals.states += 1
         totals.actions = len(sampled)
+        totals.surprisal = -sum(sum(one.completion.logprobs) for one in sampled)
         totals.known = float(actions.known.sum())
         totals.rewards = float(actions.rewards[actions.known].sum())
         totals.malformed = sum(one.action.kind == "malformed" for one in sampled)
@@ -193,9 +194,9 @@ class Trainer:
         with totals.phase("old_logprobs"), torch.no_grad():
             for batch in batches:
                 if self.reference is not None:
-                    batch.ref_logp_N = self.reference(batch.row)[0]
+                    batch.ref_logp_N = self.reference(batch.row)
                 if config.algorithm.updates_per_batch > 1:
-                    batch.old_logp_N = self.policy(batch.row)[0]
+                    batch.old_logp_N = self.policy(batch.row)
         grad_norm = 0.0
         for update in range(config.algorithm.updates_per_batch):
             grad_norm = self._update(batches, totals, first=update == 0)
@@ -261,7 +262,7 @@ class Trainer:
             for i, batch in enumerate(batches):
                 if self.ranks.distributed:
                     self.policy.set_requires_gradient_sync(i == len(batches) - 1)
-                logp_N, entropy_N = self.policy(batch.row, entropy=True)
+                logp_N = self.policy(batch.row)
                 old_N = logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N
                 loss, sums = policy_loss(
                     logp_N, old_N, batch.advantage_N, batch.weight_N, self.config.algorithm, batch.ref_logp_N
@@ -274,8 +275,6 @@ class Trainer:
                     totals.loss += float(loss.detach())
                     totals.gap += float(gap.sum())
                     totals.gap_max = max(totals.gap_max, float(gap.max()) if len(gap) else 0.0)
-                    assert entropy_N is not None
-                    totals.entropy += float(entropy_N[used].sum())
         with totals.phase("optimizer"):
             norm = (
                 torch.nn.utils.clip_grad_norm_(self.policy.parameters(), training.clip_grad_norm)
@@ -311,7 +310,7 @@ class Trainer:
             "malformed": s["malformed"] / max(s["actions"], 1.0),
             "loss": s["loss"],
             "kl": s["kl"] / tokens,
-            "entropy": s["entropy"] / tokens,
+            "entropy": s["surprisal"] / max(s["generated_tokens"], 1.0),
             "clip_fraction": s["clipped"] / max(s["clip_tokens"], 1.0),
             "ratio_max": ratio_max,
             "grad_norm": grad_norm,
