@@ -81,7 +81,7 @@ class Comb:
         return len(self.tokens_T)
 
 
-def common_prefix(a: Ints, b: Ints) -> int:
+def common_prefix(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:
     """Number of leading tokens that two sequences share."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])

@@ -25,7 +25,7 @@ from swirl_fast.config import Config, ConfigError, dump
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.filtering import keep
 from swirl_fast.judges import load_judge
-from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_actions
+from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_actions, judge_malformed
 from swirl_fast.rendering import Renderer, conversation
 from swirl_fast.seeds import seed_of
 from swirl_fast.store import Store
@@ -47,9 +47,8 @@ def collect(config: Config) -> None:
     count = config.collect.trajectories_per_question
     with Store(config.folder / "trajectories.db") as store:
         store.check_meta("collection", _fingerprint(config, sampling))
-        store.add_questions(questions)
         seed = seed_of(config.run.seed, "collect")
-        trajectories = _roll_out(config, task, questions, count, sampling, store, seed, "collect")
+        trajectories = _roll_out(config, task, task.tools, questions, count, sampling, store, seed, "collect")
     steps, tokens = sum(t.num_steps for t in trajectories), sum(len(t.tokens) for t in trajectories)
     print(f"collect: {len(trajectories)} trajectories of {len(questions)} questions, {steps} steps, {tokens} tokens")
 
@@ -134,11 +133,13 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     start = time.perf_counter()
     with _judge(config, task) as judge, Store(folder / f"{name}.db") as store:
         store.check_meta("evaluation", wanted)
-        store.add_questions(questions)
         spent = store.meta().get("seconds", 0.0)
         seed = seed_of(config.run.seed, "evaluate")
+        offered = task.tools if settings.use_tools else ()
         what = f"evaluate {name}"
-        trajectories = _roll_out(config, task, questions, settings.samples, sampling, store, seed, what, weights)
+        trajectories = _roll_out(
+            config, task, offered, questions, settings.samples, sampling, store, seed, what, weights
+        )
         _judge_steps(judge, store, trajectories, f"judge {name}")
         judgements = judgements_of(judge, store, trajectories)
         seconds = spent + time.perf_counter() - start
@@ -200,9 +201,7 @@ def judgements_of(judge: Judge, store: Store, trajectories: Sequence[Trajectory]
         hashes = [view.content_hash() for view in trajectory.views()]
         stored = store.verdicts(judge.id, hashes)
         found[trajectory.id] = [
-            Judgement(Verdict.BAD, f"malformed: {step.action.error}")
-            if step.action.kind == "malformed"
-            else stored.get(key, not_judged)
+            judge_malformed(step.action) if step.action.kind == "malformed" else stored.get(key, not_judged)
             for step, key in zip(trajectory.steps, hashes, strict=True)
         ]
     return found
@@ -228,6 +227,7 @@ def _judge_steps(judge: Judge, store: Store, trajectories: Sequence[Trajectory],
 def _roll_out(
     config: Config,
     task: Task,
+    offered: Sequence[str],
     questions: Sequence[Question],
     count: int,
     sampling: Sampling,
@@ -236,7 +236,10 @@ def _roll_out(
     what: str,
     weights: str | None = None,
 ) -> list[Trajectory]:
-    """Fills the store where trajectories are missing. Returns those asked for, in the order of the questions."""
+    """Fills the store where trajectories are missing. Returns those asked for, in the order of the questions.
+
+    offered: names of the tools; without any, the worked examples, which call tools, are left out of the prompt.
+    """
     from swirl_fast.model import load_tokenizer
 
     store.add_questions(questions)
@@ -245,7 +248,6 @@ def _roll_out(
     if len(found) == len(wanted):
         return found
     renderer = Renderer(load_tokenizer(config.model), config.model.path)
-    offered = task.tools if config.evaluate.use_tools or what == "collect" else ()
     with _tools(config, task, offered) as tools, _engine(config, weights) as engine:
         examples = task.examples[: config.tasks.examples] if offered else ()
 

@@ -31,6 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from swirl_fast.comb import common_prefix
+
 BLOCK_TOKENS = 256  # keys worth one more block: 0.09 us a key and layer (measured), some 25 us of calls (an estimate)
 
 Where = slice | torch.Tensor  # slots of one read: a slice when they follow one another, an index otherwise
@@ -45,14 +47,6 @@ class Node:
     parent: Node | None
     used: int
     children: dict[int, Node] = field(default_factory=dict)
-
-
-def common_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many leading elements of a and b are equal."""
-    n = min(len(a), len(b))
-    differ = a[:n] != b[:n]
-    first = int(differ.argmax()) if n else 0
-    return first if n and differ[first] else n
 
 
 class PrefixCache:
@@ -119,7 +113,7 @@ class PrefixCache:
     def _match(self, tokens: np.ndarray) -> tuple[Node, list[np.ndarray], int]:
         node, parts, depth = self._root, [], 0
         while depth < len(tokens) and (child := node.children.get(int(tokens[depth]))) is not None:
-            same = common_length(child.tokens, tokens[depth:])
+            same = common_prefix(child.tokens, tokens[depth:])
             node, depth = child, depth + same
             parts.append(child.slots[:same])
             if same < len(child.tokens):
@@ -296,7 +290,7 @@ def arrange(paths: Sequence[np.ndarray]) -> tuple[list[Block], list[np.ndarray]]
     Returns the blocks, and for every row the depths that are in none of them.
     """
     rows = len(paths)
-    shared = [common_length(paths[i], paths[i + 1]) for i in range(rows - 1)]
+    shared = [common_prefix(paths[i], paths[i + 1]) for i in range(rows - 1)]
     rest = [np.empty(0, np.int64) for _ in range(rows)]
     used = [0] * rows  # score columns that each row's blocks take
     blocks: list[Block] = []

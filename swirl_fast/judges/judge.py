@@ -31,13 +31,13 @@ class Judge(Protocol):
         ...
 
 
+def judge_malformed(action: Action) -> Judgement:
+    return Judgement(Verdict.BAD, f"malformed: {action.error}")
+
+
 def judge_actions(judge: Judge, views: Sequence[StepView], actions: Sequence[Action]) -> list[Judgement]:
     """One judgement an action. A malformed action is BAD by the environment's own rule (it did nothing); the judge sees the rest."""
-    judgements = {
-        i: Judgement(Verdict.BAD, f"malformed: {action.error}")
-        for i, action in enumerate(actions)
-        if action.kind == "malformed"
-    }
+    judgements = {i: judge_malformed(action) for i, action in enumerate(actions) if action.kind == "malformed"}
     rest = [i for i in range(len(views)) if i not in judgements]
     judgements.update(zip(rest, judge.judge([views[i] for i in rest]), strict=True))
     return [judgements[i] for i in range(len(views))]
