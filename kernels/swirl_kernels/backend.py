@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: decided per call from the tensor's device and SWIRL_KERNELS_BACKEND."""
+"""Which implementation of an operation runs: decided per call from the tensor and SWIRL_KERNELS_BACKEND."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ import torch
 
 Backend = Literal["torch", "triton"]
 
-# Operations that have a Triton implementation beside the torch one; a name enters with its kernel.
-TRITON_OPERATIONS: frozenset[str] = frozenset()
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def choose_backend(operation: str, tensor: torch.Tensor) -> Backend:
-    """The backend for `operation` on `tensor`.
+def choose_backend(operation: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Backend:
+    """The backend for `operation` on `tensor`; dtype: what it computes in, the tensor's own by default.
 
-    SWIRL_KERNELS_BACKEND=torch|triton forces one; unset or empty, CUDA tensors take Triton where the operation has it
-    and all else takes torch. Raises ValueError for another value, NotImplementedError when triton is forced and the
-    operation has none.
+    SWIRL_KERNELS_BACKEND=torch|triton forces one. Unset or empty: Triton for CUDA tensors in fp32, bf16 and fp16, torch for all
+    else (float64 among it). Triton on CPU tensors works under its interpreter alone (TRITON_INTERPRET=1, for tests).
+
+    Raises ValueError for another value of the variable and for tensors that the forced backend cannot compute.
     """
     forced = os.environ.get("SWIRL_KERNELS_BACKEND", "").strip().lower()
     if forced not in ("", "torch", "triton"):
         raise ValueError(
             f"SWIRL_KERNELS_BACKEND is {forced!r}; use 'torch' or 'triton', or unset it to choose by device"
         )
-    if forced == "triton" and operation not in TRITON_OPERATIONS:
-        raise NotImplementedError(
-            f"SWIRL_KERNELS_BACKEND=triton, but {operation} has no Triton implementation in this version of "
-            "swirl_kernels; unset the variable or set it to 'torch'"
-        )
-    if forced == "torch" or operation not in TRITON_OPERATIONS:
-        return "torch"
-    return "triton" if forced == "triton" or tensor.is_cuda else "torch"
+    dtype = dtype or tensor.dtype
+    if forced != "triton":
+        return "triton" if not forced and tensor.is_cuda and dtype in TRITON_DTYPES else "torch"
+    if dtype not in TRITON_DTYPES:
+        raise ValueError(f"{operation} in {dtype} has no Triton kernel; unset SWIRL_KERNELS_BACKEND or cast to float32")
+    if not tensor.is_cuda:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"SWIRL_KERNELS_BACKEND=triton, but {operation} got tensors on {tensor.device}; move them to a CUDA device, "
+                "or set TRITON_INTERPRET=1 before importing triton to interpret the kernels on a CPU (slow; for tests)"
+            )
+        if dtype == torch.bfloat16:
+            raise ValueError(f"{operation}: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16")
+    return "triton"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swirl_kernels.backend import choose_backend
-from swirl_kernels.linear_logprob_torch import Settings, linear_logprob_torch
+from swirl_kernels.linear_logprob_autograd import LinearLogprob, Settings
 
 
 @overload
@@ -99,10 +99,9 @@ def linear_logprob(
     settings = _checked(
         hidden, weight, targets, bias, temperature, softcap, valid_vocab, entropy, ignore_index, workspace_mb
     )
-    backend = choose_backend("linear_logprob", hidden)
-    assert backend == "torch", f"linear_logprob knows no backend {backend}"
+    backend = choose_backend("linear_logprob", hidden, settings.compute_dtype)
     per_row = temperature.detach() if isinstance(temperature, Tensor) else None
-    logp, entropies = linear_logprob_torch(hidden, weight, bias, targets, per_row, settings)
+    logp, entropies = LinearLogprob.apply(hidden, weight, bias, targets, per_row, settings, backend)
     return (logp, entropies) if entropy else logp
 
 

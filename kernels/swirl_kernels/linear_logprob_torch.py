@@ -7,100 +7,20 @@ Legend: N selected rows, H hidden size, V vocabulary, R rows and C vocabulary en
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from swirl_kernels.linear_logprob_autograd import MIN_LOGP, Settings, Upstream, merge_statistics
 
 # A tile is large enough for full matrix-product speed and small enough that the passes over it stay near the cache: at
 # V = 49152 and H = 576 on two cores 94 % of the time is matrix products, and halving or doubling either number changes
 # nothing.
 TILE_VOCAB = 4096
 TILE_ROWS = 1024
-# exp of it is exactly zero in float64 too. Where p log p is needed, a logit of -inf (a bias that forbids a token) is
-# raised to it, so that 0 * inf does not come out of the sum.
-MIN_LOGP = -1e4
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The checked arguments of linear_logprob that are no tensors. compute_dtype: of the matrix products."""
-
-    compute_dtype: torch.dtype
-    temperature: float
-    softcap: float | None
-    valid_vocab: int
-    entropy: bool
-    ignore_index: int
-    workspace_mb: float
-
-
-def linear_logprob_torch(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor | None, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """logp [N] and entropy [N] (meaningful only with settings.entropy); temperature [N] overrides
-    settings.temperature."""
-    logp, entropy = _LinearLogprob.apply(hidden, weight, bias, targets, temperature, settings)
-    return logp, entropy
-
-
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, settings):  # type: ignore[no-untyped-def]
-        statistics = torch.promote_types(settings.compute_dtype, torch.float32)
-        live = torch.nonzero(targets != settings.ignore_index)[:, 0]
-        logp, lse, entropy = (hidden.new_zeros(len(targets), dtype=statistics) for _ in range(3))
-        with torch.autocast(hidden.device.type, enabled=False):
-            tiles = _Tiles(hidden, weight, bias, targets, temperature, live, settings)
-            logp[live], lse[live], entropy[live] = tiles.forward(keep=any(ctx.needs_input_grad[:3]))
-        ctx.settings, ctx.kept = settings, list(tiles.kept)
-        ctx.set_materialize_grads(False)
-        if not settings.entropy:
-            ctx.mark_non_differentiable(entropy)
-        # The kept tiles are saved as tensors: so they go with the graph, not with the last reference to a result.
-        results = logp, lse, entropy
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature, *results, live, *tiles.kept.values())
-        return logp, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlogp, dentropy):  # type: ignore[no-untyped-def]
-        hidden, weight, bias, targets, temperature, logp, lse, entropy, live, *kept = ctx.saved_tensors
-        dlogp = torch.zeros_like(logp) if dlogp is None else dlogp
-        flows = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
-        chosen = torch.nonzero(flows[live])[:, 0]
-        rows = live[chosen]
-        upstream = _Upstream(
-            dlogp=dlogp[rows],
-            dentropy=None if dentropy is None else dentropy[rows],
-            logp=logp[rows],
-            lse=lse[rows],
-            entropy=entropy[rows],
-        )
-        with torch.autocast(hidden.device.type, enabled=False):
-            tiles = _Tiles(hidden, weight, bias, targets, temperature, rows, ctx.settings)
-            # Kept tiles bind the rows to the forward's blocks, which few rows would leave nearly empty.
-            if kept and 2 * len(chosen) >= len(live):
-                tiles.reuse(dict(zip(ctx.kept, kept, strict=True)), chosen, len(live))
-            dhidden, dweight, dbias = tiles.backward(upstream, *ctx.needs_input_grad[:3])
-        if dhidden is not None:
-            dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden.to(hidden.dtype))
-        return dhidden, dweight, dbias, None, None, None
-
-
-@dataclass(frozen=True)
-class _Upstream:
-    """What the backward knows of its rows, each [N]: two gradients and three results of the forward."""
-
-    dlogp: Tensor
-    dentropy: Tensor | None
-    logp: Tensor
-    lse: Tensor
-    entropy: Tensor
-
-
-class _Tiles:
+class TorchTiles:
     """The selected rows against the vocabulary; a tile is named by its block of rows and its first column."""
 
     def __init__(
@@ -118,7 +38,7 @@ class _Tiles:
         self.targets = targets.index_select(0, selected).long()  # [N]
         self.weight, self.bias, self.settings = weight, bias, settings
         self.dtype = settings.compute_dtype
-        self.statistics = torch.promote_types(self.dtype, torch.float32)
+        self.statistics = settings.statistics
         # True: the matrix products return fewer digits than the sums over them keep.
         self.rounded = self.dtype != self.statistics
         self.inverse_temperature: float | Tensor = 1.0 / settings.temperature
@@ -173,13 +93,7 @@ class _Tiles:
                 inside, column = self._targets_in(rows, columns)
                 target[rows][inside] = z[inside, column]
                 self._online_softmax(z, (inside, column), top[rows], others[rows], weighted[rows])
-        # The target stays out of the sum over the others: beside its 1 the digits of a small sum, and of the logp,
-        # would be lost.
-        t = target - top
-        total = others + t.exp()
-        logp = torch.where(t > -1, -torch.log1p(others * torch.exp(-t.clamp(min=-1))), t - total.log())
-        log_total = torch.where(t > -1, t - logp, total.log())
-        return logp, top + log_total, log_total - (weighted + t.exp() * t.clamp(min=MIN_LOGP)) / total
+        return merge_statistics(top, others, weighted, target)
 
     def _online_softmax(
         self, z: Tensor, at_target: tuple[Tensor, Tensor], top: Tensor, others: Tensor, weighted: Tensor
@@ -201,41 +115,41 @@ class _Tiles:
         top.copy_(new_top)
 
     def backward(
-        self, upstream: _Upstream, need_hidden: bool, need_weight: bool, need_bias: bool
+        self, upstream: Upstream, need_hidden: bool, need_weight: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients: of the selected rows' hidden states in the statistics' dtype, of weight and bias in their own."""
-        # A factor of a whole row of dz, here -dlogp / temperature, is applied to the H numbers of the row instead of to
-        # V.
-        scale = -self.inverse_temperature * (
-            torch.ones_like(upstream.lse) if upstream.dentropy is not None else upstream.dlogp
-        )
-        scaled = (self.hidden.to(self.statistics) * scale[:, None]).to(self.dtype)
+        # fp16 would lose small upstream gradients: what is multiplied keeps to the size of the largest.
+        factor, size, stored = upstream.factor, 1.0, self.settings.dlogits_scale
+        if self.dtype == torch.float16:
+            size = float(factor.abs().max())
+            factor = factor / size
         dhidden = self.hidden.new_zeros(self.hidden.shape, dtype=self.statistics) if need_hidden else None
         dweight = torch.zeros_like(self.weight) if need_weight else None
         once = self.weight.dtype == self.statistics  # dweight itself can hold the running sums
         dbias = torch.zeros_like(self.bias, dtype=self.statistics) if need_bias and self.bias is not None else None
-        for columns, weight in self._vocabulary() if len(scale) else ():
+        for columns, weight in self._vocabulary():
             dweight_rows = None  # summed over all tiles in the statistics' dtype and rounded once
             if dweight is not None:
                 dweight_rows = dweight[columns] if once else dweight[columns].to(self.statistics)
             for block, rows in enumerate(self.blocks):
                 dz = self._dlogits(block, rows, columns, weight, upstream)
                 if dbias is not None:
-                    dbias[columns] += torch.mv(dz.t(), scale[rows])
+                    dbias[columns] += torch.mv(dz.t(), upstream.factor[rows])
                 if self.rounded:
-                    dz = self._buffer(None, dz).copy_(dz)
+                    dz = self._buffer(None, dz).copy_(dz.mul_(stored) if stored != 1.0 else dz)
                 if dhidden is not None:
                     self._add_product(dhidden[rows], dz, weight)
                 if dweight_rows is not None:
-                    self._add_product(dweight_rows, dz.t(), scaled[rows])
+                    scaled = (self.hidden[rows].to(self.statistics) * factor[rows, None]).to(self.dtype)
+                    self._add_product(dweight_rows, dz.t(), scaled)
             if dweight is not None and dweight_rows is not None and not once:
-                dweight[columns] = dweight_rows
+                dweight[columns] = dweight_rows.mul_(size / stored) if size != stored else dweight_rows
         if dhidden is not None:
-            dhidden.mul_(scale[:, None])
+            dhidden.mul_((upstream.factor / stored)[:, None])
         return dhidden, dweight, dbias.to(self.bias.dtype) if dbias is not None and self.bias is not None else None
 
-    def _dlogits(self, block: int, rows: slice, columns: slice, weight: Tensor, upstream: _Upstream) -> Tensor:
-        """Gradient at hidden @ weight.T + bias, divided by the `scale` of `backward`; statistics' dtype, [R, C]."""
+    def _dlogits(self, block: int, rows: slice, columns: slice, weight: Tensor, upstream: Upstream) -> Tensor:
+        """Gradient at hidden @ weight.T + bias, divided by upstream.factor; statistics' dtype, [R, C]."""
         z = self.kept.get((block, columns.start))
         if z is None:
             z = self._logits(rows, columns, weight)
@@ -249,17 +163,13 @@ class _Tiles:
             slope.div_(softcap).square_().neg_().add_(1)
         shifted = torch.sub(z, upstream.lse[rows, None], out=self._buffer(0, z))
         inside, column = self._targets_in(rows, columns)
-        logp = upstream.logp[rows][inside]
-        at_target = torch.expm1(logp)  # p - 1 keeps its digits for a target that is nearly certain
-        if upstream.dentropy is None:
+        if upstream.dlogp is None or upstream.dentropy is None:
             dz = shifted.exp_()
         else:
-            dlogp, dentropy, entropy = (x[rows] for x in (upstream.dlogp, upstream.dentropy, upstream.entropy))
+            dlogp, dentropy, entropy = (x[rows, None] for x in (upstream.dlogp, upstream.dentropy, upstream.entropy))
             p = torch.exp(shifted.clamp_(min=MIN_LOGP), out=self._buffer(-1, z))
-            dz = shifted.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None]).mul_(p)
-            bounded = logp.clamp(min=MIN_LOGP)
-            at_target = at_target * dlogp[inside] + logp.exp() * dentropy[inside] * (bounded + entropy[inside])
-        dz[inside, column] = at_target
+            dz = shifted.add_(entropy).mul_(dentropy).add_(dlogp).mul_(p)
+        dz[inside, column] = upstream.at_target[rows][inside]
         return dz if slope is None else dz.mul_(slope)
 
     def _logits(
