@@ -144,6 +144,7 @@ class TrainingConfig:
     schedule: str = "constant"  # constant | cosine, after the warm-up
     clip_grad_norm: float = 1.0
     token_budget: int = 8192  # computed tokens a micro-batch
+    max_path_tokens: int = 0  # longest state with its action; 0: the model's context
     activation_checkpointing: bool = False
     checkpoint_every: int = 10  # optimizer batches; the last one is always saved
     keep_checkpoints: int = 2
@@ -326,7 +327,13 @@ def check(config: Config) -> None:
             "algorithm.updates_per_batch",
             f"{a.name} has no clip against its own drift; use algorithm.name=ppo to reuse a batch",
         )
-    at_least(0, training__steps=t.steps, training__warmup_steps=t.warmup_steps, training__weight_decay=t.weight_decay)
+    at_least(
+        0,
+        training__steps=t.steps,
+        training__warmup_steps=t.warmup_steps,
+        training__weight_decay=t.weight_decay,
+        training__max_path_tokens=t.max_path_tokens,
+    )
     at_least(
         1,
         training__trajectories_per_step=t.trajectories_per_step,

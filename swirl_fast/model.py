@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -110,25 +111,76 @@ def weights_hash(folder: Path) -> str:
 
 
 def refuse_inexact(model_config: transformers.PreTrainedConfig) -> None:
-    """Raises ConfigError for architectures whose training over a prefix tree would not equal separate rows."""
+    """Raises ConfigError, naming the model type and what is wrong with it, for architectures whose training over a prefix tree would
+    not equal separate rows."""
     text = model_config.get_text_config()
-    name = text.model_type
-    layers = set(getattr(text, "layer_types", None) or ())
-    strange = layers - {"full_attention", "sliding_attention"}
-    if strange or any(hasattr(text, key) for key in ("ssm_cfg", "mamba_d_state", "state_size", "linear_num_key_heads")):
-        raise ConfigError(
-            f"model type {name}: layers of kind {', '.join(sorted(strange)) or 'state space'} carry a state from token to token "
-            "and cannot share prefixes in training; use a model whose layers are all attention"
+    name = model_config.model_type
+
+    def refuse(why: str) -> NoReturn:
+        raise ConfigError(f"model type {name}: {why}")
+
+    if model_config.is_encoder_decoder:
+        refuse("its encoder reads in both directions; use a decoder-only model")
+    if text is not model_config or {"vision_config", "audio_config"} & set(model_config.sub_configs):
+        refuse("it reads more than text, and images in both directions; give a folder that holds its text model alone")
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
+        refuse("its attention is not causal: tokens would see what follows them")
+    kinds = [kind for key in _LAYER_KINDS for kind in getattr(text, key, None) or ()]
+    strange = sorted(set(kinds) - {"full_attention", "sliding_attention", "attention"})
+    if strange:
+        refuse(
+            f"layers of kind {', '.join(strange)} (all but full and sliding-window attention: recurrent, linear, convolutional, chunked, "
+            "sparse) cannot share prefixes in training; use a model whose layers are all attention"
         )
-    if getattr(text, "attention_dropout", 0.0):
-        raise ConfigError(
-            f"model type {name}: attention_dropout={text.attention_dropout} makes shared prefixes differ from separate rows; "
-            "set it to 0 in the model's config.json"
+    architecture = _architecture(model_config)
+    if getattr(architecture, "_is_stateful", False):
+        refuse(
+            "its layers carry a state from token to token and cannot share prefixes in training; use a model whose layers are attention"
         )
-    if getattr(text, "num_local_experts", 0) and getattr(text, "output_router_logits", False):
-        raise ConfigError(
-            f"model type {name}: the router's auxiliary loss counts shared tokens once; set output_router_logits=false in config.json"
+    if architecture is not None and not architecture._supports_attention_backend:
+        refuse("transformers offers no way to replace its attention; use a model that supports the attention interface")
+    if name in _ATTENTION_SINKS:
+        refuse("its attention has sinks, which tree attention does not know")
+    for key, value in text.to_dict().items():
+        random = any(part in key for part in ("dropout", "pdrop", "layerdrop", "jitter")) and "classif" not in key
+        if random and isinstance(value, int | float) and value > 0:
+            refuse(
+                f"{key}={value} makes shared prefixes differ from separate rows; set it to 0 in the model's config.json"
+            )
+    if getattr(text, "output_router_logits", False):
+        refuse("the router's auxiliary loss counts shared tokens once; set output_router_logits=false in config.json")
+    if (getattr(text, "num_nextn_predict_layers", 0) or 0) > 0:
+        refuse(
+            f"num_nextn_predict_layers={text.num_nextn_predict_layers}: heads that predict several tokens are not trained; set it to 0 "
+            "in config.json to leave them out"
         )
+    values = getattr(text, "v_head_dim", None)
+    keys = (getattr(text, "qk_nope_head_dim", 0) or 0) + (getattr(text, "qk_rope_head_dim", 0) or 0)
+    if values and keys and values != keys:
+        refuse(f"its keys have {keys} dimensions a head and its values {values}; tree attention needs them alike")
+    for rope in _ropes(text):
+        short = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+        if rope.get("rope_type") == "longrope" and short < text.max_position_embeddings:
+            refuse(
+                f"its longrope turns all tokens of a row differently once one lies behind position {short}; set "
+                f"max_position_embeddings to {short} in config.json"
+            )
+
+
+_LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # one thing, by model type
+_ATTENTION_SINKS = ("gpt_oss", "openai_privacy_filter")
+
+
+def _architecture(model_config: transformers.PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that AutoModelForCausalLM builds; None for one that transformers does not ship."""
+    classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return classes[type(model_config)] if type(model_config) in classes else None
+
+
+def _ropes(text: transformers.PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rotary settings: one, or one for each kind of layer."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [entry for entry in rope.values() if isinstance(entry, dict)]
 
 
 def _embedded() -> Path:

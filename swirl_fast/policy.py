@@ -1,4 +1,4 @@
-"""A transformers causal language model over a comb: hidden states by tree attention, log-probs of the teeth alone.
+"""A transformers causal language model over a comb: hidden states by tree attention, log-probs of the comb's edges alone.
 
 Everything happens inside one forward, so that FSDP has the output layer's weight gathered when `linear_logprob` needs it. The
 model's own code is untouched: attention is reached through transformers' attention interface, which hands the packing's extra
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from swirl_fast.comb import Comb
+from swirl_fast.comb import Comb, ModelSize
 from swirl_fast.config import ConfigError
 from swirl_fast.model import refuse_inexact
 from swirl_kernels.linear_logprob import linear_logprob
@@ -22,10 +22,26 @@ from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 
 ATTENTION = "swirl_tree"
 
+# what models hand through to their attention without meaning anything by it here
+_WITHOUT_EFFECT = frozenset(
+    (
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_causal",
+    )
+)
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # one thing, by model type
+
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_N, targets_N int64.
+    """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64.
 
     plans: what tree attention derives from the packing, by sliding window; made when a layer first asks.
     """
@@ -33,8 +49,9 @@ class PackedRow:
     tokens_1T: Tensor
     depth_1T: Tensor
     subtree_end_T: Tensor
-    rows_N: Tensor
-    targets_N: Tensor
+    rows_E: Tensor
+    targets_E: Tensor
+    edge_N: Tensor
     plans: dict[int | None, TreePlan] = field(default_factory=dict)
 
     @classmethod
@@ -43,8 +60,9 @@ class PackedRow:
             tokens_1T=torch.from_numpy(comb.tokens_T).long().to(device)[None],
             depth_1T=torch.from_numpy(comb.depth_T).long().to(device)[None],
             subtree_end_T=torch.from_numpy(comb.subtree_end_T).to(device),
-            rows_N=torch.from_numpy(comb.rows_N).long().to(device),
-            targets_N=torch.from_numpy(comb.targets_N).long().to(device),
+            rows_E=torch.from_numpy(comb.rows_E).long().to(device),
+            targets_E=torch.from_numpy(comb.targets_E).long().to(device),
+            edge_N=torch.from_numpy(comb.edge_N).long().to(device),
         )
 
     def plan(self, window: int | None) -> TreePlan:
@@ -53,6 +71,7 @@ class PackedRow:
         return self.plans[window]
 
 
+@torch.compiler.disable  # a compiled layer breaks its graph here: the plan is Python, and the kernels are compiled already
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -64,16 +83,27 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packed: PackedRow | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
+    """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    Raises ConfigError for an argument that would change the attention in a way not known here.
+    """
     assert packed is not None, "the model was called without a packed row; call Policy.forward"
     assert dropout == 0.0, "attention dropout cannot be exact over shared prefixes"
+    unknown = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if unknown:
+        raise ConfigError(
+            f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which tree attention does not know: training over "
+            "shared prefixes would not be exact; use another model"
+        )
     plan = packed.plan(sliding_window)
     out = tree_attention(
         query[0], key[0], value[0], None, scale=scaling, softcap=softcap, window=sliding_window, plan=plan
     )
-    return out.transpose(0, 1)[None], None
+    return out.transpose(0, 1).contiguous()[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -95,6 +125,22 @@ class Policy(nn.Module):
                 raise ConfigError(
                     f"model type {text.model_type}: {key}={getattr(text, key)} is not supported by the fused log-probs"
                 )
+        for name, module in model.named_modules():
+            if getattr(module, "is_causal", True) is False:
+                raise ConfigError(
+                    f"model type {text.model_type}: {name} is not causal: tokens would see what follows them"
+                )
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                raise ConfigError(
+                    f"model type {text.model_type}: {name} drops some of its input at random in training; set its rate to 0"
+                )
+        known = {id(p) for part in (model.base_model, model.get_output_embeddings()) for p in part.parameters()}
+        unknown = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
+        if unknown:
+            raise ConfigError(
+                f"model type {text.model_type}: {', '.join(unknown[:3])} stand between the hidden states and the output layer, or beside "
+                "it; the fused log-probs know the output layer alone"
+            )
         model.set_attn_implementation(ATTENTION)
         self.model = model
         self.temperature = temperature
@@ -102,7 +148,7 @@ class Policy(nn.Module):
         self.softcap = getattr(text, "final_logit_softcapping", None)
 
     def forward(self, packed: PackedRow) -> Tensor:
-        """Log-probs [N] float32 of `targets_N`."""
+        """Log-probs [N] float32 of the comb's predicted tokens, action after action; float64 for a float64 model."""
         device = packed.tokens_1T.device.type
         with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             hidden_1TH = self.model.base_model(
@@ -112,11 +158,37 @@ class Policy(nn.Module):
                 packed=packed,
             ).last_hidden_state
             head = self.model.get_output_embeddings()
-            return linear_logprob(
-                hidden_1TH[0, packed.rows_N],
+            logp_E = linear_logprob(
+                _take(hidden_1TH[0], packed.rows_E),
                 head.weight,
-                packed.targets_N,
+                packed.targets_E,
                 bias=head.bias,
                 temperature=self.temperature,
                 softcap=self.softcap,
             )
+            return _take(logp_E, packed.edge_N)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], with a backward that adds up repeated rows in a fixed order: on GPUs indexing sorts them (index_select is atomic), on CPUs
+    index_select takes them one after another."""
+    return x[index] if x.is_cuda else x.index_select(0, index)
+
+
+def model_size(model: PreTrainedModel) -> ModelSize:
+    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits."""
+    text = model.config.get_text_config()
+    tables = {id(module.weight) for module in model.base_model.modules() if isinstance(module, nn.Embedding)}
+    total = next((n for key in _EXPERTS if (n := getattr(text, key, None))), 1)
+    visited = min(getattr(text, "num_experts_per_tok", None) or total, total) / total
+    linear = 0.0
+    for name, parameter in model.base_model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in tables:
+            linear += parameter.numel() * (visited if ".experts." in name else 1.0)
+    heads = text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    attention = tuple((width, window if kind == "sliding_attention" else None) for kind in kinds)
+    head = model.get_output_embeddings().weight
+    return ModelSize(linear, attention, head.shape[0] * head.shape[1])

@@ -1,213 +1,300 @@
-"""Invariant 1: comb == packed == padded == one row at a time, loss and every gradient."""
+"""The prefix tree without a model: what is packed, how it is cut into micro-batches, and how these are dealt to ranks."""
 
 from __future__ import annotations
 
-import copy
-import random
+import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive.rows import padded_rows, separate_rows, side_by_side
-from small_models import SHAPE, build
+from naive.rows import all_actions, shuffled, visible
+from random_trees import random_branches
 
-from swirl_fast.comb import Branch, Comb, SampledState, micro_batches, pack
-from swirl_fast.policy import PackedRow, Policy
+from swirl_fast import comb as module
+from swirl_fast.comb import Branch, Comb, Group, ModelSize, SampledState, balance, flops, micro_batches, pack
 
-V = SHAPE["vocab_size"]
-
-
-def branches_of(seed: int, vocab: int = V, longest: int = 14, allow_empty: bool = True) -> list[Branch]:
-    """Random trajectories that share prefixes: a small alphabet at the front makes their trunks a tree."""
-    draw = random.Random(seed)
-    root = [draw.randrange(1, vocab) for _ in range(draw.randint(1, longest))]
-    branches, number = [], 0
-    for _ in range(draw.randint(1, 4)):
-        kept = root[: draw.randint(0, len(root))]
-        trunk = np.array(
-            [*kept, *(draw.randrange(1, vocab) for _ in range(draw.randint(0 if kept else 1, longest)))], np.int32
-        )
-        states = []
-        for length in sorted({draw.randint(1, len(trunk)) for _ in range(draw.randint(1, 3))}):
-            sizes = [draw.randint(0 if allow_empty else 1, 5) for _ in range(draw.randint(0, 3))]
-            actions = tuple(np.array([draw.randrange(1, vocab) for _ in range(n)], np.int32) for n in sizes)
-            states.append(SampledState(length, actions, tuple(range(number, number + len(actions)))))
-            number += len(actions)
-        branches.append(Branch(trunk, tuple(states)))
-    return branches
+SIZE = ModelSize(linear=1000.0, attention=((8, None), (8, 5), (4, 5)), output=300)
+seeds = st.integers(0, 10**9)
 
 
-def expected(branches: list[Branch]) -> dict[int, tuple[list[int], list[int]]]:
-    return {
-        index: (branch.trunk[: state.length].tolist(), action.tolist())
-        for branch in branches
-        for state in branch.states
-        for action, index in zip(state.actions, state.indices, strict=True)
-    }
+def ints(text: str) -> np.ndarray:
+    return np.array([ord(letter) - ord("a") + 1 for letter in text], np.int32)
+
+
+def one_state(trunk: str, *actions: str) -> Branch:
+    return Branch(ints(trunk), (SampledState(len(trunk), tuple(map(ints, actions)), tuple(range(len(actions)))),))
+
+
+def prefixes(branches: list[Branch]) -> set[tuple[int, ...]]:
+    """Every token that must be computed, as the path that ends in it."""
+    rows = [state + action[:-1] for state, action in all_actions(branches).values() if action]
+    return {tuple(row[:n]) for row in rows for n in range(1, len(row) + 1)}
 
 
 def check_walk(comb: Comb, wanted: dict[int, tuple[list[int], list[int]]]) -> None:
     """Every predicted token sees exactly its own state and action, at the right positions."""
     for a, index in enumerate(comb.indices_A):
         state, action = wanted[int(index)]
-        rows = comb.rows_N[comb.offsets[a] : comb.offsets[a + 1]]
-        assert comb.targets_N[comb.offsets[a] : comb.offsets[a + 1]].tolist() == action
-        for k, row in enumerate(rows):
+        edges = comb.edge_N[comb.offsets[a] : comb.offsets[a + 1]]
+        assert comb.targets_E[edges].tolist() == action
+        for k, row in enumerate(comb.rows_E[edges]):
             path = [j for j in range(row + 1) if row < comb.subtree_end_T[j]]
             assert comb.tokens_T[path].tolist() == state + action[:k]
             assert comb.depth_T[path].tolist() == list(range(len(path)))
 
 
-@given(st.integers(0, 10**9))
-@settings(max_examples=150, deadline=None)
-def test_every_prediction_sees_exactly_its_own_path(seed: int) -> None:
-    branches = branches_of(seed, vocab=3)
-    comb = pack(branches)
-    wanted = expected(branches)
-    assert comb.indices_A.tolist() == sorted(wanted)
-    assert comb.effective_tokens == sum(len(state) + len(action) for state, action in wanted.values())
-    check_walk(comb, wanted)
-
-
-@given(st.integers(0, 10**9), st.integers(20, 40))
-@settings(max_examples=150, deadline=None)
-def test_micro_batches_keep_every_action_and_the_budget(seed: int, budget: int) -> None:
-    branches = branches_of(seed, vocab=3)
-    wanted = expected(branches)
-    seen: list[int] = []
-    for group in micro_batches(branches, max(budget, 33)):
-        comb = pack(group)
-        assert comb.computed_tokens <= max(budget, 33)
-        check_walk(comb, wanted)
-        seen += comb.indices_A.tolist()
-    assert sorted(seen) == sorted(wanted)
-
-
-def test_order_of_branches_does_not_matter() -> None:
-    branches = branches_of(5)
-    one, other = pack(branches), pack(branches[::-1])
+def assert_same(one: Comb, other: Comb) -> None:
     for name in vars(one):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
 
 
-def test_budget_too_small_and_state_outside_its_trunk() -> None:
-    tokens = np.arange(1, 9, dtype=np.int32)
-    branch = Branch(tokens, (SampledState(8, (tokens[:3],), (0,)),))
-    with pytest.raises(ValueError, match="at least 11"):
-        micro_batches([branch], 10)
+def test_the_drawing_in_the_module() -> None:
+    trunk = ints("abc")
+    at_a = SampledState(1, (ints("xy"), ints("xz"), ints("bc")), (0, 1, 2))
+    comb = pack([Branch(trunk, (at_a, SampledState(3, (ints("d"),), (3,))))])
+    assert comb.tokens_T.tolist() == ints("axbc").tolist()
+    assert comb.depth_T.tolist() == [0, 1, 1, 2]
+    assert comb.subtree_end_T.tolist() == [4, 2, 4, 4]
+    assert comb.rows_E[comb.edge_N].tolist() == [0, 1, 0, 1, 0, 2, 3]
+    assert comb.edge_N.tolist() == [1, 2, 1, 3, 0, 4, 5]
+    assert comb.targets_E.tolist() == ints("bxyzcd").tolist()
+    assert comb.offsets.tolist() == [0, 2, 4, 6, 7]
+    assert (comb.computed_tokens, comb.effective_tokens) == (4, 3 * 3 + 4)
+    assert comb.visible_pairs() == 1 + 2 + 2 + 3 and comb.visible_pairs(2) == 1 + 2 + 2 + 2
+
+
+@given(seeds)
+@settings(max_examples=150, deadline=None)
+def test_every_prediction_sees_exactly_its_own_path(seed: int) -> None:
+    branches = random_branches(seed)
+    comb = pack(branches)
+    wanted = all_actions(branches)
+    assert comb.indices_A.tolist() == sorted(wanted)
+    assert comb.effective_tokens == sum(len(state) + len(action) for state, action in wanted.values() if action)
+    check_walk(comb, wanted)
+
+
+@given(seeds)
+@settings(max_examples=150, deadline=None)
+def test_nothing_is_computed_twice_and_nothing_in_vain(seed: int) -> None:
+    branches = random_branches(seed)
+    comb = pack(branches)
+    assert comb.computed_tokens == len(prefixes(branches))
+    edges = {
+        (*state, *action[:k], -target)
+        for state, action in all_actions(branches).values()
+        for k, target in enumerate(action)
+    }
+    assert len(comb.rows_E) == len(edges)
+    assert (np.diff(comb.rows_E) >= 0).all()
+    assert comb.visible_pairs() == visible(comb).sum()
+    near = comb.depth_T[:, None] - comb.depth_T[None, :] < 3
+    assert comb.visible_pairs(3) == (visible(comb) & near).sum()
+
+
+@given(seeds)
+@settings(max_examples=60, deadline=None)
+def test_order_of_input_does_not_matter(seed: int) -> None:
+    branches = random_branches(seed)
+    mixed = shuffled(branches, seed + 1)
+    assert_same(pack(branches), pack(mixed))
+    for ranks in (1, 3):
+        groups, others = (micro_batches(b, 40, None, ranks, SIZE) for b in (branches, mixed))
+        assert [(g.tokens, g.flops) for g in groups] == [(g.tokens, g.flops) for g in others]
+        for group, other in zip(groups, others, strict=True):
+            assert_same(pack(group.branches), pack(other.branches))
+
+
+@given(seeds, st.integers(33, 60), st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_micro_batches_keep_every_action_and_the_budget(seed: int, budget: int, ranks: int) -> None:
+    branches = random_branches(seed)
+    wanted = all_actions(branches)
+    seen: list[int] = []
+    for group in micro_batches(branches, budget, None, ranks, SIZE):
+        comb = pack(group.branches)
+        assert comb.computed_tokens == group.tokens <= budget
+        check_walk(comb, wanted)
+        seen += comb.indices_A.tolist()
+    assert sorted(seen) == sorted(index for index, (_, action) in wanted.items() if action)
+
+
+def partitions(n: int) -> list[list[tuple[int, int]]]:
+    cuts = [c for k in range(n) for c in itertools.combinations(range(1, n), k)]
+    return [list(zip((0, *c), (*c, n), strict=True)) for c in cuts]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_cuts_are_few_and_repeat_little(seed: int) -> None:
+    """Against all ways to cut the actions in the order of the walk."""
+    branches = random_branches(seed, most=9)
+    together = micro_batches(branches, 10**6)
+    if not together:
+        return
+    ordered = walk_order(together[0])
+    tokens = {
+        (a, b): len(prefixes([only(branches, index) for index in ordered[a:b]]))
+        for a in range(len(ordered))
+        for b in range(a + 1, len(ordered) + 1)
+    }
+    budget = max(tokens[a, a + 1] for a in range(len(ordered))) + 4
+    groups = micro_batches(branches, budget)
+    best = min(
+        (len(parts), sum(tokens[part] for part in parts))
+        for parts in partitions(len(ordered))
+        if all(tokens[part] <= budget for part in parts)
+    )
+    assert (len(groups), sum(group.tokens for group in groups)) == best
+
+
+def walk_order(group: Group) -> list[int]:
+    """The actions by the packed place of their last computed token, shorter paths and lower numbers first."""
+    comb = pack(group.branches)
+    last = comb.rows_E[comb.edge_N[comb.offsets[1:] - 1]]
+    return [int(comb.indices_A[a]) for a in np.lexsort((comb.indices_A, last))]
+
+
+def only(branches: list[Branch], wanted: int) -> Branch:
+    state, action = all_actions(branches)[wanted]
+    return Branch(np.array(state, np.int32), (SampledState(len(state), (np.array(action, np.int32),), (wanted,)),))
+
+
+def test_a_tree_above_the_budget_is_cut_along_the_trunk() -> None:
+    """Two states of three actions in 8 tokens: the actions of a state stay together, and each group repeats only what it needs."""
+    near = SampledState(2, tuple(map(ints, ("lmn", "opq", "rst"))), (0, 1, 2))
+    far = SampledState(4, tuple(map(ints, ("uv", "wx", "yz"))), (3, 4, 5))
+    groups = micro_batches([Branch(ints("abcd"), (far, near))], 8)
+    assert [sorted(i for b in g.branches for s in b.states for i in s.indices) for g in groups] == [
+        [0, 1, 2],
+        [3, 4, 5],
+    ]
+    assert [group.tokens for group in groups] == [2 + 3 * 2, 4 + 3 * 1]
+
+
+def test_too_long_for_the_budget_or_the_path() -> None:
+    branch = one_state("abcdefgh", "ijk")
+    assert micro_batches([branch], 10, 11)[0].tokens == 10
+    with pytest.raises(ValueError, match="training.token_budget=9; set it to at least 10"):
+        micro_batches([branch], 9)
+    with pytest.raises(ValueError, match=r"8 tokens with an action of 3 .*max_path_tokens.* of 10"):
+        micro_batches([branch], 100, 10)
+
+
+def test_bad_branches_are_refused() -> None:
+    tokens = ints("abcdefgh")
     with pytest.raises(ValueError, match="9 tokens does not lie on its trunk of 8"):
         pack([Branch(tokens, (SampledState(9, (tokens[:1],), (0,)),))])
+    with pytest.raises(ValueError, match="0 tokens does not lie"):
+        pack([Branch(tokens, (SampledState(0, (tokens[:1],), (0,)),))])
+    with pytest.raises(ValueError, match="two actions carry the number 0"):
+        pack([one_state("ab", "c"), one_state("ab", "d")])
 
 
-def losses(logprobs: dict[int, torch.Tensor]) -> torch.Tensor:
-    """A loss in which every token has a weight of its own."""
-    return sum(
-        (logp * torch.linspace(0.5 + index, 1.5 - index, len(logp), dtype=logp.dtype).sin()).sum()
-        for index, logp in logprobs.items()
-    )
+def test_without_actions_there_is_nothing() -> None:
+    nothing = [one_state("ab", ""), Branch(ints("cd"), ())]
+    assert micro_batches(nothing, 8) == [] == micro_batches([], 8, None, 4)
+    assert balance([], 3) == [[], [], []]
+    comb = pack(nothing)
+    assert (comb.computed_tokens, len(comb.edge_N), comb.offsets.tolist()) == (0, 0, [0, 0])
 
 
-def by_action(comb: Comb, logp_N: torch.Tensor) -> dict[int, torch.Tensor]:
-    return {int(i): logp_N[comb.offsets[a] : comb.offsets[a + 1]] for a, i in enumerate(comb.indices_A)}
+def test_renumbered() -> None:
+    assert list(all_actions([one_state("ab", "c", "d").renumbered(5)])) == [5, 6]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
-@pytest.mark.parametrize("way", ["comb", "packed", "padded", "one_at_a_time", "micro_batches"])
-def test_loss_and_every_gradient_equal_separate_rows(kind: str, way: str) -> None:
-    naive = build(kind)
-    model = copy.deepcopy(naive)
-    naive.set_attn_implementation("naive")
-    policy = Policy(model, temperature=0.8)
-    for seed in range(4):
-        branches = branches_of(seed, allow_empty=False)
-        if not expected(branches):
-            continue
-        naive.zero_grad()
-        model.zero_grad()
-        wanted = separate_rows(naive, branches, 0.8)
-        wanted_loss = losses(wanted)
-        wanted_loss.backward()
-        if way == "padded":
-            model.set_attn_implementation("naive")
-            found = padded_rows(model, branches, 0.8)
-        else:
-            groups = micro_batches(branches, 34) if way == "micro_batches" else [branches]
-            combs = [pack(group) for group in groups]
-            if way in ("packed", "one_at_a_time"):
-                combs = [
-                    pack([Branch(branch.trunk, (SampledState(state.length, (action,), (index,)),))])
-                    for branch in branches
-                    for state in branch.states
-                    for action, index in zip(state.actions, state.indices, strict=True)
-                ]
-            if way == "packed":
-                combs = [side_by_side(combs)]
-            found = {}
-            for comb in combs:
-                found.update(by_action(comb, policy(PackedRow.of(comb))))
-        loss = losses(found)
-        loss.backward()
-        assert found.keys() == wanted.keys()
-        for index in wanted:
-            torch.testing.assert_close(found[index], wanted[index], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(loss, wanted_loss, rtol=1e-10, atol=1e-10)
-        for (name, parameter), other in zip(naive.named_parameters(), model.parameters(), strict=True):
-            gap = (parameter.grad - other.grad).norm() / parameter.grad.norm().clamp(min=1e-12)
-            assert gap < 1e-9, f"{name}: relative gradient difference {gap:.1e}"
+def test_flops_are_those_of_the_matrix_products() -> None:
+    """Counted pair by pair on a path of 7 tokens with 3 edges."""
+    comb = pack([one_state("abcde", "fgh")])
+    pairs = {window: sum(min(i + 1, window or 99) for i in range(7)) for window in (None, 5)}
+    forward = 2 * 1000 * 7 + 2 * 300 * 3 + 4 * (8 * pairs[None] + (8 + 4) * pairs[5])
+    assert comb.flops(SIZE) == 3 * forward
+    assert micro_batches([one_state("abcde", "fgh")], 100, None, 1, SIZE)[0].flops == 3 * forward
+    assert flops(ModelSize(2.0), 5.0, 9.0, lambda window: 0.0) == 6 * 2 * 5
 
 
-def test_fp32_and_tokens_saved() -> None:
-    """The shape the comb is for: one trunk, several states, several samples of each."""
+@pytest.mark.parametrize("seed", range(10))
+def test_estimates_before_packing_are_close(seed: int) -> None:
+    for group in micro_batches(random_branches(seed), 60, None, 1, SIZE):
+        assert group.flops == pytest.approx(pack(group.branches).flops(SIZE), rel=0.15)
+
+
+def search_branches(trajectories: int, states: int, samples: int, scale: int = 1) -> list[Branch]:
+    """The shape of search questions: prompt 400, action 120, result 600 tokens, all divided by `scale`. Half of a state's samples begin
+    alike."""
     draw = np.random.default_rng(0)
-    trunk = draw.integers(1, V, 120).astype(np.int32)
-    states = tuple(
-        SampledState(
-            40 * (i + 1),
-            tuple(draw.integers(1, V, 12).astype(np.int32) for _ in range(4)),
-            tuple(range(4 * i, 4 * i + 4)),
-        )
-        for i in range(3)
-    )
-    branches = [Branch(trunk, states)]
-    naive = build("llama", torch.float32)
-    model = copy.deepcopy(naive)
-    naive.set_attn_implementation("naive")
+    prompt, action, result = 400 // scale, 120 // scale, 600 // scale
+    branches: list[Branch] = []
+    for t in range(trajectories):
+        trunk = draw.integers(1, 1000, prompt + (states - 1) * (action + result)).astype(np.int32)
+        at = []
+        for i in range(states):
+            actions = draw.integers(1, 1000, (samples, action)).astype(np.int32)
+            actions[::2, : action // 3] = actions[0, : action // 3]
+            first = (t * states + i) * samples
+            at.append(
+                SampledState(prompt + i * (action + result), tuple(actions), tuple(range(first, first + samples)))
+            )
+        branches.append(Branch(trunk, tuple(at)))
+    return branches
+
+
+@pytest.mark.parametrize(("trajectories", "ranks"), [(3, 2), (8, 4), (16, 3)])
+def test_ranks_get_equal_work(trajectories: int, ranks: int) -> None:
+    branches = search_branches(trajectories, 5, 4, scale=10)
+    branches = [Branch(branch.trunk, branch.states[: 1 + i % 5]) for i, branch in enumerate(branches)]
+    groups = micro_batches(branches, 512, None, ranks, SIZE)
+    assert len(groups) % ranks == 0 and all(group.tokens <= 512 for group in groups)
+    jobs = balance([group.flops for group in groups], ranks)
+    work = [sum(pack(groups[job].branches).flops(SIZE) for job in of_rank) for of_rank in jobs]
+    assert max(work) / np.mean(work) < 1.1
+
+
+def test_one_tree_is_cut_for_ranks_that_would_idle() -> None:
+    """Four ranks share what fits into one micro-batch; what keeps them from a quarter is the trunk, which each needs."""
+    branches = search_branches(1, 5, 16, scale=10)
+    (whole,) = micro_batches(branches, 2048, None, 1, SIZE)
+    groups = micro_batches(branches, 2048, None, 4, SIZE)
+    assert len(groups) == 4
+    assert max(group.tokens for group in groups) < whole.tokens / 4 + len(branches[0].trunk) < whole.tokens
+
+
+@given(st.lists(st.floats(0.1, 100), max_size=40), st.integers(1, 7))
+@settings(max_examples=150, deadline=None)
+def test_balance(costs: list[float], ranks: int) -> None:
+    jobs = balance(costs, ranks)
+    assert jobs == balance(costs, ranks)
+    assert sorted(job for of_rank in jobs for job in of_rank) == list(range(len(costs)))
+    counts = [len(of_rank) for of_rank in jobs]
+    assert max(counts) - min(counts) <= 1
+    load = [sum(costs[job] for job in of_rank) for of_rank in jobs]
+    assert max(load) - min(load) <= max(costs, default=0) + 1e-9
+    ordered = sorted(costs, reverse=True)
+    for k in range(max(counts)):  # what runs at the same time costs alike
+        at_once = sorted((costs[of_rank[k]] for of_rank in jobs if len(of_rank) > k), reverse=True)
+        assert at_once == ordered[k * ranks : (k + 1) * ranks]
+
+
+def test_balance_gives_the_costliest_of_a_round_to_the_rank_with_least() -> None:
+    assert balance([8, 1, 7, 2, 6, 3], 2) == [[0, 5, 3], [2, 4, 1]]
+    assert balance([5, 5, 5, 5], 3) == [[0, 3], [1], [2]]
+
+
+def test_packing_reads_every_token_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work, not time: tokens compared and calls made stay proportional to trunks and teeth, not to states times samples times length."""
+    branches = search_branches(4, 10, 16)
+    calls, compared = 0, 0
+    original = module.common_prefix
+
+    def counting(a: np.ndarray, b: np.ndarray) -> int:
+        nonlocal calls, compared
+        calls += 1
+        compared += min(len(a), len(b))
+        return original(a, b)
+
+    monkeypatch.setattr(module, "common_prefix", counting)
     comb = pack(branches)
-    assert comb.computed_tokens == 120 + 12 * 12
-    assert comb.effective_tokens == 4 * (40 + 80 + 120) + 12 * 12
-    losses(separate_rows(naive, branches)).backward()
-    losses(by_action(comb, Policy(model)(PackedRow.of(comb)))).backward()
-    for (name, parameter), other in zip(naive.named_parameters(), model.parameters(), strict=True):
-        gap = (parameter.grad - other.grad).norm() / parameter.grad.norm()
-        assert gap < 1e-5, f"{name}: relative gradient difference {gap:.1e}"
-
-
-def test_gradient_checkpointing_changes_nothing() -> None:
-    branches = branches_of(3, allow_empty=False)
-    comb = pack(branches)
-    gradients = []
-    for checkpointing in (False, True):
-        model = build("gemma2")
-        policy = Policy(model)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()
-        losses(by_action(comb, policy(PackedRow.of(comb)))).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-def test_models_that_cannot_be_exact_are_refused_by_name() -> None:
-    from swirl_fast.config import ConfigError
-
-    model = build("llama")
-    model.config.attention_dropout = 0.1
-    with pytest.raises(ConfigError, match="llama.*attention_dropout=0.1"):
-        Policy(model)
-    model.config.attention_dropout = 0.0
-    model.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(ConfigError, match="linear_attention"):
-        Policy(model)
+    tokens = sum(len(branch.trunk) + sum(len(a) for s in branch.states for a in s.actions) for branch in branches)
+    assert comb.effective_tokens > 20 * tokens
+    assert compared < tokens
+    assert calls < 4 * len(all_actions(branches))

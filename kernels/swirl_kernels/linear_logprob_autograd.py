@@ -195,6 +195,7 @@ class LinearLogprob(torch.autograd.Function):
                 tiles.inverse_temperature,
             )
             dhidden, dweight, dbias = tiles.backward(upstream, *ctx.needs_input_grad[:3])
-        if dhidden is not None:
+        if dhidden is not None and (len(rows) < len(hidden) or dhidden.dtype != hidden.dtype):
+            del tiles  # with its copy of the rows, which this one replaces
             dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden.to(hidden.dtype))
         return dhidden, dweight, dbias, None, None, None, None

@@ -49,6 +49,12 @@ class TorchTiles:
         per_entry = buffers * self.statistics.itemsize + (self.dtype.itemsize if self.rounded else 0)
         workspace = int(settings.workspace_mb * 2**20)
         self.tile_vocab = max(1, min(TILE_VOCAB, settings.valid_vocab, workspace // per_entry // 64))
+        if (
+            weight.dtype != self.statistics
+        ):  # the backward sums a tile's rows of dweight in higher precision, and one product
+            per_row = weight.shape[1] * (self.statistics.itemsize + self.dtype.itemsize)
+            self.tile_vocab = max(1, min(self.tile_vocab, workspace // 2 // per_row))
+            workspace -= self.tile_vocab * per_row
         self.tile_rows = max(1, min(TILE_ROWS, workspace // per_entry // self.tile_vocab))
         entries = min(self.tile_rows, num_rows) * self.tile_vocab
         self.buffers = [hidden.new_empty(entries, dtype=self.statistics) for _ in range(buffers)]

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,17 +77,38 @@ class Part:
 
 @dataclass(frozen=True)
 class TreePlan:
-    """What `tree_plan` found out. Opaque to callers; everything but the two sizes lies on `subtree_end`'s device."""
+    """What `tree_plan` found out. Opaque to callers; everything but the sizes lies on `subtree_end`'s device.
+
+    Each backend derives what it needs from these tensors when it first asks: the parts here, Triton's tiles in
+    tree_blocks.py (kept in `derived`).
+    """
 
     num_keys: int
     num_queries: int
     window: int | None
-    subtree_end: Tensor  # [T]
-    depth: Tensor  # [T]
-    position: Tensor  # [Q] preorder index of every query, ascending
-    order: Tensor | None  # [Q] puts the caller's queries into ascending order; None when they are
-    own: tuple[Part, ...]  # together they hold every query exactly once
-    below: tuple[Part, ...]
+    window_cuts: bool  # False when no two tokens are `window` apart in depth, so that the window hides nothing
+    subtree_end: Tensor  # int64 [T]
+    depth: Tensor  # int64 [T]
+    position: Tensor  # int64 [Q] preorder index of every query, ascending
+    order: Tensor | None  # int64 [Q] puts the caller's queries into ascending order; None when they are
+    sparse: bool  # whether a query_index was given; False: every token is a query
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def own(self) -> tuple[Part, ...]:
+        """Together they hold every query exactly once."""
+        return self._parts[0]
+
+    @property
+    def below(self) -> tuple[Part, ...]:
+        return self._parts[1]
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        """One copy to the host and one Python step per segment (1 to 2 ms for a comb of 8k tokens and 100 teeth)."""
+        end, depth, position = (x.cpu() for x in (self.subtree_end, self.depth, self.position))
+        own, below = _Builder(end, depth, position, self.window, self.depth.device).parts(_segments(end))
+        return tuple(own), tuple(below)
 
     def visible(self, part: Part) -> Tensor:
         """The mask of a masked part, [B, Lq, Lk], True = visible; padding sees nothing and is seen by nothing."""
@@ -105,95 +128,139 @@ def tree_plan(
     window: int | None = None,
     query_index: Tensor | None = None,
 ) -> TreePlan:
-    """Checks a packing and derives its calls. Do it once per packing (and window), not once per layer.
+    """Checks a packing and derives what every layer needs. Do it once per packing (and window), not once per layer.
 
     subtree_end: integer [T], first preorder index after each token's subtree.
     depth: integer [T], position on the path from the root, used by the window alone; None: the number of ancestors.
     window: a query sees keys whose depth is less than `window` below its own; None: all.
     query_index: integer [Q], preorder index of each query, any order; None: every token is a query.
 
-    Cost: a few passes over T integers and one Python step per segment (1 to 2 ms for a comb of 8k tokens and 100 teeth).
+    Cost: a few sorts and passes over T integers on subtree_end's device, and one wait for that device, for the verdict.
+    The torch path adds one Python step per segment when it first uses the plan.
 
     Raises ValueError when subtree_end is no preorder (`j < end[j] <= T`, intervals nested), a shape or dtype is wrong,
-    an index lies outside, or window < 1.
+    an index lies outside, window < 1, or a window is given and the depth falls from a token to its child.
     """
-    end = _integers(subtree_end, "subtree_end")
-    num_keys = len(end)
+    end = _integers(subtree_end, "subtree_end", subtree_end.device)
+    num_keys, device = len(end), end.device
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; use at least 1 (a token always sees itself), or None for no window")
-    starts = _segments(end)
-    if depth is None:
-        # Tokens before i whose subtree has ended are no ancestors; the others are.
-        index = torch.arange(num_keys)
-        depth_T = index - torch.searchsorted(end.sort().values, index, right=True)
+    natural = count_ancestors(end)
+    given = natural if depth is None else _integers(depth, "depth", device)
+    if len(given) != num_keys:
+        raise ValueError(f"depth has {len(given)} entries, subtree_end {num_keys}; give one per packed token")
+    if query_index is None:
+        position, index = torch.arange(num_keys, device=device), None
     else:
-        depth_T = _integers(depth, "depth")
-        if len(depth_T) != num_keys:
-            raise ValueError(f"depth has {len(depth_T)} entries, subtree_end {num_keys}; give one per packed token")
-    position, order = _positions(query_index, num_keys)
-    own, below = _Builder(end, depth_T, position, window, subtree_end.device).parts(starts)
-    device = subtree_end.device
+        index = _integers(query_index, "query_index", device)
+        position, order = index.sort(stable=True)
+    none = torch.zeros((), dtype=torch.bool, device=device)
+    verdict = [
+        _malformed(end, natural),
+        none if index is None else ((index < 0) | (index >= num_keys)).any(),
+        none if index is None else (index.diff() < 0).any(),
+        none if window is None or depth is None else _falls(given, natural).any(),
+        none if window is None or num_keys == 0 else given.max() - given.min() >= window,
+    ]
+    malformed, outside, unsorted, falls, window_cuts = torch.stack(verdict).tolist()
+    if malformed:
+        _explain(end.tolist())
+    if outside:
+        assert index is not None, "no query_index, yet an index outside"
+        i = int(torch.nonzero((index < 0) | (index >= num_keys))[0])
+        raise ValueError(
+            f"query_index[{i}] is {int(index[i])}, outside [0, {num_keys}): it must name one of the packed tokens"
+        )
+    if falls:
+        j = int(torch.nonzero(_falls(given, natural))[0])
+        up = int(parents(natural)[j])
+        raise ValueError(
+            f"depth falls from {int(given[up])} at token {up} to {int(given[j])} at its child {j}; a window needs depths "
+            "that do not fall along a path (leave depth out to count ancestors)"
+        )
     return TreePlan(
         num_keys=num_keys,
         num_queries=len(position),
         window=window,
-        subtree_end=subtree_end.detach().clone(),  # a caller may reuse the buffer
-        depth=depth_T.to(device),
-        position=position.to(device),
-        order=None if order is None else order.to(device),
-        own=tuple(own),
-        below=tuple(below),
+        window_cuts=window_cuts,
+        subtree_end=end,
+        depth=given,
+        position=position,
+        order=order if unsorted else None,
+        sparse=index is not None,
     )
 
 
-def _integers(x: Tensor, name: str) -> Tensor:
+def parents(ancestors: Tensor) -> Tensor:
+    """Index of every token's parent in a preorder, -1 for roots. ancestors: int64 [T], number of each token's ancestors.
+
+    It is the last token before it with one ancestor less: what lies between the two hangs below the parent.
+    """
+    num = len(ancestors)
+    index = torch.arange(num, device=ancestors.device)
+    ranked = (ancestors * num + index).sort().values  # by ancestors, then by index
+    before = torch.searchsorted(ranked, (ancestors - 1) * num + index) - 1
+    return torch.where(ancestors > 0, ranked[before.clamp(min=0)] % max(num, 1), -1)
+
+
+def _integers(x: Tensor, name: str, device: torch.device) -> Tensor:
     if x.dim() != 1 or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; give a one-dimensional integer tensor"
         )
-    return x.detach().to("cpu", torch.int64, copy=True)
+    return x.detach().to(device, torch.int64, copy=True)  # a caller may reuse the buffer
+
+
+def count_ancestors(end: Tensor) -> Tensor:
+    """Tokens before i whose subtree has ended are no ancestors of i; the others are."""
+    index = torch.arange(len(end), device=end.device)
+    return index - torch.searchsorted(end.sort().values, index, right=True)
+
+
+def _malformed(end: Tensor, ancestors: Tensor) -> Tensor:
+    """Whether `end` is no preorder, a bool without a trip to the host.
+
+    Intervals in [0, T] nest iff every token's rank in postorder (by end, inner before outer) is end - 1 - ancestors: on
+    both sides count who ends inside (j, end[j]]. The left counts an interval that begins before j and ends inside it,
+    the right one that begins inside and ends beyond; of all crossing intervals the first has only the latter.
+    """
+    num = len(end)
+    index = torch.arange(num, device=end.device)
+    postorder = (end * (num + 1) - index).argsort()
+    rank = torch.empty_like(index).scatter_(0, postorder, index)
+    return ((end <= index) | (end > num) | (rank != end - 1 - ancestors)).any()
+
+
+def _falls(depth: Tensor, ancestors: Tensor) -> Tensor:
+    up = parents(ancestors)
+    return (up >= 0) & (depth < depth[up.clamp(min=0)])
+
+
+def _explain(end: list[int]) -> None:
+    """Raises ValueError naming the first tokens that make `end` no preorder."""
+    open_ends: list[tuple[int, int]] = []
+    for j, e in enumerate(end):
+        if not j < e <= len(end):
+            raise ValueError(
+                f"subtree_end[{j}] is {e}, outside [{j + 1}, {len(end)}]: a token's subtree holds the token itself "
+                "and ends inside the packing; a leaf has subtree_end = index + 1"
+            )
+        while open_ends and open_ends[-1][0] <= j:
+            open_ends.pop()
+        if open_ends and e > open_ends[-1][0]:
+            outer, i = open_ends[-1]
+            raise ValueError(
+                f"subtree_end is no preorder: token {j} ends at {e}, but lies in the subtree of token {i}, which ends "
+                f"at {outer}; pack every subtree contiguously, parents before children"
+            )
+        if not open_ends or e < open_ends[-1][0]:
+            open_ends.append((e, j))
+    raise AssertionError("subtree_end was found malformed, but its intervals nest")
 
 
 def _segments(end: Tensor) -> list[int]:
-    """First index of every run of equal `end`. Raises ValueError when `end` is no preorder."""
-    total = len(end)
-    wrong = torch.nonzero((end <= torch.arange(total)) | (end > total))
-    if len(wrong):
-        j = int(wrong[0])
-        raise ValueError(
-            f"subtree_end[{j}] is {int(end[j])}, outside [{j + 1}, {total}]: a token's subtree holds the token itself "
-            "and ends inside the packing; a leaf has subtree_end = index + 1"
-        )
-    starts = torch.nonzero(torch.diff(end, prepend=end.new_tensor([-1])))[:, 0]
-    open_ends: list[tuple[int, int]] = []
-    for a, e in zip(starts.tolist(), end[starts].tolist(), strict=True):
-        while open_ends and open_ends[-1][0] <= a:
-            open_ends.pop()
-        if open_ends and e > open_ends[-1][0]:
-            outer, j = open_ends[-1]
-            raise ValueError(
-                f"subtree_end is no preorder: token {a} ends at {e}, but lies in the subtree of token {j}, which ends "
-                f"at {outer}; pack every subtree contiguously, parents before children"
-            )
-        open_ends.append((e, a))
-    return starts.tolist()
-
-
-def _positions(query_index: Tensor | None, num_keys: int) -> tuple[Tensor, Tensor | None]:
-    """Ascending preorder indices of the queries, and the permutation that sorts the caller's (None when sorted)."""
-    if query_index is None:
-        return torch.arange(num_keys), None
-    position = _integers(query_index, "query_index")
-    wrong = torch.nonzero((position < 0) | (position >= num_keys))
-    if len(wrong):
-        i = int(wrong[0])
-        raise ValueError(
-            f"query_index[{i}] is {int(position[i])}, outside [0, {num_keys}): it must name one of the packed tokens"
-        )
-    if (torch.diff(position) >= 0).all():
-        return position, None
-    position, order = position.sort(stable=True)
-    return position, order
+    """First index of every run of equal `end`."""
+    return torch.nonzero(torch.diff(end, prepend=end.new_tensor([-1])))[:, 0].tolist()
 
 
 @dataclass(frozen=True)

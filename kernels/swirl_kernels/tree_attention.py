@@ -27,6 +27,7 @@ Left out: dropout, attention sinks, double backward, gradients through vmap.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -81,13 +82,20 @@ def tree_attention(
     plan = _checked_plan(q, k, v, subtree_end, depth, window, query_index, plan)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; use a positive number, or None for no cap")
-    backend = choose_backend("tree_attention", q)
-    assert backend == "torch", f"tree_attention knows no backend {backend}"
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    attend = _implementation(q)
     if plan.order is None:
-        return tree_attention_torch(q, k, v, plan, scale, softcap)
-    out = tree_attention_torch(q.index_select(1, plan.order), k, v, plan, scale, softcap)
+        return attend(q, k, v, plan, scale, softcap)
+    out = attend(q.index_select(1, plan.order), k, v, plan, scale, softcap)
     return torch.empty_like(out).index_copy(1, plan.order, out)
+
+
+def _implementation(q: Tensor) -> Callable[[Tensor, Tensor, Tensor, TreePlan, float, float | None], Tensor]:
+    if choose_backend("tree_attention", q) == "torch":
+        return tree_attention_torch
+    from swirl_kernels.tree_attention_triton import tree_attention_triton  # needs triton, which a CPU does without
+
+    return tree_attention_triton
 
 
 def naive_tree_attention(

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swirl_fast.comb import Branch, Comb, SampledState, micro_batches, pack
+from swirl_fast.comb import Branch, Comb, SampledState, balance, micro_batches, pack
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.engine import Engine
 from swirl_fast.judges.judge import Judge, Judgement, Verdict
 from swirl_fast.objective import LossSums, advantages, counts, policy_loss, weights
-from swirl_fast.policy import PackedRow, Policy
+from swirl_fast.policy import PackedRow, Policy, model_size
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
 from swirl_fast.shards import TrajectoryStream
@@ -37,6 +37,19 @@ from swirl_fast.trajectory import Trajectory
 Metrics = dict[str, float]
 
 ENOUGH_TO_TELL = 8  # judged actions without a single verdict: below that it may be the actions
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the ranks tell each other of a rank's sampled actions, so that any of them can train on any. Arrays are float32.
+
+    branches: the actions that are trained on; they are numbered from 0 on every rank. engine_logp: of each action's tokens.
+    """
+
+    branches: list[Branch]
+    advantage_A: np.ndarray
+    weight_A: np.ndarray
+    engine_logp: list[np.ndarray]
 
 
 @dataclass
@@ -71,6 +84,7 @@ class Totals:
     states: float = 0.0
     process_label: float = 0.0
     computed_tokens: float = 0.0
+    flops: float = 0.0  # of one update, by comb.flops
     effective_tokens: float = 0.0
     prompt_tokens: float = 0.0
     cached_tokens: float = 0.0
@@ -120,6 +134,7 @@ class Trainer:
             weight_decay=training.weight_decay,
             fused=ranks.device.type == "cuda",
         )
+        self.size = model_size(policy.model)
         self.step = 0  # batches done; also the policy version
         self.checkpoints = config.folder / "checkpoints"
 
@@ -226,28 +241,48 @@ class Trainer:
         weight_A: Tensor,
         totals: Totals,
     ) -> list[MicroBatch]:
-        """This rank's micro-batches, as many as the busiest rank has: FSDP's collectives must match, so others run empty ones."""
+        """This rank's micro-batches: the ranks put their actions together, cut the same micro-batches from them and deal these out by
+        estimated work. All ranks get as many as the busiest one: FSDP's collectives must match, so others run empty ones."""
         device = self.ranks.device
+        training = self.config.training
         # without a KL term an action whose advantage is 0 has loss and gradient 0: it need not be computed
         used_A = (weight_A != 0) & ((advantage_A != 0) | (self.config.algorithm.kl_coef > 0))
-        branches = to_branches(trajectories, sampled, used_A.tolist())
-        combs = [pack(group) for group in micro_batches(branches, self.config.training.token_budget)]
-        wanted = int(self.ranks.max(torch.tensor([len(combs)]))[0])
+        mine = Share(
+            to_branches(trajectories, sampled, used_A.tolist()),
+            advantage_A.numpy(),
+            weight_A.numpy(),
+            [np.asarray(one.completion.logprobs, np.float32) for one in sampled],
+        )
+        shares = self.ranks.gather(mine)
+        offsets = np.cumsum([0, *(len(share.weight_A) for share in shares)])
+        branches = [
+            branch.renumbered(int(offset)) if offset else branch
+            for share, offset in zip(shares, offsets, strict=False)
+            for branch in share.branches
+        ]
+        all_advantage_A = np.concatenate([share.advantage_A for share in shares])
+        all_weight_A = np.concatenate([share.weight_A for share in shares])
+        engine_logp = [logp for share in shares for logp in share.engine_logp]
+        max_path = training.max_path_tokens or self.engine.max_context
+        groups = micro_batches(branches, training.token_budget, max_path, self.ranks.size, self.size)
+        jobs = balance([group.flops for group in groups], self.ranks.size)
         batches = []
-        for comb in combs:
-            numbers_N = torch.from_numpy(np.repeat(comb.indices_A, np.diff(comb.offsets))).long()
-            engine_logp = np.concatenate([sampled[a].completion.logprobs for a in comb.indices_A])
+        for job in jobs[self.ranks.rank]:
+            comb = pack(groups[job].branches)
+            numbers_N = np.repeat(comb.indices_A, np.diff(comb.offsets))
+            logp_N = np.concatenate([engine_logp[a] for a in comb.indices_A])
             batches.append(
                 MicroBatch(
                     PackedRow.of(comb, device),
-                    advantage_A[numbers_N].to(device),
-                    weight_A[numbers_N].to(device),
-                    torch.from_numpy(engine_logp).float().to(device),
+                    torch.from_numpy(all_advantage_A[numbers_N]).to(device),
+                    torch.from_numpy(all_weight_A[numbers_N]).to(device),
+                    torch.from_numpy(logp_N).to(device),
                 )
             )
             totals.computed_tokens += comb.computed_tokens
             totals.effective_tokens += comb.effective_tokens
-        for _ in range(wanted - len(combs)):
+            totals.flops += comb.flops(self.size)
+        for _ in range(max(map(len, jobs)) - len(batches)):
             zero = torch.zeros(1, device=device)
             batches.append(MicroBatch(PackedRow.of(_empty_comb(), device), zero, zero, zero))
         return batches
@@ -297,10 +332,14 @@ class Trainer:
         names = [name for name in vars(totals) if name != "seconds" and not name.endswith("_max")]
         summed = self.ranks.sum(torch.tensor([float(getattr(totals, name)) for name in names], dtype=torch.float64))
         s = dict(zip(names, summed.tolist(), strict=True))
-        top = self.ranks.max(torch.tensor([totals.gap_max, totals.ratio_max, seconds], dtype=torch.float64))
-        gap_max, ratio_max, seconds = top.tolist()
+        top = self.ranks.max(
+            torch.tensor([totals.gap_max, totals.ratio_max, totals.flops, seconds], dtype=torch.float64)
+        )
+        gap_max, ratio_max, flops_max, seconds = top.tolist()
         tokens = max(s["tokens"], 1.0)
-        parameters = sum(p.numel() for p in self.policy.parameters())
+        imbalance = (
+            flops_max * self.ranks.size / s["flops"] if s["flops"] else 1.0
+        )  # estimated work: the busiest rank's over the mean
         return {
             "step": self.step,
             "policy_version": self.step,
@@ -324,9 +363,9 @@ class Trainer:
             "tokens_effective": s["effective_tokens"],
             "tokens_computed_per_second": s["computed_tokens"] / seconds,
             "tokens_effective_per_second": s["effective_tokens"] / seconds,
-            "tflops": 6
-            * parameters
-            * s["computed_tokens"]
+            "rank_imbalance": imbalance,
+            "tflops": s["flops"]
+            * self.config.algorithm.updates_per_batch
             / max(totals.seconds.get("forward_backward", 0.0), 1e-9)
             / 1e12,
             "cache_hit_rate": s["cached_tokens"] / max(s["prompt_tokens"], 1.0),
@@ -347,19 +386,25 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def check_budget(config: Config, trajectories: list[Trajectory], max_context: int) -> None:
-    """Raises ConfigError, before any work, when a recorded state with a longest action fits neither a micro-batch nor the context."""
+    """Raises ConfigError, before any work, when a recorded state with a longest action fits neither a micro-batch nor the longest path
+    allowed nor the context."""
     training = config.training
     longest = max(trajectories, key=lambda trajectory: trajectory.steps[-1].start)
-    needed = longest.steps[-1].start + training.max_action_tokens
-    if needed > training.token_budget:
+    state = f"trajectory {longest.id} has a state of {longest.steps[-1].start} tokens"
+    path = longest.steps[-1].start + training.max_action_tokens
+    if path - 1 > training.token_budget:  # an action's last token is not computed
         raise ConfigError(
-            f"training.token_budget={training.token_budget}: trajectory {longest.id} has a state of {longest.steps[-1].start} tokens, "
-            f"and actions may have {training.max_action_tokens}; set it to at least {needed}"
+            f"training.token_budget={training.token_budget}: {state}, and actions may have {training.max_action_tokens}; set it to at "
+            f"least {path - 1}"
         )
-    if needed > max_context:
+    if training.max_path_tokens and path > training.max_path_tokens:
         raise ConfigError(
-            f"training.max_action_tokens={training.max_action_tokens}: with a state of {longest.steps[-1].start} tokens (trajectory "
-            f"{longest.id}) this exceeds the model's context of {max_context}"
+            f"training.max_path_tokens={training.max_path_tokens}: {state}, and actions may have {training.max_action_tokens}; set it to "
+            f"at least {path}, or to 0 for the model's context of {max_context}"
+        )
+    if path > max_context:
+        raise ConfigError(
+            f"training.max_action_tokens={training.max_action_tokens}: {state}; together this exceeds the model's context of {max_context}"
         )
 
 

@@ -341,7 +341,7 @@ def test_backend_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "torch")
     assert torch.equal(tree_attention(q, k, v, end), expected)
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")
-    with pytest.raises(NotImplementedError, match="tree_attention has no Triton implementation"):
+    with pytest.raises(ValueError, match="tree_attention in torch.float64 has no Triton kernel"):
         tree_attention(q, k, v, end)
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "cuda")
     with pytest.raises(ValueError, match="'cuda'; use 'torch' or 'triton'"):

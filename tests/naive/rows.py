@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from swirl_fast.comb import Branch, Comb
+from swirl_fast.comb import Branch, Comb, SampledState
 
 
 def _dense_attention(
@@ -33,32 +35,61 @@ def _dense_attention(
     if sliding_window is not None:
         visible &= i[:, None] - i[None, :] < sliding_window
     probabilities = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-    return (probabilities @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
+    return (probabilities @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("naive", _dense_attention)
 
 
+def all_actions(branches: list[Branch]) -> dict[int, tuple[list[int], list[int]]]:
+    """Number of an action -> its state and its tokens."""
+    return {
+        index: (branch.trunk[: state.length].tolist(), action.tolist())
+        for branch in branches
+        for state in branch.states
+        for action, index in zip(state.actions, state.indices, strict=True)
+    }
+
+
+def shuffled(branches: list[Branch], seed: int) -> list[Branch]:
+    """The same actions in another order of branches, states and samples."""
+    draw = random.Random(seed)
+
+    def mixed(things: Sequence[Any]) -> list[Any]:
+        return draw.sample(list(things), len(things))
+
+    out = []
+    for branch in mixed(branches):
+        states = []
+        for state in mixed(branch.states):
+            pairs = mixed(list(zip(state.actions, state.indices, strict=True)))
+            states.append(SampledState(state.length, tuple(a for a, _ in pairs), tuple(i for _, i in pairs)))
+        out.append(Branch(branch.trunk, tuple(states)))
+    return out
+
+
+def visible(comb: Comb) -> np.ndarray:
+    """[T, T] bool: which key (column) each query sees."""
+    i = np.arange(comb.computed_tokens)
+    return (i[None, :] <= i[:, None]) & (i[:, None] < comb.subtree_end_T[None, :])
+
+
 def separate_rows(model: PreTrainedModel, branches: list[Branch], temperature: float = 1.0) -> dict[int, torch.Tensor]:
     """Number of an action -> log-probs of its tokens, each from a row of its own: state, then action."""
     logprobs = {}
-    for branch in branches:
-        for state in branch.states:
-            for action, index in zip(state.actions, state.indices, strict=True):
-                tokens = torch.tensor([*branch.trunk[: state.length].tolist(), *action.tolist()])
-                logits = model(input_ids=tokens[None], use_cache=False).logits[0, state.length - 1 : -1] / temperature
-                logprobs[index] = logits.log_softmax(-1).gather(1, tokens[state.length :, None])[:, 0]
+    for index, (state, action) in all_actions(branches).items():
+        tokens = torch.tensor(state + action)
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0, len(state) - 1 : -1] / temperature
+        logprobs[index] = logits.log_softmax(-1).gather(1, tokens[len(state) :, None])[:, 0]
     return logprobs
 
 
 def padded_rows(model: PreTrainedModel, branches: list[Branch], temperature: float = 1.0) -> dict[int, torch.Tensor]:
     """The same in one right-padded batch, as a Hugging Face style trainer does it."""
     rows, places = [], []  # padding stands behind every token that counts, so the causal mask hides it
-    for branch in branches:
-        for state in branch.states:
-            for action, index in zip(state.actions, state.indices, strict=True):
-                rows.append(torch.tensor([*branch.trunk[: state.length].tolist(), *action.tolist()]))
-                places.append((index, state.length, len(action)))
+    for index, (state, action) in all_actions(branches).items():
+        rows.append(torch.tensor(state + action))
+        places.append((index, len(state), len(action)))
     batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     logp = (model(input_ids=batch, use_cache=False).logits / temperature).log_softmax(-1)
     return {
@@ -70,12 +101,14 @@ def padded_rows(model: PreTrainedModel, branches: list[Branch], temperature: flo
 def side_by_side(combs: list[Comb]) -> Comb:
     """One packed row of whole combs that share nothing: a forest."""
     starts = np.cumsum([0, *(comb.computed_tokens for comb in combs)])[:-1].astype(np.int32)
+    edges = np.cumsum([0, *(len(comb.rows_E) for comb in combs)])[:-1].astype(np.int32)
     return Comb(
         tokens_T=np.concatenate([comb.tokens_T for comb in combs]),
         depth_T=np.concatenate([comb.depth_T for comb in combs]),
         subtree_end_T=np.concatenate([comb.subtree_end_T + at for comb, at in zip(combs, starts, strict=True)]),
-        rows_N=np.concatenate([comb.rows_N + at for comb, at in zip(combs, starts, strict=True)]),
-        targets_N=np.concatenate([comb.targets_N for comb in combs]),
+        rows_E=np.concatenate([comb.rows_E + at for comb, at in zip(combs, starts, strict=True)]),
+        targets_E=np.concatenate([comb.targets_E for comb in combs]),
+        edge_N=np.concatenate([comb.edge_N + at for comb, at in zip(combs, edges, strict=True)]),
         offsets=np.cumsum([0, *(n for comb in combs for n in np.diff(comb.offsets))]).astype(np.int32),
         indices_A=np.concatenate([comb.indices_A for comb in combs]),
         effective_tokens=sum(comb.effective_tokens for comb in combs),
