@@ -64,7 +64,7 @@ def flex_tree_attention(
     """
     if block_mask is None:
         block_mask = flex_tree_mask(subtree_end, depth=depth, window=window)
-    attend: Callable[..., Any] = _compiled(flex_attention) if q.is_cuda else flex_attention
+    attend: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
     out: Tensor = attend(
         q[None],
         k[None],
