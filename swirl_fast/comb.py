@@ -331,11 +331,13 @@ def micro_batches(
     walk = _Walk.of(branches, size)
     for action in walk.actions:
         path = action.state + len(action.tokens)
-        what = f"a state of {action.state} tokens with an action of {len(action.tokens)}"
-        if max_path is not None and path > max_path:
-            raise ValueError(f"{what} exceeds training.max_path_tokens (or the model's context) of {max_path}")
-        if action.length > token_budget:
-            raise ValueError(f"{what} exceeds training.token_budget={token_budget}; set it to at least {action.length}")
+        if path - 1 > token_budget or (max_path is not None and path > max_path):
+            what = f"a state of {action.state} tokens with an action of {len(action.tokens)} exceeds training."
+            if path - 1 > token_budget:
+                raise ValueError(f"{what}token_budget={token_budget}; set it to at least {path - 1}")
+            raise ValueError(
+                f"{what}max_path_tokens={max_path} (where that is 0, the model's context); set it to at least {path}"
+            )
     if not walk.actions:
         return []
     limit = float("inf")

@@ -173,7 +173,7 @@ _ATTENTION_SINKS = ("gpt_oss", "openai_privacy_filter")
 
 def _architecture(model_config: transformers.PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that AutoModelForCausalLM builds; None for one that transformers does not ship."""
-    classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    classes: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     return classes[type(model_config)] if type(model_config) in classes else None
 
 

@@ -7,7 +7,6 @@ arguments through to every layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,36 +22,35 @@ from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 ATTENTION = "swirl_tree"
 
 # what models hand through to their attention without meaning anything by it here
-_WITHOUT_EFFECT = frozenset(
-    (
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "is_causal",
-    )
+_WITHOUT_EFFECT = (
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
 )
 
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # one thing, by model type
-
-
-@dataclass(frozen=True)
 class PackedRow:
     """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64.
 
-    plans: what tree attention derives from the packing, by sliding window; made when a layer first asks.
+    What tree attention derives from the packing is made when a layer first asks and kept for all others. No dataclass: FSDP copies
+    those before every layer, and the copies would keep it for themselves.
     """
 
-    tokens_1T: Tensor
-    depth_1T: Tensor
-    subtree_end_T: Tensor
-    rows_E: Tensor
-    targets_E: Tensor
-    edge_N: Tensor
-    plans: dict[int | None, TreePlan] = field(default_factory=dict)
+    def __init__(
+        self,
+        tokens_1T: Tensor,
+        depth_1T: Tensor,
+        subtree_end_T: Tensor,
+        rows_E: Tensor,
+        targets_E: Tensor,
+        edge_N: Tensor,
+    ) -> None:
+        self.tokens_1T, self.depth_1T, self.subtree_end_T = tokens_1T, depth_1T, subtree_end_T
+        self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
+        self._plans: dict[int | None, TreePlan] = {}  # by sliding window
 
     @classmethod
     def of(cls, comb: Comb, device: torch.device | str = "cpu") -> PackedRow:
@@ -66,9 +64,9 @@ class PackedRow:
         )
 
     def plan(self, window: int | None) -> TreePlan:
-        if window not in self.plans:
-            self.plans[window] = tree_plan(self.subtree_end_T, depth=self.depth_1T[0], window=window)
-        return self.plans[window]
+        if window not in self._plans:
+            self._plans[window] = tree_plan(self.subtree_end_T, depth=self.depth_1T[0], window=window)
+        return self._plans[window]
 
 
 @torch.compiler.disable  # a compiled layer breaks its graph here: the plan is Python, and the kernels are compiled already
@@ -91,9 +89,8 @@ def _attention(
     """
     assert packed is not None, "the model was called without a packed row; call Policy.forward"
     assert dropout == 0.0, "attention dropout cannot be exact over shared prefixes"
+    others |= {"attention_mask": attention_mask, "is_causal": None if others.get("is_causal", True) else False}
     unknown = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
-    if attention_mask is not None:
-        unknown.append("attention_mask")
     if unknown:
         raise ConfigError(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which tree attention does not know: training over "
@@ -173,6 +170,9 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     """x[index], with a backward that adds up repeated rows in a fixed order: on GPUs indexing sorts them (index_select is atomic), on CPUs
     index_select takes them one after another."""
     return x[index] if x.is_cuda else x.index_select(0, index)
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # one thing, by model type
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:

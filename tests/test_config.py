@@ -43,6 +43,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("training.samples_per_state=1", ["training.samples_per_state=1", "at least 2", "reinforce"]),
         ("training.learning_rate=nan", ["learning_rate=nan"]),
         ("training.learning_rate=-1", ["learning_rate", "above 0"]),
+        ("training.max_path_tokens=-1", ["training.max_path_tokens=-1", "at least 0"]),
         ("training.betas=[0.9]", ["training.betas", "two numbers"]),
         ("training.schedule=linear", ["training.schedule=linear", "constant, cosine"]),
         ("algorithm.name=dpo", ["algorithm.name=dpo", "rloo"]),

@@ -188,7 +188,13 @@ def metrics_row(step: int, **changes: float) -> dict[str, float]:
     row = {
         **{"step": step, "policy_version": step, "reward": 0.1 + step / 50, "process_label": 0.12 + step / 60},
         **{"unknown": 0.0, "malformed": 0.5 / step, "loss": -0.01 * step, "kl": 0.001 * step, "entropy": 2.0 / step},
-        **{"clip_fraction": 0.0, "ratio_max": 1.0, "grad_norm": 1.0 + math.sin(step), "learning_rate": 2e-5},
+        **{
+            "clip_fraction": 0.0,
+            "ratio_max": 1.0,
+            "rank_imbalance": 1.0,
+            "grad_norm": 1.0 + math.sin(step),
+            "learning_rate": 2e-5,
+        },
         **{
             "engine_gap_mean": 1e-6 * 2.0 ** (step % 7),
             "engine_gap_max": 1e-4 * step,

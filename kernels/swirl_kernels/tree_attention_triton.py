@@ -19,6 +19,7 @@ from swirl_kernels.tree import TreePlan
 from swirl_kernels.tree_attention_kernels import backward_kv, backward_q, forward
 from swirl_kernels.tree_blocks import count_tiles, key_blocks, query_blocks, tree_of
 
+OPTIONS = ("", "softcap", "window", "softcap window", "query_index")  # what a kernel is compiled for separately
 EDGE = 32  # queries of a masked tile of dK/dV: with 64 its registers spill (48 B of stack on sm_90 at D = 128)
 
 
@@ -189,12 +190,12 @@ def _tiles(kernel: str, q: Tensor) -> tuple[Tiles, int]:
 
 
 def aot_cases() -> list[AotCase]:
-    """Every kernel in every shipped configuration; softcap, window and query_index are compilations of their own."""
+    """Every kernel in every shipped configuration."""
     cases = [_case(count_tiles, None, 0, Tiles(128, 64, 1, 1), option) for option in ("", "window", "query_index")]
     for kernel in (forward, backward_q, backward_kv):
         for dim in (64, 128, 256):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                options = ("", "softcap", "window", "query_index") if dtype == torch.bfloat16 else ("",)
+                options = OPTIONS if dtype == torch.bfloat16 else OPTIONS[:1]
                 if dtype != torch.float16 or dim == 64:  # fp16 compiles like bf16
                     cases += [case for option in options for case in _cases(kernel, dtype, dim, option)]
     return cases
@@ -233,7 +234,7 @@ def _case(
         "BLOCK_N": tiles.block_n,
     }
     names = list(kernel.arg_names)
-    constants = dict.fromkeys(optional - present.get(option, set())) | sizes
+    constants = dict.fromkeys(optional.difference(*(present[word] for word in option.split()))) | sizes
     operation = kernel.fn.__name__
     words = ["tree_attention", operation, option, *([f"D={dim}", str(dtype)[6:]] if dtype else [])]
     spill_bytes, spill_reason = _SPILLS.get((operation, option, dim, dtype == torch.float32), (0, ""))

@@ -32,6 +32,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
         "keep_checkpoints",
         "tensorboard",
         "token_budget",
+        "max_path_tokens",
         "activation_checkpointing",
     ):
         del training[name]
