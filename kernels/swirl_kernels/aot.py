@@ -25,6 +25,7 @@ from swirl_kernels.aot_case import AotCase
 
 MODULES = (
     "linear_logprob_triton",
+    "policy_loss_triton",
     "segment_reduce_triton",
     "selective_logprob_triton",
     "tree_attention_triton",

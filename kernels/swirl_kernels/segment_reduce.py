@@ -79,8 +79,11 @@ def naive_segment_reduce(x: Tensor, offsets: Tensor, op: Operation, index: Tenso
             results.append(torch.tensor(len(segment)))
         elif not len(segment):
             results.append(empty)
+        elif op == "max":
+            first = torch.nonzero((segment == segment.max()) | segment.isnan())[0, 0]
+            results.append(segment[first])
         else:
-            results.append(segment.sum() if op == "sum" else segment.mean() if op == "mean" else segment.max())
+            results.append(segment.sum() if op == "sum" else segment.mean())
     return torch.stack(results) if results else taken.new_zeros(0)
 
 

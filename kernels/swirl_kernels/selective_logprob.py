@@ -123,21 +123,22 @@ class _SelectiveLogprob(torch.autograd.Function):
         ctx, logits, targets, inverse_temperature, valid, entropy, ignore_index, inplace, backend
     ):
         live = targets != ignore_index
-        logp, lse, entropies = merge_statistics(
-            *_statistics(logits, targets, live, inverse_temperature, valid, entropy, backend)
-        )
+        top, others, weighted, target = _statistics(logits, targets, live, inverse_temperature, valid, entropy, backend)
+        # Logits of any size: relative to the largest one, so that what is kept of logsumexp keeps its digits.
+        top, target = top - (largest := torch.maximum(top, target)), target - largest
+        logp, log_total, entropies = merge_statistics(top, others, weighted, target)
         logp, entropies = (x.masked_fill(~live, 0.0) for x in (logp, entropies))
         ctx.valid, ctx.inplace, ctx.backend = valid, inplace, backend
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
-        ctx.save_for_backward(logits, targets, live, inverse_temperature, logp, lse, entropies)
+        ctx.save_for_backward(logits, targets, live, inverse_temperature, logp, largest, log_total, entropies)
         return logp, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, h):  # type: ignore[no-untyped-def]
-        logits, targets, live, inverse_temperature, logp, lse, entropies = ctx.saved_tensors
+        logits, targets, live, inverse_temperature, logp, largest, log_total, entropies = ctx.saved_tensors
         if g is None and h is None:
             return (None,) * 8
         g = torch.zeros_like(logp) if g is None else g
@@ -146,7 +147,7 @@ class _SelectiveLogprob(torch.autograd.Function):
         if h is not None:
             at_target = at_target - h * logp.exp() * (logp.clamp(min=MIN_LOGP) + entropies)
         out = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        rows = _Rows(targets, flows, inverse_temperature, lse, entropies, at_target, g, h)
+        rows = _Rows(targets, flows, inverse_temperature, largest, log_total, entropies, at_target, g, h)
         if ctx.backend == "triton":
             from swirl_kernels.selective_logprob_triton import dlogits_triton
 
@@ -158,13 +159,14 @@ class _SelectiveLogprob(torch.autograd.Function):
 
 
 class _Rows(NamedTuple):
-    """What the backward knows of its rows, [N] each. flows: bool, a gradient comes in. lse, entropy: of the forward. at_target:
-    the gradient of z at the target. g, h: upstream of logp and entropy."""
+    """What the backward knows of its rows, [N] each. flows: bool, a gradient comes in. largest + log_total: logsumexp of
+    the forward. at_target: the gradient of z at the target. g, h: upstream of logp and entropy."""
 
     targets: Tensor
     flows: Tensor
     inverse_temperature: Tensor
-    lse: Tensor
+    largest: Tensor
+    log_total: Tensor
     entropy: Tensor
     at_target: Tensor
     g: Tensor
@@ -208,7 +210,8 @@ def _dlogits_torch(out: Tensor, logits: Tensor, rows: _Rows, valid: int) -> None
     out[:, valid:] = 0
     for block in torch.nonzero(rows.flows)[:, 0].split(max(1, BLOCK_ELEMENTS // valid)):
         inverse_temperature = rows.inverse_temperature[block, None]
-        log_p = (logits[block, :valid].to(rows.lse.dtype) * inverse_temperature).sub_(rows.lse[block, None])
+        z = logits[block, :valid].to(rows.largest.dtype) * inverse_temperature
+        log_p = z.sub_(rows.largest[block, None]).sub_(rows.log_total[block, None])
         dz = log_p.exp().neg_()
         if rows.h is None:
             dz.mul_(rows.g[block, None])

@@ -69,7 +69,8 @@ def _dlogits_kernel(
     targets,
     flows,
     inverse_temperature,
-    lse,
+    largest,
+    log_total,
     entropy,
     at_target,
     g,
@@ -89,7 +90,7 @@ def _dlogits_kernel(
     if tl.load(flows + row) != 0:
         by = tl.load(inverse_temperature + row)
         z = tl.load(logits + row.to(tl.int64) * stride + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-        log_p = z * by - tl.load(lse + row)
+        log_p = (z * by - tl.load(largest + row)) - tl.load(log_total + row)
         factor = tl.zeros((BLOCK,), dtype=tl.float32) + tl.load(g + row)
         if ENTROPY:
             factor += tl.load(h + row) * (tl.maximum(log_p, LEAST) + tl.load(entropy + row))
@@ -130,7 +131,8 @@ def dlogits_triton(
     targets: Tensor,
     flows: Tensor,
     inverse_temperature: Tensor,
-    lse: Tensor,
+    largest: Tensor,
+    log_total: Tensor,
     entropy: Tensor,
     at_target: Tensor,
     g: Tensor,
@@ -149,7 +151,8 @@ def dlogits_triton(
                 targets.contiguous(),
                 flows.view(torch.uint8),
                 inverse_temperature,
-                lse,
+                largest,
+                log_total,
                 entropy,
                 at_target,
                 g.contiguous(),
@@ -172,13 +175,13 @@ def aot_cases() -> list[AotCase]:
             suffix = f"{dtype}{' entropy' if entropy else ''}"
             constants = {"ENTROPY": entropy, "BLOCK": FORWARD_BLOCK}
             options = dict.fromkeys(constants, "constexpr")
-            rows = ("inverse_temperature", "tops", "others", "weighted", "target_logits")
-            signature = {"logits": f"*{dtype}", "targets": "*i64", "live": "*u8", **dict.fromkeys(rows, "*fp32")}
+            statistics = ("inverse_temperature", "tops", "others", "weighted", "target_logits")
+            signature = {"logits": f"*{dtype}", "targets": "*i64", "live": "*u8", **dict.fromkeys(statistics, "*fp32")}
             signature |= {"V": "i32", "stride": "i32"} | options
             aligned = ("logits", "stride")
             name = f"selective_logprob forward {suffix}"
             cases.append(AotCase(name, _statistics_kernel, signature, constants, WARPS, 3, aligned=aligned))
-            rows = ("inverse_temperature", "lse", "entropy", "at_target", "g")
+            rows = ("inverse_temperature", "largest", "log_total", "entropy", "at_target", "g")
             signature = {"out": f"*{dtype}", "logits": f"*{dtype}", "targets": "*i64", "flows": "*u8"}
             signature |= {**dict.fromkeys(rows, "*fp32"), "h": "*fp32" if entropy else "constexpr"}
             signature |= dict.fromkeys(("V", "W", "blocks", "out_stride", "stride"), "i32") | options

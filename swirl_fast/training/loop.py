@@ -7,7 +7,9 @@ clip, optimizer -> weights to the engine. Started alone or by `torchrun`, with t
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ from swirl_fast.training.metrics import MetricsLog
 from swirl_fast.training.parallel import Ranks
 from swirl_fast.training.rollout import SampledAction, judge_sampled, sample_actions, to_actions, to_branches
 from swirl_fast.trajectory import Trajectory
+from swirl_kernels import PolicyLossMetrics
 
 Metrics = dict[str, float]
 
@@ -294,22 +297,29 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with totals.phase("forward_backward"):
+            metrics: list[PolicyLossMetrics] = []
+            shown: list[Tensor] = []  # of each micro-batch: its loss, the sum and the largest of the gaps
             for i, batch in enumerate(batches):
                 if self.ranks.distributed:
                     self.policy.set_requires_gradient_sync(i == len(batches) - 1)
                 logp_N = self.policy(batch.row)
                 old_N = logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N
-                loss, sums = policy_loss(
+                loss, part = policy_loss(
                     logp_N, old_N, batch.advantage_N, batch.weight_N, self.config.algorithm, batch.ref_logp_N
                 )
                 (loss * self.ranks.size).backward()  # FSDP averages gradients over ranks; the loss is a global sum
-                totals.add(sums, first)
+                metrics.append(part)
                 if first:
-                    used = batch.weight_N != 0
-                    gap = (logp_N.detach() - batch.engine_logp_N)[used].abs()
-                    totals.loss += float(loss.detach())
-                    totals.gap += float(gap.sum())
-                    totals.gap_max = max(totals.gap_max, float(gap.max()) if len(gap) else 0.0)
+                    gap_N = torch.where(batch.weight_N != 0, (logp_N.detach() - batch.engine_logp_N).abs(), 0.0)
+                    gap_max = gap_N.max() if len(gap_N) else gap_N.sum()
+                    shown.append(torch.stack([loss.detach(), gap_N.sum(), gap_max]).double())
+            # Read here and not in the loop: the host would wait for the device after every micro-batch.
+            if metrics:
+                totals.add(LossSums.of(functools.reduce(operator.add, metrics)), first)
+            for loss_here, gap_sum, gap_top in torch.stack(shown).tolist() if shown else ():
+                totals.loss += loss_here
+                totals.gap += gap_sum
+                totals.gap_max = max(totals.gap_max, gap_top)
         with totals.phase("optimizer"):
             norm = (
                 torch.nn.utils.clip_grad_norm_(self.policy.parameters(), training.clip_grad_norm)
