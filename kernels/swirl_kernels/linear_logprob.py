@@ -82,18 +82,20 @@ def linear_logprob(
     weight and bias through both; a frozen input costs nothing, and rows whose upstream gradient is exactly zero are
     skipped exactly.
 
-    Precision: sums over the vocabulary and over rows are fp32 (float64 for float64). In bf16 and fp16 the logits carry
-    the rounding of the matrix product's output, except the target's own logit, which is computed in fp32.
-    Repeatability: where the vocabulary is cut depends on the settings and dtypes, never on N, and rows never mix. What
-    remains is the matrix product, whose library may round differently for another number of rows: in fp32 a row's
-    results agree to 1e-6 (relative, and 2e-6 absolute) under any permutation and packing, not bit by bit.
+    Precision: sums over the vocabulary and over rows are fp32 (float64 for float64). In bf16 and fp16 the torch path's
+    logits carry the rounding of the matrix product's output, except the target's own logit, which is computed in fp32;
+    Triton's are the product's fp32 accumulator, and dz is rounded once to the compute dtype.
+    Repeatability: where the vocabulary is cut depends on the settings and dtypes, never on N, and rows never mix. In
+    Triton the bits of logp and entropy therefore do not depend on permutation or packing. Elsewhere (torch's forward,
+    both gradients) the matrix library may round differently for another number of rows: in fp32 a row's results agree
+    to 1e-6 (relative, and 2e-6 absolute).
 
     Raises ValueError for wrong shapes, dtypes, devices or settings, and for a target outside the vocabulary (row and
     value named).
 
-    Cost in floating-point operations: 2NHV forward, 6NHV backward, of which 2NHV compute the logits again; tiles that
-    fit into workspace_mb are held instead, so that a small N costs 6NHV in all (and full logits 6NHV plus the passes
-    over them). Scheme: Wijmans et al., "Cut Your Losses", arXiv 2411.09009; unlike theirs, no entry of the softmax is
+    Cost in floating-point operations: 2NHV forward, 6NHV backward, of which 2NHV compute the logits again. The torch
+    path holds tiles that fit into workspace_mb instead, so that there a small N costs 6NHV in all (as full logits do,
+    besides the passes over them). Scheme: Wijmans et al., "Cut Your Losses", arXiv 2411.09009; unlike theirs, no entry of the softmax is
     dropped for being small.
     """
     settings = _checked(

@@ -151,7 +151,7 @@ class LinearLogprob(torch.autograd.Function):
         logp, lse, entropy = (hidden.new_zeros(len(targets), dtype=settings.statistics) for _ in range(3))
         kept: dict[tuple[int, int], Tensor] = {}
         if len(live):
-            with torch.autocast(hidden.device.type, enabled=False):
+            with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
                 tiles = tiles_of(backend)(hidden, weight, bias, targets, temperature, live, settings)
                 logp[live], lse[live], entropy[live] = tiles.forward(keep=any(ctx.needs_input_grad[:3]))
             kept = tiles.kept
@@ -181,7 +181,7 @@ class LinearLogprob(torch.autograd.Function):
                 None,
             )
         rows = live[chosen]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
             tiles = tiles_of(ctx.backend)(hidden, weight, bias, targets, temperature, rows, ctx.settings)
             # Kept tiles bind the rows to the forward's blocks, which few rows would leave nearly empty.
             if kept and 2 * len(chosen) >= len(live):

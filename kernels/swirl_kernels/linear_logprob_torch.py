@@ -18,6 +18,9 @@ from swirl_kernels.linear_logprob_autograd import MIN_LOGP, Settings, Upstream, 
 # nothing.
 TILE_VOCAB = 4096
 TILE_ROWS = 1024
+# What a matrix library was seen to take for itself besides (MiB, resident, V = 152k, N = 1000, H = 256 on two threads): 17 in fp32
+# from the first product on, 30 in bf16, where it copies operands. Kept tiles leave room for it.
+LIBRARY_MIB = 32
 
 
 class TorchTiles:
@@ -60,7 +63,8 @@ class TorchTiles:
         self.buffers = [hidden.new_empty(entries, dtype=self.statistics) for _ in range(buffers)]
         self.product = hidden.new_empty(entries, dtype=self.dtype) if self.rounded else self.buffers[0]
         # What the buffers leave of the workspace holds whole tiles from the forward to the backward.
-        self.keepable = (workspace - entries * per_entry) // self.statistics.itemsize
+        reserve = min(LIBRARY_MIB << 20, workspace // 2)
+        self.keepable = (workspace - reserve - entries * per_entry) // self.statistics.itemsize
         self.kept: dict[tuple[int, int], Tensor] = {}
         starts = range(0, num_rows, self.tile_rows)
         self.blocks = [slice(start, min(start + self.tile_rows, num_rows)) for start in starts]

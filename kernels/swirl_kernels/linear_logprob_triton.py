@@ -9,7 +9,7 @@ place, or on its neighbours.
 
 Backward: for one chunk of the vocabulary at a time the same product again, turned into dz in its epilogue and stored in the
 compute dtype; then two cuBLAS products, dz^T hidden into the chunk's rows of dweight (each written once) and dz weight added
-to dhidden in fp32. Nothing is atomic.
+to dhidden in fp32. Nothing of ours is atomic.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ class TritonTiles:
         rows = hidden if len(selected) == len(targets) else hidden.index_select(0, selected)
         self.hidden, self.weight = (x if x.stride(1) == 1 else x.contiguous() for x in (rows.to(dtype), weight))
         self.targets = targets.index_select(0, selected).long()
-        self.bias, self.settings = bias, settings
+        self.bias, self.settings = None if bias is None else bias.contiguous(), settings
         if temperature is None:
             self.inverse_temperature = hidden.new_full(
                 (len(selected),), 1.0 / settings.temperature, dtype=settings.statistics
@@ -442,8 +442,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _product(out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
     """out = factor a b, rounded once to out's dtype."""
-    if a.is_cuda and a.dtype != out.dtype:
+    if a.is_cuda and out.dtype == torch.float32 != a.dtype:
         torch.mm(a, b, out_dtype=out.dtype, out=out).mul_(factor)
+    elif a.is_cuda and a.dtype != out.dtype:  # fp16 autocast over bf16 weights, say: cuBLAS knows no such output
+        out.copy_(torch.mm(a, b, out_dtype=torch.float32).mul_(factor))
     elif a.is_cuda or a.dtype == out.dtype == torch.float32:
         torch.addmm(out, a, b, beta=0, alpha=factor, out=out)
     else:

@@ -47,7 +47,8 @@ def policy_loss(
     Where A = N every segment must be one token, so that [A] and [N] say the same.
 
     Tokens of weight 0 contribute exactly nothing to loss, gradient, metrics and the means over their segment, whatever stands
-    beside them (NaN included).
+    beside them (NaN included). A token whose ω or advantage is 0 adds nothing through its ratio, not even one that overflowed, and
+    with kl_coef=0 the KL term is a metric alone.
 
     Returns the loss [], fp32 (float64 for float64 logp), and PolicyLossMetrics. All is computed in the dtype of the loss, sums
     over segments in float64. Gradient for logp alone, in its dtype; it is made in the forward and scaled in the backward.
@@ -56,7 +57,7 @@ def policy_loss(
 
     Raises ValueError for wrong shapes, dtypes and devices, for a tensor that is missing or that the spec does not use, for one
     other than logp that requires grad (named), and for offsets that do not go from 0 to N. On a CUDA device with the Triton
-    backend offsets are not read back: there wrong ones make the loss NaN.
+    backend offsets are not read back: there wrong ones make the loss NaN, and the gradient of every token they leave out.
 
     Ratio, clip and correction by the sources named in PolicyLossSpec. The gradient of ratio "step" is that of the expression: with
     n tokens in the step, every token gets 1/n of r times the sum of weight * ω * A over its tokens that are not clipped.

@@ -36,7 +36,7 @@ def loss_counts(offsets: Tensor, mask: Tensor | None = None, *, empty_steps: boo
     used token too. Nothing is read back from the device.
     """
     used = _used(offsets, mask)
-    steps = used.new_tensor(len(used)) if empty_steps else (used > 0).sum()
+    steps = used.new_full((), len(used)) if empty_steps else (used > 0).sum()
     return torch.stack([used.sum(), steps]).double()
 
 

@@ -54,20 +54,22 @@ def policy_loss_torch(
     if behaviour is not None:
         omega, truncated = _correction(old - kept(behaviour.to(dtype)), count, offsets, spread, spec)
         omega, truncated = kept(omega), truncated & used
-    kl, kl_slope = torch.zeros_like(w), torch.zeros_like(w)
+    # A ratio that overflowed must not reach the loss as 0 * inf through a token that has no say.
+    acting = used & (omega != 0) & (advantage != 0)
+    loss, gradient = (torch.where(acting, -w * omega * x, 0.0) for x in (value, slope))
+    if spec.ratio == "step" and spec.clip != "cispo":
+        gradient = kept(spread(segment_sums(gradient, offsets) / count))
+    kl = torch.zeros_like(w)
     if ref is not None:
         kl, kl_slope = _kl(kept(ref.to(dtype)) - logp, spec)
-    loss = kept(w * (spec.kl_coef * kl - omega * value)).sum(dtype=torch.float64).to(dtype)
-    gradient = None
-    if differentiable:
-        surrogate = kept(w * omega * slope)
-        if spec.ratio == "step" and spec.clip != "cispo":
-            surrogate = spread(segment_sums(surrogate, offsets) / count)
-        gradient = kept(w * spec.kl_coef * kl_slope - surrogate)
-    importance = ratio * omega
+        if spec.kl_coef != 0:
+            loss = loss + kept(w * spec.kl_coef * kl)
+            gradient = gradient + kept(w * spec.kl_coef * kl_slope)
+    importance = torch.where(omega != 0, ratio * omega, 0.0)
     counted = (used, *(x & used for x in clipped), kl, ratio, importance, importance.square(), truncated)
     sums = torch.stack([x.sum(dtype=torch.float64) for x in counted])
-    return loss, gradient, sums, ratio.amax().double() if tokens else sums.new_zeros(())
+    total = loss.sum(dtype=torch.float64).to(dtype)
+    return total, gradient if differentiable else None, sums, ratio.amax().double() if tokens else sums.new_zeros(())
 
 
 def _surrogate(

@@ -119,6 +119,7 @@ def _policy_loss_kernel(
     begin, end, right = bounds(offsets, tokens, segments, False)
     if UNIT:
         right &= end - begin == 1
+        end = tl.where(right, end, begin)
     lanes = tl.arange(0, BLOCK).to(tl.int64)
 
     SEPARATE_GRADIENT: tl.constexpr = HAS_SLOPE and RATIO == "step" and CLIP != "cispo"
@@ -209,19 +210,22 @@ def _policy_loss_kernel(
                 c = tl.where(within, 1.0, 0.0)
             omega = tl.where(used, c, 0.0)
             truncated += tl.where(used & (within == 0), 1.0, 0.0)
-        loss = -omega * value
-        flow = w * omega * flow
+        # A ratio that overflowed must not reach the loss as 0 * inf through a token that has no say.
+        acting = (omega != 0.0) & (adv != 0.0)
+        loss = tl.where(acting, -omega * value, 0.0)
+        flow = tl.where(acting, w * omega * flow, 0.0)
         gradient = -flow
         if KL != "none":
             kl, kl_slope = _kl(_values(ref, position, used) - now, kl_limit, KL)
-            loss += kl_coef * kl
             kls += tl.where(used, kl, 0.0)
-            gradient += w * kl_coef * kl_slope
+            loss += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
+            gradient += tl.where(kl_coef != 0.0, w * kl_coef * kl_slope, 0.0)
         losses += tl.where(used, w * loss, 0.0)
         used_tokens += tl.where(used, 1.0, 0.0)
         ratios += r
-        importances += r * omega
-        squares += r * omega * r * omega
+        importance = tl.where(omega != 0.0, r * omega, 0.0)
+        importances += importance
+        squares += importance * importance
         top = tl.maximum(top, r)
         if SEPARATE_GRADIENT:
             step_slope += flow
@@ -238,7 +242,7 @@ def _policy_loss_kernel(
             if KL != "none":
                 x = _values(ref, position, used) - _values(logp, position, used)
                 _, kl_slope = _kl(x, kl_limit, KL)
-                gradient += w * kl_coef * kl_slope
+                gradient += tl.where(kl_coef != 0.0, w * kl_coef * kl_slope, 0.0)
             tl.store(slope + position, tl.where(used, gradient, 0.0), mask=inside)
 
     place = partial + segment
@@ -273,7 +277,7 @@ def policy_loss_triton(
     partial = torch.empty(len(SUMS) + 2, segments, dtype=torch.float32, device=logp.device)
     if not segments:
         zeros = partial.new_zeros(len(SUMS), dtype=torch.float64)
-        return zeros[0].float(), slope, zeros, zeros[0].clone()
+        return zeros.new_full((), math.nan if tokens else 0.0).float(), slope, zeros, zeros[0].clone()
     inputs = (logp, old, advantage, weight, ref, behaviour)
     logp, old, advantage, weight, ref, behaviour = (None if x is None else x.contiguous() for x in inputs)  # type: ignore[assignment]
     low, high = spec.ratio_bounds
@@ -331,10 +335,11 @@ def aot_cases() -> list[AotCase]:
         (PolicyLossSpec(ratio="step"), "segment", True),
         (PolicyLossSpec(clip="cispo", kl="k3", kl_coef=0.1, correction="icepop"), "token", True),
     ]  # fmt: skip
-    return [_case(spec, weight, slope, dtype) for spec, weight, slope in specs for dtype in ("fp32", "bf16")]
+    cases = [_case(spec, weight, slope, dtype) for spec, weight, slope in specs for dtype in ("fp32", "bf16")]
+    return [*cases, _case(PolicyLossSpec(), "token", True, "fp32", unit=True)]
 
 
-def _case(spec: PolicyLossSpec, weight: str, slope: bool, dtype: str) -> AotCase:
+def _case(spec: PolicyLossSpec, weight: str, slope: bool, dtype: str, unit: bool = False) -> AotCase:
     constants = {
         "RATIO": spec.ratio,
         "CLIP": spec.clip,
@@ -343,11 +348,12 @@ def _case(spec: PolicyLossSpec, weight: str, slope: bool, dtype: str) -> AotCase
         "LEVEL": spec.correction_level,
         "WEIGHT": weight,
         "ADVANTAGE_PER_TOKEN": spec.ratio == "step_token",
-        "UNIT": False,
+        "UNIT": unit,
         "HAS_SLOPE": slope,
         "BLOCK": BLOCK,
     }
-    pointers = {"logp": f"*{dtype}", **dict.fromkeys(("old", "advantage", "weight", "ref", "behaviour"), "*fp32")}
+    pointers = {"logp": f"*{dtype}", **dict.fromkeys(("old", "advantage", "ref", "behaviour"), "*fp32")}
+    pointers["weight"] = "*fp64"  # what loss_weights returns
     pointers |= {"offsets": "*i64", "slope": "*fp32", "partial": "*fp32"}
     present = {
         "weight": weight != "none",
@@ -359,5 +365,14 @@ def _case(spec: PolicyLossSpec, weight: str, slope: bool, dtype: str) -> AotCase
     scalars = ("low", "high", "dual_clip", "kl_coef", "kl_limit", "correction_low", "correction_high")
     signature = pointers | dict.fromkeys(absent, "constexpr") | {"tokens": "i32", "segments": "i32"}
     signature |= dict.fromkeys(scalars, "fp32") | dict.fromkeys(constants, "constexpr")
-    name = f"policy_loss {dtype} {spec.ratio} {spec.clip} {spec.kl} {spec.correction} {spec.correction_level}"
+    words = (
+        dtype,
+        spec.ratio,
+        spec.clip,
+        spec.kl,
+        spec.correction,
+        spec.correction_level,
+        *(("unit",) if unit else ()),
+    )
+    name = f"policy_loss {' '.join(words)}"
     return AotCase(name, _policy_loss_kernel, signature, constants | dict.fromkeys(absent), WARPS, 3)

@@ -74,7 +74,8 @@ def selective_logprob(
     dtype of the logits, through both; rows whose upstream gradient is exactly zero get exactly zero.
 
     Precision: sums are fp32 (float64 for float64); a nearly certain target keeps its digits in logp and gradient.
-    Repeatability: a row's bits depend on that row alone; nothing is atomic.
+    Repeatability: nothing is atomic, and a row's bits depend on that row alone (in Triton also on whether the rows lie on
+    16-byte boundaries, which decides how they are read).
 
     Raises ValueError for wrong shapes, dtypes, devices or settings, for a target outside the vocabulary (row and value
     named), and for inplace_backward on logits whose storage cannot take the gradient: a leaf that requires grad (its .grad

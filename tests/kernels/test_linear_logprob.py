@@ -164,7 +164,7 @@ def test_workspace_bounds_what_exists_of_the_logits(entropy, softcap, dtype, til
     per_row = 8 * 8 * rows  # targets and results
     assert held <= workspace + per_row
     if tile == (64, 512):  # small tiles leave room, and it is used
-        assert held > workspace / 2
+        assert held > workspace / 4
 
 
 def test_logits_far_below_zero_and_a_vocabulary_no_tile_divides() -> None:

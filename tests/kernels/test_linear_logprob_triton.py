@@ -190,8 +190,9 @@ def test_repeats_and_a_second_thread_give_the_same_bits() -> None:
         return [logp.detach(), *torch.autograd.grad(logp, (hidden, weight, bias), g)]
 
     first, again = gradients(), gradients()
-    other: list[Tensor] = []
-    thread = threading.Thread(target=lambda: other.extend(gradients()))
+    logp = linear_logprob(hidden, weight, targets, bias=bias, workspace_mb=SMALL)
+    other: list[Tensor] = [logp.detach()]
+    thread = threading.Thread(target=lambda: other.extend(torch.autograd.grad(logp, (hidden, weight, bias), g)))
     thread.start()
     thread.join()
     for a, b, c in zip(first, again, other, strict=True):
@@ -224,8 +225,8 @@ def test_frozen_inputs(frozen: tuple[bool, bool, bool]) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_slices_as_inputs() -> None:
-    hidden, weight, _, targets = inputs(24, 60, 16)
-    expected = results(naive_linear_logprob, hidden, weight, targets, g=upstream(24, 1), h=None)
+    hidden, weight, bias, targets = inputs(24, 60, 16)
+    expected = results(naive_linear_logprob, hidden, weight, targets, g=upstream(24, 1), h=None, bias=bias)
     wide = torch.full((24, 40), math.nan)
     wide[:, 5:21] = hidden.detach()
     every_second = torch.full((24, 40), math.nan)
@@ -237,6 +238,7 @@ def test_slices_as_inputs() -> None:
         (wide.to(DEVICE)[:, 5:21], tall.to(DEVICE)[::2]),
         (every_second.to(DEVICE)[:, 2:34:2], transposed),
     ):
+        spread = torch.stack([bias.detach().float(), torch.full((60,), math.nan)], 1).to(DEVICE)[:, 0]
         got = results(
             linear_logprob,
             x.requires_grad_(),
@@ -244,6 +246,7 @@ def test_slices_as_inputs() -> None:
             targets.to(DEVICE),
             g=upstream(24, 1).to(DEVICE),
             h=None,
+            bias=spread.requires_grad_(),
             workspace_mb=SMALL,
         )
         assert_close({name: y.cpu() for name, y in got.items()}, expected, 1e-5)
@@ -351,8 +354,9 @@ def test_what_the_backend_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) 
     hidden, weight, _, targets = (x.detach() for x in inputs(4, 10, 4))
     with pytest.raises(ValueError, match="float64 has no Triton kernel; unset SWIRL_KERNELS_BACKEND or cast"):
         linear_logprob(hidden, weight, targets)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="interpreter multiplies bfloat16 wrongly"):
         linear_logprob(hidden.bfloat16(), weight.bfloat16(), targets)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="tensors on cpu; move them to a CUDA device, or set TRITON_INTERPRET=1"):
         linear_logprob(hidden.float(), weight.float(), targets)

@@ -129,7 +129,7 @@ def results(
     arguments = dict(arguments)
     logp = arguments.pop("logp").clone().requires_grad_()
     loss, metrics = function(logp, spec=spec, **arguments)
-    (dlogp,) = torch.autograd.grad(loss, logp, torch.tensor(upstream, dtype=loss.dtype, device=loss.device))
+    (dlogp,) = torch.autograd.grad(loss, logp, torch.full((), upstream, dtype=loss.dtype, device=loss.device))
     assert not metrics.sums.requires_grad and not metrics.ratio_max.requires_grad
     return {"loss": loss.detach(), "dlogp": dlogp, "sums": metrics.sums, "ratio_max": metrics.ratio_max}
 
@@ -217,6 +217,31 @@ def test_by_hand() -> None:
     root = math.sqrt(1.5 * 0.5)
     close(both(clip="none", ratio="step"), -(0.75 * root * 2 - 2), [-0.75 * root, -0.75 * root, 2.0])
     close(both(clip="none", ratio="step_token"), -(0.75 * root * 2 - 2), [-root, -0.5 * root, 2.0])
+
+
+def check_overflow_without_a_say(device: str) -> None:
+    """The second token has a ratio of 1 and advantage -1; the first one's ratio overflows fp32, but nothing depends on it."""
+    for spec, first in (
+        (PolicyLossSpec(correction="mask", correction_low=0.5), {"old_logp": -95.0}),  # ω = 0
+        (PolicyLossSpec(), {"old_logp": -99.0, "advantage": 0.0}),
+        (PolicyLossSpec(clip="none"), {"old_logp": -99.0, "advantage": 0.0}),
+        (PolicyLossSpec(kl="k3", kl_coef=0.0), {"ref_logp": 101.0}),  # the KL is a metric alone
+    ):
+        values = {"logp": [-1.0, -1.0], "old_logp": [-1.0, -1.0], "advantage": [-1.0, -1.0]}
+        values |= {"ref_logp": [-1.0, -1.0]} if spec.kl != "none" else {}
+        values |= {"behaviour_logp": [-1.0, -1.0]} if spec.correction != "none" else {}
+        for name, value in first.items():
+            values[name][0] = value
+        arguments = {name: torch.tensor(value, device=device) for name, value in values.items()}
+        got = results(policy_loss, spec, arguments | {"offsets": torch.tensor([0, 1, 2], device=device)}, upstream=1.0)
+        alone = spec.kl == "k3"  # there the first token has its say through the ratio
+        assert got["loss"] == (2.0 if alone else 1.0), spec
+        assert got["dlogp"].tolist() == [1.0 if alone else 0.0, 1.0], spec
+        assert not got["sums"].isnan().any(), spec
+
+
+def test_an_overflow_without_a_say_changes_nothing() -> None:
+    check_overflow_without_a_say("cpu")
 
 
 def test_gradient_by_differences() -> None:

@@ -1,5 +1,6 @@
 """The Triton kernel: compiled on a GPU, interpreted without one."""
 
+import itertools
 import math
 import threading
 
@@ -14,6 +15,7 @@ from test_policy_loss import (
     SPECS,
     assert_close,
     case,
+    check_overflow_without_a_say,
     exact,
     kinds,
     poisoned,
@@ -127,14 +129,22 @@ def test_no_tokens(lengths: tuple[int, ...]) -> None:
     assert got["loss"] == 0 and got["dlogp"].shape == (0,) and (got["sums"] == 0).all() and got["ratio_max"] == 0
 
 
-@pytest.mark.parametrize("offsets", [[0, 3, 4], [1, 3, 6], [0, 5, 3, 6], [0, 9, 6], [-2, 3, 6], [0, 2, 2, 3, 4, 5, 6]])
+@pytest.mark.parametrize(
+    "offsets", [[0], [0, 3, 4], [1, 3, 6], [0, 5, 3, 6], [0, 9, 6], [-2, 3, 6], [0, 2, 2, 3, 4, 5, 6]]
+)
 def test_offsets_that_cannot_be_read_back_make_the_loss_nan_when_wrong(offsets: list[int]) -> None:
     """And nothing outside the tensors is touched. On a CPU the public function refuses them by value."""
     x = torch.zeros(6, device=DEVICE)
     advantage = torch.ones(len(offsets) - 1, device=DEVICE)
     bounds = torch.tensor(offsets, device=DEVICE)
     loss, slope, sums, _ = policy_loss_triton(x, x, advantage, bounds, None, None, None, PolicyLossSpec(), True)
-    assert loss.isnan() and sums.isfinite().all() and slope is not None and slope.shape == (6,)
+    assert loss.isnan() and sums.isfinite().all()
+    left_out = set(range(6)).difference(
+        *(range(a, b) for a, b in zip(offsets, offsets[1:], strict=False) if a <= b <= 6)
+    )
+    if len(offsets) == 7:  # as many segments as tokens: each must be one token
+        left_out = {0, 1}
+    assert slope is not None and slope.shape == (6,) and slope[sorted(left_out)].isnan().all()
 
 
 def test_int32_offsets_and_strided_inputs() -> None:
@@ -160,3 +170,24 @@ def test_nothing_waits_for_the_device() -> None:
         results(policy_loss, spec, arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_overflow_without_a_say_changes_nothing() -> None:
+    check_overflow_without_a_say(DEVICE)
+
+
+def test_a_segment_keeps_its_bits_wherever_it_is_packed() -> None:
+    spec = PolicyLossSpec(ratio="step", clip="dual", kl="k3", kl_coef=0.1, correction="icepop", correction_level="step")
+    lengths = (7, BLOCK + 45, 1, 0, 30)
+    arguments = case(spec, lengths=lengths, dtype=torch.float32, device=DEVICE)
+    gradient = results(policy_loss, spec, arguments)["dlogp"].split(lengths)
+    order = [3, 1, 4, 2, 0]
+    moved = {
+        n: x if x is None or n == "advantage" else torch.cat([x.split(lengths)[a] for a in order])
+        for n, x in arguments.items()
+        if n != "offsets"
+    }
+    moved["advantage"] = arguments["advantage"][order]
+    moved["offsets"] = torch.tensor([0, *itertools.accumulate(lengths[a] for a in order)], device=DEVICE)
+    again = results(policy_loss, spec, moved)["dlogp"].split([lengths[a] for a in order])
+    assert all(torch.equal(gradient[a], x) for a, x in zip(order, again, strict=True))
