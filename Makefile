@@ -25,5 +25,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# For a machine with an NVIDIA GPU: its own python3 with torch, triton, transformers and numpy; no .venv is made.
+.PHONY: gpu-check
+gpu-check:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check --out benchmarks/results
+
 clean:
 	rm -rf .venv build *.egg-info kernels/*.egg-info

@@ -7,8 +7,8 @@ accumulated. All ways get the same trajectory and actions (random tokens, nothin
 random weights (put back before every step) and the same loss; that they agree is measured along the way. --quick is the SmolLM2-135M
 shape cut to 2 layers with real lengths, sized for a few minutes on two CPU cores.
 
-Read with care: `padded` is handed a mask by transformers, so its attention computes the pairs above the diagonal, too; `packed` is
-without this and without padding, so `comb_vs_packed` is what sharing alone gives.
+Read with care: `padded` keeps the logits of its positions for the backward and, in the few micro-batches that mix lengths, is handed
+a mask by transformers; `packed` is without either, so that `comb_vs_packed` is the closest to what sharing alone gives.
 
 Not measured: drawing and judging the actions, the reference model, more than one device. Random tokens share less than real ones,
 where actions of one state often begin alike. One trajectory a step: at small K and G a GPU is not filled by any of the ways.

@@ -1,11 +1,11 @@
 """The three ways of benchmarks.step_training: the same trajectory, actions, weights and loss, laid out differently.
 
-    padded   K x G rows, right-padded to the longest, in micro-batches of rows: what a Hugging Face style trainer does
+    padded   K x G rows in micro-batches, right-padded to the longest of each: what a Hugging Face style trainer does
     packed   the same rows one after the other, no padding, no sharing: block-diagonal causal attention, fused log-probs
     comb     swirl_fast.policy over swirl_fast.comb: every prefix once
 
-`packed` differs from `comb` in the sharing alone. Each way is a module that maps its inputs to log-probs and a function that cuts
-a case into micro-batches; the loss is `-(weights_N * logp_N).sum()` over all micro-batches.
+`packed` runs the same fused log-probs as `comb`, without the sharing. Each way is a module that maps its inputs to log-probs and
+a function that cuts a case into micro-batches; the loss is `-(weights_N * logp_N).sum()` over all micro-batches.
 
 Legend: K states, G actions drawn at each, A = K G actions, B rows of a micro-batch, T tokens, P positions with logits, N log-probs.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -121,10 +122,6 @@ class Case:
     def effective_tokens(self) -> int:
         return sum(len(state) + len(action) for state, action, _ in self.rows())
 
-    @property
-    def longest_row(self) -> int:
-        return max(len(state) + len(action) for state, action, _ in self.rows())
-
 
 def make_case(shape: Shape, states: int, samples: int, vocab: int) -> Case:
     """Random token ids (0 is left for padding), the same on every call.
@@ -157,16 +154,17 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PaddedInputs:
-    """tokens_BT, mask_BT int64; keep_P: positions that get logits; targets_BP: the token behind each, 0 where none is wanted."""
+    """tokens_BT, mask_BT int64 (None without padding); keep_P: positions that get logits; targets_BP: the token behind each, 0 where
+    none is wanted."""
 
     tokens_BT: Tensor
-    mask_BT: Tensor
+    mask_BT: Tensor | None
     keep_P: Tensor
     targets_BP: Tensor
 
 
 class PaddedPolicy(nn.Module):
-    """transformers' sdpa attention with its mask, full logits at the kept positions, log_softmax and gather."""
+    """transformers' sdpa attention, with its mask where there is padding, full logits at the kept positions, log_softmax and gather."""
 
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None) -> None:
         super().__init__()
@@ -187,16 +185,20 @@ class PaddedPolicy(nn.Module):
 
 
 def padded_batches(case: Case, budget: int, max_rows: int, device: str) -> list[MicroBatch]:
-    """At most `max_rows` rows each, fewer where their padded tokens exceed the budget.
+    """At most `max_rows` rows each, fewer where their padded tokens exceed the budget; the longest row of each sets its width.
 
-    Rows of one state are neighbours: where a micro-batch holds one state only, its logits are those of the action tokens alone;
-    else every row gets logits wherever one of them needs them, since logits_to_keep is common to a micro-batch.
+    Rows of one state are neighbours, so that padding is rare: where a micro-batch holds one state only, its logits are those of the
+    action tokens alone; else every row gets logits wherever one of them needs them, since logits_to_keep is common to a micro-batch.
     """
-    rows, longest = list(case.rows()), case.longest_row
-    size = min(max_rows, budget // longest)
+    groups: list[list[tuple[Ints, Ints, int]]] = [[]]
+    for row in case.rows():
+        longest = max(len(state) + len(action) for state, action, _ in (*groups[-1], row))
+        if len(groups[-1]) == max_rows or longest * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+        groups[-1].append(row)
     batches = []
-    for at in range(0, len(rows), size):
-        part = rows[at : at + size]
+    for part in groups:
+        longest = max(len(state) + len(action) for state, action, _ in part)
         tokens, mask, targets = (torch.zeros(len(part), longest, dtype=torch.int64) for _ in range(3))
         weights = torch.zeros(len(part), longest)
         for b, (state, action, index) in enumerate(part):
@@ -207,7 +209,8 @@ def padded_batches(case: Case, budget: int, max_rows: int, device: str) -> list[
             targets[b, predicting] = torch.from_numpy(action).long()
             weights[b, predicting] = case.weight_A[index]
         keep = weights.ne(0).any(0).nonzero()[:, 0]
-        inputs = PaddedInputs(tokens.to(device), mask.to(device), keep.to(device), targets[:, keep].to(device))
+        padding = None if mask.all() else mask.to(device)
+        inputs = PaddedInputs(tokens.to(device), padding, keep.to(device), targets[:, keep].to(device))
         batches.append(MicroBatch(inputs, weights[:, keep].flatten().to(device), tokens.numel()))
     return batches
 
@@ -234,7 +237,8 @@ def _varlen_attention(
     packed: PackedInputs | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal within each row: torch's varlen FlashAttention on CUDA in 16 bits, else one causal SDPA call a row."""
+    """Causal within each row: torch's varlen FlashAttention on CUDA in 16 bits, else one causal SDPA call for neighbours of one
+    length."""
     assert packed is not None and attention_mask is None, "the packed way runs without a mask, over PackedInputs"
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -247,11 +251,14 @@ def _varlen_attention(
         out = varlen_attn(q, k, v, packed.starts, packed.starts, longest, longest, scale=scaling, window_size=(-1, 0))
         assert isinstance(out, Tensor), "varlen_attn was asked for its output alone"
         return out[None], None
-    parts = zip(*(x.split(packed.lengths, 2) for x in (query, key, value)), strict=True)
-    calls = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in parts
-    ]
-    return torch.cat(calls, 2).transpose(1, 2), None
+    runs = [(length, len(list(same))) for length, same in groupby(packed.lengths)]
+    parts = zip(*(x[0].split([length * rows for length, rows in runs], 1) for x in (query, key, value)), strict=True)
+    calls = []
+    for (length, rows), part in zip(runs, parts, strict=True):
+        q, k, v = (x.unflatten(1, (rows, length)).transpose(0, 1) for x in part)  # [rows, heads, length, D]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        calls.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(calls)[None], None
 
 
 AttentionInterface.register(VARLEN, _varlen_attention)

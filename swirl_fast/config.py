@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
@@ -183,6 +181,12 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Raises ConfigError for a missing or unreadable file, an unknown key, a wrong type or an impossible value.
     """
+    from omegaconf import (
+        DictConfig,
+        OmegaConf,
+    )  # here, so that the benchmarks of a step need torch and transformers alone
+    from omegaconf.errors import OmegaConfBaseException
+
     merged = OmegaConf.structured(Config)
     if path is not None:
         if not Path(path).is_file():
@@ -211,10 +215,15 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 def dump(config: Config) -> str:
     """The whole config as YAML; `load` reads it back."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _merge(base: Any, layer: Any, source: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
     try:
         return OmegaConf.merge(base, layer)
     except OmegaConfBaseException as error:

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
-import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
@@ -99,6 +98,8 @@ def model_fingerprint(config: ModelConfig) -> str:
 def weights_hash(folder: Path) -> str:
     """Hex digest over the safetensors of a folder: of each its name, its size, and 8 MiB at either end (all of a 54 GB model would
     take a minute)."""
+    import xxhash
+
     digest = xxhash.xxh64()
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
@@ -165,6 +166,19 @@ def refuse_inexact(model_config: transformers.PreTrainedConfig) -> None:
                 f"its longrope turns all tokens of a row differently once one lies behind position {short}; set "
                 f"max_position_embeddings to {short} in config.json"
             )
+
+
+def longest_exact_path(model_config: transformers.PreTrainedConfig) -> int | None:
+    """Tokens of the longest path that a row may hold: behind it the rotary embedding turns every token of the row differently, those of
+    shorter paths too. None: no limit, as for all types but dynamic NTK and longrope."""
+    text = model_config.get_text_config()
+    limits = []
+    for rope in _ropes(text):
+        if rope.get("rope_type") == "dynamic":
+            limits.append(text.max_position_embeddings)
+        elif rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
+    return min(limits, default=None)
 
 
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # one thing, by model type

@@ -30,6 +30,17 @@ SUMMARY = {
 }
 
 
+def padded_tokens(lengths: list[int], budget: int, most: int) -> int:
+    """Rows in order, `most` to a micro-batch or fewer, each as wide as the longest of them."""
+    total, at = 0, 0
+    while at < len(lengths):
+        n = max(n for n in range(1, most + 1) if n * max(lengths[at : at + n]) <= budget)
+        part = lengths[at : at + n]
+        total += len(part) * max(part)
+        at += n
+    return total
+
+
 def run(folder: Path, *arguments: str) -> dict[str, Any]:
     out = folder / "result.json"
     main(["--model", "tiny", "--shape", "math", "--device", "cpu", "--repeats", "1", "--out", str(out), *arguments])
@@ -59,7 +70,7 @@ def test_every_cell_is_there_with_the_counted_tokens(result: dict[str, Any]) -> 
         states = [PROMPT + i * (ACTION + RESULT) for i in range(k)]
         effective = g * sum(state + ACTION for state in states)
         computed = {
-            "padded": k * g * (states[-1] + ACTION),
+            "padded": padded_tokens([state + ACTION for state in states for _ in range(g)], 2000, 3),
             "packed": effective,
             "comb": states[-1] + k * g * (ACTION - 1),  # the last token of an action predicts nothing
         }
@@ -90,7 +101,8 @@ def test_summary_is_of_the_largest_cell(result: dict[str, Any]) -> None:
     assert summary["comb_vs_padded"] == padded["seconds"] / comb["seconds"]
     assert summary["comb_vs_packed"] == packed["seconds"] / comb["seconds"]
     assert summary["exponent_fitted_to_steps"] == [2, 3]
-    two, three = (4 * k * (PROMPT + (k - 1) * (ACTION + RESULT) + ACTION) for k in (2, 3))
+    lengths = [PROMPT + i * (ACTION + RESULT) + ACTION for i in range(3) for _ in range(4)]
+    two, three = padded_tokens(lengths[:8], 2000, 3), padded_tokens(lengths, 2000, 3)
     assert summary["token_exponent_padded"] == pytest.approx(np.log(three / two) / np.log(3 / 2))
 
 
