@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-STYLES = {
-    "padded": ("#d55e00", "s"),
-    "packed": ("#0072b2", "^"),
-    "comb": ("#009e73", "o"),
-}  # told apart without colour too
+STYLES = {  # told apart without colour too; the last label's height beside its point, since padded and packed end close together
+    "padded": ("#d55e00", "s", 3),
+    "packed": ("#0072b2", "^", -9),
+    "comb": ("#009e73", "o", -3),
+}
 
 
 def require_matplotlib() -> None:
@@ -44,7 +44,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         (left, "seconds", "exponent", "Seconds of one optimizer step"),
         (right, "tokens_computed", "token_exponent", "Tokens computed in it"),
     ):
-        for way, (colour, marker) in STYLES.items():
+        for way, (colour, marker, height) in STYLES.items():
             points = [(row["steps"], row[cost]) for row in rows if row["way"] == way]
             if points:
                 b = summary[f"{exponent}_{way}"]
@@ -52,7 +52,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=2, label=label)
                 last = f"{points[-1][1]:,.0f}" if cost == "tokens_computed" else f"{points[-1][1]:.3g} s"
                 axes.annotate(
-                    last, points[-1], xytext=(7, -3), textcoords="offset points", color=colour, annotation_clip=False
+                    last, points[-1], xytext=(7, height), textcoords="offset points", color=colour, annotation_clip=False
                 )
         axes.set(xscale="log", yscale="log", xlabel=f"states K, {summary['samples']} actions at each", title=title)
         axes.set_xticks(steps, [str(k) for k in steps])

@@ -1,0 +1,119 @@
+"""The examples of kernels/README.md run, and what they compute is right."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import SHAPE, train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+HEADINGS = ("Tree attention", "Linear log-probabilities", "In a TRL GRPO trainer", "As a verl-style loss")
+
+
+def example(heading: str) -> dict[str, Any]:
+    """Runs the section's Python and returns its names."""
+    section = (ROOT / "kernels" / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, f"kernels/README.md: {heading}", "exec"), names)
+    return names
+
+
+def test_every_example_is_tested() -> None:
+    assert (ROOT / "kernels" / "README.md").read_text().count("```python") == len(HEADINGS)
+
+
+def test_tree_attention_example() -> None:
+    names = example("Tree attention")
+    # the second answer reads the prompt and itself alone
+    alone = [0, 1, 2, 5, 6]
+    q, k, v = (names[x].detach()[:, alone] for x in "qkv")
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(names["out"].detach()[:, alone], expected, rtol=1e-5, atol=1e-5)
+    assert all(names[x].grad.isfinite().all() for x in "qkv")
+
+
+def test_linear_logprob_example() -> None:
+    names = example("Linear log-probabilities")
+    logits = (names["hidden"].detach() @ names["weight"].detach().T) / 0.8
+    expected = logits.log_softmax(-1).gather(1, names["targets"][:, None])[:, 0]
+    torch.testing.assert_close(names["logp"].detach(), expected, rtol=1e-5, atol=1e-4)
+    assert names["hidden"].grad.norm() > 0 and names["weight"].grad.norm() > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_example_equals_trl_and_trains(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.use_deterministic_algorithms(False)  # the poisoned memory is for our kernels
+    trainer_class = example("In a TRL GRPO trainer")["FusedGRPOTrainer"]
+    tokenizer = train_tokenizer(["what is two and two", "say a word"])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": len(tokenizer)}))
+    settings = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, num_generations=2,
+        per_device_train_batch_size=2, max_completion_length=6, temperature=0.7, save_strategy="no",
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": "what is two"}, {"prompt": "say a word"}])
+    trainer = trainer_class(
+        model=model,
+        args=settings,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+    )
+    ids = torch.randint(1, len(tokenizer), (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    ours = trainer._get_per_token_logps_and_entropies(model, ids, mask, 4, compute_entropy=True)
+    theirs = GRPOTrainer._get_per_token_logps_and_entropies(trainer, model, ids, mask, 4, compute_entropy=True)
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    before = model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.lm_head.weight.cpu(), before)
+
+
+def test_verl_example() -> None:
+    """Against verl's formula written out: PPO with the dual clip at 3, mean over all tokens of the mask."""
+    names = example("As a verl-style loss")
+    torch.manual_seed(0)
+    old = -torch.rand(3, 5, dtype=torch.float64)
+    new = (old + 0.4 * torch.randn(3, 5, dtype=torch.float64)).requires_grad_()
+    advantages = torch.randn(3, 5, dtype=torch.float64) * 2
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    ratio = (new - old).exp()
+    worst = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
+    each = torch.where(advantages < 0, torch.minimum(-advantages * 3.0, worst), worst)
+    expected = (each * mask).sum() / mask.sum()
+    loss, metrics = names["compute_policy_loss"](old, new, advantages, mask)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for a, b in zip(torch.autograd.grad(loss, new), torch.autograd.grad(expected, new), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-15)
+    assert metrics.sums[0] == mask.sum()
+
+
+def test_the_package_needs_torch_and_triton_alone() -> None:
+    """Imported and run with everything else of this environment hidden (numpy is torch's own optional need)."""
+    program = """
+import importlib.abc, sys
+
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"transformers", "swirl_fast", "trl", "omegaconf", "datasets", "accelerate", "xxhash", "tqdm"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hidden())
+import torch, swirl_kernels
+hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
+swirl_kernels.linear_logprob(hidden, weight, torch.tensor([1, 2, 3, 4])).sum().backward()
+assert hidden.grad.isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT / "kernels")
