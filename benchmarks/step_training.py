@@ -74,6 +74,7 @@ def summarize(results: list[dict[str, Any]], equality: dict[str, Any] | None) ->
         "token_ratio": largest["tokens_effective"] / comb["tokens_computed"] if comb else None,
         "comb_vs_padded": faster("padded"),
         "comb_vs_packed": faster("packed"),
+        "pack_share": comb["seconds_pack"] / comb["seconds"] if comb else None,
         "exponent_fitted_to_steps": fitted_steps(sorted({row["steps"] for row in results})),
         **{f"exponent_{way}": exponent(way, "seconds") for way in WAYS},
         **{f"token_exponent_{way}": exponent(way, "tokens_computed") for way in WAYS},

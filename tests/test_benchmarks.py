@@ -100,6 +100,7 @@ def test_summary_is_of_the_largest_cell(result: dict[str, Any]) -> None:
     assert summary["token_ratio"] == comb["tokens_effective"] / comb["tokens_computed"]
     assert summary["comb_vs_padded"] == padded["seconds"] / comb["seconds"]
     assert summary["comb_vs_packed"] == packed["seconds"] / comb["seconds"]
+    assert summary["pack_share"] == comb["seconds_pack"] / comb["seconds"]
     assert summary["exponent_fitted_to_steps"] == [2, 3]
     lengths = [PROMPT + i * (ACTION + RESULT) + ACTION for i in range(3) for _ in range(4)]
     two, three = padded_tokens(lengths[:8], 2000, 3), padded_tokens(lengths, 2000, 3)

@@ -163,6 +163,17 @@ def test_strides_threads_and_frozen_inputs(backend: str) -> None:
     assert not segment_reduce(x.float(), offsets, "sum", index).requires_grad
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_segment_keeps_its_bits_wherever_it_is_packed(backend: str, op: Any) -> None:
+    x, offsets, _ = inputs(False)
+    order = [4, 0, 6, 2, 8, 1, 5, 3, 7]
+    lengths = [LENGTHS[s] for s in order]
+    out = segment_reduce(x.float(), offsets, op)
+    moved = torch.cat([x.float().split(LENGTHS)[s] for s in order])
+    again = segment_reduce(moved, offsets_of(tuple(lengths)), op)
+    assert torch.equal(out[order].nan_to_num(), again.nan_to_num()) and torch.equal(out[order].isnan(), again.isnan())
+
+
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "torch")
     for op, indexed in itertools.product(OPS, (False, True)):
