@@ -1,6 +1,6 @@
 """Compiles every kernel in every shipped configuration for GPUs that need not be there, and checks the machine code.
 
-    python -m swirl_kernels.aot [--out kernels/aot.md] [--only WORDS]
+    python -m swirl_kernels.aot [--out kernels/aot.md] [--only WORDS ...] [--modules MODULE ...]
 
 For each target it must hold that the kernel compiles; that a product of 16-bit matrices runs on tensor cores; that nothing is
 rounded to TF32; that no register spills to local memory, beyond what the case itself allows with its reason; that shared
@@ -17,18 +17,19 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from swirl_kernels.aot_case import AotCase
 
-MODULES = (
-    "linear_logprob_triton",
-    "policy_loss_triton",
-    "segment_reduce_triton",
-    "selective_logprob_triton",
-    "tree_attention_triton",
+MODULES = (  # each has aot_cases()
+    "swirl_kernels.linear_logprob_triton",
+    "swirl_kernels.policy_loss_triton",
+    "swirl_kernels.segment_reduce_triton",
+    "swirl_kernels.selective_logprob_triton",
+    "swirl_kernels.tree_attention_triton",
 )
 # Bytes of shared memory that one program may have. A configuration for 8.0 also serves 8.6, 8.9 and 12.0, which have less.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
@@ -42,6 +43,7 @@ class Compiled:
 
     name: str
     target: int
+    blocks: str
     warps: int = 0
     stages: int = 0
     registers: int = 0
@@ -55,12 +57,19 @@ class Compiled:
     remark: str = ""
 
 
-def all_cases() -> list[AotCase]:
+def all_cases(modules: Sequence[str] = MODULES) -> list[AotCase]:
     """Raises RuntimeError under TRITON_INTERPRET=1, where kernels are Python and cannot be compiled."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 turns kernels into Python functions; unset it to compile them")
-    modules = [importlib.import_module(f"swirl_kernels.{name}") for name in MODULES]
-    return [case for module in modules for case in module.aot_cases()]
+    return [case for name in modules for case in importlib.import_module(name).aot_cases()]
+
+
+def blocks(case: AotCase) -> str:
+    """Its tile sizes, "M=128 N=64"."""
+    sizes = {
+        name.replace("BLOCK_", ""): size for name, size in case.constants.items() if "BLOCK" in name or name == "EDGE_M"
+    }
+    return " ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def compile_case(case: AotCase, target: int) -> Compiled:
@@ -80,8 +89,17 @@ def compile_case(case: AotCase, target: int) -> Compiled:
     try:
         built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:  # whatever the compiler raises is the finding
-        failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return Compiled(case.name, target, failure=failure, violations=("does not compile",))
+        lines = str(error).strip().splitlines() or [""]
+        failure = f"{type(error).__name__}: {' … '.join(dict.fromkeys((lines[0], lines[-1])))}"[:200].replace("|", "/")
+        return Compiled(
+            case.name,
+            target,
+            blocks(case),
+            case.num_warps,
+            case.num_stages,
+            failure=failure,
+            violations=("does not compile",),
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -91,13 +109,15 @@ def compile_case(case: AotCase, target: int) -> Compiled:
     result = Compiled(
         name=case.name,
         target=target,
+        blocks=blocks(case),
         warps=case.num_warps,
         stages=case.num_stages,
         registers=int(found[1]),
         stack=int(found[2]),
         shared=built.metadata.shared,
         tensor=len(TENSOR_CORE.findall(code)),
-        tf32=code.count("TF32"),
+        # On 10.0 the machine code does not say what UTCHMMA multiplies, PTX does: tcgen05.mma….kind::tf32.
+        tf32=code.count("TF32") or built.asm["ptx"].count("tf32"),
         local=len(re.findall(r"\b(?:LDL|STL)\b", code)),
     )
     return Compiled(
@@ -128,9 +148,9 @@ def _cuobjdump(option: str, path: str) -> str:
     return done.stdout
 
 
-def _compile_numbered(job: tuple[int, int]) -> Compiled:
-    number, target = job
-    return compile_case(all_cases()[number], target)
+def _compile_numbered(job: tuple[tuple[str, ...], int, int]) -> Compiled:
+    modules, number, target = job
+    return compile_case(all_cases(modules)[number], target)
 
 
 def table(results: list[Compiled]) -> str:
@@ -138,16 +158,18 @@ def table(results: list[Compiled]) -> str:
     import triton
 
     lines = [
-        f"Written by `python -m swirl_kernels.aot` with triton {triton.__version__}; sizes in bytes. MMA: tensor-core instructions.",
+        f"Written by `python -m swirl_kernels.aot --out kernels/aot.md` with triton {triton.__version__}, without a GPU. One row a "
+        "kernel, configuration and target. Stack: bytes of local memory a thread, which are registers that spill; shared: bytes a "
+        "program; MMA, TF32: tensor-core and TF32 instructions.",
         "",
-        "| kernel | target | warps | stages | registers | stack | shared | MMA | TF32 | verdict |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | target | blocks | warps | stages | registers | stack | shared | MMA | TF32 | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         verdict = "; ".join(filter(None, (*r.violations, r.failure))) or (f"ok ({r.remark})" if r.remark else "ok")
         lines.append(
-            f"| {r.name} | sm_{r.target} | {r.warps} | {r.stages} | {r.registers} | {r.stack} | {r.shared} | {r.tensor} | {r.tf32} "
-            f"| {verdict} |"
+            f"| {r.name} | sm_{r.target} | {r.blocks} | {r.warps} | {r.stages} | {r.registers} | {r.stack} | {r.shared} "
+            f"| {r.tensor} | {r.tf32} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -155,13 +177,24 @@ def table(results: list[Compiled]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m swirl_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="also write the table to this file")
-    parser.add_argument("--only", default="", help="compile cases whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORDS", help="cases whose name contains one of these"
+    )
+    parser.add_argument(
+        "--modules", nargs="+", default=MODULES, metavar="MODULE", help="whose aot_cases() are compiled"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
-    cases = all_cases()
-    jobs = [(i, target) for i, case in enumerate(cases) if options.only in case.name for target in case.targets]
-    if not jobs:
-        parser.error(f"--only {options.only!r} matches none of: {', '.join(case.name for case in cases)}")
+    modules, cases = tuple(options.modules), all_cases(options.modules)
+    for words in options.only:
+        if not any(words in case.name for case in cases):
+            parser.error(f"--only {words!r} matches none of: {', '.join(case.name for case in cases)}")
+    jobs = [
+        (modules, i, target)
+        for i, case in enumerate(cases)
+        if any(words in case.name for words in options.only)
+        for target in case.targets
+    ]
     with ProcessPoolExecutor(options.processes) as pool:
         results = []
         for result in pool.map(_compile_numbered, jobs):
@@ -174,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.write_text(text)
     bad = [r for r in results if r.violations]
     for r in bad:
-        print(f"{r.name}, sm_{r.target}: {'; '.join((*r.violations, r.failure))}", file=sys.stderr)
+        print(f"{r.name}, sm_{r.target}: {'; '.join(filter(None, (*r.violations, r.failure)))}", file=sys.stderr)
     return 1 if bad else 0
 
 

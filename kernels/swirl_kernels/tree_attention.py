@@ -73,10 +73,12 @@ def tree_attention(
     Raises ValueError for wrong shapes, dtypes or devices, for a subtree_end that is no preorder, and for a plan of
     another packing or window.
 
-    How: every segment of the tree is one call against its own keys (causal) and one for everything below it (no mask).
-    The parts of a query are merged by their log-sum-exp, and since `p = exp(score - lse)` and `delta = sum(dout * out)`
-    need only the merged lse and out, the backward runs part by part as well (FlashAttention-2, arXiv 2307.08691,
-    section 3.1).
+    How: PyTorch's backend makes one call for every segment of the tree against its own keys (causal) and one for
+    everything below it (no mask), and merges the parts of a query by their log-sum-exp. Triton's is one loop with an
+    online softmax for every block of queries, from its own tokens up to the root and past branches that none of them
+    sees: few masked tiles, then whole ones without a mask; dK and dV take for every block of keys the one stretch of
+    queries that sees some of it. Both run backward from the lse and out of all keys: `p = exp(score - lse)`,
+    `delta = sum(dout * out)` (FlashAttention-2, arXiv 2307.08691, section 3.1).
     """
     q, k, v = _one_dtype(q, k, v)
     plan = _checked_plan(q, k, v, subtree_end, depth, window, query_index, plan)

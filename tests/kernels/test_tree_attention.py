@@ -122,13 +122,13 @@ def test_equals_naive_on_random_forests(end, heads, softcap, window, scale, subs
     assert_close(got, expected, 1e-10)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_branch_at_every_offset(softcap: float | None) -> None:
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"window": 40}, {"softcap": 3.0, "window": 40}], ids=str)
+def test_branch_at_every_offset(options: dict[str, Any]) -> None:
     for offset in range(128):
         end = pack((1 + offset, (3,), (1,), (140 - offset, (2,))))
         q, k, v = inputs(end, dim=4)
-        got = results(tree_attention, q, k, v, end, softcap=softcap)
-        assert_close(got, results(naive_tree_attention, q, k, v, end, softcap=softcap), 1e-10)
+        got = results(tree_attention, q, k, v, end, **options)
+        assert_close(got, results(naive_tree_attention, q, k, v, end, **options), 1e-10)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

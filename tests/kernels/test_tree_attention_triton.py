@@ -7,6 +7,8 @@ blocks. The tests at every offset use the tiles that are shipped.
 import itertools
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -196,6 +198,32 @@ def test_branch_at_every_offset_in_fp32(first) -> None:
     for offset in range(first, first + 8):
         end = pack((1 + offset, (3,), (1,), (70 - offset, (2,))))
         check(end, *inputs(end, heads=1))
+
+
+def branches_every(gap: int, count: int, first: int) -> Tensor:
+    """A trunk on which two teeth hang: at packed tokens first + 1, first + 1 + gap, … (`count` times)."""
+    tree: Any = (20, (2,))
+    for _ in range(count - 1):
+        tree = (gap - 4, (3,), (1,), tree)
+    return pack((1 + first, (3,), (1,), tree))
+
+
+@pytest.mark.parametrize("options", [{"window": 40}, {"window": 40, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("first", range(0, 32, 8))
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_branch_at_every_offset_of_the_shipped_tiles_under_a_window(first, dtype, options) -> None:
+    """Four offsets a tree: the 128 of a tile are o, o + 32, o + 64 and o + 96."""
+    for offset in range(first, first + 8):
+        end = branches_every(32, 4, offset)
+        check(end, *inputs(end, heads=1, dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("options", [{"window": 24}, {"window": 24, "softcap": 3.0}], ids=str)
+def test_branch_at_every_offset_in_fp32_under_a_window(options) -> None:
+    """Eight offsets a tree: 9 k modulo 32 takes every value."""
+    for first in range(0, 32, 8):
+        end = branches_every(9, 8, first)
+        check(end, *inputs(end, heads=1), **options)
 
 
 @pytest.mark.parametrize(
@@ -391,10 +419,16 @@ def test_one_plan_serves_every_layer_without_parts_and_without_waiting(small, mo
     end = pack(comb(30, 2, 3, 9), (20,))
     q, k, v = inputs(end)
     plan = tree_plan(end.to(DEVICE), **options)
-    with Calls() as calls:
-        got = results(q, k, v, None, plan=plan, **options)
+    gradient = upstream(q).to(q)
+
+    def layer() -> tuple[Tensor, ...]:
+        out = tree_attention(q, k, v, None, plan=plan, **options)
+        return (out, *torch.autograd.grad(out, (q, k, v), gradient))
+
+    with waiting_refused(), Calls() as calls:
+        got = layer()
         first = len(calls.names)
-        again = results(q, k, v, None, plan=plan, **options)
+        again = layer()
     assert not {"aten._local_scalar_dense", "aten.nonzero", "aten.equal"} & set(calls.names)
     assert "aten.sort" in calls.names[:first] and "aten.sort" not in calls.names[first:]
     assert_close(got, reference(q, k, v, end, **options), 1e-5)
@@ -402,6 +436,26 @@ def test_one_plan_serves_every_layer_without_parts_and_without_waiting(small, mo
     assert calls.largest <= max(q.nbytes, 5 * 8 * len(end)) < 4 * len(end) ** 2, (
         "something of size queries times keys exists"
     )
+
+
+@contextmanager
+def waiting_refused() -> Iterator[None]:
+    """Whatever would make the host wait for a device raises, also on CPU tensors, of which no operation tells."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a layer made the host wait for the device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "cpu", "numpy", "item"):
+            patch.setattr(Tensor, name, refuse)
+        was = torch.cuda.get_sync_debug_mode() if DEVICE == "cuda" else None
+        if was is not None:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if was is not None:
+                torch.cuda.set_sync_debug_mode(was)
 
 
 class Calls(TorchDispatchMode):

@@ -1,0 +1,177 @@
+"""The gate that compiles kernels ahead of time: what it accepts, what it must find, and that its table is fresh.
+
+tests/conftest.py sets TRITON_INTERPRET=1, under which nothing can be compiled: everything here runs in processes without it, which
+import this file for the bad kernels below (`--modules test_aot`). Compiling all cases takes minutes: a subset is compiled here.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from swirl_kernels.aot_case import AotCase  # noqa: E402
+
+HERE = Path(__file__).parent
+TABLE = HERE.parents[1] / "kernels" / "aot.md"
+SUBSET = (
+    "linear_logprob forward bf16 entropy",
+    "linear_logprob dlogits bf16 entropy",
+    "policy_loss bf16 token ppo k3",
+    "tree_attention forward D=128 bfloat16",
+    "tree_attention backward_kv D=128 bfloat16",
+)
+
+
+@triton.jit
+def _product(a, b, out, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """Without a precision it is written so that no tensor core can do it."""
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    x, y = tl.load(a + at), tl.load(b + at)
+    if PRECISION is None:
+        z = tl.sum((x[:, :, None] * y[None, :, :]).to(tl.float32), 1)
+    else:
+        z = tl.dot(x, y, input_precision=PRECISION)
+    tl.store(out + at, z)
+
+
+@triton.jit
+def _spilling(x, out):
+    """A warp holds 128 x 128 numbers, 512 a thread, from before their sum to after it."""
+    at = tl.arange(0, 128)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    tile = tl.load(x + at)
+    tl.store(out + at, tile / tl.sum(tl.sum(tile, 1), 0))
+
+
+@triton.jit
+def _cannot_compile(x):
+    tl.static_assert(False, "this kernel is wrong")
+
+
+def aot_cases() -> list[AotCase]:
+    def product(name: str, dtype: str, size: int, precision: str | None) -> AotCase:
+        signature = dict.fromkeys(("a", "b"), dtype) | {"out": "*fp32", "SIZE": "constexpr", "PRECISION": "constexpr"}
+        constants = {"SIZE": size, "PRECISION": precision}
+        return AotCase(
+            name, _product, signature, constants, 4, 3, tensor_cores=dtype == "*bf16", aligned=("a", "b", "out")
+        )
+
+    def spilling(name: str, allowed: int, reason: str) -> AotCase:
+        signature = {"x": "*fp32", "out": "*fp32"}
+        return AotCase(
+            name, _spilling, signature, {}, 1, 1, aligned=("x", "out"), spill_bytes=allowed, spill_reason=reason
+        )
+
+    return [
+        product("good bf16", "*bf16", 64, "ieee"),
+        product("good fp32", "*fp32", 16, "ieee"),
+        spilling("good spill", 100_000, "written down"),
+        product("bad tf32", "*fp32", 64, "tf32"),
+        product("bad product", "*bf16", 16, None),
+        spilling("bad spill", 0, ""),
+        spilling("bad allowance", 8, "too small"),
+        spilling("bad reason", 100_000, ""),
+        AotCase("bad code", _cannot_compile, {"x": "*fp32"}, {}, 4, 3),
+    ]
+
+
+def compiling(arguments: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, able to compile, from an empty cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "TRITON_CACHE_DIR": str(cache)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+
+
+def gate(arguments: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
+    return compiling(["-m", "swirl_kernels.aot", *arguments], cache)
+
+
+def rows(table: str) -> dict[tuple[str, str], dict[str, str]]:
+    """By kernel and target."""
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    found = [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
+    by_key = {(row["kernel"], row["target"]): row for row in found}
+    assert len(by_key) == len(found), "two rows have one kernel and target"
+    return by_key
+
+
+def test_a_subset_compiles_for_every_target(tmp_path) -> None:
+    done = gate(["--only", *SUBSET, "--out", str(tmp_path / "table.md")], tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    found = rows((tmp_path / "table.md").read_text())
+    assert (tmp_path / "table.md").read_text() in done.stdout
+    for words in SUBSET:
+        assert {target for name, target in found if words in name} == {"sm_80", "sm_90", "sm_100"}, words
+    for key, row in found.items():
+        assert row["verdict"].startswith("ok"), key
+        assert int(row["registers"]) > 0
+        assert int(row["TF32"]) == 0
+        if not row["kernel"].startswith("policy_loss"):
+            assert int(row["MMA"]) > 0, key
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], dict[tuple[str, str], dict[str, str]]]:
+    folder = tmp_path_factory.mktemp("aot")
+    done = gate(["--modules", "test_aot", "--out", str(folder / "table.md")], folder / "cache")
+    return done, rows((folder / "table.md").read_text())
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_violations_are_found(bad, target) -> None:
+    verdicts = {name: row["verdict"] for (name, at), row in bad[1].items() if at == target}
+    assert verdicts["good bf16"] == verdicts["good fp32"] == "ok"
+    assert verdicts["good spill"] == "ok (written down)"
+    assert re.fullmatch(r"[1-9]\d* TF32 instructions", verdicts["bad tf32"])
+    assert verdicts["bad product"] == "no tensor-core instruction"
+    assert re.fullmatch(r"\d{3,} B of stack, \d{3,} local loads and stores \(0 B allowed\)", verdicts["bad spill"])
+    assert re.fullmatch(r"\d{3,} B of stack, \d{3,} local loads and stores \(8 B allowed\)", verdicts["bad allowance"])
+    assert verdicts["bad reason"] == "spills are allowed without a reason"
+    assert re.fullmatch(r"does not compile; \w+: at .+ this kernel is wrong", verdicts["bad code"])
+
+
+def test_a_violation_exits_with_1_and_a_line_each(bad) -> None:
+    done, table = bad
+    assert done.returncode == 1
+    reported = {tuple(line.split(":")[0].split(", ")) for line in done.stderr.splitlines() if line.startswith("bad ")}
+    assert reported == {key for key in table if key[0].startswith("bad ")}
+    assert not any(line.startswith("good ") for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("only", [["no such kernel"], ["tree_attention forward", "no such kernel"]], ids=str)
+def test_words_that_match_nothing_are_refused(tmp_path, only) -> None:
+    done = gate(["--only", *only], tmp_path)
+    assert done.returncode == 2
+    assert "--only 'no such kernel' matches none of: linear_logprob forward bf16, " in done.stderr
+
+
+def test_an_interpreted_kernel_cannot_be_compiled(monkeypatch) -> None:
+    from swirl_kernels.aot import all_cases
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="unset it to compile"):
+        all_cases()
+
+
+def test_the_committed_table_is_fresh_and_clean(tmp_path) -> None:
+    """A row for every case and target, with today's tiles, warps and stages. (It cannot see an edited kernel: write it again.)"""
+    program = (
+        "import json; from swirl_kernels.aot import all_cases, blocks; print(json.dumps("
+        "[(c.name, f'sm_{t}', blocks(c), str(c.num_warps), str(c.num_stages)) for c in all_cases() for t in c.targets]))"
+    )
+    done = compiling(["-c", program], tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = {tuple(case) for case in json.loads(done.stdout)}
+    table = rows(TABLE.read_text())
+    assert {
+        tuple(r[x] for x in ("kernel", "target", "blocks", "warps", "stages")) for r in table.values()
+    } == expected, "write it again: python -m swirl_kernels.aot --out kernels/aot.md"
+    assert not [key for key, row in table.items() if not re.fullmatch(r"ok( \(.+\))?", row["verdict"])]
