@@ -7,6 +7,7 @@ arguments through to every layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from swirl_fast.comb import Comb, ModelSize
 from swirl_fast.config import ConfigError
-from swirl_fast.model import refuse_inexact
+from swirl_fast.model import longest_exact_path, refuse_inexact
 from swirl_kernels.linear_logprob import linear_logprob
 from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 
@@ -33,9 +34,10 @@ _WITHOUT_EFFECT = (
 
 
 class PackedRow:
-    """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64.
+    """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64; longest_path: tokens
+    of the longest path from the root.
 
-    What tree attention derives from the packing is made when a layer first asks and kept for all others. No dataclass: FSDP copies
+    What tree attention derives from the packing is made once for each window and kept for all layers. No dataclass: FSDP copies
     those before every layer, and the copies would keep it for themselves.
     """
 
@@ -47,21 +49,29 @@ class PackedRow:
         rows_E: Tensor,
         targets_E: Tensor,
         edge_N: Tensor,
+        longest_path: int,
     ) -> None:
         self.tokens_1T, self.depth_1T, self.subtree_end_T = tokens_1T, depth_1T, subtree_end_T
         self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
+        self.longest_path = longest_path
         self._plans: dict[int | None, TreePlan] = {}  # by sliding window
 
     @classmethod
-    def of(cls, comb: Comb, device: torch.device | str = "cpu") -> PackedRow:
-        return cls(
+    def of(cls, comb: Comb, device: torch.device | str = "cpu", windows: Iterable[int | None] = ()) -> PackedRow:
+        """windows: of the model's layers. Their plans are made here, where the host may wait for the device; that of any other window
+        when a layer first asks."""
+        row = cls(
             tokens_1T=torch.from_numpy(comb.tokens_T).long().to(device)[None],
             depth_1T=torch.from_numpy(comb.depth_T).long().to(device)[None],
             subtree_end_T=torch.from_numpy(comb.subtree_end_T).to(device),
             rows_E=torch.from_numpy(comb.rows_E).long().to(device),
             targets_E=torch.from_numpy(comb.targets_E).long().to(device),
             edge_N=torch.from_numpy(comb.edge_N).long().to(device),
+            longest_path=int(comb.depth_T.max(initial=-1)) + 1,
         )
+        for window in windows:
+            row.plan(window)
+        return row
 
     def plan(self, window: int | None) -> TreePlan:
         if window not in self._plans:
@@ -143,9 +153,20 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.autocast = autocast
         self.softcap = getattr(text, "final_logit_softcapping", None)
+        self.longest_path = longest_exact_path(model.config)
 
     def forward(self, packed: PackedRow) -> Tensor:
-        """Log-probs [N] float32 of the comb's predicted tokens, action after action; float64 for a float64 model."""
+        """Log-probs [N] float32 of the comb's predicted tokens, action after action; float64 for a float64 model.
+
+        Raises ValueError for a path so long that the rotary embedding would turn the others differently too.
+        """
+        if self.longest_path is not None and packed.longest_path > self.longest_path:
+            raise ValueError(
+                f"model type {self.model.config.model_type}: the longest path has {packed.longest_path} tokens; from "
+                f"{self.longest_path + 1} on its rotary embedding turns all tokens of a row differently, so that shorter paths beside it "
+                f"would get wrong log-probs. Set training.max_path_tokens to at most {self.longest_path}, or use a model whose "
+                "rope_type is neither dynamic nor longrope"
+            )
         device = packed.tokens_1T.device.type
         with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             hidden_1TH = self.model.base_model(

@@ -9,14 +9,12 @@ import numpy as np
 from swirl_fast.comb import Branch, SampledState
 
 
-def random_branches(
-    seed: int, vocab: int = 3, longest: int = 14, most: int = 40, allow_empty: bool = True
-) -> list[Branch]:
+def random_branches(seed: int, vocab: int = 3, longest: int = 14, most: int = 40) -> list[Branch]:
     """At most `most` actions on one to four trunks, of paths up to 2 * longest + 5 tokens.
 
     Few different tokens at the front make the trunks a tree; an action is new, the copy of a sibling or one that leaves it late, what
-    the trunk goes on with or one that leaves that late, a single token, or (if allowed) empty. So states lie inside other states'
-    teeth, teeth inside trunks, and sequences come twice.
+    the trunk goes on with or one that leaves that late, a single token, or empty. So states lie inside other states' teeth, teeth
+    inside trunks, and sequences come twice.
     """
     draw = random.Random(seed)
 
@@ -48,7 +46,7 @@ def random_branches(
                     action = some(1)
                 elif kind == "empty":
                     action = []
-                if number + len(actions) < most and (action or allow_empty):
+                if number + len(actions) < most:
                     actions.append(action)
             arrays = tuple(np.array(action, np.int32) for action in actions)
             states.append(SampledState(length, arrays, tuple(range(number, number + len(arrays)))))

@@ -15,14 +15,16 @@ from naive.rows import all_actions, padded_rows, separate_rows, side_by_side
 from random_trees import random_branches
 from small_models import SHAPE, build
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from swirl_fast import policy as policy_module
 from swirl_fast.actions import Action
 from swirl_fast.comb import Branch, SampledState, micro_batches, pack
 from swirl_fast.config import ConfigError, load
 from swirl_fast.engines.engine import Completion
 from swirl_fast.objective import policy_loss
 from swirl_fast.policy import PackedRow, Policy, model_size
+from swirl_fast.training import loop
 from swirl_fast.training.loop import MicroBatch, Totals, Trainer, check_budget
 from swirl_fast.training.rollout import SampledAction
 from swirl_fast.trajectory import Step, StepView, Trajectory
@@ -47,19 +49,22 @@ def test_any_tree_equals_separate_rows(kind: str, dtype: torch.dtype) -> None:
     @given(st.integers(0, 10**9), st.sampled_from([3, 6, V]))
     @settings(max_examples=60, deadline=None, derandomize=True)
     def check(seed: int, vocab: int) -> None:
-        branches = random_branches(seed, vocab, allow_empty=False)
-        if all_actions(branches):
+        branches = random_branches(seed, vocab)
+        if any(action for _, action in all_actions(branches).values()):
             assert_equal_to_rows(naive, policy, branches, TOLERANCE[dtype])
 
     check()
 
 
-def test_every_offset_of_a_branch() -> None:
-    """Teeth behind 1 to 128 tokens of a trunk that goes on."""
-    torch.manual_seed(0)
-    naive = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 1}, initializer_range=0.3)).eval()
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_every_offset_of_a_branch(kind: str) -> None:
+    """Teeth behind 1 to 128 tokens of a trunk that goes on. gemma2: softcaps, one layer with a window of 50 and one without."""
+    naive, _ = twins(kind, torch.float32)
+    if kind == "gemma2":
+        naive.config.sliding_window = naive.model.layers[0].self_attn.sliding_window = 50
     policy = Policy(copy.deepcopy(naive))
-    naive.set_attn_implementation("naive")
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in policy.model.model.layers]
+    assert windows == ([50, None] if kind == "gemma2" else [None, None])
     draw = np.random.default_rng(0)
     trunk = draw.integers(1, V, 131).astype(np.int32)
     for offset in range(128):
@@ -73,7 +78,7 @@ def test_every_offset_of_a_branch() -> None:
 def test_every_way_of_packing_is_the_same(kind: str, way: str) -> None:
     naive, policy = twins(kind, torch.float64)
     for seed in range(3):
-        branches = random_branches(seed, allow_empty=False)
+        branches = random_branches(seed)
         naive.zero_grad()
         policy.zero_grad()
         wanted = separate_rows(naive, branches, 0.8)
@@ -90,6 +95,7 @@ def test_every_way_of_packing_is_the_same(kind: str, way: str) -> None:
                         [Branch(np.array(state, np.int32), (SampledState(len(state), (np.array(a, np.int32),), (i,)),))]
                     )
                     for i, (state, a) in all_actions(branches).items()
+                    if a or way == "packed"  # alone, an empty action leaves nothing to compute
                 ]
             if way == "packed":
                 combs = [side_by_side(combs)]
@@ -97,6 +103,7 @@ def test_every_way_of_packing_is_the_same(kind: str, way: str) -> None:
             for comb in combs:
                 found.update(by_action(comb, policy(PackedRow.of(comb))))
         losses(found).backward()
+        wanted = {i: logp for i, logp in wanted.items() if i in found or len(logp)}
         assert found.keys() == wanted.keys()
         for index in wanted:
             torch.testing.assert_close(found[index], wanted[index], rtol=1e-10, atol=1e-10)
@@ -167,7 +174,9 @@ def packed_on(ranks: OneOf, budget: int, policy: Policy, data: tuple) -> tuple[l
     trainer.config = load(None, [f"training.token_budget={budget}", "algorithm.kl_coef=0"])
     trainer.ranks, trainer.engine, trainer.size = ranks, SimpleNamespace(max_context=512), model_size(policy.model)
     totals = Totals()
-    return trainer._pack(*data, totals), totals
+    batches = trainer._pack(*data, totals)
+    assert totals.seconds.keys() == {"gather"}, "the wait for other ranks is timed apart"
+    return batches, totals
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -221,6 +230,32 @@ def test_ranks_together_compute_what_one_computes(size: int) -> None:
     assert max(work) < 1.3 * np.mean(work)
     for k, gradient in enumerate(wanted):
         torch.testing.assert_close(sum(rank[k] for rank in found), gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_plans_are_made_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For both windows of the model, so that no layer waits for the device; also those of rows that only keep FSDP in step."""
+    _, policy = twins("gemma2", torch.float64)
+    draw = np.random.default_rng(0)
+    trajectories = [trajectory("a", 2, draw)]
+    data = (trajectories, sampled_at(trajectories, draw)[:1], *torch.ones(2, 1))
+    rows = [packed_on(OneOf(rank=rank, size=2, others=[]), 90, policy, data)[0][0].row for rank in range(2)]
+    assert min(len(row.tokens_1T[0]) for row in rows) == 1, "no rank is idle"
+    monkeypatch.setattr(policy_module, "tree_plan", None)
+    for row in rows:
+        policy(row)
+
+
+def test_seconds_of_a_phase_are_without_those_of_phases_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 4.0, 5.0, 20.0, 22.0, 30.0])
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    totals = Totals()
+    with totals.phase("pack"):
+        with totals.phase("gather"):
+            pass
+    assert totals.seconds == {"gather": 3.0, "pack": 2.0}
+    with totals.phase("gather"):
+        pass
+    assert totals.seconds == {"gather": 5.0, "pack": 2.0}
 
 
 def test_idle_ranks_run_empty_micro_batches() -> None:

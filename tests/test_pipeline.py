@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 import os
 import shutil
 import signal
@@ -20,9 +22,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from swirl_fast import cli
+from swirl_fast.objective import policy_loss
 from swirl_fast.shards import read_trajectories
 from swirl_fast.store import Store
+from swirl_fast.training import build, loop
 from swirl_fast.training.metrics import read_metrics
+from swirl_kernels import PolicyLossMetrics
 
 STEPS = 4
 
@@ -317,6 +323,43 @@ def test_reusing_a_batch_moves_the_ratio_and_clips_it(
     first, second = read_metrics(folder / "r")
     assert first["ratio_max"] > 1.2 and 0 < first["clip_fraction"] < 1
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
+
+
+def test_the_first_update_on_a_batch_has_ratio_one_and_the_second_has_not(
+    collected: Path, tiny_model: Path, judged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, to see the metrics of every loss; old log-probs come from the same packing, in several micro-batches."""
+    folder = copy_of(collected, tmp_path)
+    of_update: dict[tuple[int, int], list[PolicyLossMetrics]] = {}
+    current = (0, 0)
+
+    class Watched(loop.Trainer):
+        def _update(self, batches: list[loop.MicroBatch], totals: loop.Totals, first: bool) -> float:
+            nonlocal current
+            current = (self.step, 0 if first else 1)
+            return super()._update(batches, totals, first)
+
+    def watched(*arguments: object) -> tuple[torch.Tensor, PolicyLossMetrics]:
+        loss, metrics = policy_loss(*arguments)
+        of_update.setdefault(current, []).append(metrics)
+        return loss, metrics
+
+    monkeypatch.setattr(build, "Trainer", Watched)
+    monkeypatch.setattr(loop, "policy_loss", watched)
+    ppo = ("algorithm.name=ppo", "algorithm.updates_per_batch=2", "training.steps=2", "training.token_budget=512")
+    assert cli.main(["train", *overrides(folder, tiny_model, judged, *ppo)]) == 0
+    assert of_update.keys() == {(step, update) for step in range(2) for update in range(2)}
+    for (_, update), parts in of_update.items():
+        assert len(parts) > 1
+        ratios = functools.reduce(operator.add, parts).means()
+        if update == 0:
+            assert ratios["ratio"] == pytest.approx(1, abs=1e-6) and ratios["ratio_max"] == pytest.approx(1, abs=1e-6)
+        else:
+            assert abs(ratios["ratio"] - 1) > 1e-5 and ratios["ratio_max"] > 1.01
+    for step, row in enumerate(read_metrics(folder / "r")):
+        assert row["ratio_max"] == max(
+            float(m.ratio_max) for parts in (of_update[step, 0], of_update[step, 1]) for m in parts
+        )
 
 
 def test_asking_for_fewer_questions_uses_those_alone(

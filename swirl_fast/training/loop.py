@@ -2,7 +2,8 @@
 judge scores each, and a policy gradient learns from them.
 
 One step on every rank: next trajectories -> sample -> judge -> advantages -> combs -> loss and backward a micro-batch ->
-clip, optimizer -> weights to the engine. Started alone or by `torchrun`, with the same result.
+clip, optimizer -> weights to the engine. Started alone or by `torchrun`, with the same result in float32; in bfloat16 one process
+alone casts weights in every matrix product (autocast), FSDP gathers all parameters in bfloat16, norms and embeddings too.
 """
 
 from __future__ import annotations
@@ -104,9 +105,11 @@ class Totals:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """A phase inside another one is no part of the outer one's seconds."""
+        start, so_far = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        inside = sum(self.seconds.values()) - so_far
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start - inside
 
 
 class Trainer:
@@ -191,11 +194,13 @@ class Trainer:
             totals.generated_tokens = after.generated_tokens - before_counts[2]
         with totals.phase("judge"):
             judgements = judge_sampled(sampled, self.judge)
-        self._check_judged(sampled, judgements)
+        with totals.phase("gather"):  # here ranks wait for those that sampled and judged longer
+            self._check_judged(sampled, judgements)
         with totals.phase("pack"):
             actions = to_actions(sampled, judgements)
             advantage_A, valid_A = advantages(actions, config.algorithm.name)
-            global_counts = self.ranks.sum(counts(actions, valid_A))
+            with totals.phase("gather"):
+                global_counts = self.ranks.sum(counts(actions, valid_A))
             weight_A = weights(actions, valid_A, config.algorithm.weighting, global_counts)
             batches = self._pack(trajectories, sampled, advantage_A, weight_A, totals)
         for one in actions.states.unique():
@@ -256,7 +261,8 @@ class Trainer:
             weight_A.numpy(),
             [np.asarray(one.completion.logprobs, np.float32) for one in sampled],
         )
-        shares = self.ranks.gather(mine)
+        with totals.phase("gather"):
+            shares = self.ranks.gather(mine)
         offsets = np.cumsum([0, *(len(share.weight_A) for share in shares)])
         branches = [
             branch.renumbered(int(offset)) if offset else branch
@@ -268,6 +274,7 @@ class Trainer:
         engine_logp = [logp for share in shares for logp in share.engine_logp]
         max_path = training.max_path_tokens or self.engine.max_context
         groups = micro_batches(branches, training.token_budget, max_path, self.ranks.size, self.size)
+        windows = dict.fromkeys(window for _, window in self.size.attention)
         jobs = balance([group.flops for group in groups], self.ranks.size)
         batches = []
         for job in jobs[self.ranks.rank]:
@@ -276,7 +283,7 @@ class Trainer:
             logp_N = np.concatenate([engine_logp[a] for a in comb.indices_A])
             batches.append(
                 MicroBatch(
-                    PackedRow.of(comb, device),
+                    PackedRow.of(comb, device, windows),
                     torch.from_numpy(all_advantage_A[numbers_N]).to(device),
                     torch.from_numpy(all_weight_A[numbers_N]).to(device),
                     torch.from_numpy(logp_N).to(device),
@@ -287,7 +294,7 @@ class Trainer:
             totals.flops += comb.flops(self.size)
         for _ in range(max(map(len, jobs)) - len(batches)):
             zero = torch.zeros(1, device=device)
-            batches.append(MicroBatch(PackedRow.of(_empty_comb(), device), zero, zero, zero))
+            batches.append(MicroBatch(PackedRow.of(_empty_comb(), device, windows), zero, zero, zero))
         return batches
 
     def _update(self, batches: list[MicroBatch], totals: Totals, first: bool) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from naive.rows import separate_rows
+from naive.rows import all_actions, separate_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,14 +26,25 @@ def by_action(comb: Comb, logp_N: Tensor) -> dict[int, Tensor]:
     return {int(i): logp_N[comb.offsets[a] : comb.offsets[a + 1]] for a, i in enumerate(comb.indices_A)}
 
 
-def assert_same_gradients(wanted: nn.Module, found: nn.Module, tolerance: float) -> None:
-    """Of each parameter, relative to its own gradient, or to a tenth of the whole where that is smaller: what cancels to almost
-    nothing (query weights on paths of equal tokens) keeps the rounding of what cancelled."""
+def assert_same_gradients(wanted: nn.Module, found: nn.Module, tolerance: float, rounding: float = 0.0) -> None:
+    """Of each parameter, relative to its own gradient. rounding: how far those of queries and keys may be off, relative to the
+    gradient of all parameters (see `rounding_of`)."""
     pairs = list(zip(wanted.named_parameters(), found.parameters(), strict=True))
     whole = torch.stack([parameter.grad.norm() for (_, parameter), _ in pairs]).norm()
     for (name, parameter), other in pairs:
-        gap = (parameter.grad - other.grad).norm() / max(parameter.grad.norm(), 0.1 * whole)
-        assert gap <= tolerance, f"{name}: relative gradient difference {gap:.1e}"
+        own, gap = parameter.grad.norm(), (parameter.grad - other.grad).norm()
+        noise = rounding * whole if ".q_" in name or ".k_" in name else 0.0
+        assert gap <= max(tolerance * own, noise), f"{name}: gradients differ by {gap:.1e}, their norm is {own:.1e}"
+
+
+def rounding_of(branches: list[Branch], dtype: torch.dtype) -> float:
+    """0, unless nearly all predictions (7 of 8) have seen one token only, once or repeated.
+
+    There all values are alike, so the output does not depend on the scores: the gradients of queries and keys are 0, and what is
+    computed is the rounding of what cancelled. Then two units of rounding are allowed, relative to the gradient of all parameters.
+    """
+    seen = [len({*state, *action[:i]}) for state, action in all_actions(branches).values() for i in range(len(action))]
+    return 2 * torch.finfo(dtype).eps if sum(n > 1 for n in seen) <= len(seen) / 8 else 0.0
 
 
 def assert_equal_to_rows(naive: PreTrainedModel, policy: Policy, branches: list[Branch], tolerance: float) -> None:
@@ -51,4 +62,4 @@ def assert_equal_to_rows(naive: PreTrainedModel, policy: Policy, branches: list[
     assert abs(loss - wanted_loss) <= tolerance * scale
     wanted_loss.backward()
     loss.backward()
-    assert_same_gradients(naive, policy.model, tolerance)
+    assert_same_gradients(naive, policy.model, tolerance, rounding_of(branches, loss.dtype))
