@@ -52,7 +52,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=2, label=label)
                 last = f"{points[-1][1]:,.0f}" if cost == "tokens_computed" else f"{points[-1][1]:.3g} s"
                 axes.annotate(
-                    last, points[-1], xytext=(7, height), textcoords="offset points", color=colour, annotation_clip=False
+                    last,
+                    points[-1],
+                    xytext=(7, height),
+                    textcoords="offset points",
+                    color=colour,
+                    annotation_clip=False,
                 )
         axes.set(xscale="log", yscale="log", xlabel=f"states K, {summary['samples']} actions at each", title=title)
         axes.set_xticks(steps, [str(k) for k in steps])
