@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+import operator
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -62,10 +64,50 @@ class SearchConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """SGLang servers started here, under torchrun on every node, and ended with the command."""
+
+    servers: int = 1  # on each node
+    gpus_per_server: int = 1  # tensor parallelism
+    gpus: list[int] = field(default_factory=list)  # devices to take, in order; empty: 0, 1, 2, …
+    python: str = ""  # the interpreter that has sglang, when it lives in an environment of its own; empty: this one
+    host: str = (
+        "127.0.0.1"  # the address the servers listen on; another node reaches them only at one of this node's own
+    )
+    port: int = 30000  # of the first server; each takes the next free one
+    memory_fraction: float = 0.8  # of a device, for weights and key/value cache
+    attention_backend: str = ""  # empty: SGLang's choice
+    flags: list[str] = field(
+        default_factory=list
+    )  # more of `python -m sglang.launch_server`, e.g. [--kv-cache-dtype, fp8_e5m2]
+    environment: dict[str, str] = field(default_factory=dict)  # more variables for the servers
+    startup_timeout: float = 900.0  # seconds until a server answers
+
+
+@dataclass
+class WeightSyncConfig:
+    method: str = "disk"  # disk: a folder the servers read | tensor: shared memory, same node | distributed: broadcast
+    bucket_mb: int = 512  # weights gathered and sent at a time (a single larger tensor goes alone)
+    folder: str = ""  # where the current weights are kept; empty: runs/NAME/engine/weights; servers elsewhere must see it for `disk`
+    snapshot: bool = (
+        True  # tensor, distributed: keep the weights in `folder` too, else a restarted server waits for the next update
+    )
+    address: str = "127.0.0.1"  # distributed: where the servers reach the trainer's first process
+    timeout: float = 600.0  # seconds for one transfer
+
+
+@dataclass
 class EngineConfig:
-    kind: str = "local"  # local: transformers in this process
+    kind: str = "local"  # local: transformers in this process | sglang: SGLang servers
     dtype: str = "float32"  # of the engine's copy of the weights
-    max_sequences: int = 64  # sequences decoded at a time
+    max_sequences: int = 64  # sequences decoded at a time; sglang: of each server, by each process that asks it
+    urls: list[str] = field(default_factory=list)  # sglang: servers that run already; empty: `launch` starts some
+    api_key_env: str = "SGLANG_API_KEY"  # the environment variable that holds the servers' key; unset: none is sent
+    timeout: float = 600.0  # seconds until a request counts as hung
+    retries: int = 3  # further tries of a request after a failure, on other servers where there are some
+    max_restarts: int = 3  # of a launched server, before the command gives up
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     cache_tokens: int = 16384  # key/value cache kept between calls, in tokens; least recently used prefixes leave first
 
 
@@ -126,6 +168,7 @@ class AlgorithmConfig:
     clip_low: float = 0.2  # ppo: the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
     updates_per_batch: int = 1  # optimizer steps on one batch of sampled actions
+    importance_cap: float = 0.0  # a token weighs min(trainer's / engine's probability, cap); 0: 1
 
 
 @dataclass
@@ -138,6 +181,9 @@ class TrainingConfig:
     learning_rate: float = 1e-6
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
+    max_engine_gap: float = (
+        0.1  # mean |log-prob of the engine - of the trainer| a token, above which training stops; 0: never
+    )
     warmup_steps: int = 0
     schedule: str = "constant"  # constant | cosine, after the warm-up
     clip_grad_norm: float = 1.0
@@ -251,7 +297,7 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
 def check(config: Config) -> None:
     """Raises ConfigError for values that can be told impossible without loading anything."""
 
-    def fail(key: str, remedy: str) -> None:
+    def fail(key: str, remedy: str) -> NoReturn:
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
@@ -293,7 +339,7 @@ def check(config: Config) -> None:
         tasks__examples=config.tasks.examples,
     )
     at_least(1, search__top_k=config.search.top_k, search__passage_chars=config.search.passage_chars)
-    one_of("engine.kind", config.engine.kind, ("local",))
+    _check_sglang(config.engine, fail)
     one_of("engine.dtype", config.engine.dtype, ("float32", "bfloat16"))
     at_least(1, engine__max_sequences=config.engine.max_sequences, engine__cache_tokens=config.engine.cache_tokens)
     at_least(
@@ -328,6 +374,7 @@ def check(config: Config) -> None:
     one_of("algorithm.name", a.name, ALGORITHMS)
     one_of("algorithm.weighting", a.weighting, WEIGHTINGS)
     at_least(0, algorithm__kl_coef=a.kl_coef, algorithm__clip_low=a.clip_low, algorithm__clip_high=a.clip_high)
+    at_least(0, algorithm__importance_cap=a.importance_cap)
     at_least(1, algorithm__updates_per_batch=a.updates_per_batch)
     if a.clip_low >= 1:
         fail("algorithm.clip_low", "must be below 1: the ratio is clipped to [1 - clip_low, 1 + clip_high]")
@@ -342,6 +389,7 @@ def check(config: Config) -> None:
         training__warmup_steps=t.warmup_steps,
         training__weight_decay=t.weight_decay,
         training__max_path_tokens=t.max_path_tokens,
+        training__max_engine_gap=t.max_engine_gap,
     )
     at_least(
         1,
@@ -369,3 +417,39 @@ def check(config: Config) -> None:
     at_least(0, evaluate__max_action_tokens=e.max_action_tokens)
     if e.temperature == 0 and e.samples > 1:
         fail("evaluate.samples", "greedy samples are all alike; set evaluate.temperature above 0")
+
+
+def _check_sglang(engine: EngineConfig, fail: Callable[[str, str], NoReturn]) -> None:
+    if engine.kind not in ("local", "sglang"):
+        fail("engine.kind", "must be one of local, sglang")
+    for key, low in (("retries", 0), ("max_restarts", 0), ("launch.servers", 1), ("launch.gpus_per_server", 1)):
+        if operator.attrgetter(key)(engine) < low:
+            fail(f"engine.{key}", f"must be at least {low}")
+    for key in ("timeout", "launch.startup_timeout", "weight_sync.timeout", "weight_sync.bucket_mb"):
+        if not operator.attrgetter(key)(engine) > 0:
+            fail(f"engine.{key}", "must be above 0")
+    for url in engine.urls:
+        if not re.fullmatch(r"https?://[^/\s]+/?", url):
+            fail("engine.urls", f"{url!r} is no address of a server, such as http://10.0.0.2:30000")
+    if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
+        fail("engine.urls", "names a server twice")
+    launch, sync = engine.launch, engine.weight_sync
+    if not 0 < launch.memory_fraction < 1:
+        fail("engine.launch.memory_fraction", "must be in (0, 1)")
+    if not 0 < launch.port < 65536:
+        fail("engine.launch.port", "must be in [1, 65535]")
+    needed = launch.servers * launch.gpus_per_server
+    if launch.gpus and len(set(launch.gpus)) < needed:
+        fail(
+            "engine.launch.gpus",
+            f"{launch.servers} servers of {launch.gpus_per_server} devices need {needed} different ones",
+        )
+    if sync.method not in ("disk", "tensor", "distributed"):
+        fail("engine.weight_sync.method", "must be one of disk, tensor, distributed")
+    if engine.urls and sync.method == "tensor":
+        for url in engine.urls:
+            if not re.match(r"https?://(127\.|localhost\b|\[::1\])", url):
+                fail(
+                    "engine.weight_sync.method",
+                    f"tensors are shared on one node only, and {url} is another; use disk or distributed",
+                )

@@ -76,6 +76,19 @@ def load_model(config: ModelConfig, dtype: str, weights: str | None = None) -> P
     return model.eval()
 
 
+def local_folder(config: ModelConfig) -> Path:
+    """The folder of `config.path` on this machine; downloaded from the Hugging Face hub where it is a name there."""
+    source = resolve(config.path)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    with _named(config):
+        return Path(
+            snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
+
+
 @contextmanager
 def _named(config: ModelConfig) -> Iterator[None]:
     try:

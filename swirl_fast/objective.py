@@ -103,13 +103,13 @@ class LossSums:
     kl: float
     clipped: float
     ratio_max: float
+    truncated: float
 
     @classmethod
     def of(cls, metrics: PolicyLossMetrics) -> LossSums:
         """Waits for the device once."""
         clipped = metrics.clipped_low + metrics.clipped_high
-        tokens, kl, clipped, ratio_max = torch.stack([metrics.tokens, metrics.kl, clipped, metrics.ratio_max]).tolist()
-        return cls(tokens, kl, clipped, ratio_max)
+        return cls(*torch.stack([metrics.tokens, metrics.kl, clipped, metrics.ratio_max, metrics.truncated]).tolist())
 
 
 def policy_loss(
@@ -119,12 +119,15 @@ def policy_loss(
     weight_N: Tensor,
     algorithm: AlgorithmConfig,
     ref_logp_N: Tensor | None = None,
+    engine_logp_N: Tensor | None = None,
 ) -> tuple[Tensor, PolicyLossMetrics]:
     """Scalar loss (a sum: weights already hold the global normaliser) and its metrics, which add up. All inputs float32 [N].
 
     reinforce, rloo, grpo: -ratio * A with ratio = exp(logp - old_logp); on policy (old = logp detached) its gradient is
     -A * grad logp. ppo: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A).
     KL: k3 = exp(ref - logp) - (ref - logp) - 1 (Schulman, "Approximating KL divergence"), times algorithm.kl_coef.
+    algorithm.importance_cap: the policy term of each token is weighed by min(exp(old_logp - engine_logp), cap), detached: truncated
+    importance sampling (Yao et al., 2025) for an engine whose numbers are not quite the trainer's.
     Tokens of weight 0 contribute exactly nothing, whatever their log-probs.
     """
     with_kl = ref_logp_N is not None
@@ -135,11 +138,20 @@ def policy_loss(
         clip_high=algorithm.clip_high,
         kl="k3" if with_kl else "none",
         kl_coef=algorithm.kl_coef if with_kl else 0.0,
+        correction="tis" if algorithm.importance_cap else "none",
+        correction_high=algorithm.importance_cap or 2.0,
     )
     tokens = len(logp_N)
     offsets = torch.arange(0, tokens + SEGMENT, SEGMENT, device=logp_N.device).clamp(max=tokens)
     return swirl_kernels.policy_loss(
-        logp_N, old_logp_N, advantage_N, offsets, spec, ref_logp=ref_logp_N, weight=weight_N
+        logp_N,
+        old_logp_N,
+        advantage_N,
+        offsets,
+        spec,
+        ref_logp=ref_logp_N,
+        behaviour_logp=engine_logp_N if algorithm.importance_cap else None,
+        weight=weight_N,
     )
 
 

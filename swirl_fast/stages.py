@@ -263,7 +263,8 @@ def _roll_out(
     seconds = max(stats.prefill_seconds + stats.decode_seconds, 1e-9)
     print(
         f"{what}: {stats.generated_tokens} tokens generated at {stats.generated_tokens / seconds:.0f} a second, "
-        f"{stats.cached_tokens / max(stats.prompt_tokens, 1):.0%} of the prompt tokens came from the prefix cache"
+        f"{stats.cached_tokens / max(stats.prompt_tokens, 1):.0%} of the prompt tokens came from the prefix cache "
+        f"({stats.cached_tokens / max(stats.cacheable_tokens, 1):.0%} of what an ideal cache would give)"
     )
     return _finished(store, wanted)
 
@@ -312,13 +313,9 @@ def _tools(config: Config, task: Task, offered: Sequence[str]) -> Iterator[Mappi
 def _engine(config: Config, weights: str | None) -> Iterator[Engine]:
     import torch
 
-    from swirl_fast.engines.local import LocalEngine
-    from swirl_fast.model import load_model
+    from swirl_fast.engines import load_engine
 
-    e = config.engine
-    model = load_model(config.model, e.dtype, weights)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = LocalEngine(model, max_sequences=e.max_sequences, cache_tokens=e.cache_tokens, device=device)
+    engine = load_engine(config, "cuda" if torch.cuda.is_available() else "cpu", weights)
     try:
         yield engine
     finally:

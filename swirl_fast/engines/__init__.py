@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swirl_fast.config import Config
+from swirl_fast.engines.engine import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+    from swirl_fast.training.parallel import Ranks
+
+
+def load_engine(
+    config: Config, device: torch.device | str, weights: str | None = None, ranks: Ranks | None = None
+) -> Engine:
+    """The engine of `engine.kind`, with the weights of `model.path` or of the Hugging Face folder `weights`.
+
+    ranks: those that call this together; of SGLang servers each node's first one starts its node's, and the first of all leads
+    attached ones.
+    """
+    e = config.engine
+    if e.kind == "local":
+        from swirl_fast.engines.local import LocalEngine
+        from swirl_fast.model import load_model
+
+        model = load_model(config.model, e.dtype, weights)
+        return LocalEngine(model, max_sequences=e.max_sequences, cache_tokens=e.cache_tokens, device=device)
+    from swirl_fast.engines.sglang import SGLangEngine
+    from swirl_fast.model import local_folder, weights_hash
+    from swirl_fast.seeds import seed_of
+
+    folder = Path(weights) if weights else local_folder(config.model)
+    # of this run and these weights alone, so that servers that somebody else uses too are noticed, not mixed up
+    label = f"{config.run.name}-{seed_of(config.folder.absolute(), weights_hash(folder)) % 16**8:08x}"
+    logs = config.folder / "engine"
+    if ranks is None or not ranks.distributed:
+        return SGLangEngine(e, folder.absolute(), logs, label=label, seed=config.run.seed)
+    node = os.environ.get("GROUP_RANK", "0")
+    leads = ranks.main if e.urls else os.environ["LOCAL_RANK"] == "0"
+    engine = None
+    if leads:
+        logs = logs / f"node-{node}" if not e.urls and ranks.size > int(os.environ["LOCAL_WORLD_SIZE"]) else logs
+        engine = SGLangEngine(e, folder.absolute(), logs, label=label, seed=config.run.seed + ranks.rank)
+    told = ranks.gather((node, engine.urls if engine is not None else []))
+    if engine is None:
+        urls = [url for where, own in told for url in own if e.urls or where == node]
+        engine = SGLangEngine(e, folder.absolute(), logs, label=label, leader=False, urls=urls)
+    return engine

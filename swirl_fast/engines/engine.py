@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
+
+from swirl_fast.comb import common_prefix
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class EngineStats:
     requests: int = 0
     prompt_tokens: int = 0  # tokens in all requests
     cached_tokens: int = 0  # of these, not computed again
+    cacheable_tokens: int = 0  # what an ideal prefix cache would not have computed again
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -80,3 +84,11 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None: ...
+
+
+def cacheable(prompts: Sequence[Sequence[int] | np.ndarray]) -> int:
+    """How many tokens of these prompts an ideal prefix cache that was empty before does not compute again. Of every prompt the last
+    token is always computed, since its logits are needed."""
+    rows = sorted(np.asarray(prompt[:-1], np.int64).tolist() for prompt in prompts)
+    arrays = [np.asarray(row, np.int64) for row in rows]
+    return sum(common_prefix(a, b) for a, b in zip(arrays, arrays[1:], strict=False))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 
 import torch
 
 from swirl_fast.config import Config, ConfigError
-from swirl_fast.engines.local import LocalEngine
+from swirl_fast.engines import load_engine
 from swirl_fast.judges import load_judge
 from swirl_fast.model import DTYPES, load_model, load_tokenizer, model_fingerprint
 from swirl_fast.policy import Policy
@@ -34,6 +35,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
         "token_budget",
         "max_path_tokens",
         "activation_checkpointing",
+        "max_engine_gap",
     ):
         del training[name]
     return {
@@ -48,6 +50,11 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
 
 def run_training(config: Config, ranks: Ranks) -> None:
     """Trains to `training.steps` and writes runs/NAME/model, a Hugging Face folder. Does nothing when that is there already."""
+    with contextlib.ExitStack() as stack:
+        _run_training(config, ranks, stack)
+
+
+def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> None:
     training = config.training
     target = config.folder / "model"
     stream = TrajectoryStream(
@@ -91,12 +98,8 @@ def run_training(config: Config, ranks: Ranks) -> None:
     compute = DTYPES[config.model.dtype]
     # FSDP gathers parameters in the compute type; one process casts them under autocast. Either way they are stored in float32.
     autocast = compute if compute != torch.float32 and not ranks.distributed else None
-    engine = LocalEngine(
-        load_model(config.model, config.engine.dtype),
-        max_sequences=config.engine.max_sequences,
-        cache_tokens=config.engine.cache_tokens,
-        device=ranks.device,
-    )
+    engine = load_engine(config, ranks.device, ranks=ranks)
+    stack.callback(engine.close)
     check_budget(config, recorded, engine.max_context)
     policy = Policy(load_model(config.model, "float32"), training.temperature, autocast)
     if training.activation_checkpointing:
@@ -109,13 +112,10 @@ def run_training(config: Config, ranks: Ranks) -> None:
         reference.requires_grad_(False)
         shard(reference, ranks, compute)
     trainer = Trainer(config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings)
-    try:
-        trainer.train()
-        checkpoint.export(target, policy, tokenizer, ranks)
-        if ranks.main:
-            (target / _MARKER).write_text(json.dumps(marker))
-        ranks.barrier()
-    finally:
-        engine.close()
+    trainer.train()
+    checkpoint.export(target, policy, tokenizer, ranks)
+    if ranks.main:
+        (target / _MARKER).write_text(json.dumps(marker))
+    ranks.barrier()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -81,6 +81,7 @@ class Totals:
     gap: float = 0.0
     gap_max: float = 0.0
     ratio_max: float = 0.0
+    truncated: float = 0.0  # tokens whose importance weight was cut at algorithm.importance_cap
     rewards: float = 0.0
     actions: float = 0.0
     known: float = 0.0
@@ -92,6 +93,7 @@ class Totals:
     effective_tokens: float = 0.0
     prompt_tokens: float = 0.0
     cached_tokens: float = 0.0
+    cacheable_tokens: float = 0.0
     generated_tokens: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -99,6 +101,7 @@ class Totals:
         if first:
             self.tokens += sums.tokens
             self.kl += sums.kl
+            self.truncated += sums.truncated
         self.clip_tokens += sums.tokens
         self.clipped += sums.clipped
         self.ratio_max = max(self.ratio_max, sums.ratio_max)
@@ -160,7 +163,7 @@ class Trainer:
                 )
             self.step = restored["step"]
             self.stream.load_state_dict(restored["stream"])
-        weight_sync.sync(self.policy, self.engine, self.step)
+        weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
         with MetricsLog(self.config.folder, self.step, self.ranks.main, training.tensorboard, training.steps) as log:
             while self.step < training.steps:
                 metrics = self.train_step()
@@ -186,12 +189,10 @@ class Trainer:
         trajectories = [sample.trajectory for sample in samples]
         with totals.phase("rollout"):
             before = self.engine.stats()
-            before_counts = (before.prompt_tokens, before.cached_tokens, before.generated_tokens)
             sampled = sample_actions(trajectories, self.engine, self.renderer, self.tools, config.training, seeds)
             after = self.engine.stats()
-            totals.prompt_tokens = after.prompt_tokens - before_counts[0]
-            totals.cached_tokens = after.cached_tokens - before_counts[1]
-            totals.generated_tokens = after.generated_tokens - before_counts[2]
+            for name in ("prompt_tokens", "cached_tokens", "cacheable_tokens", "generated_tokens"):
+                setattr(totals, name, float(getattr(after, name) - getattr(before, name)))
         with totals.phase("judge"):
             judgements = judge_sampled(sampled, self.judge)
         with totals.phase("gather"):  # here ranks wait for those that sampled and judged longer
@@ -225,7 +226,7 @@ class Trainer:
             grad_norm = self._update(batches, totals, first=update == 0)
         self.step += 1
         with totals.phase("weight_sync"):
-            weight_sync.sync(self.policy, self.engine, self.step)
+            weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
         return self._metrics(totals, grad_norm, time.perf_counter() - start)
 
     def _check_judged(self, sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> None:
@@ -312,7 +313,13 @@ class Trainer:
                 logp_N = self.policy(batch.row)
                 old_N = logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N
                 loss, part = policy_loss(
-                    logp_N, old_N, batch.advantage_N, batch.weight_N, self.config.algorithm, batch.ref_logp_N
+                    logp_N,
+                    old_N,
+                    batch.advantage_N,
+                    batch.weight_N,
+                    self.config.algorithm,
+                    batch.ref_logp_N,
+                    batch.engine_logp_N,
                 )
                 (loss * self.ranks.size).backward()  # FSDP averages gradients over ranks; the loss is a global sum
                 metrics.append(part)
@@ -327,6 +334,8 @@ class Trainer:
                 totals.loss += loss_here
                 totals.gap += gap_sum
                 totals.gap_max = max(totals.gap_max, gap_top)
+            if first:
+                self._check_gap(totals)
         with totals.phase("optimizer"):
             norm = (
                 torch.nn.utils.clip_grad_norm_(self.policy.parameters(), training.clip_grad_norm)
@@ -344,6 +353,19 @@ class Trainer:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def _check_gap(self, totals: Totals) -> None:
+        """Raises ValueError on every rank, before the weights change, when the engine's log-probs are not those of the policy: it
+        would learn from actions of another model."""
+        limit = self.config.training.max_engine_gap
+        gap, tokens = self.ranks.sum(torch.tensor([totals.gap, totals.tokens], dtype=torch.float64)).tolist()
+        if limit and not gap <= limit * tokens:
+            raise ValueError(
+                f"training step {self.step + 1}: the rollout engine's log-probs differ from the trainer's by {gap / max(tokens, 1):.3g} "
+                f"a token (training.max_engine_gap={limit:g}). Look for another model or dtype on the servers, or lossy settings "
+                "such as a quantized cache; raise the limit if you know the reason, and then set algorithm.importance_cap=2. The "
+                f"newest checkpoint in {self.checkpoints} is intact"
+            )
 
     def _metrics(self, totals: Totals, grad_norm: float, seconds: float) -> Metrics:
         names = [name for name in vars(totals) if name != "seconds" and not name.endswith("_max")]
@@ -373,6 +395,7 @@ class Trainer:
             "learning_rate": learning_rate(self.config, self.step - 1),
             "engine_gap_mean": s["gap"] / tokens,
             "engine_gap_max": gap_max,
+            "importance_truncated": s["truncated"] / tokens,
             "states": s["states"],
             "actions": s["actions"],
             "action_tokens": s["generated_tokens"],
@@ -386,6 +409,7 @@ class Trainer:
             / max(totals.seconds.get("forward_backward", 0.0), 1e-9)
             / 1e12,
             "cache_hit_rate": s["cached_tokens"] / max(s["prompt_tokens"], 1.0),
+            "cache_hit_rate_of_possible": s["cached_tokens"] / max(s["cacheable_tokens"], 1.0),
             "seconds": seconds,
             **{f"seconds_{name}": value for name, value in totals.seconds.items()},
         }

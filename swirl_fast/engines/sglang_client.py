@@ -1,0 +1,258 @@
+"""One SGLang server over HTTP: what is asked, and a strict reading of what it answers.
+
+Everything that can go wrong is one of three: the server failed and another try may work (ServerFailure), it answered something that
+no healthy server answers (AnswerError, which names the field), or it serves other weights than asked for (StaleWeights).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import httpx
+
+from swirl_fast.engines.engine import Completion, Request
+
+CONNECT_TIMEOUT = 10.0  # seconds
+CONTROL_TIMEOUT = 60.0  # seconds for questions that a healthy server answers at once
+
+
+class EngineError(RuntimeError):
+    """The rollout engine cannot go on; the message names server and remedy. What was stored before is intact."""
+
+
+class AnswerError(EngineError):
+    """A server answered, but not what it was asked for."""
+
+
+class ServerFailure(Exception):
+    """A request failed in a way that another try, perhaps on another server, may not."""
+
+
+class StaleWeights(ServerFailure):
+    """A server serves other weights than those it was given: it was restarted, or somebody else updates it too."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    version: str  # of SGLang
+    model_path: str
+    weight_version: str
+    max_context: int  # tokens of prompt and completion together
+    tensor_parallel: int
+    deterministic: bool  # takes a seed with every request
+
+
+class Client:
+    """url: without a path. key: sent as a bearer token; empty: none."""
+
+    def __init__(self, url: str, key: str, timeout: float) -> None:
+        self.url = url.rstrip("/")
+        self._timeout = timeout
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        self._http = httpx.AsyncClient(headers=headers, limits=limits)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def info(self, timeout: float = CONTROL_TIMEOUT) -> ServerInfo:
+        model = await self.get("/model_info", timeout)
+        server = await self.get("/server_info", timeout)
+        served = await self.get("/v1/models", timeout)
+        try:
+            context = int(served["data"][0]["max_model_len"])
+            if server.get("max_req_input_len"):  # the key/value cache may hold less than the model could
+                context = min(context, int(server["max_req_input_len"]))
+            return ServerInfo(
+                version=str(server["version"]),
+                model_path=str(model["model_path"]),
+                weight_version=str(model["weight_version"]),
+                max_context=context,
+                tensor_parallel=int(server["tp_size"]),
+                deterministic=bool(server.get("enable_deterministic_inference")),
+            )
+        except (LookupError, TypeError, ValueError) as error:
+            raise AnswerError(
+                f"{self.url} is no SGLang server of 0.5 or later: its description lacks or garbles {error}"
+            ) from None
+
+    async def healthy(self, timeout: float = 30.0) -> bool:
+        """Whether the server can still generate: it computes one token, unless it is answering others anyway."""
+        try:
+            await self._send("GET", "/health_generate", None, timeout)
+        except (ServerFailure, EngineError):
+            return False
+        return True
+
+    async def get(self, path: str, timeout: float = CONTROL_TIMEOUT) -> Any:
+        return self._json(path, await self._send("GET", path, None, timeout))
+
+    async def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> Any:
+        return self._json(path, await self._send("POST", path, body, timeout or self._timeout))
+
+    async def control(self, path: str, body: dict[str, Any], timeout: float) -> None:
+        """A command that answers with `success`. Raises ServerFailure with the server's message where it did not succeed."""
+        response = await self._send("POST", path, body, timeout, accept=(200, 400))
+        try:
+            answer = response.json()
+        except ValueError:  # some commands answer in plain words
+            answer = {}
+        if response.status_code != 200 or (isinstance(answer, dict) and answer.get("success") is False):
+            message = answer.get("message") if isinstance(answer, dict) else None
+            raise ServerFailure(f"{self.url}{path} failed: {message or response.text[:300]}")
+
+    async def exists(self, path: str, body: dict[str, Any], timeout: float) -> bool:
+        """`control`, but False where the server does not know the command."""
+        try:
+            await self.control(path, body, timeout)
+        except _NotFound:
+            return False
+        return True
+
+    async def warm(self, tokens: Sequence[int], extra_key: str) -> int:
+        """Computes the keys of a prompt into the prefix cache. Returns how many of its tokens were there already."""
+        body = {
+            "input_ids": list(tokens),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
+            "extra_key": extra_key,
+        }
+        answer = await self.post("/generate", body)
+        meta = self._object(answer, "meta_info")
+        self._check_prompt(meta, len(tokens))
+        return self._integer(meta, "cached_tokens", 0, len(tokens))
+
+    async def generate(self, request: Request, version: int, tag: str, seed: int | None) -> list[Completion]:
+        """tag: the weights' name; completions of any other are refused. seed: None where the server takes none.
+
+        Raises ServerFailure, StaleWeights, AnswerError; ValueError for a request the server refuses as such.
+        """
+        sampling = request.sampling
+        parameters: dict[str, Any] = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "n": request.n,
+            # Without stop ids nothing shall stop it. With them the model's own end-of-sequence token does too: SGLang has no
+            # switch for the one alone.
+            "ignore_eos": not request.stop_ids,
+            "stop_token_ids": list(request.stop_ids),
+            "skip_special_tokens": False,
+        }
+        if seed is not None:
+            parameters["sampling_seed"] = seed
+        body = {
+            "input_ids": list(request.tokens),
+            "sampling_params": parameters,
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            "extra_key": tag,
+        }
+        answer = await self.post("/generate", body)
+        answers = answer if isinstance(answer, list) else [answer]
+        if len(answers) != request.n:
+            raise AnswerError(f"{self.url}/generate: {len(answers)} completions instead of {request.n}")
+        return [self._completion(one, request, version, tag) for one in answers]
+
+    def _completion(self, answer: Any, request: Request, version: int, tag: str) -> Completion:
+        meta = self._object(answer, "meta_info")
+        finish = self._object(meta, "finish_reason").get("type")
+        if finish == "abort":
+            raise ServerFailure(
+                f"{self.url} aborted a request: {meta['finish_reason'].get('message', 'no reason given')}"
+            )
+        served = meta.get("weight_version")
+        spans = [
+            span.get("version") if isinstance(span, dict) else span[0] for span in meta.get("weight_versions") or []
+        ]
+        if served is None:
+            self._garbled("meta_info.weight_version", served, "the version of the weights")
+        if served != tag or set(spans) - {tag}:
+            raise StaleWeights(f"{self.url} answered with weights {spans or served!r}, asked for were {tag!r}")
+        self._check_prompt(meta, len(request.tokens))
+        tokens = answer.get("output_ids")
+        if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
+            self._garbled("output_ids", tokens, "a list of token ids")
+        limit = request.sampling.max_new_tokens
+        if not 0 < len(tokens) <= limit:
+            self._garbled("output_ids", f"{len(tokens)} tokens", f"1 to {limit}")
+        pairs = meta.get("output_token_logprobs")
+        if not isinstance(pairs, list) or len(pairs) != len(tokens):
+            got = f"{len(pairs)} entries" if isinstance(pairs, list) else pairs
+            self._garbled("meta_info.output_token_logprobs", got, f"{len(tokens)}, one a token")
+        logprobs = []
+        for token, pair in zip(tokens, pairs, strict=True):
+            if not isinstance(pair, list) or len(pair) < 2 or pair[1] != token:
+                self._garbled("meta_info.output_token_logprobs", pair, f"[log-prob, {token}, …]")
+            value = pair[0]
+            if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
+                self._garbled("meta_info.output_token_logprobs", value, "a finite number up to 0")
+            logprobs.append(min(float(value), 0.0))
+        stopped = tokens[-1] in request.stop_ids
+        if finish not in ("stop", "length"):
+            self._garbled("meta_info.finish_reason.type", finish, "stop or length")
+        if finish == "length" and not stopped and len(tokens) < limit:
+            self._garbled("output_ids", f"{len(tokens)} tokens", f"{limit}, for it ended by length")
+        if set(tokens[:-1]) & set(request.stop_ids):
+            self._garbled("output_ids", tokens, "nothing behind a stop token")
+        cached = self._integer(meta, "cached_tokens", 0, len(request.tokens))
+        return Completion(tokens, logprobs, "stop" if stopped else "length", version, cached)
+
+    def _check_prompt(self, meta: dict[str, Any], length: int) -> None:
+        if self._integer(meta, "prompt_tokens", 0, None) != length:
+            self._garbled("meta_info.prompt_tokens", meta["prompt_tokens"], f"{length}: nothing may be cut off")
+
+    def _object(self, answer: Any, name: str) -> dict[str, Any]:
+        value = answer.get(name) if isinstance(answer, dict) else None
+        if not isinstance(value, dict):
+            self._garbled(name, value, "an object")
+        return value
+
+    def _integer(self, meta: dict[str, Any], name: str, low: int, high: int | None) -> int:
+        value = meta.get(name)
+        if type(value) is not int or value < low or (high is not None and value > high):
+            self._garbled(
+                f"meta_info.{name}", value, f"an integer from {low}" + ("" if high is None else f" to {high}")
+            )
+        return value
+
+    def _garbled(self, name: str, value: object, wanted: str) -> NoReturn:
+        raise AnswerError(
+            f"{self.url}/generate: {name} is {str(value)[:200]!r}, expected {wanted}. Is this an SGLang server of 0.5.20 or later?"
+        )
+
+    def _json(self, path: str, response: httpx.Response) -> Any:
+        try:
+            return response.json()
+        except ValueError:
+            raise AnswerError(f"{self.url}{path}: the answer is no JSON: {response.text[:200]!r}") from None
+
+    async def _send(
+        self, method: str, path: str, body: Any, timeout: float, accept: tuple[int, ...] = (200,)
+    ) -> httpx.Response:
+        limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT))
+        try:
+            response = await self._http.request(method, self.url + path, json=body, timeout=limits)
+        except httpx.TimeoutException as error:
+            raise ServerFailure(f"{self.url}{path} did not answer in {timeout:g} s ({type(error).__name__})") from None
+        except httpx.HTTPError as error:
+            raise ServerFailure(f"{self.url}{path}: {type(error).__name__}: {error}") from None
+        status, text = response.status_code, response.text[:300]
+        if status in accept:
+            return response
+        if status in (401, 403):
+            raise EngineError(
+                f"{self.url} refuses the key (HTTP {status}): put the right one into engine.api_key_env's variable"
+            )
+        if status == 404:
+            raise _NotFound(f"{self.url}{path}: HTTP 404; is this an SGLang server?")
+        if 400 <= status < 500 and status not in (408, 429):
+            raise ValueError(f"{self.url}{path} refuses the request (HTTP {status}): {text}")
+        raise ServerFailure(f"{self.url}{path}: HTTP {status}: {text}")
+
+
+class _NotFound(EngineError):
+    pass

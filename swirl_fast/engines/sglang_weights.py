@@ -1,0 +1,225 @@
+"""Ways to bring a trainer's weights to SGLang servers: a folder they read, shared memory, or a broadcast; always bucket by bucket.
+
+A `Checked` stream compares names and shapes with the model's own files first: SGLang would silently skip what it does not know.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swirl_fast.engines.sglang_client import EngineError
+
+Bucket = list[tuple[str, Tensor]]
+
+_INDEX = "model.safetensors.index.json"
+
+
+def tied_names(folder: Path) -> frozenset[str]:
+    """Weights of the output layer, which need not be sent where they are the embedding's."""
+    config = json.loads((folder / "config.json").read_text())
+    tied = config.get("text_config", config).get("tie_word_embeddings", True)
+    return frozenset({"lm_head.weight"}) if tied else frozenset()
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Hugging Face folder's weights, from the headers of its safetensors files."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
+    return shapes
+
+
+class Checked:
+    """Passes (name, tensor) through, cast to `dtype`. Raises KeyError for names the model does not have and, at the end, for those
+    that did not come, ValueError for a wrong shape. tied: names that need not come, for they share another's weights."""
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tied: frozenset[str] = frozenset()
+    ) -> None:
+        self._shapes, self._dtype, self._tied = shapes, dtype, tied
+
+    def __call__(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        seen = set()
+        for name, tensor in named:
+            if self._shapes:
+                if name not in self._shapes and name not in self._tied:
+                    example = next(iter(self._shapes))
+                    raise KeyError(f"the model has no weights named {name}; its names are like {example}")
+                wanted = self._shapes.get(name, tuple(tensor.shape))
+                if tuple(tensor.shape) != wanted:
+                    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model's is {wanted}")
+            seen.add(name)
+            yield name, tensor.detach().to(self._dtype)
+        missing = self._shapes.keys() - seen - self._tied
+        if missing:
+            raise KeyError(
+                f"{len(missing)} weights are missing: {', '.join(sorted(missing)[:3])}; send every parameter of the model"
+            )
+
+
+def buckets(named: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Bucket]:
+    """Groups tensors to at most `limit` bytes; one that is larger goes alone. None of them may be changed before the next is asked for."""
+    bucket: Bucket = []
+    size = 0
+    for name, tensor in named:
+        own = tensor.numel() * tensor.element_size()
+        if bucket and size + own > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += own
+    if bucket:
+        yield bucket
+
+
+class Snapshot:
+    """Weights written bucket by bucket to `folder/NAME`, a Hugging Face folder once `finish` has renamed it.
+
+    source: the folder whose config and tokenizer files are copied. `prune` removes the snapshots before it.
+    """
+
+    def __init__(self, folder: Path, name: str, source: Path) -> None:
+        self.target = folder / name
+        self._writing = folder / f"{name}.tmp"
+        self._map: dict[str, str] = {}
+        self._size = 0
+        shutil.rmtree(self._writing, ignore_errors=True)
+        self._writing.mkdir(parents=True)
+        for file in source.iterdir():
+            if (
+                file.is_file()
+                and file.suffix in (".json", ".txt", ".model", ".jinja", ".py")
+                and not file.name.endswith(_INDEX)
+            ):
+                shutil.copy(file, self._writing / file.name)
+
+    def add(self, bucket: Bucket) -> None:
+        from safetensors.torch import save_file
+
+        name = f"model-{len(set(self._map.values())) + 1:05d}.safetensors"
+        tensors = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in bucket}
+        save_file(tensors, self._writing / name, metadata={"format": "pt"})
+        self._map |= dict.fromkeys(tensors, name)
+        self._size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def finish(self) -> Path:
+        (self._writing / _INDEX).write_text(
+            json.dumps({"metadata": {"total_size": self._size}, "weight_map": self._map})
+        )
+        shutil.rmtree(self.target, ignore_errors=True)
+        self._writing.rename(self.target)
+        return self.target
+
+    def prune(self) -> None:
+        for old in self.target.parent.glob("v*"):
+            if old != self.target and re.fullmatch(r"v\d+(\.tmp)?", old.name):
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def shared(bucket: Bucket, copies: int) -> list[str]:
+    """A bucket as SGLang's /update_weights_from_tensor takes it: one pickle of handles for each tensor-parallel rank.
+
+    On a CPU the tensors are moved to shared memory; on a GPU their CUDA IPC handles are sent, which needs sglang's patch of torch's
+    reductions (devices are named by their id, since each process numbers them differently).
+    """
+    if bucket[0][1].is_cuda:
+        try:
+            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+        except ImportError:
+            raise EngineError(
+                "engine.weight_sync.method=tensor needs the package sglang in the trainer's environment too, for GPU weights; "
+                "install it there, or use disk or distributed"
+            ) from None
+        monkey_patch_torch_reductions()
+    # file descriptors cannot be handed to a process that is no child of this one; names of files can
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        payloads = []
+        for _ in range(copies):
+            buffer = io.BytesIO()
+            ForkingPickler(buffer).dump(bucket)
+            payloads.append(base64.b64encode(buffer.getvalue()).decode())
+        return payloads
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+class Broadcast:
+    """A process group of the trainer (rank 0) and all ranks of some servers, for their weights alone.
+
+    The default process group is left as it is; torch has no public way to make a group with processes outside of it, so this uses the
+    helper that SGLang itself uses on its side.
+    """
+
+    def __init__(self, name: str, address: str, port: int, world_size: int, backend: str, timeout: float) -> None:
+        self.name, self.address, self.port = name, address, port
+        self.world_size, self.backend, self.timeout = world_size, backend, timeout
+        self._group: Any = None
+
+    def join(self) -> None:
+        """Blocks until all servers have joined; they must have been asked to before. Raises EngineError after the time-out."""
+        from torch.distributed import PrefixStore, TCPStore
+        from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world
+
+        wait = timedelta(seconds=self.timeout)
+        try:
+            store = TCPStore(
+                self.address, self.port, self.world_size, is_master=True, timeout=wait, wait_for_workers=False
+            )
+            self._group, _ = _new_process_group_helper(
+                self.world_size,
+                0,
+                [],
+                Backend(self.backend),
+                PrefixStore(self.name, store),
+                group_name=GroupName(self.name),
+                timeout=wait,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"engine.weight_sync: no process group with the servers at {self.address}:{self.port} ({error}). "
+                "Is engine.weight_sync.address an address of this machine that every server reaches?"
+            ) from None
+        _world.pg_group_ranks[self._group] = {i: i for i in range(self.world_size)}
+
+    def send(self, bucket: Bucket, failed: Callable[[], str | None]) -> None:
+        """Broadcasts a bucket. failed: asked meanwhile for a server's refusal; a server that does not take part would let this wait for
+        ever. Raises EngineError then, and after the time-out; the group is of no use any more."""
+        tensors = [tensor.contiguous() for _, tensor in bucket]
+        works = [torch.distributed.broadcast(tensor, 0, group=self._group, async_op=True) for tensor in tensors]
+        end = time.monotonic() + self.timeout
+        for work in works:
+            while not work.is_completed():
+                reason = failed()
+                if reason is None and time.monotonic() > end:
+                    reason = f"not done in engine.weight_sync.timeout={self.timeout:g} s"
+                if reason is not None:
+                    raise EngineError(f"the broadcast of weights broke off: {reason}")
+                time.sleep(0.001)
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise EngineError(f"the broadcast of weights broke off: {error}") from None
+
+    def leave(self) -> None:
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+            self._group = None

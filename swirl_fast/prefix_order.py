@@ -1,0 +1,59 @@
+"""In which order prompts go to a server with a prefix cache, so that what they share is computed once.
+
+Prompts that arrive together share nothing: none of them is in the cache while the others are looked up. So of every group that shares
+something the longest prompt is computed first ("warmed"). Then those that are prefixes of it, as all states of a trajectory are, find
+everything, and those that leave its path find what lies before; of these, those that share more with each other are groups again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from swirl_fast.comb import common_prefix
+
+WORTH = 32  # elements shared, below which waiting for another prompt costs more than computing them twice
+
+
+@dataclass(frozen=True)
+class Group:
+    """warm: number of the prompt that is computed first; None: nothing to wait for. ready: (number, how many of its elements are
+    computed by then) of those that may be sent next. later: groups that share more than what is computed by then."""
+
+    warm: int | None
+    ready: list[tuple[int, int]]
+    later: list[Group] = field(default_factory=list)
+
+
+def warm_order(prompts: Sequence[np.ndarray], samples: Sequence[int], known: Sequence[int]) -> list[Group]:
+    """Groups that share nothing worth waiting for; every prompt is in exactly one `ready`.
+
+    prompts: int arrays. samples: how many completions of each are asked for. known: how many of its elements are in the cache already.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())  # neighbours share most
+    return _groups(order, prompts, samples, dict(enumerate(known)))
+
+
+def _groups(
+    order: list[int], prompts: Sequence[np.ndarray], samples: Sequence[int], known: Mapping[int, int]
+) -> list[Group]:
+    runs: list[list[int]] = []
+    for i in order:
+        last = runs[-1][-1] if runs else None
+        if last is not None and common_prefix(prompts[last], prompts[i]) - max(known[last], known[i]) >= WORTH:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    groups = []
+    for run in runs:
+        first = max(run, key=lambda i: len(prompts[i]) - known[i])
+        if sum(samples[i] for i in run) < 2 or len(prompts[first]) - known[first] < WORTH:
+            groups.append(Group(None, [(i, known[i]) for i in run]))
+            continue
+        then = {i: max(known[i], common_prefix(prompts[i], prompts[first])) for i in run}
+        left = [i for i in run if len(prompts[i]) - then[i] >= WORTH]
+        ready = [(i, then[i]) for i in run if i not in left]
+        groups.append(Group(first, ready, _groups(left, prompts, samples, then)))
+    return groups
