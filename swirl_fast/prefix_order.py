@@ -27,33 +27,36 @@ class Group:
     later: list[Group] = field(default_factory=list)
 
 
-def warm_order(prompts: Sequence[np.ndarray], samples: Sequence[int], known: Sequence[int]) -> list[Group]:
+def warm_order(
+    prompts: Sequence[np.ndarray], samples: Sequence[int], known: Sequence[int], worth: int = WORTH
+) -> list[Group]:
     """Groups that share nothing worth waiting for; every prompt is in exactly one `ready`.
 
-    prompts: int arrays. samples: how many completions of each are asked for. known: how many of its elements are in the cache already.
+    prompts: arrays of integers, not negative. samples: how many completions of each are asked for. known: how many of its elements are
+    in the cache already. worth: how many elements a group must share.
     """
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())  # neighbours share most
-    return _groups(order, prompts, samples, dict(enumerate(known)))
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].astype(">i8").tobytes())  # neighbours share most
+    return _groups(order, prompts, samples, dict(enumerate(known)), worth)
 
 
 def _groups(
-    order: list[int], prompts: Sequence[np.ndarray], samples: Sequence[int], known: Mapping[int, int]
+    order: list[int], prompts: Sequence[np.ndarray], samples: Sequence[int], known: Mapping[int, int], worth: int
 ) -> list[Group]:
     runs: list[list[int]] = []
     for i in order:
         last = runs[-1][-1] if runs else None
-        if last is not None and common_prefix(prompts[last], prompts[i]) - max(known[last], known[i]) >= WORTH:
+        if last is not None and common_prefix(prompts[last], prompts[i]) - max(known[last], known[i]) >= worth:
             runs[-1].append(i)
         else:
             runs.append([i])
     groups = []
     for run in runs:
         first = max(run, key=lambda i: len(prompts[i]) - known[i])
-        if sum(samples[i] for i in run) < 2 or len(prompts[first]) - known[first] < WORTH:
+        if sum(samples[i] for i in run) < 2 or len(prompts[first]) - known[first] < worth:
             groups.append(Group(None, [(i, known[i]) for i in run]))
             continue
         then = {i: max(known[i], common_prefix(prompts[i], prompts[first])) for i in run}
-        left = [i for i in run if len(prompts[i]) - then[i] >= WORTH]
+        left = [i for i in run if len(prompts[i]) - then[i] >= worth]
         ready = [(i, then[i]) for i in run if i not in left]
-        groups.append(Group(first, ready, _groups(left, prompts, samples, then)))
+        groups.append(Group(first, ready, _groups(left, prompts, samples, then, worth)))
     return groups

@@ -60,9 +60,14 @@ def judge(config: Config) -> None:
         trajectories = _collected(config, task, store)
         _judge_steps(judge, store, trajectories, "judge")
         judgements = judgements_of(judge, store, trajectories)
+        stats = judge.stats()
     verdicts = [judgement.verdict for own in judgements.values() for judgement in own]
     shares = ", ".join(f"{sum(v is kind for v in verdicts)} {kind.value}" for kind in Verdict)
     print(f"judge: {len(verdicts)} steps by {judge.id}: {shares}")
+    if stats.prompt_tokens:
+        print(
+            f"judge: {stats.cached_tokens / stats.prompt_tokens:.0%} of {stats.prompt_tokens} prompt tokens came from a prefix cache"
+        )
 
 
 def filter(config: Config) -> None:

@@ -369,7 +369,7 @@ def test_prompts_of_a_trajectory_nest():
     steps = [StepView("qa", "Who directed it?", tuple(turns[:i]), turns[i][0]) for i in range(4)]
     with serving(lambda *_: completion("VERDICT: GOOD"), concurrency=1) as (endpoint, judge):
         judge.judge(steps)
-    prompts = [prompt_of(request) for request in endpoint.requests]
+    prompts = sorted((prompt_of(request) for request in endpoint.requests), key=len)
     trunks = [conversation(one) for one in steps]
     for i in range(4):
         assert prompts[i].startswith(trunks[i]) and "Judge the last turn, turn" not in trunks[i]
@@ -378,6 +378,37 @@ def test_prompts_of_a_trajectory_nest():
         if i:
             assert trunks[i].startswith(trunks[i - 1]) and len(trunks[i]) > len(trunks[i - 1])
             assert turns[i - 1][1] in trunks[i] and turns[i - 1][1] not in trunks[i - 1]
+
+
+def test_the_longest_prompt_of_a_trajectory_is_asked_alone_and_its_cached_share_is_counted():
+    """A server reads the trunk once only if the others come when it has read it."""
+    seen = "Anna Christie is a film of 1930. " * 100
+    turns = [(f"<search_query>film {i}</search_query>", seen) for i in range(3)]
+    steps = [
+        StepView("qa", question, tuple(turns[:i]), f"<answer>{action}</answer>")
+        for question in ("Who directed it?", "Who played in it?")
+        for i in range(4)
+        for action in range(2)
+    ]
+    answered: list[str] = []
+    rejected: list[str] = []
+
+    def respond(request, number):
+        prompt = prompt_of(request)
+        question = "Who directed" if "Who directed" in prompt else "Who played"
+        if len(prompt) < 10_000 and not any(question in one for one in answered):
+            rejected.append(prompt)
+        time.sleep(0.05)
+        answered.append(prompt)
+        usage = {"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 60 if number else None}}
+        return 200, json.dumps({**json.loads(completion("VERDICT: GOOD")[1]), "usage": usage}).encode()
+
+    with serving(respond, concurrency=16) as (endpoint, judge):
+        assert {one.verdict for one in judge.judge(steps)} == {GOOD}
+        assert not rejected and len(answered) == len(steps)
+        assert endpoint.most_at_once > 4  # the others do come together
+        stats = judge.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens) == (100 * len(steps), 60 * (len(steps) - 1))
 
 
 @given(st.text(), st.lists(st.tuples(st.text(), st.text()), max_size=3), st.text())

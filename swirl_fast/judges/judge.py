@@ -23,8 +23,18 @@ class Judgement:
     reason: str
 
 
+@dataclass(frozen=True)
+class JudgeStats:
+    """Tokens since the judge was made; 0 where none are read, or where the endpoint does not tell."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of these, not computed again by the endpoint
+
+
 class Judge(Protocol):
     id: str  # names the judge and the version of its prompt or rules; verdicts are cached under it
+
+    def stats(self) -> JudgeStats: ...
 
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
         """One judgement a step, in order. Never raises for what a step contains; a judge that cannot answer says UNKNOWN."""

@@ -6,7 +6,8 @@ The prompt of a step is the trunk, then the question about its last turn:
     step 2   preface | question | a_1 | o_1 | a_2 |            instruction
     step 3   preface | question | a_1 | o_1 | a_2 | o_2 | a_3 | instruction
 
-so the prompts of one trajectory nest, and a server with a prefix cache reads the trunk once. Preface and instruction
+so the prompts of one trajectory nest. The longest is asked first and alone, the others when it is answered: a server with a prefix
+cache then reads the trunk once, which it would not if all came together (prefix_order.py). Preface and instruction
 are our own wording of what the paper's process judge is asked (arXiv 2504.04736): no gold answer, the last turn only.
 
 The judged text is hostile by assumption: the policy is paid for a GOOD. It stands between fences that it cannot write,
@@ -25,22 +26,25 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
+import numpy as np
 
 from swirl_fast.config import ConfigError, EndpointConfig
-from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.judges.judge import Judgement, JudgeStats, Verdict
+from swirl_fast.prefix_order import Group, warm_order
 from swirl_fast.trajectory import StepView
 
 PROMPT_VERSION = 1  # part of the judge's id, under which verdicts are cached: raise it with every change of the wording
 BACKOFF = 0.5  # seconds before the second try, doubled for each further one, times a random factor in [0.5, 1.5)
 MAX_WAIT = 30.0  # seconds between two tries, also where the server's Retry-After asks for more
 MAX_REASON_CHARS = 600
+SHARED_CHARS = 1500  # prompts that share less, beside the preface, are not worth waiting for each other
 
 _PREFACE = """\
 Below is the record of an assistant that answers a question in turns. In each turn it thinks and then does exactly \
@@ -133,6 +137,8 @@ class ModelJudge:
         self._config = config
         self._url = config.url.rstrip("/") + "/chat/completions"
         self._limit_name = "max_tokens"
+        self._stats = JudgeStats()
+        self._lock = threading.Lock()
         self._client = httpx.Client(
             headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
             timeout=config.timeout,
@@ -172,19 +178,60 @@ class ModelJudge:
                 f"(judge.model.url), and is judge.model.timeout ({self._config.timeout:g} s) long enough?"
             ) from None
 
+    def stats(self) -> JudgeStats:
+        """A server must be asked to tell of its cache; SGLang with --enable-cache-report."""
+        return self._stats
+
     def close(self) -> None:
         self._client.close()
 
     def _ask_all(self, prompts: Sequence[str], verdicts: dict[str, Verdict]) -> list[Judgement]:
         unique = list(dict.fromkeys(prompts))
+        letters = [np.frombuffer(prompt.encode("utf-32-le"), np.uint32) for prompt in unique]
+        groups = warm_order(letters, [1] * len(unique), [0] * len(unique), SHARED_CHARS)
+        found: dict[str, Judgement] = {}
         stop = threading.Event()
         pool = ThreadPoolExecutor(max(1, min(self._config.concurrency, len(unique))), "judge")
+        pending: dict[Future[Judgement], tuple[int, Group | None]] = {}  # the request, and who waits for it
+
+        def ask(number: int, then: Group | None = None) -> None:
+            pending[pool.submit(self._ask, unique[number], verdicts, stop)] = (number, then)
+
+        def begin(group: Group) -> None:
+            if group.warm is not None:
+                ask(group.warm, group)
+            else:
+                for number, _ in group.ready:
+                    ask(number)
+
         try:
-            found = dict(zip(unique, pool.map(lambda prompt: self._ask(prompt, verdicts, stop), unique), strict=True))
+            for group in groups:
+                begin(group)
+            while pending:
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    number, then = pending.pop(future)
+                    found[unique[number]] = future.result()
+                    if then is not None:
+                        for other in (other for other, _ in then.ready if other != then.warm):
+                            ask(other)
+                        for later in then.later:
+                            begin(later)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
         return [found[prompt] for prompt in prompts]
+
+    def _count(self, usage: object) -> None:
+        """Of a reply's `usage`; not every endpoint tells."""
+        if isinstance(usage, dict):
+            details = usage.get("prompt_tokens_details")
+            cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+            prompt = usage.get("prompt_tokens")
+            with self._lock:
+                if isinstance(prompt, int) and isinstance(cached or 0, int):
+                    self._stats = JudgeStats(
+                        self._stats.prompt_tokens + prompt, self._stats.cached_tokens + (cached or 0)
+                    )
 
     def _ask(self, prompt: str, verdicts: dict[str, Verdict], stop: threading.Event) -> Judgement:
         try:
@@ -248,7 +295,9 @@ class ModelJudge:
         if status != 200:
             raise _Refused(status, text)
         try:
-            choice = json.loads(text)["choices"][0]
+            answer = json.loads(text)
+            choice = answer["choices"][0]
+            self._count(answer.get("usage"))
             return str(choice["message"]["content"] or ""), str(choice.get("finish_reason") or "")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _Failed(f"the body is no chat completion ({type(error).__name__}): {text[:200]}") from None

@@ -50,7 +50,7 @@ from swirl_fast.judges.expressions import (
     read_calculation,
     stated_expression,
 )
-from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.judges.judge import Judgement, JudgeStats, Verdict
 from swirl_fast.tools.calculator import CalculationError, numbers
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
@@ -157,6 +157,9 @@ class RulesJudge:
         if self._constants != {Fraction(str(constant)) for constant in RulesConfig().constants}:
             self.id += f"-constants.{_digest(sorted(map(str, self._constants)))}"
         self.id += f"-tools.{_digest(self._tools)}"
+
+    def stats(self) -> JudgeStats:
+        return JudgeStats()
 
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
         """One judgement a step, in order. Never raises for what a step contains."""

@@ -94,6 +94,8 @@ class Totals:
     prompt_tokens: float = 0.0
     cached_tokens: float = 0.0
     cacheable_tokens: float = 0.0
+    judge_prompt_tokens: float = 0.0
+    judge_cached_tokens: float = 0.0
     generated_tokens: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -194,7 +196,10 @@ class Trainer:
             for name in ("prompt_tokens", "cached_tokens", "cacheable_tokens", "generated_tokens"):
                 setattr(totals, name, float(getattr(after, name) - getattr(before, name)))
         with totals.phase("judge"):
+            judged_before = self.judge.stats()
             judgements = judge_sampled(sampled, self.judge)
+            totals.judge_prompt_tokens = self.judge.stats().prompt_tokens - judged_before.prompt_tokens
+            totals.judge_cached_tokens = self.judge.stats().cached_tokens - judged_before.cached_tokens
         with totals.phase("gather"):  # here ranks wait for those that sampled and judged longer
             self._check_judged(sampled, judgements)
         with totals.phase("pack"):
@@ -409,6 +414,7 @@ class Trainer:
             / max(totals.seconds.get("forward_backward", 0.0), 1e-9)
             / 1e12,
             "cache_hit_rate": s["cached_tokens"] / max(s["prompt_tokens"], 1.0),
+            "judge_cache_hit_rate": s["judge_cached_tokens"] / max(s["judge_prompt_tokens"], 1.0),
             "cache_hit_rate_of_possible": s["cached_tokens"] / max(s["cacheable_tokens"], 1.0),
             "seconds": seconds,
             **{f"seconds_{name}": value for name, value in totals.seconds.items()},
