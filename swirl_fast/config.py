@@ -67,6 +67,7 @@ class EngineConfig:
     dtype: str = "float32"  # of the engine's copy of the weights
     max_sequences: int = 64  # sequences decoded at a time
     cache_tokens: int = 16384  # key/value cache kept between calls, in tokens; least recently used prefixes leave first
+    prefix_cache: bool = True  # false: every completion's prompt is computed for itself and nothing is kept; slow
 
 
 @dataclass

@@ -318,7 +318,13 @@ def _engine(config: Config, weights: str | None) -> Iterator[Engine]:
     e = config.engine
     model = load_model(config.model, e.dtype, weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = LocalEngine(model, max_sequences=e.max_sequences, cache_tokens=e.cache_tokens, device=device)
+    engine = LocalEngine(
+        model,
+        max_sequences=e.max_sequences,
+        cache_tokens=e.cache_tokens,
+        device=device,
+        prefix_cache=e.prefix_cache,
+    )
     try:
         yield engine
     finally:

@@ -96,6 +96,7 @@ def run_training(config: Config, ranks: Ranks) -> None:
         max_sequences=config.engine.max_sequences,
         cache_tokens=config.engine.cache_tokens,
         device=ranks.device,
+        prefix_cache=config.engine.prefix_cache,
     )
     check_budget(config, recorded, engine.max_context)
     policy = Policy(load_model(config.model, "float32"), training.temperature, autocast)
