@@ -109,6 +109,7 @@ class EngineConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     cache_tokens: int = 16384  # key/value cache kept between calls, in tokens; least recently used prefixes leave first
+    prefix_cache: bool = True  # local: false computes every completion's prompt for itself and keeps nothing
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swirl_fast.engines import local, prefix_cache
-from swirl_fast.engines.engine import Completion, Request, Sampling
+from swirl_fast.engines.engine import Completion, Request, Sampling, cacheable
 from swirl_fast.engines.local import LocalEngine, sample
 from swirl_fast.engines.prefix_cache import PrefixCache, arrange
 
@@ -46,8 +47,12 @@ def make(kind: str = "llama", seed: int = 0) -> transformers.PreTrainedModel:
     return model
 
 
-def engine_of(model: transformers.PreTrainedModel, max_sequences: int = 64, cache_tokens: int = 4096) -> LocalEngine:
-    return LocalEngine(copy.deepcopy(model), max_sequences=max_sequences, cache_tokens=cache_tokens)
+def engine_of(
+    model: transformers.PreTrainedModel, max_sequences: int = 64, cache_tokens: int = 4096, prefix_cache: bool = True
+) -> LocalEngine:
+    return LocalEngine(
+        copy.deepcopy(model), max_sequences=max_sequences, cache_tokens=cache_tokens, prefix_cache=prefix_cache
+    )
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -184,6 +189,74 @@ def test_cached_tokens_are_exact():
     assert stats.cached_tokens == 29 + 35 + 0 + 20 + 6 + 9 + 0 + 44 + 9
     assert stats.generated_tokens == 6 * (3 + 1 + 1 + 3 + 20)
     assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
+
+
+prompt_lists = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=8)
+
+
+def contexts(prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """Every prefix of every prompt without its last token, as often as it comes."""
+    return [tuple(prompt[: i + 1]) for prompt in prompts for i in range(len(prompt) - 1)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(prompt_lists)
+def test_cacheable_is_what_comes_more_than_once(prompts):
+    every = contexts(prompts)
+    assert cacheable(prompts) == len(every) - len(set(every))
+
+
+def test_an_empty_prompt_is_not_cacheable():
+    with pytest.raises(ValueError, match="at least one token"):
+        cacheable([[5, 6], []])
+
+
+@settings(max_examples=40, deadline=None)
+@given(before=prompt_lists, prompts=prompt_lists)
+def test_cacheable_tokens_count_what_was_held_once_more(shared_engine, before, prompts):
+    shared_engine.close()
+    held = [[5 + token for token in prompt] for prompt in before]
+    asked = [[5 + token for token in prompt] for prompt in prompts]
+    ask = Sampling(1, temperature=0.0)
+    stats = [shared_engine.stats()]
+    for call in (held, asked):
+        shared_engine.generate([Request(prompt, ask) for prompt in call])
+        stats.append(shared_engine.stats())
+    cold, warm = (b.cacheable_tokens - a.cacheable_tokens for a, b in itertools.pairwise(stats))
+    assert cold == cacheable(held)
+    whole = contexts([[*prompt, 0] for prompt in held])  # of a prompt all is held, of one sampled token nothing
+    assert warm == cacheable(asked) + len(set(whole) & set(contexts(asked)))
+    assert [b.cached_tokens - a.cached_tokens for a, b in itertools.pairwise(stats)] == [cold, warm]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_without_the_prefix_cache_every_row_is_computed_and_nothing_changes(kind, monkeypatch):
+    model = make(kind)
+    cached, plain = engine_of(model, 7), engine_of(model, 7, prefix_cache=False)
+    computed = [0]
+    compute = plain._compute
+
+    def counted(pieces):
+        computed[0] += sum(stop - start for _, start, stop in pieces)
+        compute(pieces)
+
+    monkeypatch.setattr(plain, "_compute", counted)
+    requests = mixed_requests(0)
+    expected = cached.generate(requests)
+    for call in range(1, 3):
+        results = plain.generate(requests)
+        check(model, requests, results)
+        for a, b in zip(expected, results, strict=True):
+            assert [c.tokens for c in a] == [c.tokens for c in b]
+            assert all(np.allclose(x.logprobs, y.logprobs, atol=1e-4) for x, y in zip(a, b, strict=True))
+            assert [c.cached_tokens for c in b] == [0] * len(b)
+        assert computed[0] == call * sum(request.n * (len(request.tokens) - 1) for request in requests)
+        assert len(plain._cache) == 0 and not plain._cache.keys, "something was kept"
+    stats = plain.stats()
+    assert stats.cached_tokens == 0
+    assert stats.cacheable_tokens == 2 * cacheable([request.tokens for request in requests])
+    plain.update_weights(make(kind, seed=1).state_dict().items(), 1)
+    check(make(kind, seed=1), requests, plain.generate(requests))
 
 
 def test_stop_ids_end_a_completion_with_the_stop_token():

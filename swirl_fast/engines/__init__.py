@@ -27,7 +27,13 @@ def load_engine(
         from swirl_fast.model import load_model
 
         model = load_model(config.model, e.dtype, weights)
-        return LocalEngine(model, max_sequences=e.max_sequences, cache_tokens=e.cache_tokens, device=device)
+        return LocalEngine(
+            model,
+            max_sequences=e.max_sequences,
+            cache_tokens=e.cache_tokens,
+            device=device,
+            prefix_cache=e.prefix_cache,
+        )
     from swirl_fast.engines.sglang import SGLangEngine
     from swirl_fast.model import local_folder, weights_hash
     from swirl_fast.seeds import seed_of

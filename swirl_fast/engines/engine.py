@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -62,10 +63,21 @@ class EngineStats:
     requests: int = 0
     prompt_tokens: int = 0  # tokens in all requests
     cached_tokens: int = 0  # of these, not computed again
-    cacheable_tokens: int = 0  # what an ideal prefix cache would not have computed again
+    cacheable_tokens: int = 0  # of prompt_tokens, what an ideal prefix cache would not have computed again
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+
+def cacheable(prompts: Sequence[Sequence[int] | np.ndarray]) -> int:
+    """How many tokens of prompts that meet a cold cache together an ideal prefix cache would not compute again: the sum of
+    (length - 1) minus the number of distinct prefixes among all `prompt[:-1]`. The last token of a prompt is always
+    computed: its logits are needed. Raises ValueError for an empty prompt."""
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("an empty prompt has no last token; give at least one token")
+    # Sorted, a prefix that came before is one of the neighbour before.
+    contexts = [np.asarray(context, np.int64) for context in sorted(list(prompt[:-1]) for prompt in prompts)]
+    return sum(common_prefix(a, b) for a, b in pairwise(contexts))
 
 
 class Engine(Protocol):
@@ -84,11 +96,3 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None: ...
-
-
-def cacheable(prompts: Sequence[Sequence[int] | np.ndarray]) -> int:
-    """How many tokens of these prompts an ideal prefix cache that was empty before does not compute again. Of every prompt the last
-    token is always computed, since its logits are needed."""
-    rows = sorted(np.asarray(prompt[:-1], np.int64).tolist() for prompt in prompts)
-    arrays = [np.asarray(row, np.int64) for row in rows]
-    return sum(common_prefix(a, b) for a, b in zip(arrays, arrays[1:], strict=False))

@@ -14,12 +14,13 @@ Shapes: B sequences decoded together, T tokens in one pass, V vocabulary, Hq que
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import platform
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ import torch
 from torch.backends import mkldnn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from swirl_fast.comb import common_prefix
 from swirl_fast.engines.engine import Completion, EngineStats, Request, Sampling
 from swirl_fast.engines.prefix_cache import DecodePass, Node, PrefillPass, PrefixCache
 
@@ -44,6 +46,8 @@ class LocalEngine:
     cache_tokens: tokens whose keys and values are kept between calls, 2 * layers * Hkv * D numbers each (46 KB for a
     135M model in float32). A call takes more while its own sequences need more.
     device: where to move the model; None leaves it.
+    prefix_cache: False computes every completion's prompt for itself and keeps nothing, as a server without such a
+    cache does: for comparisons, and for telling whether the cache is to blame. Results are the same up to rounding.
     Raises ValueError, with name and reason, for a model that cannot be decoded from cached keys and values.
     """
 
@@ -54,6 +58,7 @@ class LocalEngine:
         max_sequences: int,
         cache_tokens: int,
         device: torch.device | str | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         if max_sequences < 1 or cache_tokens < 0:
             raise ValueError(
@@ -70,6 +75,7 @@ class LocalEngine:
                 module.config = copy.deepcopy(module.config, memo)
         self.max_context = int(self._model.config.get_text_config().max_position_embeddings)
         self.max_sequences = max_sequences
+        self.prefix_cache = prefix_cache
         self._vocabulary = int(self._model.get_input_embeddings().weight.shape[0])
         self._device = self._model.device
         self._cache = PrefixCache(cache_tokens, self._device)
@@ -125,7 +131,9 @@ class LocalEngine:
         self._version = version
 
     def stats(self) -> EngineStats:
-        """A snapshot of the totals."""
+        """A snapshot of the totals. cacheable_tokens: of every call `cacheable` of its prompts, plus how many of their
+        distinct prefixes the cache held when the call began. What earlier calls computed and the cache has evicted
+        since is not counted; with prefix_cache=False nothing is ever held."""
         return copy.deepcopy(self._stats)
 
     def close(self) -> None:
@@ -135,7 +143,16 @@ class LocalEngine:
     def _generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         order = sorted(range(len(requests)), key=lambda i: list(requests[i].tokens))
         prompts = [_Prompt(requests[i], rank, np.array(requests[i].tokens, np.int64)) for rank, i in enumerate(order)]
-        sequences = [[_begin(prompt, index) for index in range(prompt.request.n)] for prompt in prompts]
+        self._stats.cacheable_tokens += self._cacheable(prompts)
+        # Without the cache every sequence has a prompt of its own, under tokens that nothing else in the tree has.
+        salts = itertools.count(self._vocabulary, self._vocabulary)
+        sequences = [
+            [
+                _begin(prompt if self.prefix_cache else replace(prompt, salt=next(salts)), i)
+                for i in range(prompt.request.n)
+            ]
+            for prompt in prompts
+        ]
         queue = deque(sequence for siblings in sequences for sequence in siblings)
         rows: list[_Sequence] = []
         place: dict[int, int] = {}  # id of a sequence -> its row in the arrangement before
@@ -161,7 +178,10 @@ class LocalEngine:
             self._keep(rows, decode)
             rows = [row for row in rows if row.finish is None]
             self._stats.decode_seconds += self._since(began)
-        self._cache.trim()
+        if self.prefix_cache:
+            self._cache.trim()
+        else:
+            self._cache.clear()
         results: list[list[Completion]] = [[] for _ in requests]
         for i, siblings in zip(order, sequences, strict=True):
             results[i] = [sequence.completion(self._version) for sequence in siblings]
@@ -171,15 +191,25 @@ class LocalEngine:
             self._stats.generated_tokens += sum(len(completion.tokens) for completion in results[i])
         return results
 
+    def _cacheable(self, prompts: Sequence[_Prompt]) -> int:
+        """As `stats` says; prompts in the order of their tokens, where a prefix that came before is one of the neighbour
+        before."""
+        total, before = 0, np.empty(0, np.int64)
+        for prompt in prompts:
+            context = prompt.tokens[:-1]
+            total += max(self._cache.known(context), common_prefix(before, context))
+            before = context
+        return total
+
     def _prefill(self, admitted: Sequence[_Sequence]) -> None:
         """Puts the contexts of these sequences into the tree and computes what was not there."""
         prompts = list({id(sequence.prompt): sequence.prompt for sequence in admitted}.values())
         for prompt in prompts:
-            self._cache.touch(prompt.tokens[:-1])  # before any of them makes room for itself
+            self._cache.touch(prompt.path)  # before any of them makes room for itself
         pieces: list[tuple[_Prompt, int, int]] = []  # of one pass: prompt and the depths that are new
         room = PREFILL_TOKENS
         for prompt in prompts:
-            prompt.node, prompt.slots, known = self._cache.insert(prompt.tokens[:-1])
+            prompt.node, prompt.slots, known = self._cache.insert(prompt.path)
             prompt.cached = known if prompt.cached is None else min(known, prompt.cached)
             start = known
             while start < len(prompt.slots):
@@ -223,6 +253,8 @@ class LocalEngine:
 
     def _keep(self, rows: Sequence[_Sequence], decode: DecodePass) -> None:
         """Puts what ended rows sampled into the cache: the next state of a trajectory starts with it."""
+        if not self.prefix_cache:
+            return
         ended = []
         for i, row in enumerate(rows):
             if row.finish is not None:
@@ -302,9 +334,15 @@ class _Prompt:
     request: Request
     rank: int  # place in the order of tokens, in which neighbours share the most
     tokens: np.ndarray
+    salt: int = 0  # added to the tokens under which the tree knows the prompt
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # of the context
     node: Node | None = None
     cached: int | None = None  # None until the first of its sequences is admitted
+
+    @property
+    def path(self) -> np.ndarray:
+        """The context as the tree knows it."""
+        return self.tokens[:-1] + self.salt
 
 
 @dataclass(eq=False)

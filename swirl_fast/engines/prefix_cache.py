@@ -84,6 +84,10 @@ class PrefixCache:
         node, _, _ = self._match(tokens)
         self._touch(node)
 
+    def known(self, tokens: np.ndarray) -> int:
+        """How many leading tokens are held."""
+        return self._match(tokens)[2]
+
     def insert(self, tokens: np.ndarray, grow: bool = True) -> tuple[Node, np.ndarray, int]:
         """The path of `tokens`: its last node, the slot of every token, and how many of them were known before; the
         caller computes and writes the others. Room is made by evicting what this round does not need, then by a larger
