@@ -101,6 +101,8 @@ class EngineConfig:
     kind: str = "local"  # local: transformers in this process | sglang: SGLang servers
     dtype: str = "float32"  # of the engine's copy of the weights
     max_sequences: int = 64  # sequences decoded at a time; sglang: of each server, by each process that asks it
+    own_process: bool = False  # local: generate in a process of its own, beside the training (training.lag=1)
+    threads: int = 0  # local, own_process: CPU threads of that process; 0: torch's choice
     urls: list[str] = field(default_factory=list)  # sglang: servers that run already; empty: `launch` starts some
     api_key_env: str = "SGLANG_API_KEY"  # the environment variable that holds the servers' key; unset: none is sent
     timeout: float = 600.0  # seconds until a request counts as hung
@@ -423,7 +425,13 @@ def check(config: Config) -> None:
 def _check_sglang(engine: EngineConfig, fail: Callable[[str, str], NoReturn]) -> None:
     if engine.kind not in ("local", "sglang"):
         fail("engine.kind", "must be one of local, sglang")
-    for key, low in (("retries", 0), ("max_restarts", 0), ("launch.servers", 1), ("launch.gpus_per_server", 1)):
+    for key, low in (
+        ("threads", 0),
+        ("retries", 0),
+        ("max_restarts", 0),
+        ("launch.servers", 1),
+        ("launch.gpus_per_server", 1),
+    ):
         if operator.attrgetter(key)(engine) < low:
             fail(f"engine.{key}", f"must be at least {low}")
     for key in ("timeout", "launch.startup_timeout", "weight_sync.timeout", "weight_sync.bucket_mb"):

@@ -22,18 +22,12 @@ def load_engine(
     attached ones.
     """
     e = config.engine
-    if e.kind == "local":
-        from swirl_fast.engines.local import LocalEngine
-        from swirl_fast.model import load_model
+    if e.kind == "local" and e.own_process:
+        from swirl_fast.engines.process import ProcessEngine
 
-        model = load_model(config.model, e.dtype, weights)
-        return LocalEngine(
-            model,
-            max_sequences=e.max_sequences,
-            cache_tokens=e.cache_tokens,
-            device=device,
-            prefix_cache=e.prefix_cache,
-        )
+        return ProcessEngine(_local, config, device, weights, threads=e.threads)
+    if e.kind == "local":
+        return _local(config, device, weights)
     from swirl_fast.engines.sglang import SGLangEngine
     from swirl_fast.model import local_folder, weights_hash
     from swirl_fast.seeds import seed_of
@@ -55,3 +49,17 @@ def load_engine(
         urls = [url for where, own in told for url in own if e.urls or where == node]
         engine = SGLangEngine(e, folder.absolute(), logs, label=label, leader=False, urls=urls)
     return engine
+
+
+def _local(config: Config, device: torch.device | str, weights: str | None) -> Engine:
+    from swirl_fast.engines.local import LocalEngine
+    from swirl_fast.model import load_model
+
+    e = config.engine
+    return LocalEngine(
+        load_model(config.model, e.dtype, weights),
+        max_sequences=e.max_sequences,
+        cache_tokens=e.cache_tokens,
+        device=device,
+        prefix_cache=e.prefix_cache,
+    )

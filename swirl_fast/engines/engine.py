@@ -13,6 +13,10 @@ import torch
 from swirl_fast.comb import common_prefix
 
 
+class EngineError(RuntimeError):
+    """The rollout engine cannot go on; the message names what failed and the remedy. What was stored before is intact."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 is greedy. top_p = 1 and top_k = 0 switch those cuts off."""

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from swirl_fast.comb import common_prefix
 from swirl_fast.config import EngineConfig
-from swirl_fast.engines.engine import Completion, EngineStats, Request, cacheable
-from swirl_fast.engines.sglang_client import EngineError, ServerFailure
+from swirl_fast.engines.engine import Completion, EngineError, EngineStats, Request, cacheable
+from swirl_fast.engines.sglang_client import ServerFailure
 from swirl_fast.engines.sglang_servers import REMEMBERED, Server, Servers, gather
 from swirl_fast.engines.sglang_update import WeightUpdater
 from swirl_fast.prefix_order import Group, warm_order

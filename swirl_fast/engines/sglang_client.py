@@ -13,14 +13,10 @@ from typing import Any, NoReturn
 
 import httpx
 
-from swirl_fast.engines.engine import Completion, Request
+from swirl_fast.engines.engine import Completion, EngineError, Request
 
 CONNECT_TIMEOUT = 10.0  # seconds
 CONTROL_TIMEOUT = 60.0  # seconds for questions that a healthy server answers at once
-
-
-class EngineError(RuntimeError):
-    """The rollout engine cannot go on; the message names server and remedy. What was stored before is intact."""
 
 
 class AnswerError(EngineError):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from swirl_fast.config import LaunchConfig
-from swirl_fast.engines.sglang_client import EngineError
+from swirl_fast.engines.engine import EngineError
 
 # Linux ends the server when this process dies in whatever way; SGLang's own children then end themselves.
 _DIE_WITH_PARENT = (

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from swirl_fast.config import EngineConfig
-from swirl_fast.engines.sglang_client import Client, EngineError, ServerFailure, ServerInfo, StaleWeights
+from swirl_fast.engines.engine import EngineError
+from swirl_fast.engines.sglang_client import Client, ServerFailure, ServerInfo, StaleWeights
 from swirl_fast.engines.sglang_launch import ServerProcess, free_port
 
 T = TypeVar("T")

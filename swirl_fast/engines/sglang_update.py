@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from swirl_fast.config import WeightSyncConfig
-from swirl_fast.engines.sglang_client import CONTROL_TIMEOUT, EngineError, ServerFailure, StaleWeights
+from swirl_fast.engines.engine import EngineError
+from swirl_fast.engines.sglang_client import CONTROL_TIMEOUT, ServerFailure, StaleWeights
 from swirl_fast.engines.sglang_launch import free_port
 from swirl_fast.engines.sglang_servers import Server, Servers
 from swirl_fast.engines.sglang_weights import (

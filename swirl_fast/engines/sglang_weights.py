@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swirl_fast.engines.sglang_client import EngineError
+from swirl_fast.engines.engine import EngineError
 
 Bucket = list[tuple[str, Tensor]]
 
