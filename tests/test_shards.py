@@ -70,6 +70,11 @@ def test_what_is_written_comes_back(thirteen: Path) -> None:
     spans = [step.end - step.start for sample in samples for step in sample.trajectory.steps]
     assert manifest.action_tokens == sum(spans)
     assert manifest.verdicts == Counter(verdict.value for sample in samples for verdict in sample.verdicts)
+    trajectories = [sample.trajectory for sample in samples]
+    longest = max(trajectories, key=lambda trajectory: trajectory.steps[-1].start)
+    assert manifest.longest_state == {"id": longest.id, "tokens": len(longest.state(longest.num_steps - 1))}
+    ends = {t.tokens[step.end - 1] for t in trajectories for step in t.steps if step.action.kind != "malformed"}
+    assert manifest.stop_ids == sorted(ends) and len(ends) < manifest.steps
     for sample in read_trajectories(thirteen):
         sample.trajectory.check()
         hashes = [view.content_hash() for view in sample.trajectory.views()]

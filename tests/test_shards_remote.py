@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -68,6 +69,12 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def shard_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.mds"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def in_shard(folder: Path, name: str) -> set[str]:
@@ -563,6 +570,66 @@ def test_ranks_skip_what_any_of_them_found(own: Path, tmp_path: Path) -> None:
     assert set(seen[: COUNT - len(lost)]) == set(ids(make_samples(COUNT))) - lost
     for stream in streams:
         stream.close()
+
+
+TRAINER_RANK = """
+import json, os, sys
+sys.path[:0] = {paths!r}
+from swirl_fast.config import load
+from swirl_fast.training import build, parallel
+ranks = parallel.start()
+folder = {folders!r}[ranks.rank]
+config = load(None, ["training.trajectories_per_step=4", "training.bad_shards=skip", "run.seed=5", "training.shards=" + folder])
+try:
+    stream = build.open_stream(config, ranks)
+    stream.next_batch()
+    print(json.dumps([stream.skipped_samples, stream.state_dict()]))
+    stream.close()
+except ValueError as error:
+    print(error)
+parallel.stop()
+"""
+
+
+def trainer_ranks(folders: list[Path]) -> list[list[str]]:
+    """Lines that each of two ranks prints when it opens the stream as `train` does, on the folder of its machine."""
+    code = TRAINER_RANK.format(paths=[str(ROOT), str(ROOT / "kernels")], folders=[str(folder) for folder in folders])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    return [output.splitlines() for output in outputs]
+
+
+def test_the_trainer_makes_all_ranks_skip_alike(own: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(own, tmp_path / "other"))
+    names = shard_names(own)
+    first, second = (len(in_shard(own, name)) for name in names[:2])
+    flip(other / names[0])
+    (own / names[1]).unlink()
+    (*printed, one), (*silent, two) = trainer_ranks([own, other])
+    assert one == two
+    skipped, state = json.loads(one)
+    assert skipped == first + second and sorted(state["skipped"]) == names[:2]
+    assert silent == []
+    assert printed == [
+        f"train: {own / names[0]} {state['skipped'][names[0]]}; its {first} trajectories are skipped (training.bad_shards=skip)",
+        f"train: {own / names[1]} is missing; its {second} trajectories are skipped (training.bad_shards=skip)",
+    ]
+
+
+def test_the_trainer_refuses_ranks_with_other_shards(own: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "other", make_samples(COUNT, seed=1), fingerprint=FINGERPRINT)
+    for lines in trainer_ranks([own, tmp_path / "other"]):
+        assert "is not the same on all ranks" in lines[-1]
 
 
 def test_a_shard_that_breaks_between_two_starts_leaves_the_rest_of_the_order(own: Path) -> None:
