@@ -23,6 +23,8 @@ EMBEDDED_MODEL = "smollm2-135m-instruct"
 TASKS = ("reasoning_gym", "gsm8k", "hotpotqa")
 ALGORITHMS = ("reinforce", "rloo", "grpo", "ppo")
 WEIGHTINGS = ("state", "token", "trajectory")
+SHARD_URLS = ("s3", "gs", "hf", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")  # that can be read
+UPLOAD_URLS = ("s3", "gs", "azure", "azure-dl", "oci", "dbfs", "file")
 FILTERS = ("none", "process", "outcome", "process_and_outcome")
 
 
@@ -161,6 +163,7 @@ class FilterConfig:
         "error"  # error | none: when no trajectory passes, stop, or use all finished ones (the output says so)
     )
     max_trajectories: int = 0  # keep at most so many, spread evenly over the questions; 0: all
+    upload: str = ""  # a folder or a URL (s3://, gs://, …) that the finished shards are copied to as well
 
 
 @dataclass
@@ -196,6 +199,16 @@ class TrainingConfig:
     checkpoint_every: int = 10  # optimizer batches; the last one is always saved
     keep_checkpoints: int = 2
     tensorboard: bool = True
+    shards: str = ""  # a folder, or a URL (s3://, gs://, hf://datasets/ORG/NAME, …) whose shards are copied when needed; "": this run's
+    shards_cache: str = "~/.cache/swirl_fast/shards"  # where they are copied to; ranks and runs may share it
+    shards_cache_limit: str = ""  # such as 10gb, of all shards in it: those used least recently leave; "": no limit
+    shuffle_shards: int = (
+        0  # shuffle within groups of so many shards (of 64 MiB): fewer than the cache holds; 0: over all shards
+    )
+    bad_shards: str = (
+        "stop"  # stop | skip: what to do about missing and damaged shards; skip reads all shards once at the start
+    )
+    prefetch: int = 2  # batches downloaded and decoded while the current step trains
 
 
 @dataclass
@@ -374,6 +387,13 @@ def check(config: Config) -> None:
     one_of("filter.kind", config.filter.kind, FILTERS)
     one_of("filter.when_empty", config.filter.when_empty, ("error", "none"))
     at_least(0, filter__max_trajectories=config.filter.max_trajectories)
+    for key, location, schemes in (
+        ("filter.upload", config.filter.upload, UPLOAD_URLS),
+        ("training.shards", t.shards, SHARD_URLS),
+    ):
+        scheme, separator, _ = location.partition(":/")
+        if separator and scheme not in schemes:
+            fail(key, f"must be a folder or a URL of the kind {', '.join(f'{one}://' for one in schemes)}")
     one_of("algorithm.name", a.name, ALGORITHMS)
     one_of("algorithm.weighting", a.weighting, WEIGHTINGS)
     at_least(0, algorithm__kl_coef=a.kl_coef, algorithm__clip_low=a.clip_low, algorithm__clip_high=a.clip_high)
@@ -416,6 +436,10 @@ def check(config: Config) -> None:
     if len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
         fail("training.betas", "must be two numbers in [0, 1)")
     one_of("training.schedule", t.schedule, ("constant", "cosine"))
+    at_least(0, training__shuffle_shards=t.shuffle_shards, training__prefetch=t.prefetch)
+    one_of("training.bad_shards", t.bad_shards, ("stop", "skip"))
+    if t.shards_cache_limit and not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", t.shards_cache_limit.lower()):
+        fail("training.shards_cache_limit", "must be a number with kb, mb, gb or tb, such as 10gb; empty for no limit")
     at_least(1, evaluate__samples=e.samples)
     at_least(0, evaluate__max_action_tokens=e.max_action_tokens)
     if e.temperature == 0 and e.samples > 1:

@@ -1,4 +1,4 @@
-"""runs/NAME/shards/: the kept trajectories as MosaicML (MDS) shards, verified, and read in a reproducible order.
+"""runs/NAME/shards/: the kept trajectories as MosaicML (MDS) shards, hashed and verified.
 
 One sample a trajectory, so that no prefix is stored twice:
 
@@ -11,12 +11,7 @@ The format protects nothing by itself: flipped bytes are read silently, a missin
 exception while writing leaves an index that looks complete. Hence manifest.json with size and xxh64 of every file: it
 is written last, into NAME.tmp, which is then renamed, and all is checked against it before the first sample is read.
 
-Why the library's LocalDataset and an order of our own, and not StreamingDataset's iterator: that one fills the tail of
-an epoch with duplicates, and its batches end with the epoch. Here the order is a function of (seed, epoch) alone and
-rank r takes every world_size-th sample of a global batch, so nothing is lost or doubled in an epoch, and resuming on
-any number of ranks continues the same sequence of global batches. LocalDataset is StreamingDataset without its
-downloads, thus without its shared memory, lock files and collectives: a killed job leaves nothing behind and disturbs
-no other. Left out for that: shards in an object store (copy them first: a trajectory of 3,400 tokens took 32 kB).
+shard_store.py says where shards are read from (a folder, an object store), shard_stream.py in which order.
 """
 
 from __future__ import annotations
@@ -43,10 +38,11 @@ from swirl_fast.filtering import Selection
 from swirl_fast.judges.judge import Verdict
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 COLUMNS = {"tokens": "ndarray:int32", "spans": "ndarray:int32", "logprobs": "ndarray:float32", "meta": "json"}
 SHARD_BYTES = 1 << 26  # the library's default
+REMEDY = "run filter again, or copy the folder anew"
 
 INSTALL = (
     "pip install --no-deps mosaicml-streaming==0.13.0 && "
@@ -67,6 +63,8 @@ class Manifest:
     """What a shard folder holds. tokens: of the trunks; action_tokens: of these, sampled ones.
 
     fingerprint: JSON object that names what the samples were made with. verdicts: verdict -> number of steps.
+    longest_state: {"id": trajectory, "tokens": number}, of the state of its last step. stop_ids: last tokens of the
+    well-formed actions, ascending: what ended a turn where the samples were made.
     files: name -> {"bytes": size, "xxh64": hex digest}, of every file but the manifest.
     """
 
@@ -76,6 +74,8 @@ class Manifest:
     tokens: int
     action_tokens: int
     verdicts: dict[str, int]
+    longest_state: dict[str, Any]
+    stop_ids: list[int]
     files: dict[str, dict[str, Any]]
 
     @property
@@ -127,10 +127,12 @@ def write_shards(
 
 
 def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, Any]) -> Manifest:
-    writer = _streaming().MDSWriter(columns=COLUMNS, out=str(folder), size_limit=SHARD_BYTES)
+    writer = streaming().MDSWriter(columns=COLUMNS, out=str(folder), size_limit=SHARD_BYTES)
     ids: set[str] = set()
     verdicts: Counter[str] = Counter()
     totals: Counter[str] = Counter()
+    longest: dict[str, Any] = {"id": "", "tokens": -1}
+    stop_ids: set[int] = set()
     try:
         for sample in samples:
             trajectory = sample.trajectory
@@ -142,6 +144,12 @@ def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, A
             totals["steps"] += trajectory.num_steps
             totals["tokens"] += len(trajectory.tokens)
             totals["action_tokens"] += len(encoded["logprobs"])
+            if (state := trajectory.steps[-1].start) > longest["tokens"]:
+                longest = {"id": trajectory.id, "tokens": state}
+            # A well-formed action was not cut off, so it ends with the stop token of the tokenizer that sampled it.
+            stop_ids |= {
+                trajectory.tokens[step.end - 1] for step in trajectory.steps if step.action.kind != "malformed"
+            }
             writer.write(encoded)
     except BaseException:
         writer.cancel_future_jobs()  # `finish`, which leaving the writer's own context would call, writes an index
@@ -155,13 +163,15 @@ def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, A
         tokens=totals["tokens"],
         action_tokens=totals["action_tokens"],
         verdicts={verdict.value: verdicts[verdict.value] for verdict in Verdict},
-        files={name: {"bytes": (folder / name).stat().st_size, "xxh64": _digest(folder / name)} for name in names},
+        longest_state=longest,
+        stop_ids=sorted(stop_ids),
+        files={name: {"bytes": (folder / name).stat().st_size, "xxh64": digest(folder / name)} for name in names},
     )
     body = {"format": FORMAT, **asdict(manifest)}
     text = json.dumps({**body, "xxh64": xxhash.xxh64(_canonical(body)).hexdigest()}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     for path in (*(folder / name for name in names), folder / MANIFEST, folder):
-        _fsync(path)
+        fsync(path)
     return manifest
 
 
@@ -201,7 +211,7 @@ def _encode(sample: StepSample) -> dict[str, Any]:
     }
 
 
-def _decode(encoded: dict[str, Any]) -> StepSample:
+def decode(encoded: dict[str, Any]) -> StepSample:
     meta, logprobs = encoded["meta"], encoded["logprobs"].tolist()
     steps, at = [], 0
     for (start, end), step in zip(encoded["spans"].tolist(), meta["steps"], strict=True):
@@ -262,21 +272,12 @@ def _difference(folder: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def _written(folder: Path) -> tuple[int, int] | None:
-    """Tells one writing of a folder from another; None where there is no manifest."""
-    try:
-        status = (folder / MANIFEST).stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
 def _rename(source: Path, target: Path) -> None:
     os.rename(source, target)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -284,12 +285,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh64()
+def digest(path: Path) -> str:
+    state = xxhash.xxh64()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            state.update(block)
+    return state.hexdigest()
 
 
 def _canonical(value: Any) -> bytes:
@@ -305,138 +306,64 @@ def verify_shards(folder: str | Path) -> Manifest:
     Raises ValueError naming the file that is missing, too many, of another size or of other contents.
     """
     folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        if (problem := damage(folder, name, manifest)) is not None:
+            raise ValueError(f"{folder / name} {problem}: {REMEDY}")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ValueError for a folder without an intact manifest, and for one with shards that are not in it."""
     path = folder / MANIFEST
-    remedy = "run filter again, or copy the folder anew"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: {folder} is no complete shard folder, {remedy}")
+        raise ValueError(f"{path} does not exist: {folder} is no complete shard folder, {REMEDY}")
+    manifest = parse_manifest(path.read_bytes(), str(path))
+    for file in sorted(folder.glob("*.mds")):
+        if file.name not in manifest.files:
+            raise ValueError(f"{file} is not in {MANIFEST}: {folder} has been mixed with another, {REMEDY}")
+    return manifest
+
+
+def parse_manifest(text: bytes, shown: str) -> Manifest:
+    """shown: what error messages call it. Raises ValueError when it is not intact or of another format."""
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(text)
         written = body.pop("xxh64")
         intact = xxhash.xxh64(_canonical(body)).hexdigest() == written
     except (ValueError, KeyError, AttributeError, TypeError):
         intact = False
     if not intact:
-        raise ValueError(f"{path} is damaged: {remedy}")
+        raise ValueError(f"{shown} is damaged: {REMEDY}")
     if (version := body.pop("format", None)) != FORMAT:
-        raise ValueError(f"{path} has format {version}, this swirl-fast reads format {FORMAT}: run filter again")
-    manifest = Manifest(**body)
-    for name, expected in manifest.files.items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: {remedy}")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise ValueError(f"{file} has {size} bytes instead of {expected['bytes']}: {remedy}")
-        if (digest := _digest(file)) != expected["xxh64"]:
-            raise ValueError(f"{file} is damaged (xxh64 {digest} instead of {expected['xxh64']}): {remedy}")
-    for file in sorted(folder.glob("*.mds")):
-        if file.name not in manifest.files:
-            raise ValueError(f"{file} is not in {MANIFEST}: {folder} has been mixed with another, {remedy}")
-    return manifest
+        raise ValueError(f"{shown} has format {version}, this swirl-fast reads format {FORMAT}: run filter again")
+    return Manifest(**body)
+
+
+def damage(folder: Path, name: str, manifest: Manifest) -> str | None:
+    """What is wrong with a file of the manifest, in words that follow its name; None when it is whole."""
+    expected = manifest.files[name]
+    try:
+        if (size := (folder / name).stat().st_size) != expected["bytes"]:
+            return f"has {size} bytes instead of {expected['bytes']}"
+        if (found := digest(folder / name)) != expected["xxh64"]:
+            return f"is damaged (xxh64 {found} instead of {expected['xxh64']})"
+    except FileNotFoundError:
+        return "is missing"
+    return None
 
 
 def read_trajectories(folder: str | Path) -> Iterator[StepSample]:
     """Every sample, in the order written, after the folder was verified (`verify_shards`)."""
     verify_shards(folder)
-    reader = _streaming().LocalDataset(str(folder))
+    reader = streaming().LocalDataset(str(folder))
     for i in range(len(reader)):
-        yield _decode(reader[i])
+        yield decode(reader[i])
 
 
-class TrajectoryStream:
-    """Global batches of trajectories, over epochs without end; every rank gets its share of each.
-
-    global_batch: trajectories in a batch, over all ranks; at least world_size. It need not divide anything: a batch
-    runs over the border of an epoch, and shares differ by at most one.
-    shuffle: a new order every epoch, a function of (seed, epoch); otherwise the order written.
-
-    With the same folder, seed and global_batch the global batches are the same at every world size. No process group is
-    needed or used; ranks on several machines should compare `manifest.content_hash` before their first collective.
-
-    Raises ValueError for impossible numbers and for a folder that does not pass `verify_shards`, ImportError with the
-    line to install it when mosaicml-streaming is missing.
-    """
-
-    def __init__(
-        self, folder: str | Path, *, global_batch: int, rank: int, world_size: int, seed: int, shuffle: bool = True
-    ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in a world of {world_size}")
-        if global_batch < world_size:
-            raise ValueError(
-                f"a batch of {global_batch} trajectories leaves some of {world_size} ranks without one: "
-                f"set training.trajectories_per_step to {world_size} or more"
-            )
-        self.folder = Path(folder)
-        self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
-        self.seed, self.shuffle = seed, shuffle
-        self._written = _written(self.folder)
-        self.manifest = verify_shards(folder)
-        self.position = 0  # trajectories handed out so far, over all ranks and epochs
-        self._reader = _streaming().LocalDataset(str(folder))
-        self._epoch, self._order = -1, list[int]()
-        if len(self._reader) != self.manifest.trajectories:
-            raise ValueError(f"{folder}: {len(self._reader)} samples, the manifest says {self.manifest.trajectories}")
-
-    @property
-    def epoch(self) -> float:
-        """Epochs handed out so far, e.g. 1.5."""
-        return self.position / self.manifest.trajectories
-
-    def next_batch(self) -> list[StepSample]:
-        """This rank's share of the next global batch: its samples rank, rank + world_size, …
-
-        Raises ValueError when the folder was replaced since it was verified: samples are read from it by name.
-        """
-        batch = range(self.position, self.position + self.global_batch)
-        self._check_unchanged()
-        share = [_decode(self._reader[self._index(position)]) for position in batch[self.rank :: self.world_size]]
-        self._check_unchanged()
-        self.position += self.global_batch
-        return share
-
-    def _check_unchanged(self) -> None:
-        if _written(self.folder) != self._written:
-            raise ValueError(f"{self.folder} was replaced while it was being read: start the training anew")
-
-    def _index(self, position: int) -> int:
-        epoch, at = divmod(position, self.manifest.trajectories)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._permutation(epoch)
-        return self._order[at]
-
-    def _permutation(self, epoch: int) -> list[int]:
-        """Sorting by a hash: unlike NumPy's generators, the same in every version of every library."""
-        order = range(self.manifest.trajectories)
-        if not self.shuffle:
-            return list(order)
-        return sorted(order, key=lambda i: (xxhash.xxh64_intdigest(f"{self.seed}/{epoch}/{i}".encode()), i))
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values, equal on all ranks: everything that says which batch comes next."""
-        return {
-            "position": self.position,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "content_hash": self.manifest.content_hash,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on behind the last batch of the stream that gave the state; world size and global_batch may be others.
-
-        Raises ValueError when seed, shuffle or the shards are not those of the state: the order would be another.
-        """
-        own = self.state_dict()
-        for key in ("seed", "shuffle", "content_hash"):
-            if state[key] != own[key]:
-                raise ValueError(
-                    f"{self.folder}: the checkpoint's {key} is {state[key]!r}, here it is {own[key]!r}: "
-                    "resume with the settings and shards it was trained on, or start another run.name"
-                )
-        self.position = int(state["position"])
-
-
-def _streaming() -> Any:
-    """`streaming.base` of mosaicml-streaming: the only place where the library comes in (MDSWriter and LocalDataset).
+def streaming() -> Any:
+    """`streaming.base` of mosaicml-streaming: the only place where the library comes in (MDSWriter, LocalDataset, and
+    in `storage` its downloaders and uploaders).
 
     The package's own `__init__` imports vision data sets and so torchvision, which nothing here needs: an empty package
     stands in for it during the import.

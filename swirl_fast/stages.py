@@ -71,6 +71,7 @@ def judge(config: Config) -> None:
 
 
 def filter(config: Config) -> None:
+    from swirl_fast.shard_store import upload_shards
     from swirl_fast.shards import StepSample, write_shards
 
     task = _task(config)
@@ -91,7 +92,9 @@ def filter(config: Config) -> None:
         selection = keep(trajectories, judgements, outcomes, "none", max_trajectories=limit, seed=seed)
     kept = set(selection.kept)
     samples = [StepSample(t, [j.verdict for j in judgements[t.id]]) for t in trajectories if t.id in kept]
-    fingerprint = {"collection": collection, "judge": judge.id, "filter": asdict(config.filter)}
+    settings = asdict(config.filter)
+    upload = settings.pop("upload")  # where copies lie says nothing about the contents
+    fingerprint = {"collection": collection, "judge": judge.id, "filter": settings}
     write_shards(config.folder / "shards", samples, fingerprint=fingerprint, selection=selection, replace=True)
     summary = {
         "kind": selection.kind,
@@ -103,6 +106,9 @@ def filter(config: Config) -> None:
     }
     _write_json(config.folder / "filter.json", summary)
     print(f"filter: {selection.describe()}")
+    if upload:
+        done = "uploaded to" if upload_shards(config.folder / "shards", upload) else "are already at"
+        print(f"filter: the shards {done} {upload}")
 
 
 def train(config: Config) -> None:

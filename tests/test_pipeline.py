@@ -253,6 +253,33 @@ def test_training_killed_and_resumed_equals_uninterrupted(
         assert torch.equal(tensor, found[name]), name
 
 
+def test_training_goes_on_from_uploaded_shards_as_from_its_own(
+    trained: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    """`filter` uploads, and a checkpoint made with the run's own folder is resumed from the copy, with other reading ahead."""
+    folder = copy_of(trained, tmp_path)
+    shutil.rmtree(folder / "r" / "model")
+    shutil.rmtree(folder / "r" / "checkpoints" / f"step_{STEPS:06d}")
+    before = (folder / "r" / "shards").stat().st_ino
+    target, cache = tmp_path / "store", tmp_path / "cache"
+    done = start(["filter", *overrides(folder, tiny_model, judged, f"filter.upload={target}")])
+    assert f"uploaded to {target}" in done.stdout
+    assert (folder / "r" / "shards").stat().st_ino == before
+    shutil.rmtree(folder / "r" / "shards")
+    elsewhere = (
+        f"training.shards=file://{target}",
+        f"training.shards_cache={cache}",
+        "training.shards_cache_limit=1gb",
+    )
+    start(
+        ["train", *overrides(folder, tiny_model, judged, *elsewhere, "training.prefetch=0", "training.bad_shards=skip")]
+    )
+    assert list(cache.glob("*/*.mds"))
+    assert [row["skipped_samples"] for row in read_metrics(folder / "r")] == [0] * STEPS
+    for name, tensor in weights(trained).items():
+        assert torch.equal(tensor, weights(folder)[name]), name
+
+
 def test_two_ranks_equal_one(collected: Path, trained: Path, tiny_model: Path, judged: str, tmp_path: Path) -> None:
     """Invariant 2: loss, gradient norm and parameters, with FSDP2 and other micro-batches, from the same seed."""
     folder = copy_of(collected, tmp_path)

@@ -21,7 +21,8 @@ from test_store import ROOT, make_question, make_trajectory
 from swirl_fast import shards
 from swirl_fast.filtering import keep
 from swirl_fast.judges.judge import Verdict
-from swirl_fast.shards import StepSample, TrajectoryStream, read_trajectories, verify_shards, write_shards
+from swirl_fast.shard_stream import TrajectoryStream
+from swirl_fast.shards import StepSample, read_trajectories, verify_shards, write_shards
 from swirl_fast.trajectory import Finish
 
 FINGERPRINT = {"model": "tiny", "filter": {"kind": "process"}}
@@ -69,6 +70,11 @@ def test_what_is_written_comes_back(thirteen: Path) -> None:
     spans = [step.end - step.start for sample in samples for step in sample.trajectory.steps]
     assert manifest.action_tokens == sum(spans)
     assert manifest.verdicts == Counter(verdict.value for sample in samples for verdict in sample.verdicts)
+    trajectories = [sample.trajectory for sample in samples]
+    longest = max(trajectories, key=lambda trajectory: trajectory.steps[-1].start)
+    assert manifest.longest_state == {"id": longest.id, "tokens": len(longest.state(longest.num_steps - 1))}
+    ends = {t.tokens[step.end - 1] for t in trajectories for step in t.steps if step.action.kind != "malformed"}
+    assert manifest.stop_ids == sorted(ends) and len(ends) < manifest.steps
     for sample in read_trajectories(thirteen):
         sample.trajectory.check()
         hashes = [view.content_hash() for view in sample.trajectory.views()]
@@ -212,7 +218,7 @@ def test_foreign_shards_and_formats_are_named(thirteen: Path, tmp_path: Path) ->
     del body["xxh64"]
     body["xxh64"] = xxhash.xxh64(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(body))
-    with pytest.raises(ValueError, match="format 7, this swirl-fast reads format 1"):
+    with pytest.raises(ValueError, match="format 7, this swirl-fast reads format 2"):
         verify_shards(folder)
 
 
@@ -323,7 +329,7 @@ TWO_RANKS = """
 import json, sys
 sys.path[:0] = {paths!r}
 import torch.distributed as dist
-from swirl_fast.shards import TrajectoryStream
+from swirl_fast.shard_stream import TrajectoryStream
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 stream = TrajectoryStream({folder!r}, global_batch=5, rank=rank, world_size=world, seed=5)
@@ -368,8 +374,8 @@ def test_the_shards_are_ordinary_mds_for_other_readers(thirteen: Path, tmp_path:
     """The library's own StreamingDataset, in a process and with a folder for its lock files of its own."""
     code = (
         f"import sys, json; sys.path[:0] = {[str(ROOT)]!r}\n"
-        "from swirl_fast.shards import _streaming\n"
-        f"dataset = _streaming().StreamingDataset(local={str(thirteen)!r}, batch_size=1, shuffle=False)\n"
+        "from swirl_fast.shards import streaming\n"
+        f"dataset = streaming().StreamingDataset(local={str(thirteen)!r}, batch_size=1, shuffle=False)\n"
         "print(json.dumps([[s['meta']['id'], s['tokens'].tolist()] for s in dataset]))\n"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

@@ -14,7 +14,8 @@ from swirl_fast.judges import load_judge
 from swirl_fast.model import DTYPES, load_model, load_tokenizer, model_fingerprint
 from swirl_fast.policy import Policy
 from swirl_fast.rendering import Renderer
-from swirl_fast.shards import TrajectoryStream, read_trajectories
+from swirl_fast.shard_store import open_shards
+from swirl_fast.shard_stream import TrajectoryStream
 from swirl_fast.tasks import load_task
 from swirl_fast.training import checkpoint
 from swirl_fast.training.loop import Trainer, check_budget
@@ -36,6 +37,11 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
         "max_path_tokens",
         "activation_checkpointing",
         "max_engine_gap",
+        "shards",  # the stream compares their contents
+        "shards_cache",
+        "shards_cache_limit",
+        "bad_shards",  # which ones are skipped is in the stream's state
+        "prefetch",
     ):
         del training[name]
     return {
@@ -48,6 +54,31 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
     }
 
 
+def open_stream(config: Config, ranks: Ranks) -> TrajectoryStream:
+    """Collective: all ranks read the same shards and skip the same ones."""
+    training = config.training
+    location = training.shards or str(config.folder / "shards")
+    stream = TrajectoryStream(
+        open_shards(location, training.shards_cache, training.shards_cache_limit),
+        global_batch=training.trajectories_per_step,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        seed=config.run.seed,
+        shuffle_shards=training.shuffle_shards,
+        skip_bad=training.bad_shards == "skip",
+        prefetch=training.prefetch,
+    )
+    seen = ranks.gather((stream.manifest.content_hash, stream.problems))
+    if len({content for content, _ in seen}) > 1:
+        raise ValueError(f"{location} is not the same on all ranks; copy the same folder to every machine")
+    stream.skip({name: problem for _, problems in seen for name, problem in problems.items()})
+    if ranks.main:
+        for name, problem in stream.skipped.items():
+            skipped = f"its {stream.samples(name)} trajectories are skipped"
+            print(f"train: {stream.store.shown(name)} {problem}; {skipped} (training.bad_shards=skip)")
+    return stream
+
+
 def run_training(config: Config, ranks: Ranks) -> None:
     """Trains to `training.steps` and writes runs/NAME/model, a Hugging Face folder. Does nothing when that is there already."""
     with contextlib.ExitStack() as stack:
@@ -57,19 +88,8 @@ def run_training(config: Config, ranks: Ranks) -> None:
 def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> None:
     training = config.training
     target = config.folder / "model"
-    stream = TrajectoryStream(
-        config.folder / "shards",
-        global_batch=training.trajectories_per_step,
-        rank=ranks.rank,
-        world_size=ranks.size,
-        seed=config.run.seed,
-    )
-    content = int(stream.manifest.content_hash, 16) >> 12  # exact in a float64
-    spread = ranks.max(torch.tensor([content, -content], dtype=torch.float64)).sum()
-    if spread != 0:
-        raise ValueError(
-            f"{config.folder / 'shards'} is not the same on all ranks; copy the same folder to every machine"
-        )
+    stream = open_stream(config, ranks)
+    stack.callback(stream.close)
     task = load_task(config.tasks, config.run.seed)
     tools_by_task = {task.name: task.tools}
     settings = settings_of(config, load_judge(config.judge, tools_by_task, probe=False).id)
@@ -79,16 +99,14 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
             print(f"train: {target} is trained to step {training.steps} already")
         return
     judge = load_judge(config.judge, tools_by_task)
-    if ranks.main and stream.manifest.trajectories < training.trajectories_per_step:
+    if ranks.main and (count := stream.manifest.trajectories - stream.skipped_samples) < training.trajectories_per_step:
         print(
-            f"train: {stream.manifest.trajectories} trajectories passed the filter, fewer than "
+            f"train: {count} trajectories passed the filter, fewer than "
             f"training.trajectories_per_step={training.trajectories_per_step}: every step repeats some, with fresh actions"
         )
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer(tokenizer, config.model.path)
-    recorded = [sample.trajectory for sample in read_trajectories(config.folder / "shards")]
-    # a well-formed action was not cut off, so it ends with the stop token of the tokenizer that sampled it
-    stop_ids = {t.tokens[step.end - 1] for t in recorded for step in t.steps if step.action.kind != "malformed"}
+    stop_ids = stream.manifest.stop_ids
     if stop_ids and renderer.stop_id not in stop_ids:
         raise ConfigError(
             f"model.path={config.model.path}: its turns end with token {renderer.stop_id}, but none of the recorded actions does; "
@@ -100,7 +118,8 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
     autocast = compute if compute != torch.float32 and not ranks.distributed else None
     engine = load_engine(config, ranks.device, ranks=ranks)
     stack.callback(engine.close)
-    check_budget(config, recorded, engine.max_context)
+    longest = stream.manifest.longest_state
+    check_budget(config, longest["id"], longest["tokens"], engine.max_context)
     policy = Policy(load_model(config.model, "float32"), training.temperature, autocast)
     if training.activation_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})

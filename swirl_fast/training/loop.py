@@ -30,7 +30,7 @@ from swirl_fast.objective import LossSums, advantages, counts, policy_loss, weig
 from swirl_fast.policy import PackedRow, Policy, model_size
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
-from swirl_fast.shards import TrajectoryStream
+from swirl_fast.shard_stream import TrajectoryStream
 from swirl_fast.training import checkpoint, weight_sync
 from swirl_fast.training.metrics import MetricsLog
 from swirl_fast.training.parallel import Ranks
@@ -401,6 +401,7 @@ class Trainer:
             "engine_gap_mean": s["gap"] / tokens,
             "engine_gap_max": gap_max,
             "importance_truncated": s["truncated"] / tokens,
+            "skipped_samples": self.stream.skipped_samples,
             "states": s["states"],
             "actions": s["actions"],
             "action_tokens": s["generated_tokens"],
@@ -432,13 +433,12 @@ def learning_rate(config: Config, step: int) -> float:
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def check_budget(config: Config, trajectories: list[Trajectory], max_context: int) -> None:
-    """Raises ConfigError, before any work, when a recorded state with a longest action fits neither a micro-batch nor the longest path
-    allowed nor the context."""
+def check_budget(config: Config, trajectory: str, tokens: int, max_context: int) -> None:
+    """Raises ConfigError, before any work, when the longest recorded state, `tokens` long, with a longest action fits neither a
+    micro-batch nor the longest path allowed nor the context. trajectory: its id."""
     training = config.training
-    longest = max(trajectories, key=lambda trajectory: trajectory.steps[-1].start)
-    state = f"trajectory {longest.id} has a state of {longest.steps[-1].start} tokens"
-    path = longest.steps[-1].start + training.max_action_tokens
+    state = f"trajectory {trajectory} has a state of {tokens} tokens"
+    path = tokens + training.max_action_tokens
     if path - 1 > training.token_budget:  # an action's last token is not computed
         raise ConfigError(
             f"training.token_budget={training.token_budget}: {state}, and actions may have {training.max_action_tokens}; set it to at "
