@@ -1,9 +1,10 @@
 """Three training steps of a small model in several ways, one after another in one process group: for `torchrun`, or imported.
 
-    python -m torch.distributed.run --nproc-per-node N tests/parallel_variants.py MODEL OUT VARIANT …
+    python -m torch.distributed.run --nproc-per-node N tests/parallel_variants.py OUT MODEL:VARIANT …
 
 Everything is the trainer's own but rollouts, judge and stream, which are made up here from seeds. Rank 0 writes OUT/VARIANT.json
-(metrics, micro-batches, collectives) and OUT/VARIANT.safetensors (the trained parameters).
+(metrics, micro-batches, collectives) and OUT/VARIANT.safetensors (the trained parameters). MODEL:load only loads: OUT/NAME.json has
+what was read, OUT/NAME.safetensors all parameters and buffers, OUT/NAME a folder exported in small files; NAME is that of MODEL.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
 from small_models import SHAPE
 
@@ -28,8 +30,9 @@ from swirl_fast.actions import parse
 from swirl_fast.config import Config, load
 from swirl_fast.engines.engine import Completion, EngineStats, Request
 from swirl_fast.judges.judge import Judgement, Verdict
-from swirl_fast.training import loop
+from swirl_fast.training import loop, sharded_weights
 from swirl_fast.training.build import make_policy
+from swirl_fast.training.export import export
 from swirl_fast.training.parallel import Ranks, full_parameters, start, stop
 from swirl_fast.trajectory import Step, StepView, Trajectory
 
@@ -44,6 +47,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "compiled": ("training.compile=true",),
     "everything": ("training.compile=true", "training.activation_checkpointing=selective", MICRO, EVERY),
     "accumulated_sharded": (MICRO, EVERY),
+    "bfloat16": ("model.dtype=bfloat16",),
+    "offloaded": ("training.reference_offload=true",),
     "hsdp": ("training.shard_size=2",),
     "hsdp_accumulated": ("training.shard_size=2", MICRO),
     "hsdp_accumulated_sharded": ("training.shard_size=2", MICRO, EVERY),
@@ -55,7 +60,7 @@ def config_of(model: Path, variant: str) -> Config:
         f"model.path={model}",
         "algorithm.kl_coef=0.1",
         f"training.steps={STEPS}",
-        "training.trajectories_per_step=8",
+        "training.trajectories_per_step=12",
         "training.samples_per_state=3",
         "training.max_action_tokens=8",
         "training.learning_rate=1e-4",
@@ -78,8 +83,7 @@ class Rollouts:
         return [[sample(request, k) for k in range(request.n)] for request in requests]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        for _ in named_tensors:  # a collective
-            pass
+        """Real rollouts would come from them; here tokens come from the seeds."""
 
     def stats(self) -> EngineStats:
         return EngineStats()
@@ -118,12 +122,13 @@ def trajectory(number: int) -> Trajectory:
 def counted() -> Iterator[Counter[str]]:
     """How often FSDP reduces gradients: FSDP looks both functions up in torch.distributed at every call."""
     calls: Counter[str] = Counter()
-    originals = {name: getattr(dist, name) for name in ("reduce_scatter_tensor", "all_reduce")}
+    reduce_scatter = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    originals = {name: getattr(dist, name) for name in (reduce_scatter, "all_reduce")}
 
     def counting(name: str) -> Any:
-        def call(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
-            calls[name] += 1
-            return originals[name](tensor, *arguments, **named)
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls["all_reduce" if name == "all_reduce" else "reduce_scatter"] += 1
+            return originals[name](*arguments, **named)
 
         return call
 
@@ -154,18 +159,76 @@ def train(model: Path, variant: str, ranks: Ranks) -> tuple[dict[str, Any], dict
     stream: Any = Stream(ranks, config.training.trajectories_per_step)
     trainer = Watched(config, ranks, policy, reference, Rollouts(), Coin(), renderer, (), stream, {})
     metrics = [trainer.train_step() for _ in range(STEPS)]
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}, "weights are stepped in float32"
     keep = ("loss", "grad_norm", "kl", "reward", "tokens_computed")
     seen = {"metrics": [{key: row[key] for key in keep} for row in metrics], **trainer.seen}
     return seen, {name: tensor.clone() for name, tensor in full_parameters(policy)}
 
 
+class Recorder:
+    """safe_open that notes how many numbers of each tensor are read."""
+
+    read: Counter[str] = Counter()
+
+    def __init__(self, path: Path, framework: str) -> None:
+        self.file = safe_open(path, framework)
+
+    def __enter__(self) -> Recorder:
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *arguments: Any) -> None:
+        self.file.__exit__(*arguments)
+
+    def keys(self) -> list[str]:
+        return list(self.file.keys())
+
+    def get_slice(self, name: str) -> RecordedSlice:
+        return RecordedSlice(name, self.file.get_slice(name))
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        tensor = self.file.get_tensor(name)
+        self.read[name] += tensor.numel()
+        return tensor
+
+
+class RecordedSlice:
+    def __init__(self, name: str, rows: Any) -> None:
+        self.name, self.rows = name, rows
+        self.get_shape, self.get_dtype = rows.get_shape, rows.get_dtype
+
+    def __getitem__(self, at: slice) -> torch.Tensor:
+        part = self.rows[at]
+        Recorder.read[self.name] += part.numel()
+        return part
+
+
+def load_and_export(model: Path, out: Path, ranks: Ranks) -> None:
+    Recorder.read.clear()
+    sharded_weights.safe_open = Recorder
+    policy = make_policy(config_of(model, "plain"), ranks)
+    sharded_weights.safe_open = safe_open
+    reads = ranks.gather(dict(Recorder.read))
+    tensors = {name: tensor.clone() for name, tensor in full_parameters(policy)}
+    tensors |= {f"buffer {name}": buffer.clone() for name, buffer in policy.model.named_buffers()}
+    if ranks.main:
+        save_file(tensors, out / f"{model.name}.safetensors")
+        (out / f"{model.name}.json").write_text(json.dumps(reads))
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    export(out / model.name, policy, tokenizer, ranks, file_bytes=20_000)
+
+
 if __name__ == "__main__":
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    out_folder = Path(sys.argv[1])
     all_ranks = start()
-    for one in sys.argv[3:]:
+    for argument in sys.argv[2:]:
+        folder, _, one = argument.rpartition(":")
+        if one == "load":
+            load_and_export(Path(folder), out_folder, all_ranks)
+            continue
         torch._dynamo.reset()
-        found, parameters = train(folder, one, all_ranks)
+        found, parameters = train(Path(folder), one, all_ranks)
         if all_ranks.main:
-            (out / f"{one}.json").write_text(json.dumps(found))
-            save_file(parameters, out / f"{one}.safetensors")
+            (out_folder / f"{one}.json").write_text(json.dumps(found))
+            save_file(parameters, out_folder / f"{one}.safetensors")
     stop()

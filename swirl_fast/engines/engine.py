@@ -73,8 +73,9 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """After it no completion comes from older weights, nor from a stale cache. Raises KeyError for unknown or missing names,
-        ValueError for a wrong shape; then nothing has changed."""
+        """After it no completion comes from older weights, nor from a stale cache. Tensors may be sharded (DTensor): then all ranks call
+        this, and gather in the order of names. Raises KeyError for unknown or missing names, ValueError for a wrong shape; then
+        nothing has changed."""
         ...
 
     def stats(self) -> EngineStats: ...

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch.backends import mkldnn
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.engines.engine import Completion, EngineStats, Request, Sampling
@@ -102,8 +103,8 @@ class LocalEngine:
         """Copies new weights into the model, drops the cache and sets the version of later completions.
 
         named_tensors: names as in `model.state_dict()`, every parameter once (of tied parameters one name is enough),
-        any dtype, any device. Raises KeyError for unknown or missing names, ValueError for a wrong shape; then nothing
-        has changed.
+        any dtype, any device; sharded ones (DTensor) are gathered one at a time, by all their ranks. Raises KeyError for
+        unknown or missing names, ValueError for a wrong shape; then nothing has changed.
         """
         own = self._model.state_dict(keep_vars=True)
         new = dict(named_tensors)
@@ -119,6 +120,8 @@ class LocalEngine:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
         self._cache.clear()
         for name, tensor in new.items():
+            if isinstance(tensor, DTensor):  # cast first: less to send
+                tensor = tensor.to(own[name].dtype).full_tensor()
             own[name].copy_(tensor)
         if self._packs:
             _pack(self._model)

@@ -18,6 +18,7 @@ from swirl_fast.tasks import load_task
 from swirl_fast.training import layers, parallel, sharded_weights
 from swirl_fast.training.export import export
 from swirl_fast.training.loop import Trainer, check_budget
+from swirl_fast.training.memory import GIB, estimate
 from swirl_fast.training.parallel import Ranks
 
 _MARKER = "trained.json"
@@ -92,8 +93,7 @@ def run_training(config: Config, ranks: Ranks) -> None:
     """Trains to `training.steps` and writes runs/NAME/model, a Hugging Face folder. Does nothing when that is there already."""
     training = config.training
     parallel.check(training, ranks)
-    if training.liger:
-        layers.check(training, load_config(config.model), ranks.device)
+    layers.check(training, load_config(config.model), ranks.device)
     target = config.folder / "model"
     stream = TrajectoryStream(
         config.folder / "shards",
@@ -140,6 +140,10 @@ def run_training(config: Config, ranks: Ranks) -> None:
         device=ranks.device,
     )
     check_budget(config, recorded, engine.max_context)
+    if ranks.main and ranks.device.type == "cuda":
+        there = torch.cuda.get_device_properties(ranks.device).total_memory / GIB
+        needed = estimate(load_config(config.model), config, ranks.size if ranks.distributed else 0)
+        print(f"train: the GPU has {there:.1f} GiB; estimated need {needed}")
     policy = make_policy(config, ranks)
     reference = make_policy(config, ranks, frozen=True) if config.algorithm.kl_coef > 0 else None
     trainer = Trainer(config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings)

@@ -69,7 +69,8 @@ def _write_files(folder: Path, policy: Policy, ranks: Ranks, file_bytes: int) ->
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+        # not save_pretrained, which refuses settings that many published folders have (a temperature without do_sample)
+        model.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def _write_converted(folder: Path, policy: Policy, ranks: Ranks) -> None:

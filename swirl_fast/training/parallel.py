@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from swirl_fast.config import ConfigError, TrainingConfig
 from swirl_fast.policy import Policy
@@ -146,14 +147,15 @@ def set_gradient_sync(policy: Policy, last: bool, every: bool) -> None:
 
 
 def decoder_layers(policy: Policy) -> torch.nn.ModuleList:
+    return layers_of(policy.model)
+
+
+def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The one ModuleList that holds the model's decoder layers."""
-    for module in policy.model.base_model.modules():
-        if (
-            isinstance(module, torch.nn.ModuleList)
-            and len(module) == policy.model.config.get_text_config().num_hidden_layers
-        ):
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.get_text_config().num_hidden_layers:
             return module
-    raise ValueError(f"model type {policy.model.config.model_type}: no list of decoder layers was found to shard")
+    raise ValueError(f"model type {model.config.model_type}: no list of decoder layers was found to shard")
 
 
 def full_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
