@@ -25,6 +25,7 @@ ALGORITHMS = ("reinforce", "rloo", "grpo", "ppo")
 WEIGHTINGS = ("state", "token", "trajectory")
 SHARD_URLS = ("s3", "gs", "hf", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")  # that can be read
 UPLOAD_URLS = ("s3", "gs", "azure", "azure-dl", "oci", "dbfs", "file")
+CHECKPOINTING = ("none", "full", "selective")
 FILTERS = ("none", "process", "outcome", "process_and_outcome")
 
 
@@ -195,7 +196,19 @@ class TrainingConfig:
     clip_grad_norm: float = 1.0
     token_budget: int = 8192  # computed tokens a micro-batch
     max_path_tokens: int = 0  # longest state with its action; 0: the model's context
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = (
+        "none"  # none | full: layers run again in the backward | selective: every second layer does
+    )
+    shard_size: int = (
+        0  # ranks that share one copy of the parameters; several such groups are replicas (HSDP); 0: all ranks
+    )
+    shard_accumulated_gradients: bool = (
+        False  # reduce after every micro-batch, not once an update: more traffic, but no rank holds
+    )
+    # 4 bytes a parameter of the whole model between micro-batches
+    compile: bool = False  # torch.compile, one decoder layer at a time
+    liger: bool = False  # liger-kernel's RMSNorm, rotary embedding and SwiGLU (GPU only)
+    reference_offload: bool = False  # the reference model waits in CPU memory (GPU only, under torchrun)
     checkpoint_every: int = 10  # optimizer batches; the last one is always saved
     keep_checkpoints: int = 2
     tensorboard: bool = True
@@ -440,6 +453,12 @@ def check(config: Config) -> None:
     one_of("training.bad_shards", t.bad_shards, ("stop", "skip"))
     if t.shards_cache_limit and not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", t.shards_cache_limit.lower()):
         fail("training.shards_cache_limit", "must be a number with kb, mb, gb or tb, such as 10gb; empty for no limit")
+    one_of("training.activation_checkpointing", t.activation_checkpointing, CHECKPOINTING)
+    at_least(0, training__shard_size=t.shard_size)
+    if t.liger and t.compile:
+        fail("training.liger", "torch.compile fuses the same operations; set either training.liger or training.compile")
+    if t.reference_offload and a.kl_coef == 0:
+        fail("training.reference_offload", "algorithm.kl_coef=0 loads no reference model; leave it false")
     at_least(1, evaluate__samples=e.samples)
     at_least(0, evaluate__max_action_tokens=e.max_action_tokens)
     if e.temperature == 0 and e.samples > 1:

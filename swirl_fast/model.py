@@ -54,7 +54,7 @@ def resolve(path: str) -> str:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, with `model.chat_template` in place of its own template when that is set."""
     source = resolve(config.path)
-    with _named(config):
+    with named_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if config.chat_template:
         tokenizer.chat_template = Path(config.chat_template).read_text()
@@ -71,7 +71,7 @@ def load_model(config: ModelConfig, dtype: str, weights: str | None = None) -> P
     weights: a checkpoint's exported folder to load in place of `config.path`.
     """
     source = weights or resolve(config.path)
-    with _named(config):
+    with named_errors(config):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     return model.eval()
 
@@ -83,14 +83,21 @@ def local_folder(config: ModelConfig) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    with _named(config):
+    with named_errors(config):
         return Path(
             snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
         )
 
 
+def load_config(config: ModelConfig) -> transformers.PreTrainedConfig:
+    source = resolve(config.path)
+    with named_errors(config):
+        return AutoConfig.from_pretrained(source)
+
+
 @contextmanager
-def _named(config: ModelConfig) -> Iterator[None]:
+def named_errors(config: ModelConfig) -> Iterator[None]:
+    """Turns what loading from `config.path` raises into a ConfigError that says what to do."""
     try:
         yield
     except (

@@ -52,6 +52,9 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("training.prefetch=-1", ["training.prefetch=-1", "at least 0"]),
         ("training.shuffle_shards=-1", ["training.shuffle_shards=-1", "at least 0"]),
         ("training.schedule=linear", ["training.schedule=linear", "constant, cosine"]),
+        ("training.activation_checkpointing=true", ["activation_checkpointing=", "none, full, selective"]),
+        ("training.shard_size=-1", ["training.shard_size=-1", "at least 0"]),
+        ("training={liger: true, compile: true}", ["training.liger=True", "training.compile"]),
         ("algorithm.name=dpo", ["algorithm.name=dpo", "rloo"]),
         ("algorithm.clip_low=1.0", ["algorithm.clip_low"]),
         ("algorithm.updates_per_batch=2", ["updates_per_batch=2", "ppo"]),
@@ -71,6 +74,12 @@ def test_bad_values_name_key_value_and_remedy(override: str, parts: list[str]) -
         load(None, [override])
     for part in parts:
         assert part in str(error.value)
+
+
+def test_an_offloaded_reference_needs_a_reference() -> None:
+    load(None, ["training.reference_offload=true"])
+    with pytest.raises(ConfigError, match="training.reference_offload=True: algorithm.kl_coef=0"):
+        load(None, ["training.reference_offload=true", "algorithm.kl_coef=0"])
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from swirl_fast.comb import common_prefix
 
@@ -84,6 +85,12 @@ def cacheable(prompts: Sequence[Sequence[int] | np.ndarray]) -> int:
     return sum(common_prefix(a, b) for a, b in pairwise(contexts))
 
 
+def whole(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The tensor in `dtype` (None: its own), gathered where it is sharded: then a collective of all its ranks."""
+    tensor = tensor.detach().to(dtype or tensor.dtype)  # cast first: less to send
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class Engine(Protocol):
     max_context: int  # prompt and completion together, in tokens
 
@@ -93,8 +100,9 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """After it no completion comes from older weights, nor from a stale cache. Raises KeyError for unknown or missing names,
-        ValueError for a wrong shape; then nothing has changed."""
+        """After it no completion comes from older weights, nor from a stale cache. Tensors may be sharded (DTensor): then all ranks call
+        this, and gather in the order of names. Raises KeyError for unknown or missing names, ValueError for a wrong shape; then
+        nothing has changed."""
         ...
 
     def stats(self) -> EngineStats: ...

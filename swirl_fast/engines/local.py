@@ -30,7 +30,7 @@ from torch.backends import mkldnn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.comb import common_prefix
-from swirl_fast.engines.engine import Completion, EngineStats, Request, Sampling
+from swirl_fast.engines.engine import Completion, EngineStats, Request, Sampling, whole
 from swirl_fast.engines.prefix_cache import DecodePass, Node, PrefillPass, PrefixCache
 
 ATTENTION = "swirl_engine"
@@ -108,8 +108,8 @@ class LocalEngine:
         """Copies new weights into the model, drops the cache and sets the version of later completions.
 
         named_tensors: names as in `model.state_dict()`, every parameter once (of tied parameters one name is enough),
-        any dtype, any device. Raises KeyError for unknown or missing names, ValueError for a wrong shape; then nothing
-        has changed.
+        any dtype, any device; sharded ones (DTensor) are gathered one at a time, by all their ranks. Raises KeyError for
+        unknown or missing names, ValueError for a wrong shape; then nothing has changed.
         """
         own = self._model.state_dict(keep_vars=True)
         new = dict(named_tensors)
@@ -125,7 +125,7 @@ class LocalEngine:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
         self._cache.clear()
         for name, tensor in new.items():
-            own[name].copy_(tensor)
+            own[name].copy_(whole(tensor, own[name].dtype))
         if self._packs:
             _pack(self._model)
         self._version = version

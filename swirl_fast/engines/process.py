@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from swirl_fast.engines.engine import Completion, Engine, EngineError, EngineStats, Request
+from swirl_fast.engines.engine import Completion, Engine, EngineError, EngineStats, Request, whole
 
 BUCKET_BYTES = 256 * 2**20  # of weights handed over at a time
 
@@ -51,7 +51,7 @@ class ProcessEngine:
             try:
                 for name, tensor in named_tensors:
                     # a copy: sending a CPU tensor moves it to shared memory, and it is the trainer's own
-                    bucket.append((name, tensor.detach().clone()))
+                    bucket.append((name, whole(tensor).clone()))
                     size += tensor.numel() * tensor.element_size()
                     if size >= BUCKET_BYTES:
                         self._hand_over(bucket)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from swirl_fast.comb import common_prefix
 from swirl_fast.config import EngineConfig
-from swirl_fast.engines.engine import Completion, EngineError, EngineStats, Request, cacheable
+from swirl_fast.engines.engine import Completion, EngineError, EngineStats, Request, cacheable, whole
 from swirl_fast.engines.sglang_client import ServerFailure
 from swirl_fast.engines.sglang_servers import REMEMBERED, Server, Servers, gather
 from swirl_fast.engines.sglang_update import WeightUpdater
@@ -63,6 +63,7 @@ class SGLangEngine:
         urls: Sequence[str] = (),
     ) -> None:
         self._label, self._leader = label, leader
+        self._dtype = _DTYPES[config.dtype]
         self._version = 0
         self._stats = EngineStats()
         self._lock = threading.Lock()
@@ -83,7 +84,7 @@ class SGLangEngine:
                     self._servers,
                     config.weight_sync,
                     weights,
-                    _DTYPES[config.dtype],
+                    self._dtype,
                     Path(config.weight_sync.folder or folder / "weights"),
                     self._start,
                 )
@@ -115,15 +116,15 @@ class SGLangEngine:
             return results
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """As in the protocol, but read bucket by bucket, so that only `weight_sync.bucket_mb` are held at a time. A process that does
-        not lead reads the tensors (gathering them may be a collective) and sends nothing.
+        """As in the protocol; sharded tensors are gathered bucket by bucket, so that only `weight_sync.bucket_mb` are held at a time. A
+        process that does not lead takes part in gathering and sends nothing.
 
         A server that fails meanwhile is mended or dropped as in `generate`; EngineError when none is left.
         """
         with self._lock:
             if self._updater is None:
-                for _ in named_tensors:
-                    pass
+                for _, tensor in named_tensors:
+                    whole(tensor, self._dtype)
                 self._servers.tag = self._tag(version)
             else:
                 self._updater.update(named_tensors, version, self._tag(version))

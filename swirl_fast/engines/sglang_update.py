@@ -20,9 +20,9 @@ from swirl_fast.engines.sglang_servers import Server, Servers
 from swirl_fast.engines.sglang_weights import (
     Broadcast,
     Bucket,
-    Checked,
     Snapshot,
     buckets,
+    check,
     shapes_of,
     shared,
     tied_names,
@@ -41,7 +41,7 @@ class WeightUpdater:
     ) -> None:
         self._servers, self._config, self._start = servers, config, start
         self._source, self._folder = source, folder.absolute()
-        self._checked = Checked(shapes_of(source), dtype, tied_names(source))
+        self._dtype, self._shapes, self._tied = dtype, shapes_of(source), tied_names(source)
         self._group: Broadcast | None = None
         self._group_of = ""  # the servers in it
         self._groups = 0
@@ -50,7 +50,8 @@ class WeightUpdater:
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int, tag: str) -> None:
         """Raises KeyError and ValueError as the protocol says; EngineError when no server took the weights."""
         servers, config = self._servers, self._config
-        stream = buckets(self._checked(named_tensors), int(config.bucket_mb * 2**20))
+        tensors = check(named_tensors, self._shapes, self._tied)
+        stream = buckets(tensors, int(config.bucket_mb * 2**20), self._dtype)
         keeps = config.method == "disk" or config.snapshot
         snapshot = Snapshot(self._folder, f"v{version}", self._source) if keeps else None
         if config.method == "disk":

@@ -1,6 +1,6 @@
 """Ways to bring a trainer's weights to SGLang servers: a folder they read, shared memory, or a broadcast; always bucket by bucket.
 
-A `Checked` stream compares names and shapes with the model's own files first: SGLang would silently skip what it does not know.
+`check` compares names and shapes with the model's own files first: SGLang would silently skip what it does not know.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swirl_fast.engines.engine import EngineError
+from swirl_fast.engines.engine import EngineError, whole
 
 Bucket = list[tuple[str, Tensor]]
 
@@ -46,39 +46,33 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class Checked:
-    """Passes (name, tensor) through, cast to `dtype`. Raises KeyError for names the model does not have and, at the end, for those
-    that did not come, ValueError for a wrong shape. tied: names that need not come, for they share another's weights."""
-
-    def __init__(
-        self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tied: frozenset[str] = frozenset()
-    ) -> None:
-        self._shapes, self._dtype, self._tied = shapes, dtype, tied
-
-    def __call__(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        seen = set()
-        for name, tensor in named:
-            if self._shapes:
-                if name not in self._shapes and name not in self._tied:
-                    example = next(iter(self._shapes))
-                    raise KeyError(f"the model has no weights named {name}; its names are like {example}")
-                wanted = self._shapes.get(name, tuple(tensor.shape))
-                if tuple(tensor.shape) != wanted:
-                    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model's is {wanted}")
-            seen.add(name)
-            yield name, tensor.detach().to(self._dtype)
-        missing = self._shapes.keys() - seen - self._tied
-        if missing:
-            raise KeyError(
-                f"{len(missing)} weights are missing: {', '.join(sorted(missing)[:3])}; send every parameter of the model"
-            )
+def check(
+    named: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], tied: frozenset[str]
+) -> list[tuple[str, Tensor]]:
+    """The tensors as a list, each as it comes, sharded or not. Raises KeyError for names the model does not have and for missing ones,
+    ValueError for a wrong shape. shapes: of the model's own files, empty when there are none to compare with. tied: names that
+    need not come, for they share another's weights."""
+    tensors = list(named)
+    if not shapes:
+        return tensors
+    for name, tensor in tensors:
+        if name not in shapes and name not in tied:
+            raise KeyError(f"the model has no weights named {name}; its names are like {next(iter(shapes))}")
+        if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model's is {shapes[name]}")
+    missing = shapes.keys() - {name for name, _ in tensors} - tied
+    if missing:
+        some = ", ".join(sorted(missing)[:3])
+        raise KeyError(f"{len(missing)} weights are missing: {some}; send every parameter of the model")
+    return tensors
 
 
-def buckets(named: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Bucket]:
-    """Groups tensors to at most `limit` bytes; one that is larger goes alone. None of them may be changed before the next is asked for."""
+def buckets(named: Iterable[tuple[str, Tensor]], limit: int, dtype: torch.dtype) -> Iterator[Bucket]:
+    """Gathers and casts tensors, and groups them to at most `limit` bytes; one that is larger goes alone."""
     bucket: Bucket = []
     size = 0
-    for name, tensor in named:
+    for name, given in named:
+        tensor = whole(given, dtype)
         own = tensor.numel() * tensor.element_size()
         if bucket and size + own > limit:
             yield bucket

@@ -11,15 +11,17 @@ import torch
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines import load_engine
 from swirl_fast.judges import load_judge
-from swirl_fast.model import DTYPES, load_model, load_tokenizer, model_fingerprint
+from swirl_fast.model import DTYPES, load_config, load_model, load_tokenizer, model_fingerprint
 from swirl_fast.policy import Policy
 from swirl_fast.rendering import Renderer
 from swirl_fast.shard_store import open_shards
 from swirl_fast.shard_stream import TrajectoryStream
 from swirl_fast.tasks import load_task
-from swirl_fast.training import checkpoint
+from swirl_fast.training import layers, parallel, sharded_weights
+from swirl_fast.training.export import export
 from swirl_fast.training.loop import Trainer, check_budget
-from swirl_fast.training.parallel import Ranks, shard
+from swirl_fast.training.memory import GIB, estimate
+from swirl_fast.training.parallel import Ranks
 
 _MARKER = "trained.json"
 
@@ -42,6 +44,11 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
         "shards_cache_limit",
         "bad_shards",  # which ones are skipped is in the stream's state
         "prefetch",
+        "shard_size",
+        "shard_accumulated_gradients",
+        "compile",
+        "liger",
+        "reference_offload",
     ):
         del training[name]
     return {
@@ -79,6 +86,42 @@ def open_stream(config: Config, ranks: Ranks) -> TrajectoryStream:
     return stream
 
 
+def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
+    """The policy, or the frozen reference, ready to run on these ranks. Collective.
+
+    Under torchrun every rank reads its own part of the weights alone, where the files allow it; rank 0 says so where they do not.
+    """
+    training = config.training
+    compute = DTYPES[config.model.dtype]
+    if not ranks.distributed:
+        # FSDP gathers parameters in the compute type; one process casts them under autocast. Either way they are stored in float32.
+        autocast = compute if compute != torch.float32 else None
+        policy = Policy(load_model(config.model, "float32"), training.temperature, autocast)
+        weights = None
+    else:
+        # what is never stepped can be stored in the type in which it is gathered: the same numbers
+        dtype = config.model.dtype if frozen else "float32"
+        model, weights, reason = None, None, ""
+        try:
+            model = sharded_weights.empty_model(config.model, dtype)
+            weights = sharded_weights.find_weights(config.model, model)
+        except sharded_weights.Unsharded as error:
+            reason = str(error)
+        if reasons := [one for one in ranks.gather(reason) if one]:
+            if ranks.main:
+                print(f"train: model.path={config.model.path}: {reasons[0]}; every rank loads the whole model first")
+            model, weights = load_model(config.model, dtype), None
+        policy = Policy(model, training.temperature)
+    if frozen:
+        policy.requires_grad_(False)
+    layers.prepare(policy, training)
+    offload = frozen and training.reference_offload
+    parallel.shard(policy, ranks, compute, training.shard_size, offload)
+    if weights is not None:
+        sharded_weights.fill(policy, weights, torch.device("cpu") if offload else ranks.device)
+    return policy
+
+
 def run_training(config: Config, ranks: Ranks) -> None:
     """Trains to `training.steps` and writes runs/NAME/model, a Hugging Face folder. Does nothing when that is there already."""
     with contextlib.ExitStack() as stack:
@@ -87,6 +130,8 @@ def run_training(config: Config, ranks: Ranks) -> None:
 
 def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> None:
     training = config.training
+    parallel.check(training, ranks)
+    layers.check(training, load_config(config.model), ranks.device)
     target = config.folder / "model"
     stream = open_stream(config, ranks)
     stack.callback(stream.close)
@@ -113,26 +158,19 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
             "the shards were collected with another model's tokenizer"
         )
 
-    compute = DTYPES[config.model.dtype]
-    # FSDP gathers parameters in the compute type; one process casts them under autocast. Either way they are stored in float32.
-    autocast = compute if compute != torch.float32 and not ranks.distributed else None
     engine = load_engine(config, ranks.device, ranks=ranks)
     stack.callback(engine.close)
     longest = stream.manifest.longest_state
     check_budget(config, longest["id"], longest["tokens"], engine.max_context)
-    policy = Policy(load_model(config.model, "float32"), training.temperature, autocast)
-    if training.activation_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.model.train()  # transformers checkpoints in training mode only; dropout was refused
-    shard(policy, ranks, compute)
-    reference = None
-    if config.algorithm.kl_coef > 0:
-        reference = Policy(load_model(config.model, "float32"), training.temperature, autocast)
-        reference.requires_grad_(False)
-        shard(reference, ranks, compute)
+    if ranks.main and ranks.device.type == "cuda":
+        there = torch.cuda.get_device_properties(ranks.device).total_memory / GIB
+        needed = estimate(load_config(config.model), config, ranks.size if ranks.distributed else 0)
+        print(f"train: the GPU has {there:.1f} GiB; estimated need {needed}")
+    policy = make_policy(config, ranks)
+    reference = make_policy(config, ranks, frozen=True) if config.algorithm.kl_coef > 0 else None
     trainer = Trainer(config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings)
     trainer.train()
-    checkpoint.export(target, policy, tokenizer, ranks)
+    export(target, policy, tokenizer, ranks)
     if ranks.main:
         (target / _MARKER).write_text(json.dumps(marker))
     ranks.barrier()

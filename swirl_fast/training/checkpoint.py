@@ -22,7 +22,7 @@ import xxhash
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from swirl_fast.policy import Policy
-from swirl_fast.training.parallel import Ranks, full_parameters
+from swirl_fast.training.parallel import Ranks
 
 _MANIFEST = "manifest.json"
 
@@ -105,22 +105,6 @@ def damage(path: Path) -> str | None:
         if _hash(path / name) != wanted:
             return f"{name} does not match its hash"
     return None
-
-
-def export(folder: Path, policy: Policy, tokenizer: Any, ranks: Ranks) -> None:
-    """Writes a Hugging Face folder that transformers, SGLang and vLLM load. Collective."""
-    weights = {}
-    for name, tensor in full_parameters(policy):
-        if ranks.main:
-            weights[name] = tensor.cpu().clone()
-    if ranks.main:
-        writing = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(writing, ignore_errors=True)
-        policy.model.save_pretrained(writing, state_dict=weights)
-        tokenizer.save_pretrained(writing)
-        shutil.rmtree(folder, ignore_errors=True)
-        writing.rename(folder)
-    ranks.barrier()
 
 
 @contextmanager

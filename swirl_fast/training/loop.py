@@ -33,7 +33,7 @@ from swirl_fast.seeds import seed_of
 from swirl_fast.shard_stream import TrajectoryStream
 from swirl_fast.training import checkpoint, weight_sync
 from swirl_fast.training.metrics import MetricsLog
-from swirl_fast.training.parallel import Ranks
+from swirl_fast.training.parallel import Ranks, set_gradient_sync
 from swirl_fast.training.rollout import SampledAction, judge_sampled, sample_actions, to_actions, to_branches
 from swirl_fast.trajectory import Trajectory
 from swirl_kernels import PolicyLossMetrics
@@ -314,7 +314,7 @@ class Trainer:
             shown: list[Tensor] = []  # of each micro-batch: its loss, the sum and the largest of the gaps
             for i, batch in enumerate(batches):
                 if self.ranks.distributed:
-                    self.policy.set_requires_gradient_sync(i == len(batches) - 1)
+                    set_gradient_sync(self.policy, i == len(batches) - 1, training.shard_accumulated_gradients)
                 logp_N = self.policy(batch.row)
                 old_N = logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N
                 loss, part = policy_loss(

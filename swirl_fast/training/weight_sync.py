@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from swirl_fast.engines.engine import Engine
 from swirl_fast.policy import Policy
-from swirl_fast.training.parallel import Ranks, full_parameters
+from swirl_fast.training.parallel import Ranks
 
 
 def sync(policy: Policy, engine: Engine, version: int, ranks: Ranks) -> None:
-    """Collective: every rank gathers each parameter and hands it to its engine; no rank goes on before all engines have them, for
-    ranks may share servers."""
-    engine.update_weights(full_parameters(policy), version)
+    """Collective: every rank's engine takes all parameters. They are handed over as they are sharded: an engine first looks at names and
+    shapes, then gathers some at a time, so that no rank holds the whole model beside its engine's. No rank goes on before all
+    engines have them, for ranks may share servers."""
+    engine.update_weights(((name, p.detach()) for name, p in policy.model.named_parameters()), version)
     ranks.barrier()
