@@ -116,7 +116,9 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         largest = max(entry["bytes"] for entry in self.manifest.files.values())
         if limit is not None and limit < largest:
-            raise ValueError(f"a cache of {limit} bytes does not hold {self.url}: its largest shard has {largest}")
+            raise ValueError(
+                f"training.shards_cache_limit is {limit} bytes and the largest shard of {self.url} has {largest}: raise it"
+            )
         if (problem := self.fetch(INDEX)) is not None:
             raise ValueError(f"{self.shown(INDEX)} {problem}: {self.remedy}")
 
@@ -226,8 +228,7 @@ class ShardCache:
                 "Check the address, the credentials and the network, then start again"
             ) from error
         if isinstance(failed, ImportError):
-            package = PACKAGES.get(urlparse(self.url).scheme, failed.name)
-            raise ImportError(f"{self.url} cannot be read ({failed}): pip install {package}") from failed
+            raise _missing_package(self.url, failed) from failed
         return None if failed is None else "is missing"
 
     def _downloader(self) -> Any:
@@ -247,6 +248,8 @@ def upload_shards(folder: Path, target: str) -> bool:
     """Copies a shard folder to a URL or another folder, the manifest last. Returns False when it is there already.
 
     A reader that opens `target` during the upload of other contents over it finds a shard of another hash, and stops.
+
+    Raises OSError when `target` cannot be written, ImportError naming the package that the kind of URL needs.
     """
     manifest = read_manifest(folder)
     target = target.removeprefix("file://").rstrip("/")
@@ -259,14 +262,28 @@ def upload_shards(folder: Path, target: str) -> bool:
             there.close()
             if there.manifest == manifest:
                 return False
-    uploader = streaming().storage.CloudUploader.get((str(folder), target), keep_local=True, retry=TRIES, exist_ok=True)
-    for name in (*sorted(manifest.files), MANIFEST):
-        uploader.upload_file(name)
+    try:
+        get = streaming().storage.CloudUploader.get
+        uploader = get((str(folder), target), keep_local=True, retry=TRIES, exist_ok=True)
+        for name in (*sorted(manifest.files), MANIFEST):
+            uploader.upload_file(name)
+    except ImportError as error:
+        raise _missing_package(target, error) from error
+    except Exception as error:  # the library raises a kind of its own for each store
+        raise OSError(
+            f"{target} cannot be written ({type(error).__name__}: {error}): check the address, the credentials and the "
+            f"network, then start again; the shards lie in {folder}"
+        ) from error
     return True
 
 
 def is_url(location: str) -> bool:
     return "://" in location or location.startswith("dbfs:/")
+
+
+def _missing_package(url: str, error: ImportError) -> ImportError:
+    package = PACKAGES.get(urlparse(url).scheme, error.name)
+    return ImportError(f"{url} needs a package that is not there ({error}): pip install {package}")
 
 
 class _Damaged(Exception):

@@ -291,7 +291,9 @@ def test_the_shards_used_least_recently_leave(remote: Path, tmp_path: Path) -> N
     os.utime(other, ns=(1, 1))
     store.fetch(names[4])
     assert not other.exists()
-    with pytest.raises(ValueError, match="a cache of 100 bytes does not hold .*its largest shard has"):
+    with pytest.raises(
+        ValueError, match=r"training.shards_cache_limit is 100 bytes and the largest shard of .* has \d+: raise it"
+    ):
         ShardCache(f"file://{remote}", tmp_path / "cache", 100)
 
 
@@ -403,7 +405,7 @@ def test_a_missing_client_is_an_error_with_the_line_that_installs_it(
 ) -> None:
     for name in ("boto3", "boto3.s3.transfer", "google.cloud.storage"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=f"{url} cannot be read .*pip install {package}"):
+    with pytest.raises(ImportError, match=f"{url} needs a package .*pip install {package}"):
         ShardCache(url, tmp_path / "cache")
 
 
@@ -701,6 +703,26 @@ def test_uploaded_shards_are_whole_and_the_manifest_comes_last(
     write_shards(other, make_samples(3), fingerprint=FINGERPRINT)
     assert upload_shards(other, str(target))
     assert batches(cached(target, tmp_path / "cache", 3), 1) == batches(open_stream(other, 3), 1)
+
+
+def test_a_target_that_cannot_be_written_is_named(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refused(Exception):
+        """As boto3's, a kind of its own."""
+
+    def refused(*_: object) -> None:
+        raise Refused("no such bucket")
+
+    monkeypatch.setattr(streaming().storage.LocalUploader, "upload_file", refused)
+    with pytest.raises(
+        OSError, match=rf"{tmp_path}/x cannot be written .Refused: no such bucket.*the shards lie in {remote}"
+    ):
+        upload_shards(remote, str(tmp_path / "x"))
+    for name in ("boto3", "boto3.s3.transfer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="s3://bucket/x needs a package .*pip install boto3"):
+        upload_shards(remote, "s3://bucket/x")
 
 
 def test_a_lock_of_a_dead_process_holds_nobody_up(remote: Path, tmp_path: Path) -> None:
