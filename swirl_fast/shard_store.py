@@ -110,7 +110,7 @@ class ShardCache:
         self.root = Path(cache).expanduser().absolute()
         self._downloaders = threading.local()  # clients of object stores may not be shared by threads
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="shards")
-        self._verified: dict[str, int] = {}  # name -> inode of the file that was hashed
+        self._verified: dict[str, tuple[int, int]] = {}  # name -> inode and size of the file that was hashed
         self.manifest = self._open()
         self.folder = self.root / self.manifest.content_hash
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ class ShardCache:
                 problem = self._download(name, temporary, self.manifest)
                 if problem is None:
                     fsync(temporary / name)
-                    self._verified[name] = (temporary / name).stat().st_ino
+                    self._verified[name] = _identity(temporary / name)
                     os.replace(temporary / name, self.folder / name)
                     fsync(self.folder)
             finally:
@@ -171,11 +171,11 @@ class ShardCache:
     def _whole(self, name: str) -> bool:
         path = self.folder / name
         try:
-            inode = path.stat().st_ino
-            if self._verified.get(name) != inode:
+            identity = _identity(path)
+            if self._verified.get(name) != identity:
                 if damage(self.folder, name, self.manifest) is not None:
                     return False
-                self._verified[name] = inode
+                self._verified[name] = identity
             os.utime(path)  # used now, for _make_room
         except FileNotFoundError:
             return False
@@ -299,6 +299,11 @@ def _not_found(error: Exception) -> bool:
     if isinstance(response, dict):  # botocore
         codes.append(response.get("Error", {}).get("Code"))
     return any(str(code) in ("404", "NoSuchKey") for code in codes)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size
 
 
 def _written(folder: Path) -> tuple[int, int] | None:

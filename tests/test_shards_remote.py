@@ -276,6 +276,16 @@ def test_what_was_damaged_in_the_cache_is_copied_anew(remote: Path, tmp_path: Pa
     assert not list(folder.glob("*.tmp"))
 
 
+def test_what_is_cut_off_or_removed_in_the_cache_while_it_is_read_is_copied_anew(remote: Path, tmp_path: Path) -> None:
+    expected = batches(open_stream(remote, COUNT), 3)
+    stream = cached(remote, tmp_path / "cache", COUNT)
+    found = [ids(stream.next_batch())]
+    names = shard_names(stream.store.folder)
+    truncate(stream.store.folder / names[0])
+    (stream.store.folder / names[1]).unlink()
+    assert found + batches(stream, 2) == expected
+
+
 def test_the_shards_used_least_recently_leave(remote: Path, tmp_path: Path) -> None:
     names = shard_names(remote)
     sizes = [(remote / name).stat().st_size for name in names]
