@@ -23,6 +23,7 @@ STEP_KEYS = (
     "tokens_effective",
     "cache_hit_rate",
     "seconds",
+    "seconds_data",
     "seconds_rollout",
     "seconds_forward_backward",
 )

@@ -110,13 +110,15 @@ class ShardCache:
         self.root = Path(cache).expanduser().absolute()
         self._downloaders = threading.local()  # clients of object stores may not be shared by threads
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="shards")
-        self._verified: dict[str, int] = {}  # name -> inode of the file that was hashed
+        self._verified: dict[str, tuple[int, int]] = {}  # name -> inode and size of the file that was hashed
         self.manifest = self._open()
         self.folder = self.root / self.manifest.content_hash
         self.folder.mkdir(parents=True, exist_ok=True)
         largest = max(entry["bytes"] for entry in self.manifest.files.values())
         if limit is not None and limit < largest:
-            raise ValueError(f"a cache of {limit} bytes does not hold {self.url}: its largest shard has {largest}")
+            raise ValueError(
+                f"training.shards_cache_limit is {limit} bytes and the largest shard of {self.url} has {largest}: raise it"
+            )
         if (problem := self.fetch(INDEX)) is not None:
             raise ValueError(f"{self.shown(INDEX)} {problem}: {self.remedy}")
 
@@ -139,7 +141,7 @@ class ShardCache:
                 problem = self._download(name, temporary, self.manifest)
                 if problem is None:
                     fsync(temporary / name)
-                    self._verified[name] = (temporary / name).stat().st_ino
+                    self._verified[name] = _identity(temporary / name)
                     os.replace(temporary / name, self.folder / name)
                     fsync(self.folder)
             finally:
@@ -169,11 +171,11 @@ class ShardCache:
     def _whole(self, name: str) -> bool:
         path = self.folder / name
         try:
-            inode = path.stat().st_ino
-            if self._verified.get(name) != inode:
+            identity = _identity(path)
+            if self._verified.get(name) != identity:
                 if damage(self.folder, name, self.manifest) is not None:
                     return False
-                self._verified[name] = inode
+                self._verified[name] = identity
             os.utime(path)  # used now, for _make_room
         except FileNotFoundError:
             return False
@@ -226,8 +228,7 @@ class ShardCache:
                 "Check the address, the credentials and the network, then start again"
             ) from error
         if isinstance(failed, ImportError):
-            package = PACKAGES.get(urlparse(self.url).scheme, failed.name)
-            raise ImportError(f"{self.url} cannot be read ({failed}): pip install {package}") from failed
+            raise _missing_package(self.url, failed) from failed
         return None if failed is None else "is missing"
 
     def _downloader(self) -> Any:
@@ -247,6 +248,8 @@ def upload_shards(folder: Path, target: str) -> bool:
     """Copies a shard folder to a URL or another folder, the manifest last. Returns False when it is there already.
 
     A reader that opens `target` during the upload of other contents over it finds a shard of another hash, and stops.
+
+    Raises OSError when `target` cannot be written, ImportError naming the package that the kind of URL needs.
     """
     manifest = read_manifest(folder)
     target = target.removeprefix("file://").rstrip("/")
@@ -259,14 +262,28 @@ def upload_shards(folder: Path, target: str) -> bool:
             there.close()
             if there.manifest == manifest:
                 return False
-    uploader = streaming().storage.CloudUploader.get((str(folder), target), keep_local=True, retry=TRIES, exist_ok=True)
-    for name in (*sorted(manifest.files), MANIFEST):
-        uploader.upload_file(name)
+    try:
+        get = streaming().storage.CloudUploader.get
+        uploader = get((str(folder), target), keep_local=True, retry=TRIES, exist_ok=True)
+        for name in (*sorted(manifest.files), MANIFEST):
+            uploader.upload_file(name)
+    except ImportError as error:
+        raise _missing_package(target, error) from error
+    except Exception as error:  # the library raises a kind of its own for each store
+        raise OSError(
+            f"{target} cannot be written ({type(error).__name__}: {error}): check the address, the credentials and the "
+            f"network, then start again; the shards lie in {folder}"
+        ) from error
     return True
 
 
 def is_url(location: str) -> bool:
     return "://" in location or location.startswith("dbfs:/")
+
+
+def _missing_package(url: str, error: ImportError) -> ImportError:
+    package = PACKAGES.get(urlparse(url).scheme, error.name)
+    return ImportError(f"{url} needs a package that is not there ({error}): pip install {package}")
 
 
 class _Damaged(Exception):
@@ -282,6 +299,11 @@ def _not_found(error: Exception) -> bool:
     if isinstance(response, dict):  # botocore
         codes.append(response.get("Error", {}).get("Code"))
     return any(str(code) in ("404", "NoSuchKey") for code in codes)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size
 
 
 def _written(folder: Path) -> tuple[int, int] | None:

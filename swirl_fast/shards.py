@@ -9,7 +9,7 @@ One sample a trajectory, so that no prefix is stored twice:
 
 The format protects nothing by itself: flipped bytes are read silently, a missing shard ends the epoch early, an
 exception while writing leaves an index that looks complete. Hence manifest.json with size and xxh64 of every file: it
-is written last, into NAME.tmp, which is then renamed, and all is checked against it before the first sample is read.
+is written last, into NAME.tmp, which is then renamed, and every shard is compared with it before a sample is read from it.
 
 shard_store.py says where shards are read from (a folder, an object store), shard_stream.py in which order.
 """

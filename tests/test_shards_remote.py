@@ -276,6 +276,16 @@ def test_what_was_damaged_in_the_cache_is_copied_anew(remote: Path, tmp_path: Pa
     assert not list(folder.glob("*.tmp"))
 
 
+def test_what_is_cut_off_or_removed_in_the_cache_while_it_is_read_is_copied_anew(remote: Path, tmp_path: Path) -> None:
+    expected = batches(open_stream(remote, COUNT), 3)
+    stream = cached(remote, tmp_path / "cache", COUNT)
+    found = [ids(stream.next_batch())]
+    names = shard_names(stream.store.folder)
+    truncate(stream.store.folder / names[0])
+    (stream.store.folder / names[1]).unlink()
+    assert found + batches(stream, 2) == expected
+
+
 def test_the_shards_used_least_recently_leave(remote: Path, tmp_path: Path) -> None:
     names = shard_names(remote)
     sizes = [(remote / name).stat().st_size for name in names]
@@ -291,7 +301,9 @@ def test_the_shards_used_least_recently_leave(remote: Path, tmp_path: Path) -> N
     os.utime(other, ns=(1, 1))
     store.fetch(names[4])
     assert not other.exists()
-    with pytest.raises(ValueError, match="a cache of 100 bytes does not hold .*its largest shard has"):
+    with pytest.raises(
+        ValueError, match=r"training.shards_cache_limit is 100 bytes and the largest shard of .* has \d+: raise it"
+    ):
         ShardCache(f"file://{remote}", tmp_path / "cache", 100)
 
 
@@ -403,7 +415,7 @@ def test_a_missing_client_is_an_error_with_the_line_that_installs_it(
 ) -> None:
     for name in ("boto3", "boto3.s3.transfer", "google.cloud.storage"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=f"{url} cannot be read .*pip install {package}"):
+    with pytest.raises(ImportError, match=f"{url} needs a package .*pip install {package}"):
         ShardCache(url, tmp_path / "cache")
 
 
@@ -701,6 +713,26 @@ def test_uploaded_shards_are_whole_and_the_manifest_comes_last(
     write_shards(other, make_samples(3), fingerprint=FINGERPRINT)
     assert upload_shards(other, str(target))
     assert batches(cached(target, tmp_path / "cache", 3), 1) == batches(open_stream(other, 3), 1)
+
+
+def test_a_target_that_cannot_be_written_is_named(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refused(Exception):
+        """As boto3's, a kind of its own."""
+
+    def refused(*_: object) -> None:
+        raise Refused("no such bucket")
+
+    monkeypatch.setattr(streaming().storage.LocalUploader, "upload_file", refused)
+    with pytest.raises(
+        OSError, match=rf"{tmp_path}/x cannot be written .Refused: no such bucket.*the shards lie in {remote}"
+    ):
+        upload_shards(remote, str(tmp_path / "x"))
+    for name in ("boto3", "boto3.s3.transfer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="s3://bucket/x needs a package .*pip install boto3"):
+        upload_shards(remote, "s3://bucket/x")
 
 
 def test_a_lock_of_a_dead_process_holds_nobody_up(remote: Path, tmp_path: Path) -> None:
