@@ -1,7 +1,8 @@
 """`swirl-fast STAGE --config FILE key=value …`
 
 Exit codes: 0 done; 1 the stage failed, the message says why; 2 the command line or the config cannot work, nothing was started;
-130 interrupted. An interrupted stage goes on when it is started again.
+75 train wrote a checkpoint and stopped, because of SIGTERM, SIGUSR1 or training.time_limit: start it again; 130 interrupted. An
+interrupted stage goes on when it is started again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 from swirl_fast import __version__
 from swirl_fast.config import ConfigError, load
+from swirl_fast.training.interrupt import EXIT_RESUMABLE, Resumable
 
 _STAGES = {
     "collect": "questions -> trajectories, with the real tools",
@@ -72,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"swirl-fast {options.stage}: {error}\n(SWIRL_FAST_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
+    except Resumable as stop:
+        print(f"swirl-fast {options.stage}: {stop}", file=sys.stderr)
+        return EXIT_RESUMABLE
     except KeyboardInterrupt:
         print(f"swirl-fast {options.stage}: interrupted; start it again to go on", file=sys.stderr)
         return 130

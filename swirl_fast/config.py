@@ -26,6 +26,11 @@ WEIGHTINGS = ("state", "token", "trajectory")
 SHARD_URLS = ("s3", "gs", "hf", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")  # that can be read
 UPLOAD_URLS = ("s3", "gs", "azure", "azure-dl", "oci", "dbfs", "file")
 CHECKPOINTING = ("none", "full", "selective")
+KEEP_BEST = {
+    "process_label": 1,
+    "reward": 1,
+    "malformed": -1,
+}  # metrics that name a best checkpoint; -1: smaller is better
 FILTERS = ("none", "process", "outcome", "process_and_outcome")
 
 
@@ -210,7 +215,20 @@ class TrainingConfig:
     liger: bool = False  # liger-kernel's RMSNorm, rotary embedding and SwiGLU (GPU only)
     reference_offload: bool = False  # the reference model waits in CPU memory (GPU only, under torchrun)
     checkpoint_every: int = 10  # optimizer batches; the last one is always saved
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest so many stay
+    keep_best: str = (
+        ""  # process_label | reward | malformed: the best checkpoint by its mean since the one before stays too
+    )
+    async_checkpoints: bool = True  # training goes on while a copy in CPU memory is written; False: it waits
+    time_limit: float = (
+        0.0  # minutes since the start: when the next step may not fit, save and exit with code 75; 0: none
+    )
+    max_skipped_steps: int = (
+        3  # so many in a row without an update (gradient not finite, no verdict at all) stop training
+    )
+    # Warn when the mean KL a token exceeds it: at 0.5 nats the policy finds its tokens e^0.5 = 1.6 times as likely as the reference
+    # does, an action of 50 tokens e^25 times: it has left the text that the reference writes. 0: never.
+    kl_warning: float = 0.5
     tensorboard: bool = True
     shards: str = ""  # a folder, or a URL (s3://, gs://, hf://datasets/ORG/NAME, …) whose shards are copied when needed; "": this run's
     shards_cache: str = "~/.cache/swirl_fast/shards"  # where they are copied to; ranks and runs may share it
@@ -435,7 +453,11 @@ def check(config: Config) -> None:
         training__token_budget=t.token_budget,
         training__checkpoint_every=t.checkpoint_every,
         training__keep_checkpoints=t.keep_checkpoints,
+        training__max_skipped_steps=t.max_skipped_steps,
     )
+    at_least(0, training__time_limit=t.time_limit, training__kl_warning=t.kl_warning)
+    if t.keep_best:
+        one_of("training.keep_best", t.keep_best, tuple(KEEP_BEST))
     if a.name in ("rloo", "grpo", "ppo") and t.samples_per_state < 2:
         fail(
             "training.samples_per_state",

@@ -332,8 +332,11 @@ def test_a_judge_without_verdicts_stops_training(
     folder = copy_of(collected, tmp_path)
     arguments = ["train", *overrides(folder, tiny_model, judged.replace("/v1", "/silent/v1"))]
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "gave no verdict on any of" in done.stderr
-    assert not (folder / "r" / "model").exists() and not read_metrics(folder / "r")
+    assert done.returncode == 1 and "gave no verdict on any of" in done.stderr and "max_skipped_steps" in done.stderr
+    assert not (folder / "r" / "model").exists()
+    rows = read_metrics(folder / "r")
+    assert [row["unknown_steps"] for row in rows] == [1, 2] and all(row["grad_norm"] == 0 for row in rows)
+    assert not list((folder / "r" / "checkpoints").iterdir()), "the batches that were not judged are to be done again"
 
 
 def test_reusing_a_batch_moves_the_ratio_and_clips_it(

@@ -27,13 +27,18 @@ _MARKER = "trained.json"
 
 
 def settings_of(config: Config, judge_id: str) -> dict[str, object]:
-    """What a checkpoint's further course depends on; what may change on resuming (its length, its pace of saving) is left out."""
+    """What a checkpoint's further course depends on; what may change on resuming (its length, its saving and its guards) is left out."""
     training = asdict(config.training)
     if config.training.schedule == "constant":
         del training["steps"]  # a cosine depends on where it ends
     for name in (
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_best",
+        "async_checkpoints",
+        "time_limit",
+        "max_skipped_steps",
+        "kl_warning",
         "tensorboard",
         "token_budget",
         "max_path_tokens",

@@ -3,120 +3,291 @@
 A checkpoint is written under a temporary name and renamed when everything lies on disk, so that a folder `step_000010` is
 whole or damaged later. DCP loads flipped bytes silently, hence the hashes: a damaged checkpoint is skipped with a warning in
 favour of the one before.
+
+    training   ── step ── copy to CPU ── step ── step ── step ──
+    its thread                └ write, hash, manifest, fsync, rename, remove old ones
+
+The thread of each rank talks to those of the others over a process group of its own, so that nothing it sends mixes with what the
+training sends.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from swirl_fast.config import KEEP_BEST
 from swirl_fast.policy import Policy
 from swirl_fast.training.parallel import Ranks
 
-_MANIFEST = "manifest.json"
+BEST = "best"  # a link to the checkpoint that `keep_best` keeps
+_MANIFEST, _STATE, _TEMPORARY = "manifest.json", "state.json", ".tmp"
+_TIMEOUT = timedelta(hours=2)  # ranks that wrote their part wait so long for those with a slower disk
 
 
-def save(
-    folder: Path,
-    step: int,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    ranks: Ranks,
-    keep: int,
-) -> Path:
-    """Writes `folder/step_N` and removes all but the last `keep`. Collective. state: JSON-able, the same on every rank."""
-    target = folder / f"step_{step:06d}"
-    writing = folder / f"{target.name}.tmp"
-    if ranks.main:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    ranks.barrier()
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    with _quiet():
-        dcp.save(
-            {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing, no_dist=not ranks.distributed
+class Checkpoints:
+    """The checkpoints of one training, in `folder`, which all ranks must see. At most one is being written.
+
+    keep: so many of the newest stay. best: name of a metric (config.KEEP_BEST) or "": the checkpoint with the best mean of it over
+    the steps since the one before stays too, and `folder/best` links to it. Every method is collective.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int, best: str = "", asynchronous: bool = True) -> None:
+        self.folder, self.step, self.seconds = folder, -1, 0.0  # the newest one's step; how long the last write took
+        self._ranks, self._keep, self._best, self._asynchronous = ranks, keep, best, asynchronous
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if ranks.distributed else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[float] | None = None
+        self._window: list[float] = []  # the metric `best` since the last scheduled checkpoint
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled"
+        )  # DCP's; in one process as it should be
+        if ranks.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f"*{_TEMPORARY}"):  # of a process that was killed while it wrote or removed one
+                _remove(left)
+        ranks.barrier()
+        if not all(ranks.gather(folder.is_dir())):
+            raise ValueError(f"{folder} is not there on every rank: run.folder must be shared by all machines")
+
+    def measure(self, metrics: dict[str, float]) -> None:
+        """A step's metrics, for `best`; a step that measured nothing does not count."""
+        if self._best and math.isfinite(metrics[self._best]):
+            self._window.append(metrics[self._best])
+
+    def save(
+        self,
+        step: int,
+        policy: Policy | torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        scheduled: bool = True,
+    ) -> None:
+        """Begins to write `folder/step_N`: when this returns, the training may go on and change every tensor.
+
+        state: JSON-able, the same on every rank. scheduled: False for one between two regular ones, which cannot be the best.
+        Raises RuntimeError when the write before this one failed.
+        """
+        self.wait()
+        mean = sum(self._window) / len(self._window) if scheduled and self._window else None
+        if scheduled:
+            self._window = []
+        state = state | {BEST: {"metric": self._best, "mean": mean, "window": self._window}}
+        writing = self.folder / f"step_{step:06d}{_TEMPORARY}"
+        if self._ranks.main:
+            _remove(writing)
+            writing.mkdir()
+        self._ranks.barrier()
+        start = time.monotonic()
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        written = dcp.async_save(  # copies before it returns
+            {"model": model_state, "optimizer": optimizer_state},
+            checkpoint_id=writing,
+            process_group=self._group,
+            no_dist=self._group is None,
         )
-    ranks.barrier()
-    if ranks.main:
-        (writing / "state.json").write_text(json.dumps(state))
-        hashes = {file.name: _hash(file) for file in sorted(writing.iterdir())}
-        (writing / _MANIFEST).write_text(json.dumps(hashes, indent=1))
-        for file in writing.iterdir():
-            _fsync(file)
-        shutil.rmtree(target, ignore_errors=True)
-        writing.rename(target)
-        _fsync(folder)
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    ranks.barrier()
-    return target
+        assert isinstance(written, Future), "a stager that copies at once gives the future of the write"
+        self._writing = self._thread.submit(self._finish, written, writing, json.dumps(state), start)
+        self.step = step
+        if not self._asynchronous:
+            self.wait()
 
+    def wait(self) -> None:
+        """Returns when nothing is being written any more. Raises RuntimeError on every rank when the write failed on one."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self.seconds = writing.result()
 
-def load_latest(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any] | None:
-    """Restores the newest whole checkpoint and returns its state, None when there is none. Collective."""
-    step = -1
-    if ranks.main:
-        whole = latest(folder)
-        step = int(whole.name.removeprefix("step_")) if whole else -1
-    step = int(ranks.max(torch.tensor([step]))[0])
-    if step < 0:
+    def load_latest(
+        self,
+        policy: Policy | torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        check: Callable[[dict[str, Any]], None] = lambda state: None,
+    ) -> dict[str, Any] | None:
+        """Restores the newest whole checkpoint and returns its state, None when there is none at all.
+
+        check: gets the state before anything is restored, and raises when it must not be. Damaged ones are warned about and set
+        aside as `step_N.damaged`. Raises ValueError when all are damaged.
+        """
+        source = self._latest()
+        if source is None:
+            return None
+        state = json.loads((source / _STATE).read_text())
+        check(state)
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        try:
+            dcp.load(
+                {"model": model_state, "optimizer": optimizer_state},
+                checkpoint_id=source,
+                no_dist=self._group is None,
+            )
+        except CheckpointException as error:
+            raise RuntimeError(f"checkpoint {source} cannot be loaded into this model: {error}") from error
+        set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        self.step = _step(source)
+        if state.get(BEST, {}).get("metric") == self._best:
+            self._window = state[BEST]["window"]
+        return state
+
+    def _latest(self) -> Path | None:
+        """The newest checkpoint whose files match their hashes. Each rank reads a share of the files."""
+        names = self._ranks.gather([path.name for path in checkpoints(self.folder)])[0]
+        for name in reversed(names):
+            path = self.folder / name
+            problems = self._ranks.gather(damage(path, self._ranks.rank, self._ranks.size))
+            problem = next((one for one in problems if one is not None), None)
+            if problem is None:
+                return path
+            if self._ranks.main:
+                aside = path.with_name(f"{name}.damaged")
+                warnings.warn(
+                    f"checkpoint {path} is damaged ({problem}); it is kept as {aside.name}, using the one before it",
+                    stacklevel=3,
+                )
+                _remove(aside)
+                path.rename(aside)
+            self._ranks.barrier()
+        if names:
+            raise ValueError(
+                f"{self.folder} holds no whole checkpoint, {len(names)} are damaged: repair one and rename it back, or remove the "
+                "folder to train from the start"
+            )
         return None
-    source = folder / f"step_{step:06d}"
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    with _quiet():
-        dcp.load(
-            {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=source, no_dist=not ranks.distributed
-        )
-    set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    return json.loads((source / "state.json").read_text())
+
+    def _finish(self, written: Future[Any], writing: Path, state: str, start: float) -> float:
+        """On this rank's thread: makes a checkpoint of what DCP has written. Returns the seconds since the copy began."""
+        target = writing.with_name(writing.name.removesuffix(_TEMPORARY))
+        failed = f"checkpoint {target} could not be written; those before it are intact"
+        try:
+            written.result()  # fails on every rank when it fails on one
+        except (CheckpointException, OSError) as error:
+            raise RuntimeError(f"{failed}: {error}") from error
+        own: dict[str, str] | str
+        try:
+            own = {file.name: _hash(file) for file in writing.glob(f"__{self._ranks.rank}_*")}
+        except OSError as error:
+            own = str(error)
+        of_ranks = self._gather(own)
+        problem = "; ".join(one for one in of_ranks if isinstance(one, str))
+        if not problem and self._ranks.main:
+            try:
+                hashes = {name: digest for one in of_ranks for name, digest in one.items()}
+                self._publish(writing, target, hashes, state)
+            except OSError as error:
+                problem = str(error)
+        problem = self._gather(problem)[0]
+        if problem:
+            raise RuntimeError(f"{failed}: {problem}")
+        return time.monotonic() - start
+
+    def _publish(self, writing: Path, target: Path, hashes: dict[str, str], state: str) -> None:
+        """On rank 0: completes the folder, gives it its name, and removes what is not kept. DCP has synced its own files."""
+        for name in hashes:
+            if not (writing / name).is_file():
+                raise OSError(
+                    f"{name}, written by another rank, is not there: {self.folder} must be shared by all machines"
+                )
+        (writing / _STATE).write_text(state)
+        hashes |= {name: _hash(writing / name) for name in (".metadata", _STATE)}
+        (writing / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True))
+        for path in (writing / _STATE, writing / _MANIFEST, writing):
+            _fsync(path)
+        _remove(target)
+        writing.rename(target)
+        _fsync(self.folder)
+        kept = checkpoints(self.folder)
+        best = best_of(kept, self._best)
+        if best is not None:
+            link = self.folder / f"{BEST}{_TEMPORARY}"
+            _remove(link)
+            link.symlink_to(best.name)
+            link.replace(self.folder / BEST)
+        for old in kept[: -self._keep]:
+            if old != best:
+                _remove(old)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self._ranks.size
+        dist.all_gather_object(values, value, self._group)
+        return values
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except RuntimeError as late:
+            if error is None:
+                raise
+            warnings.warn(str(late), stacklevel=2)  # and not in the place of the error that ends the training
+        finally:
+            self._thread.shutdown()
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files match their hashes; warns about damaged ones."""
-    for path in reversed(_checkpoints(folder)):
-        problem = damage(path)
-        if problem is None:
-            return path
-        warnings.warn(f"checkpoint {path} is damaged ({problem}); using the one before it", stacklevel=2)
-    return None
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that were finished, whole or not, in the order of their steps."""
+    return sorted((path for path in folder.glob("step_[0-9]*") if path.suffix == "" and path.is_dir()), key=_step)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None when it is whole."""
+def best_of(paths: list[Path], metric: str) -> Path | None:
+    """The checkpoint with the best mean of the metric, of equals the newest; None when none has it."""
+    means: dict[Path, float] = {}
+    for path in paths:
+        mark = json.loads((path / _STATE).read_text()).get(BEST, {}) if (path / _STATE).is_file() else {}
+        if metric and mark.get("metric") == metric and mark["mean"] is not None:
+            means[path] = KEEP_BEST[metric] * mark["mean"]
+    return max(means, key=lambda path: (means[path], _step(path)), default=None)
+
+
+def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or with every `parts`-th of its files from number `part` on; None when it is whole."""
     try:
-        hashes = json.loads((path / _MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"{_MANIFEST}: {error}"
-    for name, wanted in hashes.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _hash(path / name) != wanted:
-            return f"{name} does not match its hash"
+        hashes: dict[str, str] = json.loads((path / _MANIFEST).read_text())
+        if missing := {_STATE, ".metadata"} - hashes.keys():
+            return f"{_MANIFEST} does not name {' and '.join(sorted(missing))}"
+        for name in sorted(hashes)[part::parts]:
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _hash(path / name) != hashes[name]:
+                return f"{name} does not match its hash"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that there is no process group, which in one process is as it should be."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.is_dir() and not path.name.endswith(".tmp"))
+def _remove(path: Path) -> None:
+    """A file, a link or a folder, which first gets a temporary name: half a checkpoint must not look like one."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        doomed = path if path.suffix == _TEMPORARY else path.rename(path.with_name(path.name + _TEMPORARY))
+        shutil.rmtree(doomed)
 
 
 def _hash(file: Path) -> str:

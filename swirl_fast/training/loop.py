@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,10 @@ from swirl_fast.policy import PackedRow, Policy, model_size
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
 from swirl_fast.shard_stream import TrajectoryStream
-from swirl_fast.training import checkpoint, weight_sync
+from swirl_fast.training import weight_sync
+from swirl_fast.training.checkpoint import Checkpoints
+from swirl_fast.training.guards import Guards
+from swirl_fast.training.interrupt import Interrupts, Resumable
 from swirl_fast.training.metrics import MetricsLog
 from swirl_fast.training.parallel import Ranks, set_gradient_sync
 from swirl_fast.training.rollout import SampledAction, judge_sampled, sample_actions, to_actions, to_branches
@@ -39,8 +41,6 @@ from swirl_fast.trajectory import Trajectory
 from swirl_kernels import PolicyLossMetrics
 
 Metrics = dict[str, float]
-
-ENOUGH_TO_TELL = 8  # judged actions without a single verdict: below that it may be the actions
 
 
 @dataclass(frozen=True)
@@ -148,35 +148,65 @@ class Trainer:
         self.size = model_size(policy.model)
         self.step = 0  # batches done; also the policy version
         self.checkpoints = config.folder / "checkpoints"
+        self.guards = Guards(ranks, training.max_skipped_steps, training.kl_warning, self.checkpoints)
 
     def train(self) -> None:
-        training = self.config.training
-        restored = checkpoint.load_latest(self.checkpoints, self.policy, self.optimizer, self.ranks)
-        if restored is not None:
-            if restored["settings"] != self.settings:
-                raise ConfigError(
-                    f"{self.checkpoints} was trained with other settings: {_difference(restored['settings'], self.settings)}. "
-                    "Go back to them, or use another run.name"
-                )
-            if restored["step"] > training.steps:
-                raise ConfigError(
-                    f"training.steps={training.steps}: {self.checkpoints} stands at step {restored['step']} already; ask for at least "
-                    "as many, or use another run.name"
-                )
-            self.step = restored["step"]
-            self.stream.load_state_dict(restored["stream"])
-        weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
-        with MetricsLog(self.config.folder, self.step, self.ranks.main, training.tensorboard, training.steps) as log:
-            while self.step < training.steps:
-                metrics = self.train_step()
-                log.write(metrics)
-                if self.step % training.checkpoint_every == 0 or self.step == training.steps:
-                    self.save()
+        """Raises interrupt.Resumable, with a checkpoint on disk, when a signal or the time limit stops it before `training.steps`."""
+        training, folder = self.config.training, self.config.folder
+        with (
+            Interrupts(self.ranks, training.time_limit) as interrupts,
+            Checkpoints(
+                self.checkpoints, self.ranks, training.keep_checkpoints, training.keep_best, training.async_checkpoints
+            ) as checkpoints,
+        ):
+            restored = checkpoints.load_latest(self.policy, self.optimizer, self._check_restored)
+            if restored is not None:
+                self.step = restored["step"]
+                self.stream.load_state_dict(restored["stream"])
+                self.guards.load_state_dict(restored.get("guards", {}))
+            weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
+            due = False
+            with MetricsLog(folder, self.step, self.ranks.main, training.tensorboard, training.steps) as log:
+                while self.step < training.steps:
+                    if reason := interrupts.reason(reserve=checkpoints.seconds):
+                        if self.step > max(checkpoints.step, 0):
+                            checkpoints.save(self.step, self.policy, self.optimizer, self.state(), scheduled=False)
+                        checkpoints.wait()
+                        raise Resumable(
+                            f"{reason}: stopped at step {self.step} of {training.steps}, start it again to go on"
+                        )
+                    start = time.monotonic()
+                    metrics = self.train_step()
+                    log.write(metrics)
+                    checkpoints.measure(metrics)
+                    due = due or self.step % training.checkpoint_every == 0
+                    # In a row of skipped steps the last good checkpoints must not be crowded out.
+                    if (due and not self.guards.counts.in_a_row) or self.step == training.steps:
+                        checkpoints.save(self.step, self.policy, self.optimizer, self.state())
+                        due = False
+                    interrupts.measure(time.monotonic() - start)
 
-    def save(self) -> Path:
-        state = {"step": self.step, "stream": self.stream.state_dict(), "settings": self.settings}
-        keep = self.config.training.keep_checkpoints
-        return checkpoint.save(self.checkpoints, self.step, self.policy, self.optimizer, state, self.ranks, keep)
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the tensors; JSON-able, equal on all ranks."""
+        return {
+            "step": self.step,
+            "stream": self.stream.state_dict(),
+            "guards": self.guards.state_dict(),
+            "settings": self.settings,
+        }
+
+    def _check_restored(self, state: dict[str, Any]) -> None:
+        steps = self.config.training.steps
+        if state["settings"] != self.settings:
+            raise ConfigError(
+                f"{self.checkpoints} was trained with other settings: {_difference(state['settings'], self.settings)}. "
+                "Go back to them, or use another run.name"
+            )
+        if state["step"] > steps:
+            raise ConfigError(
+                f"training.steps={steps}: {self.checkpoints} stands at step {state['step']} already; ask for at least "
+                "as many, or use another run.name"
+            )
 
     def train_step(self) -> Metrics:
         """One batch of sampled actions and `updates_per_batch` optimizer steps on it. Returns the step's metrics, equal on all ranks."""
@@ -201,14 +231,15 @@ class Trainer:
             totals.judge_prompt_tokens = self.judge.stats().prompt_tokens - judged_before.prompt_tokens
             totals.judge_cached_tokens = self.judge.stats().cached_tokens - judged_before.cached_tokens
         with totals.phase("gather"):  # here ranks wait for those that sampled and judged longer
-            self._check_judged(sampled, judgements)
+            self.guards.begin()
+            answered = self._answered(sampled, judgements)
         with totals.phase("pack"):
             actions = to_actions(sampled, judgements)
             advantage_A, valid_A = advantages(actions, config.algorithm.name)
             with totals.phase("gather"):
                 global_counts = self.ranks.sum(counts(actions, valid_A))
             weight_A = weights(actions, valid_A, config.algorithm.weighting, global_counts)
-            batches = self._pack(trajectories, sampled, advantage_A, weight_A, totals)
+            batches = self._pack(trajectories, sampled, advantage_A, weight_A, totals) if answered else []
         for one in actions.states.unique():
             of_state = actions.known & (actions.states == one)
             if of_state.any():
@@ -228,24 +259,20 @@ class Trainer:
                     batch.old_logp_N = self.policy(batch.row)
         grad_norm = 0.0
         for update in range(config.algorithm.updates_per_batch):
+            if self.guards.skipped:
+                break
             grad_norm = self._update(batches, totals, first=update == 0)
         self.step += 1
         with totals.phase("weight_sync"):
             weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
-        return self._metrics(totals, grad_norm, time.perf_counter() - start)
+        metrics = self._metrics(totals, grad_norm, time.perf_counter() - start)
+        return metrics | self.guards.end(self.step, metrics["kl"])
 
-    def _check_judged(self, sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> None:
-        """Raises ValueError on every rank when the judge answered none of a step's well-formed actions (and there were enough to tell):
-        a dead judge must not look like training."""
+    def _answered(self, sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> bool:
         asked = [j for s, j in zip(sampled, judgements, strict=True) if s.action.kind != "malformed"]
         known = sum(judgement.verdict is not Verdict.UNKNOWN for judgement in asked)
-        total, answered = self.ranks.sum(torch.tensor([len(asked), known])).tolist()
-        if total >= ENOUGH_TO_TELL and not answered:
-            raise ValueError(
-                f"training step {self.step + 1}: the judge {self.judge.id} gave no verdict on any of {total} actions"
-                f"{f' ({asked[0].reason})' if asked else ''}. "
-                "Start train again when it answers; it goes on from the newest checkpoint"
-            )
+        reason = asked[0].reason if asked else ""
+        return self.guards.answered(self.step + 1, len(asked), known, len(sampled) - len(asked), self.judge.id, reason)
 
     def _pack(
         self,
@@ -311,6 +338,7 @@ class Trainer:
             group["lr"] = rate
         with totals.phase("forward_backward"):
             metrics: list[PolicyLossMetrics] = []
+            losses: list[Tensor] = []
             shown: list[Tensor] = []  # of each micro-batch: its loss, the sum and the largest of the gaps
             for i, batch in enumerate(batches):
                 if self.ranks.distributed:
@@ -328,6 +356,7 @@ class Trainer:
                 )
                 (loss * self.ranks.size).backward()  # FSDP averages gradients over ranks; the loss is a global sum
                 metrics.append(part)
+                losses.append(loss.detach())
                 if first:
                     gap_N = torch.where(batch.weight_N != 0, (logp_N.detach() - batch.engine_logp_N).abs(), 0.0)
                     gap_max = gap_N.max() if len(gap_N) else gap_N.sum()
@@ -349,12 +378,7 @@ class Trainer:
             )
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             grad_norm = float(norm)
-            if not math.isfinite(grad_norm):
-                raise FloatingPointError(
-                    f"step {self.step}: the gradient norm is {grad_norm}; lower training.learning_rate, or "
-                    f"compute in model.dtype=float32. The newest checkpoint in {self.checkpoints} is intact"
-                )
-            if batches:
+            if batches and self.guards.finite(self.step + 1, float(torch.stack(losses).sum()), grad_norm):
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
@@ -387,8 +411,8 @@ class Trainer:
         return {
             "step": self.step,
             "policy_version": self.step,
-            "reward": s["rewards"] / max(s["known"], 1.0),
-            "process_label": s["process_label"] / max(s["states"], 1.0),
+            "reward": s["rewards"] / s["known"] if s["known"] else math.nan,
+            "process_label": s["process_label"] / s["states"] if s["states"] else math.nan,
             "unknown": s["actions"] - s["known"],
             "malformed": s["malformed"] / max(s["actions"], 1.0),
             "loss": s["loss"],

@@ -1,0 +1,110 @@
+"""What keeps a training from going on blindly: steps without an update are counted and end it after a limit, a KL that runs away warns."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swirl_fast.training.parallel import Ranks
+
+ENOUGH_TO_TELL = 8  # judged actions without a single verdict: below that it may be the actions
+
+
+@dataclass
+class Counts:
+    """Goes into checkpoints and, where named so, into the metrics."""
+
+    skipped_steps: int = 0  # loss or gradient was not finite
+    unknown_steps: int = 0  # the judge gave no verdict
+    in_a_row: int = 0  # of either kind, up to now
+    unanswered: int = 0  # actions without a verdict in this row
+    kl_high: bool = False  # in the step before
+
+
+class Guards:
+    """The counts are equal on all ranks. A step counts as done whether it was skipped or not: schedule and policy version go on."""
+
+    def __init__(self, ranks: Ranks, limit: int, kl_limit: float, folder: Path) -> None:
+        self._ranks, self._limit, self._kl_limit, self._folder = ranks, limit, kl_limit, folder
+        self.counts = Counts()
+        self.skipped = False  # this step
+
+    def begin(self) -> None:
+        """Of a step."""
+        self.skipped = False
+
+    def end(self, step: int, kl: float) -> dict[str, float]:
+        """Of a step, the `step`-th. Returns its metrics. kl: mean a token."""
+        counts = self.counts
+        if not self.skipped:
+            counts.in_a_row = counts.unanswered = 0
+        high = bool(self._kl_limit) and kl > self._kl_limit
+        if high and not counts.kl_high:
+            self._warn(
+                f"training step {step}: the KL to the reference is {kl:.2f} nats a token, above training.kl_warning={self._kl_limit:g}; "
+                "read some actions, and raise algorithm.kl_coef or lower training.learning_rate when they have gone wrong"
+            )
+        counts.kl_high = high
+        return {"skipped_steps": counts.skipped_steps, "unknown_steps": counts.unknown_steps}
+
+    def finite(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether to make an update. Collective. loss: this rank's share; grad_norm: over all ranks.
+
+        Raises FloatingPointError when this was not so in `limit` steps in a row.
+        """
+        here = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if not self._ranks.max(torch.tensor([float(here)])).item():
+            return True
+        self.counts.skipped_steps += 1
+        what = f"training step {step}: the gradient norm is {grad_norm}" + (" and the loss is not finite" * here)
+        if self._skip():
+            raise FloatingPointError(
+                f"{what}, the last of {self.counts.in_a_row} steps in a row without an update (training.max_skipped_steps); lower "
+                f"training.learning_rate, or compute in model.dtype=float32. The newest checkpoint in {self._folder} is intact"
+            )
+        self._warn(f"{what}: no update was made")
+        return False
+
+    def answered(self, step: int, asked: int, known: int, malformed: int, judge: str, reason: str) -> bool:
+        """Whether there is something to learn from: False when the judge answered none of a step's well-formed actions, and there were
+        enough to tell or no other ones. Collective. All numbers are this rank's, reason: why a verdict was not given.
+
+        Raises ValueError when this was not so in `limit` steps in a row: a dead judge must not look like training.
+        """
+        asked, known, malformed = map(int, self._ranks.sum(torch.tensor([asked, known, malformed])).tolist())
+        if known or not asked or (asked < ENOUGH_TO_TELL and malformed):
+            return True
+        self.counts.unknown_steps += 1
+        self.counts.unanswered += asked
+        what = (
+            f"training step {step}: the judge {judge} gave no verdict on any of {asked} actions"
+            + f" ({reason})" * bool(reason)
+        )
+        if self._skip() and self.counts.unanswered >= ENOUGH_TO_TELL:
+            raise ValueError(
+                f"{what}, the last of {self.counts.in_a_row} steps in a row without an update (training.max_skipped_steps). "
+                "Start train again when it answers; it goes on from the newest checkpoint"
+            )
+        self._warn(f"{what}: no update was made")
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self.counts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = Counts(**state)
+
+    def _skip(self) -> bool:
+        """Counts a step without an update; whether the limit is reached."""
+        self.skipped = True
+        self.counts.in_a_row += 1
+        return self.counts.in_a_row >= self._limit
+
+    def _warn(self, text: str) -> None:
+        if self._ranks.main:
+            warnings.warn(text, stacklevel=3)

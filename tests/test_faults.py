@@ -1,0 +1,132 @@
+"""Trainings that are killed, told to stop, and started again, on one rank and on two: what comes out is what an undisturbed one gives."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_pipeline
+import torch
+from test_pipeline import command, copy_of, environment, kill_when, overrides, weights
+
+from swirl_fast import cli
+from swirl_fast.training import interrupt
+from swirl_fast.training.metrics import read_metrics
+
+STEPS = 10
+judged = test_pipeline.judged
+
+
+def arguments(folder: Path, model: Path, judged: str, *more: str) -> list[str]:
+    """18 trajectories, 6 a step: three steps are an epoch."""
+    small = ("training.trajectories_per_step=6", "training.samples_per_state=2", f"training.steps={STEPS}")
+    rest = ("training.learning_rate=1e-4", "training.weight_decay=0.1", "training.checkpoint_every=100")
+    return overrides(folder, model, judged, *small, *rest, *more)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, judged: str) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    for stage in ("collect", "judge", "filter"):
+        assert cli.main([stage, *arguments(folder, tiny_model, judged)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(prepared: Path, tiny_model: Path, judged: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps without a disturbance, on one rank."""
+    folder = copy_of(prepared, tmp_path_factory.mktemp("straight"))
+    done = faulty(folder, "none", ["train", *arguments(folder, tiny_model, judged)])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def faulty(
+    folder: Path, faults: str, stage: list[str], ranks: int = 0, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable]
+    if ranks:
+        start = command(ranks=ranks)[:-2] + ["--max-restarts", str(restarts)]
+    script = str(Path(__file__).with_name("faulty.py"))
+    return subprocess.run(
+        [*start, script, str(folder), faults, *stage], env=environment(), capture_output=True, text=True, timeout=100
+    )
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "r" / "checkpoints").iterdir())
+
+
+def assert_same_bits(found: Path, wanted: Path) -> None:
+    one, other = weights(found), weights(wanted)
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert torch.equal(tensor, one[name]), name
+    for row, expected in zip(read_metrics(found / "r"), read_metrics(wanted / "r"), strict=True):
+        for key in ("step", "loss", "grad_norm", "reward", "kl", "action_tokens"):
+            assert row[key] == expected[key], key
+
+
+def test_killed_told_to_stop_and_killed_while_it_writes_a_checkpoint(
+    prepared: Path, straight: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    """10 steps = 4, SIGKILL, 2, SIGTERM, 2, SIGKILL in the write of step 8, and 4 again: bit for bit."""
+    folder = copy_of(prepared, tmp_path)
+    every = [["train", *arguments(folder, tiny_model, judged, f"training.checkpoint_every={n}")] for n in (4, 100, 8)]
+    kill_when(every[0], lambda: "step_000004" in (checkpoints(folder) if (folder / "r/checkpoints").exists() else ()))
+    assert checkpoints(folder) == ["step_000004"]
+    assert not (folder / "r" / "model").exists()
+
+    told = faulty(folder, "6:0:term", every[1])
+    assert told.returncode == interrupt.EXIT_RESUMABLE == 75, told.stderr
+    assert "SIGTERM: stopped at step 6 of 10, start it again" in told.stderr
+    assert checkpoints(folder) == ["step_000004", "step_000006"]
+    assert [row["step"] for row in read_metrics(folder / "r")] == list(range(1, 7))
+
+    killed = faulty(folder, "8:0:write", every[2])
+    assert killed.returncode == -signal.SIGKILL
+    assert checkpoints(folder) == ["step_000004", "step_000006", "step_000008.tmp"]
+
+    done = faulty(folder, "none", every[1])
+    assert done.returncode == 0, done.stderr
+    assert checkpoints(folder) == ["step_000006", "step_000010"]
+    assert_same_bits(folder, straight)
+
+
+def test_a_rank_dies_and_torchrun_goes_on_then_one_rank_finishes_what_two_began(
+    prepared: Path, straight: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    """Two ranks: one dies in step 3, torchrun starts both again; in step 5 torchrun gets SIGTERM. One rank goes on to step 10."""
+    folder = copy_of(prepared, tmp_path)
+    stage = ["train", *arguments(folder, tiny_model, judged, "training.checkpoint_every=2")]
+    two = faulty(folder, "3:1:kill,5:1:agent", stage, ranks=2, restarts=1)
+    assert two.returncode != 0 and "SIGTERM: stopped at step 5 of 10" in two.stderr, two.stderr
+    assert {path.name for path in folder.glob("*:*")} == {"3:1:kill", "5:1:agent"}
+    assert checkpoints(folder) == ["step_000004", "step_000005"]
+    one = faulty(folder, "none", stage)
+    assert one.returncode == 0, one.stderr
+
+    steps = {
+        step: [id_ for path in sorted(folder.glob(f"{step}-*.json")) for id_ in json.loads(path.read_text())]
+        for step in range(1, STEPS + 1)
+    }
+    assert len(list(folder.glob("[1-5]-1.json"))) == 5 and not list(folder.glob("[6-9]-1.json"))
+    everything = {id_ for step in (1, 2, 3) for id_ in steps[step]}
+    assert len(everything) == 18
+    for epoch in ((1, 2, 3), (4, 5, 6), (7, 8, 9)):
+        assert sorted(id_ for step in epoch for id_ in steps[step]) == sorted(everything), "lost or doubled"
+    for step in range(1, STEPS + 1):
+        assert sorted(steps[step]) == sorted(json.loads((straight / f"{step}-0.json").read_text()))
+
+    before, wanted, found = torch_weights(tiny_model), weights(straight), weights(folder)
+    moved = max(float((wanted[name] - before[name]).abs().max()) for name in wanted)
+    apart = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
+    assert moved > 5e-4 and apart < 1e-5, (moved, apart)
+
+
+def torch_weights(model: Path) -> dict[str, torch.Tensor]:
+    return test_pipeline.load_file(model / "model.safetensors")
