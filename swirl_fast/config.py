@@ -187,6 +187,7 @@ class AlgorithmConfig:
 class TrainingConfig:
     steps: int = 10  # batches of sampled actions
     trajectories_per_step: int = 8  # over all ranks; every state of each is trained on
+    lag: int = 0  # 1: the next batch is sampled and judged, by the policy one update before, while this one trains
     samples_per_state: int = 8  # G, fresh actions drawn at a state
     max_action_tokens: int = 256
     temperature: float = 1.0  # of the sampled actions, and of the log-probs that are trained
@@ -471,6 +472,13 @@ def check(config: Config) -> None:
     if len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
         fail("training.betas", "must be two numbers in [0, 1)")
     one_of("training.schedule", t.schedule, ("constant", "cosine"))
+    if t.lag not in (0, 1):
+        fail("training.lag", "must be 0 or 1")
+    if t.lag and not a.importance_cap:
+        fail(
+            "training.lag",
+            "actions drawn by an older policy need importance weights: set algorithm.importance_cap, e.g. to 2",
+        )
     at_least(0, training__shuffle_shards=t.shuffle_shards, training__prefetch=t.prefetch)
     one_of("training.bad_shards", t.bad_shards, ("stop", "skip"))
     if t.shards_cache_limit and not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", t.shards_cache_limit.lower()):

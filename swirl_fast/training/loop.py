@@ -1,20 +1,21 @@
 """Step-wise RL (arXiv 2504.04736, section 3.3): at the states of kept trajectories the current policy draws fresh actions, a process
 judge scores each, and a policy gradient learns from them.
 
-One step on every rank: next trajectories -> sample -> judge -> advantages -> combs -> loss and backward a micro-batch ->
-clip, optimizer -> weights to the engine. Started alone or by `torchrun`, with the same result in float32; in bfloat16 one process
-alone casts weights in every matrix product (autocast), FSDP gathers all parameters in bfloat16, norms and embeddings too.
+One step on every rank: next trajectories -> sample -> judge (sampler.py, beside the training when training.lag=1) -> advantages ->
+combs -> loss and backward a micro-batch -> clip, optimizer -> weights to the engine. Started alone or by `torchrun`, with the same
+result in float32; in bfloat16 one process alone casts weights in every matrix product (autocast), FSDP gathers all parameters in
+bfloat16, norms and embeddings too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import operator
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,6 @@ from swirl_fast.judges.judge import Judge, Judgement, Verdict
 from swirl_fast.objective import LossSums, advantages, counts, policy_loss, weights
 from swirl_fast.policy import PackedRow, Policy, model_size
 from swirl_fast.rendering import Renderer
-from swirl_fast.seeds import seed_of
 from swirl_fast.shard_stream import TrajectoryStream
 from swirl_fast.training import weight_sync
 from swirl_fast.training.checkpoint import Checkpoints
@@ -36,7 +36,9 @@ from swirl_fast.training.guards import Guards
 from swirl_fast.training.interrupt import Interrupts, Resumable
 from swirl_fast.training.metrics import MetricsLog
 from swirl_fast.training.parallel import Ranks, set_gradient_sync
-from swirl_fast.training.rollout import SampledAction, judge_sampled, sample_actions, to_actions, to_branches
+from swirl_fast.training.rollout import SampledAction, to_actions, to_branches
+from swirl_fast.training.sampler import Sampler
+from swirl_fast.training.totals import Totals
 from swirl_fast.trajectory import Trajectory
 from swirl_kernels import PolicyLossMetrics
 
@@ -68,55 +70,6 @@ class MicroBatch:
     old_logp_N: Tensor | None = None
 
 
-@dataclass
-class Totals:
-    """What one rank adds up over its micro-batches; summed (or, where named so, maximised) over ranks before it is shown."""
-
-    loss: float = 0.0
-    tokens: float = 0.0
-    kl: float = 0.0
-    clipped: float = 0.0
-    clip_tokens: float = 0.0  # over all updates on the batch; the other sums are those of the first
-    surprisal: float = 0.0  # of all sampled tokens: its mean is an unbiased estimate of the policy's entropy
-    gap: float = 0.0
-    gap_max: float = 0.0
-    ratio_max: float = 0.0
-    truncated: float = 0.0  # tokens whose importance weight was cut at algorithm.importance_cap
-    rewards: float = 0.0
-    actions: float = 0.0
-    known: float = 0.0
-    malformed: float = 0.0
-    states: float = 0.0
-    process_label: float = 0.0
-    computed_tokens: float = 0.0
-    flops: float = 0.0  # of one update, by comb.flops
-    effective_tokens: float = 0.0
-    prompt_tokens: float = 0.0
-    cached_tokens: float = 0.0
-    cacheable_tokens: float = 0.0
-    judge_prompt_tokens: float = 0.0
-    judge_cached_tokens: float = 0.0
-    generated_tokens: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, sums: LossSums, first: bool) -> None:
-        if first:
-            self.tokens += sums.tokens
-            self.kl += sums.kl
-            self.truncated += sums.truncated
-        self.clip_tokens += sums.tokens
-        self.clipped += sums.clipped
-        self.ratio_max = max(self.ratio_max, sums.ratio_max)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A phase inside another one is no part of the outer one's seconds."""
-        start, so_far = time.perf_counter(), sum(self.seconds.values())
-        yield
-        inside = sum(self.seconds.values()) - so_far
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start - inside
-
-
 class Trainer:
     """All collaborators are handed in; `train` runs to `training.steps` from wherever the newest checkpoint stands."""
 
@@ -136,7 +89,8 @@ class Trainer:
         self.settings = settings  # a checkpoint of other settings is refused
         self.config, self.ranks = config, ranks
         self.policy, self.reference, self.engine, self.judge = policy, reference, engine, judge
-        self.renderer, self.tools, self.stream = renderer, tools, stream
+        self.stream = stream
+        self.sampler = Sampler(config, ranks, engine, judge, renderer, tools, stream)
         training = config.training
         self.optimizer = torch.optim.AdamW(
             policy.parameters(),
@@ -154,6 +108,7 @@ class Trainer:
         """Raises interrupt.Resumable, with a checkpoint on disk, when a signal or the time limit stops it before `training.steps`."""
         training, folder = self.config.training, self.config.folder
         with (
+            contextlib.closing(self.sampler),
             Interrupts(self.ranks, training.time_limit) as interrupts,
             Checkpoints(
                 self.checkpoints, self.ranks, training.keep_checkpoints, training.keep_best, training.async_checkpoints
@@ -190,7 +145,7 @@ class Trainer:
         """What a checkpoint holds beside the tensors; JSON-able, equal on all ranks."""
         return {
             "step": self.step,
-            "stream": self.stream.state_dict(),
+            "stream": self.sampler.state_dict(),
             "guards": self.guards.state_dict(),
             "settings": self.settings,
         }
@@ -211,25 +166,11 @@ class Trainer:
     def train_step(self) -> Metrics:
         """One batch of sampled actions and `updates_per_batch` optimizer steps on it. Returns the step's metrics, equal on all ranks."""
         start = time.perf_counter()
-        totals = Totals()
         config = self.config
-        with totals.phase("data"):
-            first = self.stream.position + self.ranks.rank
-            samples = self.stream.next_batch()
-            # by the place in the endless order of trajectories: independent of ranks and resuming, new in every epoch
-            seeds = [seed_of(config.run.seed, "train", first + n * self.ranks.size) for n in range(len(samples))]
-        trajectories = [sample.trajectory for sample in samples]
-        with totals.phase("rollout"):
-            before = self.engine.stats()
-            sampled = sample_actions(trajectories, self.engine, self.renderer, self.tools, config.training, seeds)
-            after = self.engine.stats()
-            for name in ("prompt_tokens", "cached_tokens", "cacheable_tokens", "generated_tokens"):
-                setattr(totals, name, float(getattr(after, name) - getattr(before, name)))
-        with totals.phase("judge"):
-            judged_before = self.judge.stats()
-            judgements = judge_sampled(sampled, self.judge)
-            totals.judge_prompt_tokens = self.judge.stats().prompt_tokens - judged_before.prompt_tokens
-            totals.judge_cached_tokens = self.judge.stats().cached_tokens - judged_before.cached_tokens
+        batch = self.sampler.take()
+        sampled, judgements, totals = batch.sampled, batch.judgements, batch.totals
+        if config.training.lag and self.step + 1 < config.training.steps:
+            self.sampler.begin_next()
         with totals.phase("gather"):  # here ranks wait for those that sampled and judged longer
             self.guards.begin()
             answered = self._answered(sampled, judgements)
@@ -239,7 +180,7 @@ class Trainer:
             with totals.phase("gather"):
                 global_counts = self.ranks.sum(counts(actions, valid_A))
             weight_A = weights(actions, valid_A, config.algorithm.weighting, global_counts)
-            batches = self._pack(trajectories, sampled, advantage_A, weight_A, totals) if answered else []
+            batches = self._pack(batch.trajectories, sampled, advantage_A, weight_A, totals) if answered else []
         for one in actions.states.unique():
             of_state = actions.known & (actions.states == one)
             if of_state.any():
@@ -252,20 +193,22 @@ class Trainer:
         totals.malformed = sum(one.action.kind == "malformed" for one in sampled)
 
         with totals.phase("old_logprobs"), torch.no_grad():
-            for batch in batches:
+            for micro in batches:
                 if self.reference is not None:
-                    batch.ref_logp_N = self.reference(batch.row)
+                    micro.ref_logp_N = self.reference(micro.row)
                 if config.algorithm.updates_per_batch > 1:
-                    batch.old_logp_N = self.policy(batch.row)
+                    micro.old_logp_N = self.policy(micro.row)
         grad_norm = 0.0
         for update in range(config.algorithm.updates_per_batch):
             if self.guards.skipped:
                 break
             grad_norm = self._update(batches, totals, first=update == 0)
         self.step += 1
+        with totals.phase("wait_for_rollout"):
+            hidden = self.sampler.wait()  # a batch is sampled with one set of weights
         with totals.phase("weight_sync"):
             weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
-        metrics = self._metrics(totals, grad_norm, time.perf_counter() - start)
+        metrics = self._metrics(totals, grad_norm, hidden, time.perf_counter() - start)
         return metrics | self.guards.end(self.step, metrics["kl"])
 
     def _answered(self, sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> bool:
@@ -396,7 +339,7 @@ class Trainer:
                 f"newest checkpoint in {self.checkpoints} is intact"
             )
 
-    def _metrics(self, totals: Totals, grad_norm: float, seconds: float) -> Metrics:
+    def _metrics(self, totals: Totals, grad_norm: float, hidden: float, seconds: float) -> Metrics:
         names = [name for name in vars(totals) if name != "seconds" and not name.endswith("_max")]
         summed = self.ranks.sum(torch.tensor([float(getattr(totals, name)) for name in names], dtype=torch.float64))
         s = dict(zip(names, summed.tolist(), strict=True))
@@ -442,6 +385,7 @@ class Trainer:
             "judge_cache_hit_rate": s["judge_cached_tokens"] / max(s["judge_prompt_tokens"], 1.0),
             "cache_hit_rate_of_possible": s["cached_tokens"] / max(s["cacheable_tokens"], 1.0),
             "seconds": seconds,
+            "seconds_hidden": hidden,
             **{f"seconds_{name}": value for name, value in totals.seconds.items()},
         }
 
