@@ -1,0 +1,121 @@
+"""What does sampling the next batch beside the training save (training.lag=1), and does it learn as well?
+
+    python -m benchmarks.overlap --quick --out FILE                                   the method on a small part of the quickstart
+    python -m benchmarks.overlap --out benchmarks/results/DATE-overlap.json           the quickstart, three seeds
+
+The same shards are trained on with lag 0 and 1 and several seeds, the local engine in a process of its own, each process with one
+thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one), how much of it was hidden
+behind the other. reward_mean: over the steps of a run, a learning curve in one number; the difference of its means over seeds is given in
+standard errors of that difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import environment
+from swirl_fast.training.metrics import read_metrics
+
+QUICK = (
+    "tasks.limit=8",
+    "collect.trajectories_per_question=2",
+    "filter.when_empty=none",
+    "training.steps=3",
+    "training.trajectories_per_step=2",
+    "training.samples_per_state=4",
+)
+SAMPLING = ("seconds_data", "seconds_rollout", "seconds_judge")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/overlap"), help="for the runs; shards there are used again"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    overrides = [*(QUICK if options.quick else ()), *options.overrides]
+    seeds = range(1 if options.quick else options.seeds)
+
+    for stage in ("collect", "judge", "filter"):
+        _stage(options, stage, "data", overrides)
+    runs = []
+    for seed in seeds:
+        for lag in (0, 1):
+            name = f"lag{lag}-seed{seed}"
+            shutil.rmtree(options.folder / name, ignore_errors=True)
+            more = [f"training.shards={options.folder / 'data' / 'shards'}", f"training.lag={lag}", f"run.seed={seed}"]
+            more += ["algorithm.importance_cap=2", "engine.own_process=true", "engine.threads=1"]
+            _stage(options, "train", name, [*overrides, *more])
+            rows = read_metrics(options.folder / name)
+            runs.append({"lag": lag, "seed": seed, **measure(rows)})
+            print(json.dumps({key: value for key, value in runs[-1].items() if key != "steps"}), file=sys.stderr)
+    result = {"environment": environment(), "overrides": overrides, "summary": summary(runs), "runs": runs}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["summary"], indent=1))
+
+
+def measure(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Of one run's metrics."""
+    hidden = shorter = 0.0
+    for row, following in zip(rows, rows[1:], strict=False):
+        sampling = sum(following[name] for name in SAMPLING)
+        learning = row["seconds"] - row["seconds_wait_for_rollout"]
+        if not row["seconds_hidden"]:  # lag 0: sampling is a part of the step
+            learning -= sum(row[name] for name in SAMPLING)
+        hidden += row["seconds_hidden"]
+        shorter += min(sampling, learning)
+    return {
+        "seconds": sum(row["seconds"] for row in rows),
+        "hidden_share": hidden / shorter if shorter else 0.0,
+        "reward_mean": statistics.fmean(row["reward"] for row in rows if math.isfinite(row["reward"])),
+        "steps": [
+            {key: row[key] for key in ("step", "reward", "engine_gap_mean", "seconds", "seconds_hidden", *SAMPLING)}
+            for row in rows
+        ],
+    }
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    by_lag = {lag: [run for run in runs if run["lag"] == lag] for lag in (0, 1)}
+    rewards = {lag: [run["reward_mean"] for run in own] for lag, own in by_lag.items()}
+    difference = statistics.fmean(rewards[1]) - statistics.fmean(rewards[0])
+    error = math.sqrt(sum(statistics.variance(own) / len(own) for own in rewards.values() if len(own) > 1))
+    return {
+        "hidden_share": statistics.fmean(run["hidden_share"] for run in by_lag[1]),
+        "seconds": {f"lag{lag}": statistics.fmean(run["seconds"] for run in own) for lag, own in by_lag.items()},
+        "reward_mean": {f"lag{lag}": own for lag, own in rewards.items()},
+        "difference": difference,
+        "difference_in_standard_errors": difference / error if error else None,
+    }
+
+
+def _stage(options: argparse.Namespace, stage: str, name: str, overrides: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "swirl_fast", stage, "--config", options.config]
+    command += [f"run.folder={options.folder}", f"run.name={name}", *overrides]
+    if stage == "train":
+        command.append("training.tensorboard=false")
+    done = subprocess.run(
+        command, env=os.environ | ({"OMP_NUM_THREADS": "1"} if stage == "train" else {}), stdout=sys.stderr
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with code {done.returncode}")
+
+
+if __name__ == "__main__":
+    main()
