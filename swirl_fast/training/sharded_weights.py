@@ -188,7 +188,7 @@ def fill(policy: Policy, weights: Weights, device: torch.device) -> None:
         for name, buffer in list(persistent_buffers(policy.model)):
             path, key = weights.file_of[name]
             parent, _, attribute = name.rpartition(".")
-            value = files[path].get_tensor(key).to(device, buffer.dtype)
+            value = files[path].get_tensor(key).to(device, buffer.dtype, copy=True)
             policy.model.get_submodule(parent)._buffers[attribute] = value
     empty = [name for name, tensor in (*policy.named_parameters(), *policy.named_buffers()) if tensor.is_meta]
     if empty:
@@ -203,7 +203,8 @@ def _read(rows: Any, like: Tensor, device: torch.device) -> Tensor:
     if shape[0] == 0:  # more ranks than rows
         local = torch.empty(shape, dtype=like.dtype, device=device)
     else:
-        local = rows[offset[0] : offset[0] + shape[0]].to(device, like.dtype)
+        # a copy: the slice is a view of the mapped file, whose storage DCP cannot copy
+        local = rows[offset[0] : offset[0] + shape[0]].to(device, like.dtype, copy=True)
     return DTensor.from_local(
         local.contiguous(), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
