@@ -133,7 +133,8 @@ class LocalEngine:
     def stats(self) -> EngineStats:
         """A snapshot of the totals. cacheable_tokens: of every call `cacheable` of its prompts, plus how many of their
         distinct prefixes the cache held when the call began. What earlier calls computed and the cache has evicted
-        since is not counted; with prefix_cache=False nothing is ever held."""
+        since is not counted, nor is what the call itself samples before it gets to a prompt that begins with it: by
+        that cached_tokens may be a little more."""
         return copy.deepcopy(self._stats)
 
     def close(self) -> None:
