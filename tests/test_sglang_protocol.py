@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from swirl_fast.config import EngineConfig, LaunchConfig, WeightSyncConfig
-from swirl_fast.engines import sglang_servers
+from swirl_fast.engines import sglang_launch, sglang_servers
 from swirl_fast.engines.engine import Completion, Request, Sampling
 from swirl_fast.engines.sglang import SGLangEngine
 from swirl_fast.engines.sglang_client import AnswerError, EngineError
@@ -38,6 +38,7 @@ STOP = 7
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang_servers, "HEALTH_SECONDS", 0.5)
     monkeypatch.setattr(sglang_servers, "MONITOR_SECONDS", 0.1)
+    monkeypatch.setattr(sglang_launch, "STOP_SECONDS", 1.0)
     warnings.filterwarnings("ignore", message="SGLang server .* is (dropped|started again|given up)")
 
 
@@ -225,7 +226,7 @@ def test_seeds_where_the_server_takes_them(serve, attach, model: Path) -> None:
     one, other = (Request(prompt(1, 12), Sampling(5), n=4, seed=seed) for seed in (1, 2))
     ((a,), (b,), (c,)) = (engine.generate([r]) for r in (one, other, one))
     assert len({tuple(completion.tokens) for completion in a}) == 4, "the samples of one request differ"
-    assert a == [*map(lambda x: x, a)] and [x.tokens for x in a] == [x.tokens for x in c] != [x.tokens for x in b]
+    assert [x.tokens for x in a] == [x.tokens for x in c] != [x.tokens for x in b]
 
 
 @pytest.mark.parametrize("how", FIELDS)
@@ -630,7 +631,8 @@ def test_without_snapshots_a_broken_off_update_leaves_no_server(serve, attach, m
     with pytest.raises(EngineError, match="broke off, and those before are in no folder"):
         engine.generate(MANY)
     new = changed(model, 3.0)
-    engine.update_weights(new, 2) if False else None
+    engine.update_weights(new, 2)  # which has all of them again
+    assert_from(engine.generate(MANY), MANY, weights_of(new), 2)
 
 
 @pytest.mark.parametrize("method", ["disk", "tensor"])
@@ -725,7 +727,6 @@ def test_two_processes_share_servers(serve, attach, model: Path) -> None:
 
 def test_who_does_not_lead_waits_for_the_leader_to_mend_a_server(serve, attach, model: Path) -> None:
     server = serve(weight_version="swirl:0")
-    follower = attach(urls := [], engine={"leader": False, "urls": [server.url]}) if False else None
     config = EngineConfig(kind="sglang", timeout=1.0, retries=2, launch=LaunchConfig(startup_timeout=3.0))
     follower = SGLangEngine(config, model, Path("unused"), leader=False, urls=[server.url])
     try:
