@@ -67,9 +67,8 @@ class SGLangEngine:
         self._version = 0
         self._stats = EngineStats()
         self._lock = threading.Lock()
-        self._rows: OrderedDict[str, tuple[Server, np.ndarray]] = (
-            OrderedDict()
-        )  # of trajectories, in this version's caches
+        # of trajectories: in whose cache, of which of its starts; in this version's caches
+        self._rows: OrderedDict[str, tuple[Server, int, np.ndarray]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine", daemon=True)
         self._thread.start()
@@ -122,6 +121,7 @@ class SGLangEngine:
         A server that fails meanwhile is mended or dropped as in `generate`; EngineError when none is left.
         """
         with self._lock:
+            self._rows.clear()
             if self._updater is None:
                 for _, tensor in named_tensors:
                     whole(tensor, self._dtype)
@@ -129,7 +129,6 @@ class SGLangEngine:
             else:
                 self._updater.update(named_tensors, version, self._tag(version))
             self._version = version
-            self._rows.clear()
 
     def stats(self) -> EngineStats:
         """decode_seconds holds all the time spent in `generate`: a server does both at once."""
@@ -141,9 +140,11 @@ class SGLangEngine:
             return
         self._closed = True
         try:
-            if self._updater is not None:
-                self._updater.close()
-            self._run(self._servers.close())
+            try:
+                if self._updater is not None:
+                    self._updater.close()
+            finally:
+                self._run(self._servers.close())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -202,6 +203,7 @@ class SGLangEngine:
             request.cache_key or f"\0{i}" for i, request in enumerate(requests)
         ]  # without a key: a trajectory of its own
         results: dict[int, list[Completion]] = {}
+        answered: dict[int, tuple[Server, int]] = {}  # by which server, and which of its starts
         computed = [0] * len(requests)  # tokens of each prompt
         ideal = self._cacheable(keys, prompts)
         for server in self._servers.all:
@@ -213,7 +215,7 @@ class SGLangEngine:
             of_server.setdefault(server, []).append(i)
 
         async def send(i: int, known: int) -> None:
-            results[i] = await self._sample(requests[i], keys[i])
+            results[i], *answered[i] = await self._sample(requests[i], keys[i])
             cached = min(completion.cached_tokens for completion in results[i])
             # For n > 1 SGLang computes the prompt before it counts: what nobody computed before was computed then.
             computed[i] += len(prompts[i]) - (min(cached, known) if requests[i].n > 1 else cached)
@@ -241,20 +243,25 @@ class SGLangEngine:
             self._stats.cached_tokens += cached
             self._stats.generated_tokens += sum(len(completion.tokens) for completion in results[i])
             if request.cache_key:
-                await self._remember(request.cache_key, prompts[i], results[i])
+                self._remember(request.cache_key, *answered[i], prompts[i], results[i])
         self._stats.cacheable_tokens += ideal
         return found
 
-    async def _sample(self, request: Request, key: str) -> list[Completion]:
+    async def _sample(self, request: Request, key: str) -> tuple[list[Completion], Server, int]:
+        """The completions, and the server that they (or the last of them) are of."""
         seeded = all(server.info is not None and server.info.deterministic for server in self._servers.all)
         if seeded and request.n > 1:  # SGLang gives one seed to all n samples: each goes alone
             seeds = [(request.seed + index * 0x9E3779B1) % 2**31 for index in range(request.n)]
             ones = [self._sample(replace(request, n=1, seed=seed), key) for seed in seeds]
-            return [completion for (completion,) in await gather(ones)]
+            found = await gather(ones)
+            return [completion for (completion,), *_ in found], *found[-1][1:]
         version, tag, seed = self._version, self._tag(), request.seed % 2**31 if seeded else None
-        return await self._servers.attempt(
-            lambda server: server.client.generate(request, version, tag, seed), key, request.n
-        )
+
+        async def work(server: Server) -> tuple[list[Completion], Server, int]:
+            start = server.restarts
+            return await server.client.generate(request, version, tag, seed), server, start
+
+        return await self._servers.attempt(work, key, request.n)
 
     async def _warm(self, request: Request, key: str) -> int:
         """Returns how many tokens of the prompt were computed."""
@@ -263,18 +270,21 @@ class SGLangEngine:
 
     def _known(self, server: Server, key: str, prompt: np.ndarray) -> int:
         """How many tokens of the prompt this server has seen from the same trajectory."""
-        home, row = self._rows.get(key, (None, prompt[:0]))
-        return common_prefix(row, prompt) if home is server else 0
+        home, start, row = self._rows.get(key, (None, 0, prompt[:0]))
+        return common_prefix(row, prompt) if home is server and start == server.restarts else 0
 
-    async def _remember(self, key: str, prompt: np.ndarray, completions: Sequence[Completion]) -> None:
+    def _remember(
+        self, key: str, server: Server, start: int, prompt: np.ndarray, completions: Sequence[Completion]
+    ) -> None:
         row = np.concatenate([prompt, np.asarray(completions[0].tokens[:-1], np.int64)])
-        if key not in self._rows or len(row) >= len(self._rows[key][1]):
-            self._rows[key] = (await self._servers.home(key), row)
+        old = self._rows.get(key)
+        if old is None or old[:2] != (server, start) or len(row) >= len(old[2]):
+            self._rows[key] = (server, start, row)
             self._rows.move_to_end(key)
             if len(self._rows) > REMEMBERED:
                 self._rows.popitem(last=False)
 
     def _cacheable(self, keys: Sequence[str], prompts: Sequence[np.ndarray]) -> int:
         """What one ideal cache would not compute again of these prompts, after the rows of their own trajectories."""
-        before = [np.append(self._rows[key][1], -1) for key in dict.fromkeys(keys) if key in self._rows]
+        before = [np.append(self._rows[key][-1], -1) for key in dict.fromkeys(keys) if key in self._rows]
         return cacheable([*before, *prompts]) - cacheable(before)
