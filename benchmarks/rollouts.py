@@ -2,6 +2,7 @@
 
     python -m benchmarks.rollouts --out benchmarks/results/DATE-rollouts-local.json      some minutes on two CPU cores
     python -m benchmarks.rollouts --quick --out FILE                                     a cut model, below a minute
+    python -m benchmarks.rollouts --engine sglang --out FILE engine.launch.python=…      SGLang servers, which it starts
 
 The same rows, K * G a trajectory, are generated in three ways, each of which begins with an empty cache:
 
@@ -24,6 +25,7 @@ of `uncached` is mostly prefill, and falls with the lengths of the states; sampl
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -32,7 +34,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,11 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.rollouts_workload import make_task, nested_states
-from swirl_fast.config import EMBEDDED_MODEL, ConfigError, EngineConfig, ModelConfig
+from swirl_fast.config import EMBEDDED_MODEL, ConfigError, EngineConfig, ModelConfig, load
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling, cacheable
 from swirl_fast.engines.local import LocalEngine
-from swirl_fast.model import DTYPES, load_model, load_tokenizer
+from swirl_fast.engines.sglang import SGLangEngine
+from swirl_fast.model import DTYPES, load_model, load_tokenizer, local_folder
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
 
@@ -58,10 +61,11 @@ Row = tuple[int, int]  # number of the state over all trajectories, number of th
 
 @dataclass(frozen=True)
 class Measured:
-    """An engine with its prefix cache and one without. forget: empties the cache. burst: rows that `naive_order` has in one
-    call (0: all). about: what to say of it in the settings."""
+    """An engine with its prefix cache, as used in training and as a client without care uses it, and one without. forget: empties
+    the cache. burst: rows that `naive_order` has in one call (0: all). about: what to say of it in the settings."""
 
     cached: Engine
+    naive: Engine
     uncached: Engine
     forget: Callable[[], None]
     burst: int
@@ -90,10 +94,31 @@ def local(options: argparse.Namespace) -> Measured:
 
     about: dict[str, Any] = {}
     cached, uncached = build(True), build(False)
-    return Measured(cached, uncached, cached.close, options.max_sequences, about)  # close leaves the engine usable
+    # close leaves the engine usable
+    return Measured(cached, cached, uncached, cached.close, options.max_sequences, about)
 
 
-ENGINES: dict[str, Callable[[argparse.Namespace], Measured]] = {"local": local}
+def sglang(options: argparse.Namespace) -> Measured:
+    """Two servers, of which one has no radix cache. Greedy, since SGLang takes no seeds: equal tokens can be compared then."""
+    if options.layers is not None and not options.quick:
+        raise ValueError(f"--layers {options.layers}: a server loads the whole model")
+    options.layers, options.temperature = None, 0.0
+    settings = ["engine.kind=sglang", f"engine.dtype={options.dtype}", f"engine.max_sequences={options.max_sequences}"]
+    config = load(None, [*settings, *options.overrides]).engine
+    off = copy.deepcopy(config)
+    off.launch.flags = [*config.launch.flags, "--disable-radix-cache"]
+    off.launch.port += config.launch.servers
+    off.warm_prefixes = False
+    naive = replace(config, warm_prefixes=False)
+    folder, logs = local_folder(ModelConfig(path=options.model)).absolute(), Path("runs/rollouts")
+    cached = SGLangEngine(config, folder, logs / "cached")
+    uncached = SGLangEngine(off, folder, logs / "uncached")
+    about = {"overrides": options.overrides}
+    same = SGLangEngine(naive, folder, logs / "cached", leader=False, urls=cached.urls)
+    return Measured(cached, same, uncached, cached.flush_cache, 0, about)
+
+
+ENGINES: dict[str, Callable[[argparse.Namespace], Measured]] = {"local": local, "sglang": sglang}
 
 
 def calls_of(way: str, states: Sequence[list[int]], options: argparse.Namespace, burst: int) -> list[list[Request]]:
@@ -199,6 +224,9 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="JSON, written at the end")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="sglang: settings such as engine.launch.python=…"
+    )
     options = parser.parse_args(arguments)
     for name, value in (QUICK if options.quick else FULL).items():
         if getattr(options, name) is None:
@@ -227,7 +255,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     task = make_task(options.data, options.trajectories, options.seed)
     renderer = Renderer(load_tokenizer(ModelConfig(path=options.model)), options.model)
     measured = ENGINES[options.engine](options)
-    engines = {"cached": measured.cached, "naive_order": measured.cached, "uncached": measured.uncached}
+    engines = {"cached": measured.cached, "naive_order": measured.naive, "uncached": measured.uncached}
     print("sampling the trajectories", file=sys.stderr, flush=True)
     trajectories = nested_states(
         measured.cached,
@@ -267,7 +295,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"the ways differ by {largest:.2g} in log-probability over {compared} tokens that they have in common "
             f"({TOLERANCE[options.dtype]} is allowed, and there must be some): one of them is wrong; nothing was written"
         )
-    for engine in (measured.cached, measured.uncached):
+    for engine in (measured.naive, measured.cached, measured.uncached):
         engine.close()
     ways = {way: combine(repeats[way], possible) for way in WAYS}
     cached = ways["cached"]

@@ -116,6 +116,7 @@ class EngineConfig:
     timeout: float = 600.0  # seconds until a request counts as hung
     retries: int = 3  # further tries of a request after a failure, on other servers where there are some
     max_restarts: int = 3  # of a launched server, before the command gives up
+    warm_prefixes: bool = True  # sglang: compute what prompts share before they are sent; false: all at once
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     cache_tokens: int = 16384  # key/value cache kept between calls, in tokens; least recently used prefixes leave first

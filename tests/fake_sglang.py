@@ -287,9 +287,7 @@ class Fake:
         answers = []
         for one in found:
             stopped = one["tokens"][-1] in stop_ids
-            finish = (
-                {"type": "stop", "matched": one["tokens"][-1]} if stopped else {"type": "length", "length": limit}
-            )
+            finish = {"type": "stop", "matched": one["tokens"][-1]} if stopped else {"type": "length", "length": limit}
             answers.append(
                 self._completion(one["tokens"], one["logprobs"], finish, len(prompt), one["cached"], one["version"])
             )
@@ -555,7 +553,9 @@ def main() -> None:
     if args.fake_child:
         import subprocess
 
-        Path(args.fake_child).write_text(str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid))
+        Path(args.fake_child).write_text(
+            str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid)
+        )
     if args.fake_deaf:
         import signal
 

@@ -62,7 +62,7 @@ class SGLangEngine:
         leader: bool = True,
         urls: Sequence[str] = (),
     ) -> None:
-        self._label, self._leader = label, leader
+        self._label, self._leader, self._warms = label, leader, config.warm_prefixes
         self._dtype = _DTYPES[config.dtype]
         self._version = 0
         self._stats = EngineStats()
@@ -129,6 +129,12 @@ class SGLangEngine:
             else:
                 self._updater.update(named_tensors, version, self._tag(version))
             self._version = version
+
+    def flush_cache(self) -> None:
+        """Empties the servers' prefix caches: for measurements."""
+        with self._lock:
+            self._rows.clear()
+            self._run(gather(server.client.control("/flush_cache", {}, 60.0) for server in self._servers.up))
 
     def stats(self) -> EngineStats:
         """decode_seconds holds all the time spent in `generate`: a server does both at once."""
@@ -230,7 +236,10 @@ class SGLangEngine:
         work = []
         for server, numbers in of_server.items():
             known = [self._known(server, keys[i], prompts[i]) for i in numbers]
-            groups = warm_order([prompts[i] for i in numbers], [requests[i].n for i in numbers], known)
+            if self._warms:
+                groups = warm_order([prompts[i] for i in numbers], [requests[i].n for i in numbers], known)
+            else:
+                groups = [Group(None, list(enumerate(known)))]
             work += [serve(group, numbers) for group in groups]
         await gather(work)
 

@@ -199,7 +199,9 @@ class Servers:
         if self.weights is None:
             out = [server for server in self.all if server.out is not None]
             await gather(
-                self._restart(server, server.out or "", self._first_weights, self.tag) for server in out if server.process
+                self._restart(server, server.out or "", self._first_weights, self.tag)
+                for server in out
+                if server.process
             )
             for server in out:
                 if server.process is None and await self._answers(server):
