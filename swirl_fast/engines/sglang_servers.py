@@ -137,6 +137,10 @@ class Servers:
                 )
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
+    def forget(self) -> None:
+        """With new weights all caches are empty, and the trajectories that come are best spread anew."""
+        self._home = OrderedDict()
+
     async def attempt(self, work: Callable[[Server], Awaitable[T]], key: str, sequences: int) -> T:
         """Does `work` on the trajectory's server, after a failure on another one if there is one. Raises EngineError after
         `engine.retries` further tries."""
@@ -198,7 +202,9 @@ class Servers:
         if self.weights is None:
             out = [server for server in self.all if server.out is not None]
             await gather(
-                self._restart(server, server.out or "", self._first_weights, self.tag) for server in out if server.process
+                self._restart(server, server.out or "", self._first_weights, self.tag)
+                for server in out
+                if server.process
             )
             for server in out:
                 if server.process is None and await self._answers(server):
@@ -234,7 +240,7 @@ class Servers:
     def _take_out(self, server: Server, reason: str) -> None:
         server.out = reason
         for key in [key for key, home in self._home.items() if home is server]:
-            del self._home[key]
+            self._home.pop(key, None)
 
     async def _first_contact(self, server: Server) -> None:
         if server.process is not None:
