@@ -11,7 +11,8 @@ tell which weights answered. What it takes from the real server, since the engin
     pause          requests wait, and so does the health check, until it is given up with 503
     flush          refused while requests run
 
-POST /misbehave {path, how, times}: the next `times` requests of a path (or "*"; times -1: all) go wrong, see `HOW` and `FIELDS`.
+POST /misbehave {path, how, times, length}: the next `times` requests of a path (or "*"; times -1: all), or of those alone whose prompt
+has `length` tokens, go wrong, see `HOW` and `FIELDS`.
 GET /log: {requests: in order, with start, end, sequences and the wanted fields; peak: most sequences in flight at a time}.
 """
 
@@ -200,18 +201,19 @@ class Fake:
     def fingerprint(self) -> str:
         return fingerprint(self.weights)
 
-    def misbehave(self, path: str, how: str, times: int = 1) -> None:
+    def misbehave(self, path: str, how: str, times: int = 1, length: int = 0) -> None:
         with self.changed:
-            self.wrong.append({"path": path, "how": how, "times": times})
+            self.wrong.append({"path": path, "how": how, "times": times, "length": length})
 
     def behave(self) -> None:
         with self.changed:
             self.wrong.clear()
 
-    def how(self, path: str) -> str | None:
+    def how(self, path: str, body: dict[str, Any]) -> str | None:
         with self.changed:
             for wrong in self.wrong:
-                if wrong["path"] in (path, "*") and wrong["times"]:
+                fits = wrong["length"] in (0, len(body.get("input_ids", ())))
+                if wrong["path"] in (path, "*") and wrong["times"] and fits:
                     wrong["times"] -= 1
                     return wrong["how"]
         return None
@@ -463,7 +465,7 @@ class Handler(BaseHTTPRequestHandler):
             fake.in_flight += sequences
             fake.peak = max(fake.peak, fake.in_flight)
         try:
-            self.respond(None if own else fake.how(path), body)
+            self.respond(None if own else fake.how(path, body), body)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:

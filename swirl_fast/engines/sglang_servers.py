@@ -138,6 +138,10 @@ class Servers:
                 )
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
+    def forget(self) -> None:
+        """With new weights all caches are empty, and the trajectories that come are best spread anew."""
+        self._home = OrderedDict()
+
     async def attempt(self, work: Callable[[Server], Awaitable[T]], key: str, sequences: int) -> T:
         """Does `work` on the trajectory's server, after a failure on another one if there is one. Raises EngineError after
         `engine.retries` further tries."""
@@ -237,7 +241,7 @@ class Servers:
     def _take_out(self, server: Server, reason: str) -> None:
         server.out = reason
         for key in [key for key, home in self._home.items() if home is server]:
-            del self._home[key]
+            self._home.pop(key, None)
 
     async def _first_contact(self, server: Server) -> None:
         if server.process is not None:

@@ -181,7 +181,8 @@ class WeightUpdater:
             _wait(calls, "an update of weights was refused")
         except EngineError as error:
             self._group = None
-            group.leave()
+            # it waits for the broadcasts that were begun, until the time-out
+            threading.Thread(target=group.leave, daemon=True).start()
             if not snapshot:
                 raise
             for server in up:
