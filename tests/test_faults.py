@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_pipeline
@@ -14,7 +17,9 @@ import torch
 from test_pipeline import command, copy_of, environment, kill_when, overrides, weights
 
 from swirl_fast import cli
-from swirl_fast.training import interrupt
+from swirl_fast.engines.engine import Request, Sampling
+from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.training import build, interrupt, loop
 from swirl_fast.training.metrics import read_metrics
 
 STEPS = 10
@@ -122,11 +127,94 @@ def test_a_rank_dies_and_torchrun_goes_on_then_one_rank_finishes_what_two_began(
     for step in range(1, STEPS + 1):
         assert sorted(steps[step]) == sorted(json.loads((straight / f"{step}-0.json").read_text()))
 
-    before, wanted, found = torch_weights(tiny_model), weights(straight), weights(folder)
+    before = test_pipeline.load_file(tiny_model / "model.safetensors")
+    wanted, found = weights(straight), weights(folder)
     moved = max(float((wanted[name] - before[name]).abs().max()) for name in wanted)
     apart = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
     assert moved > 5e-4 and apart < 1e-5, (moved, apart)
 
 
-def torch_weights(model: Path) -> dict[str, torch.Tensor]:
-    return test_pipeline.load_file(model / "model.safetensors")
+def test_steps_without_an_update_leave_everything_as_it_was(
+    prepared: Path, tiny_model: Path, judged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 2 has a loss that is not a number, in step 4 the judge is silent: no parameter and no moment moves, the rest trains."""
+    folder = copy_of(prepared, tmp_path)
+    seen: list[list[torch.Tensor]] = []
+    under_way = 0
+    real_loss, real_judge = loop.policy_loss, loop.judge_sampled
+
+    class Watched(loop.Trainer):
+        def train_step(self) -> loop.Metrics:
+            nonlocal under_way
+            under_way = self.step + 1
+            metrics = super().train_step()
+            of_optimizer = [value for state in self.optimizer.state.values() for _, value in sorted(state.items())]
+            seen.append([tensor.detach().clone() for tensor in (*self.policy.parameters(), *of_optimizer)])
+            assert self.engine.generate([request]).pop().pop().policy_version == under_way
+            return metrics
+
+    request = Request(tokens=(1, 2), sampling=Sampling(1), n=1, stop_ids=(), seed=0, cache_key="x")
+
+    def broken_loss(*arguments: Any) -> Any:
+        loss, metrics = real_loss(*arguments)
+        return (loss * float("nan") if under_way == 2 else loss), metrics
+
+    def silent(*arguments: Any) -> list[Judgement]:
+        judgements = real_judge(*arguments)
+        return [Judgement(Verdict.UNKNOWN, "not there")] * len(judgements) if under_way == 4 else judgements
+
+    monkeypatch.setattr(build, "Trainer", Watched)
+    monkeypatch.setattr(loop, "policy_loss", broken_loss)
+    monkeypatch.setattr(loop, "judge_sampled", silent)
+    more = (
+        "training.steps=5",
+        "training.keep_checkpoints=9",
+        "training.checkpoint_every=2",
+        "training.keep_best=reward",
+    )
+    with pytest.warns(UserWarning, match="no update was made") as caught:
+        assert cli.main(["train", *arguments(folder, tiny_model, judged, *more)]) == 0
+    texts = [str(one.message) for one in caught if "no update was made" in str(one.message)]
+    assert len(texts) == 2 and "step 2: the gradient norm is nan" in texts[0] and "step 4: the judge" in texts[1]
+    unchanged = [all(map(torch.equal, one, other)) for one, other in itertools.pairwise(seen)]
+    assert unchanged == [True, False, True, False]
+    rows = read_metrics(folder / "r")
+    assert [(row["skipped_steps"], row["unknown_steps"]) for row in rows] == [(0, 0), (1, 0), (1, 0), (1, 1), (1, 1)]
+    assert math.isnan(rows[1]["grad_norm"]) and math.isnan(rows[3]["reward"]) and rows[3]["grad_norm"] == 0
+    assert checkpoints(folder) == ["best", "step_000003", "step_000005"], "put off to the next good step"
+    state = json.loads((folder / "r" / "checkpoints" / "step_000005" / "state.json").read_text())
+    assert state["guards"] | {"skipped_steps": 1, "unknown_steps": 1, "in_a_row": 0} == state["guards"]
+    assert state["best"]["mean"] == rows[4]["reward"], "a step without a verdict has no reward"
+
+
+def test_gradients_that_stay_broken_stop_training(
+    prepared: Path,
+    tiny_model: Path,
+    judged: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copy_of(prepared, tmp_path)
+    real = torch.nn.utils.clip_grad_norm_
+    calls = itertools.count(1)
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *a: real(*a) * (1.0 if next(calls) == 1 else float("inf"))
+    )
+    more = ("training.checkpoint_every=1", "training.max_skipped_steps=2")
+    with pytest.warns(UserWarning, match="step 2: the gradient norm is inf: no update"):
+        assert cli.main(["train", *arguments(folder, tiny_model, judged, *more)]) == 1
+    text = capsys.readouterr().err
+    for part in ("step 3: the gradient norm is inf", "2 steps in a row", "learning_rate", "float32", "is intact"):
+        assert part in text
+    assert checkpoints(folder) == ["step_000001"] and not (folder / "r" / "model").exists()
+
+
+def test_a_time_limit_that_has_passed_starts_no_step(
+    prepared: Path, tiny_model: Path, judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(prepared, tmp_path)
+    late = arguments(folder, tiny_model, judged, "training.time_limit=0.0001")
+    assert cli.main(["train", *late]) == interrupt.EXIT_RESUMABLE
+    assert "training.time_limit=0.0001 minutes: stopped at step 0 of 10" in capsys.readouterr().err
+    assert not read_metrics(folder / "r") and not checkpoints(folder)

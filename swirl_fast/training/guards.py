@@ -61,7 +61,9 @@ class Guards:
         if not self._ranks.max(torch.tensor([float(here)])).item():
             return True
         self.counts.skipped_steps += 1
-        what = f"training step {step}: the gradient norm is {grad_norm}" + (" and the loss is not finite" * here)
+        what = f"training step {step}: the gradient norm is {grad_norm}" + (
+            "" if math.isfinite(loss) else f" and the loss {loss}"
+        )
         if self._skip():
             raise FloatingPointError(
                 f"{what}, the last of {self.counts.in_a_row} steps in a row without an update (training.max_skipped_steps); lower "
