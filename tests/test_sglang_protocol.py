@@ -835,12 +835,13 @@ def test_rounds_of_collecting_need_no_warming(serve, attach, model: Path) -> Non
     engine = attach(*servers)
     rows = {t: prompt(t, 60) for t in range(6)}
     homes: dict[int, set[str]] = {t: set() for t in rows}
+    known: dict[int, int] = {}
     for turn in range(3):
         before = [len(server.fake.of("/generate")) for server in servers]
         requests = [Request(row, Sampling(8), cache_key=str(t)) for t, row in rows.items()]
         for (t, row), (completion,) in zip(rows.items(), engine.generate(requests), strict=True):
             if turn:
-                assert completion.cached_tokens == known[t]  # noqa: F821
+                assert completion.cached_tokens == known[t]
             row += [*completion.tokens, *prompt(t + turn, 40)]
         for server, n in zip(servers, before, strict=True):
             for entry in server.fake.of("/generate")[n:]:

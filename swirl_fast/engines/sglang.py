@@ -211,7 +211,7 @@ class SGLangEngine:
             request.cache_key or f"\0{i}" for i, request in enumerate(requests)
         ]  # without a key: a trajectory of its own
         results: dict[int, list[Completion]] = {}
-        answered: dict[int, Start] = {}
+        answered: dict[int, Start | None] = {}
         computed = [0] * len(requests)  # tokens of each prompt
         ideal = self._cacheable(keys, prompts)
         for server in self._servers.all:

@@ -222,7 +222,8 @@ class WeightUpdater:
 
         def join() -> None:
             try:
-                joined.set_result(group.join())
+                group.join()
+                joined.set_result(None)
             except BaseException as error:
                 joined.set_exception(error)
 
