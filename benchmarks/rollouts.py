@@ -144,9 +144,9 @@ def rows_of(way: str, states: int, options: argparse.Namespace) -> list[Row]:
 def measure(engine: Engine, calls: Sequence[Sequence[Request]]) -> tuple[dict[str, Any], list[Completion]]:
     """Counts and seconds of these calls, and their completions in order."""
     before = engine.stats()
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     completions = [c for call in calls for request in engine.generate(call) for c in request]
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     after = engine.stats()
 
     def spent(name: str) -> Any:
@@ -162,6 +162,8 @@ def measure(engine: Engine, calls: Sequence[Sequence[Request]]) -> tuple[dict[st
         "computed_prompt_tokens": spent("prompt_tokens") - spent("cached_tokens") + siblings,
         "generated_tokens": sum(len(completion.tokens) for completion in completions),
         "seconds": seconds,
+        "seconds_cpu": cpu_seconds,  # of all threads of this process
+        "load_average": os.getloadavg()[0],  # of the last minute; above the number of threads others ran beside
         "seconds_prefill": spent("prefill_seconds"),
         "seconds_decode": spent("decode_seconds"),
     }

@@ -151,10 +151,11 @@ def test_questions_from_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "gsm.jsonl").write_text(
         "\n".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(6))
     )
-    found = run(tmp_path, model, "--data", str(tmp_path / "hotpot.json"), "--states", "2", "--samples", "1")
-    assert (found["settings"]["task"], found["settings"]["data"]) == ("hotpotqa", "hotpot.json")
-    found = run(tmp_path, model, "--data", str(tmp_path / "gsm.jsonl"), "--states", "2", "--samples", "1")
-    assert found["settings"]["task"] == "gsm8k"
+    for name, task in (("hotpot.json", "hotpotqa"), ("gsm.jsonl", "gsm8k")):
+        found = run(tmp_path, model, "--data", str(tmp_path / name), "--states", "2", "--max-sequences", "64")
+        assert (found["settings"]["task"], found["settings"]["data"]) == (task, name)
+        for way in ("cached", "naive_order"):  # no row waits for another, so that nothing sampled can be found again
+            assert found["results"]["local"][way]["hit_rate_of_possible"] == 1
 
 
 @pytest.mark.parametrize(
