@@ -291,6 +291,7 @@ def test_a_state_of_other_shards_or_settings_is_refused(thirteen: Path, tmp_path
     for stream, key in (
         (open_stream(thirteen, 4, seed=6), "seed"),
         (open_stream(thirteen, 4, shuffle=False), "shuffle"),
+        (open_stream(thirteen, 4, shuffle_shards=2), "shuffle_shards"),
         (open_stream(tmp_path / "shards", 4), "content_hash"),
     ):
         with pytest.raises(ValueError, match=f"checkpoint's {key} is"):

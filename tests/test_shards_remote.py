@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_shards import FINGERPRINT, ids, make_samples, open_stream
 from test_store import ROOT
@@ -123,7 +123,9 @@ def batches(stream: TrajectoryStream, count: int) -> list[list[str]]:
 # ---- the order
 
 
-@settings(max_examples=12, deadline=None)
+@settings(
+    max_examples=12, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate)
+)  # shrinking takes minutes
 @given(
     batch=st.integers(1, 50),
     world=st.integers(1, 3),
@@ -305,6 +307,27 @@ def test_the_shards_used_least_recently_leave(remote: Path, tmp_path: Path) -> N
         ValueError, match=r"training.shards_cache_limit is 100 bytes and the largest shard of .* has \d+: raise it"
     ):
         ShardCache(f"file://{remote}", tmp_path / "cache", 100)
+
+
+def test_one_of_many_copies_and_the_others_wait(
+    remote: Path, tmp_path: Path, copied: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [ShardCache(f"file://{remote}", tmp_path / "cache") for _ in range(4)]
+    copied.clear()
+    downloader = streaming().storage.LocalDownloader
+    real = downloader._download_file_impl
+
+    def slow(self: object, source: str, target: str, timeout: float) -> None:
+        time.sleep(0.1)
+        real(self, source, target, timeout)
+
+    monkeypatch.setattr(downloader, "_download_file_impl", slow)
+    threads = [threading.Thread(target=store.fetch, args=("shard.00000.mds",)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert copied == ["shard.00000.mds"]
 
 
 READER = """
@@ -569,7 +592,9 @@ def test_ranks_skip_what_any_of_them_found(own: Path, tmp_path: Path) -> None:
     lost = in_shard(own, name)
     flip(other / name)
     streams = [open_stream(folder, 4, rank, 2, skip_bad=True, prefetch=2) for rank, folder in enumerate((own, other))]
-    streams[0].next_batch()  # reads ahead, which must be forgotten
+    streams[0].next_batch()
+    for coming in streams[0]._coming:  # read ahead, which must be forgotten
+        coming.result()
     streams[0].load_state_dict({**streams[0].state_dict(), "position": 0})
     assert [list(stream.problems) for stream in streams] == [[], [name]]
     for stream in streams:
