@@ -171,9 +171,9 @@ def train(model: Path, variant: str, ranks: Ranks, out: Path) -> tuple[dict[str,
     config = config_of(model, variant)
     config.run.folder = str(out)
     rows: list[loop.Metrics] = []
-    if (
-        variant == "resumed"
-    ):  # a second trainer, with weights from the files again, goes on from the first one's checkpoint
+    config.folder.mkdir(parents=True, exist_ok=True)
+    # a second trainer, with weights from the files again, goes on from the first one's checkpoint
+    if variant == "resumed":
         for config.training.steps in (1, STEPS):
             trainer = trainer_of(config, ranks, rows)
             trainer.train()
