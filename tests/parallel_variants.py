@@ -42,6 +42,7 @@ EVERY = "training.shard_accumulated_gradients=true"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "accumulated": (MICRO,),
+    "resumed": (),
     "full": ("training.activation_checkpointing=full",),
     "selective": ("training.activation_checkpointing=selective",),
     "compiled": ("training.compile=true",),
@@ -64,6 +65,7 @@ def config_of(model: Path, variant: str) -> Config:
         "training.samples_per_state=3",
         "training.max_action_tokens=8",
         "training.learning_rate=1e-4",
+        "training.tensorboard=false",
         "training.clip_grad_norm=0.5",  # below the norm, so that clipping is at work
     )
     return load(None, [*common, *VARIANTS[variant]])
@@ -108,6 +110,12 @@ class Stream:
         self.position += self.batch
         return [SimpleNamespace(trajectory=trajectory(number)) for number in numbers]
 
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
 
 def trajectory(number: int) -> Trajectory:
     draw = np.random.default_rng(number)
@@ -142,7 +150,14 @@ def counted() -> Iterator[Counter[str]]:
 
 
 class Watched(loop.Trainer):
-    """Keeps how many micro-batches each update had, and which collectives its backward and clipping called."""
+    """Keeps the metrics of every step, how many micro-batches the last update had, and which collectives its backward called."""
+
+    rows: list[loop.Metrics]
+
+    def train_step(self) -> loop.Metrics:
+        metrics = super().train_step()
+        self.rows.append(metrics)
+        return metrics
 
     def _update(self, batches: list[loop.MicroBatch], totals: loop.Totals, first: bool) -> float:
         with counted() as calls:
@@ -151,18 +166,37 @@ class Watched(loop.Trainer):
         return norm
 
 
-def train(model: Path, variant: str, ranks: Ranks) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def train(model: Path, variant: str, ranks: Ranks, out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(what was seen, the trained parameters)"""
     config = config_of(model, variant)
+    config.run.folder = str(out)
+    rows: list[loop.Metrics] = []
+    config.folder.mkdir(parents=True, exist_ok=True)
+    # a second trainer, with weights from the files again, goes on from the first one's checkpoint
+    if variant == "resumed":
+        for config.training.steps in (1, STEPS):
+            trainer = trainer_of(config, ranks, rows)
+            trainer.train()
+    else:
+        trainer = trainer_of(config, ranks, rows)
+        for _ in range(STEPS):
+            trainer.train_step()
+    parameters = list(trainer.policy.parameters())
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}, "weights are stepped in float32"
+    keep = ("loss", "grad_norm", "kl", "reward", "tokens_computed")
+    seen = {"metrics": [{key: row[key] for key in keep} for row in rows], **trainer.seen}
+    if ranks.distributed:
+        seen["mesh"] = parameters[0].device_mesh.mesh.tolist()
+    return seen, {name: tensor.clone() for name, tensor in full_parameters(trainer.policy)}
+
+
+def trainer_of(config: Config, ranks: Ranks, rows: list[loop.Metrics]) -> Watched:
     policy, reference = make_policy(config, ranks), make_policy(config, ranks, frozen=True)
     renderer: Any = SimpleNamespace(stop_id=1, text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream: Any = Stream(ranks, config.training.trajectories_per_step)
     trainer = Watched(config, ranks, policy, reference, Rollouts(), Coin(), renderer, (), stream, {})
-    metrics = [trainer.train_step() for _ in range(STEPS)]
-    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}, "weights are stepped in float32"
-    keep = ("loss", "grad_norm", "kl", "reward", "tokens_computed")
-    seen = {"metrics": [{key: row[key] for key in keep} for row in metrics], **trainer.seen}
-    return seen, {name: tensor.clone() for name, tensor in full_parameters(policy)}
+    trainer.rows = rows
+    return trainer
 
 
 class Recorder:
@@ -227,7 +261,7 @@ if __name__ == "__main__":
             load_and_export(Path(folder), out_folder, all_ranks)
             continue
         torch._dynamo.reset()
-        found, parameters = train(Path(folder), one, all_ranks)
+        found, parameters = train(Path(folder), one, all_ranks, out_folder / "runs" / one)
         if all_ranks.main:
             (out_folder / f"{one}.json").write_text(json.dumps(found))
             save_file(parameters, out_folder / f"{one}.safetensors")

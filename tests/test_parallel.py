@@ -33,7 +33,7 @@ from swirl_fast.training.sharded_weights import Unsharded, empty_model, find_wei
 CPU = torch.device("cpu")
 ONE, TWO, FOUR = (
     ["plain", "accumulated", "full", "selective", "compiled"],
-    ["plain", "accumulated", "accumulated_sharded", "offloaded", "everything"],
+    ["plain", "accumulated", "accumulated_sharded", "offloaded", "resumed", "everything"],
     ["plain", "selective", "hsdp", "hsdp_accumulated", "hsdp_accumulated_sharded"],
 )
 Run = tuple[dict[str, Any], dict[str, torch.Tensor]]
@@ -87,7 +87,7 @@ def runs(
     llama: Path, two_ranks: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[int, str], Run]:
     """By ranks and variant; those of one rank are one process without torchrun."""
-    found = {(1, variant): train(llama, variant, Ranks(0, 1, CPU)) for variant in ONE}
+    found = {(1, variant): train(llama, variant, Ranks(0, 1, CPU), llama) for variant in ONE}
     found |= {(2, variant): read(two_ranks[0], variant) for variant in (*TWO, "bfloat16")}
     four = tmp_path_factory.mktemp("four")
     torchrun(4, four, *(f"{llama}:{variant}" for variant in FOUR))
@@ -129,6 +129,10 @@ def test_gradients_are_reduced_once_an_update(runs: dict[tuple[int, str], Run]) 
         seen = runs[ranks, variant][0]
         assert seen["reduce_scatter"] == groups * seen["micro_batches"], variant
         assert seen.get("all_reduce", 0) == (groups if "hsdp" in variant else 0), variant
+
+
+def test_a_copy_is_shared_by_neighbours(runs: dict[tuple[int, str], Run]) -> None:
+    assert runs[4, "hsdp"][0]["mesh"] == [[0, 1], [2, 3]] and runs[4, "plain"][0]["mesh"] == [0, 1, 2, 3]
 
 
 def test_bfloat16_computes_and_float32_learns(runs: dict[tuple[int, str], Run]) -> None:
