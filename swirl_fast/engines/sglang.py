@@ -38,6 +38,7 @@ from swirl_fast.engines.sglang_weights import vocabulary_of
 from swirl_fast.prefix_order import Group, warm_order
 
 T = TypeVar("T")
+Start = tuple[Server, int]  # a server, and how often it was started again: each time its cache is empty
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -69,9 +70,8 @@ class SGLangEngine:
         self._vocabulary = vocabulary_of(weights)
         self._stats = EngineStats()
         self._lock = threading.Lock()
-        self._rows: OrderedDict[str, tuple[Server, np.ndarray]] = (
-            OrderedDict()
-        )  # of trajectories, in this version's caches
+        # of trajectories: in whose cache, and what; of this version alone
+        self._rows: OrderedDict[str, tuple[Start | None, np.ndarray]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine", daemon=True)
         self._thread.start()
@@ -124,6 +124,8 @@ class SGLangEngine:
         A server that fails meanwhile is mended or dropped as in `generate`; EngineError when none is left.
         """
         with self._lock:
+            self._rows.clear()
+            self._servers.forget()
             if self._updater is None:
                 for _ in named_tensors:
                     pass
@@ -131,7 +133,6 @@ class SGLangEngine:
             else:
                 self._updater.update(named_tensors, version, self._tag(version))
             self._version = version
-            self._rows.clear()
 
     def stats(self) -> EngineStats:
         """decode_seconds holds all the time spent in `generate`: a server does both at once."""
@@ -143,9 +144,11 @@ class SGLangEngine:
             return
         self._closed = True
         try:
-            if self._updater is not None:
-                self._updater.close()
-            self._run(self._servers.close())
+            try:
+                if self._updater is not None:
+                    self._updater.close()
+            finally:
+                self._run(self._servers.close())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -215,6 +218,7 @@ class SGLangEngine:
             request.cache_key or f"\0{i}" for i, request in enumerate(requests)
         ]  # without a key: a trajectory of its own
         results: dict[int, list[Completion]] = {}
+        answered: dict[int, Start | None] = {}
         computed = [0] * len(requests)  # tokens of each prompt
         ideal = self._cacheable(keys, prompts)
         for server in self._servers.all:
@@ -225,24 +229,29 @@ class SGLangEngine:
             server.load += len(prompts[i]) + requests[i].n * requests[i].sampling.max_new_tokens
             of_server.setdefault(server, []).append(i)
 
-        async def send(i: int, known: int) -> None:
-            results[i] = await self._sample(requests[i], keys[i])
+        async def send(i: int, known: int, where: Start | None) -> None:
+            results[i], answered[i] = await self._sample(requests[i], keys[i])
+            if answered[i] != where:  # one that was started anew meanwhile, or another
+                known = 0
             cached = min(completion.cached_tokens for completion in results[i])
             # For n > 1 SGLang computes the prompt before it counts: what nobody computed before was computed then.
             computed[i] += len(prompts[i]) - (min(cached, known) if requests[i].n > 1 else cached)
 
-        async def serve(group: Group, numbers: list[int]) -> None:
+        async def serve(group: Group, numbers: list[int], where: Start | None) -> None:
+            """where: whose cache holds what the group counts on."""
             if group.warm is not None:
                 i = numbers[group.warm]
-                computed[i] += await self._warm(requests[i], keys[i])
-            now = [send(numbers[i], known) for i, known in group.ready]
-            await gather([*now, *(serve(later, numbers) for later in group.later)])
+                tokens, warmed = await self._warm(requests[i], keys[i])
+                computed[i] += tokens
+                where = where if warmed == where else None
+            now = [send(numbers[i], known, where) for i, known in group.ready]
+            await gather([*now, *(serve(later, numbers, where) for later in group.later)])
 
         work = []
         for server, numbers in of_server.items():
             known = [self._known(server, keys[i], prompts[i]) for i in numbers]
             groups = warm_order([prompts[i] for i in numbers], [requests[i].n for i in numbers], known)
-            work += [serve(group, numbers) for group in groups]
+            work += [serve(group, numbers, (server, server.restarts)) for group in groups]
         await gather(work)
 
         found = []
@@ -254,35 +263,47 @@ class SGLangEngine:
             self._stats.cached_tokens += cached
             self._stats.generated_tokens += sum(len(completion.tokens) for completion in results[i])
             if request.cache_key:
-                await self._remember(request.cache_key, prompts[i], results[i])
+                self._remember(request.cache_key, answered[i], prompts[i], results[i])
         self._stats.cacheable_tokens += ideal
         return found
 
-    async def _sample(self, request: Request, key: str) -> list[Completion]:
+    async def _sample(self, request: Request, key: str) -> tuple[list[Completion], Start | None]:
+        """The completions, and where they come from; None: from more than one server or start."""
         seeded = all(server.info is not None and server.info.deterministic for server in self._servers.all)
         if seeded and request.n > 1:  # SGLang gives one seed to all n samples: each goes alone
             seeds = [(request.seed + index * 0x9E3779B1) % 2**31 for index in range(request.n)]
             ones = [self._sample(replace(request, n=1, seed=seed), key) for seed in seeds]
-            return [completion for (completion,) in await gather(ones)]
+            found = await gather(ones)
+            starts = {start for _, start in found}
+            return [completion for (completion,), _ in found], starts.pop() if len(starts) == 1 else None
         version, tag, seed = self._version, self._tag(), request.seed % 2**31 if seeded else None
-        return await self._servers.attempt(
-            lambda server: server.client.generate(request, version, tag, seed), key, request.n
-        )
 
-    async def _warm(self, request: Request, key: str) -> int:
-        """Returns how many tokens of the prompt were computed."""
+        async def work(server: Server) -> tuple[list[Completion], Start]:
+            start = server, server.restarts
+            return await server.client.generate(request, version, tag, seed), start
+
+        return await self._servers.attempt(work, key, request.n)
+
+    async def _warm(self, request: Request, key: str) -> tuple[int, Start]:
+        """Returns how many tokens of the prompt were computed, and where."""
         tokens, tag = request.tokens, self._tag()
-        return len(tokens) - await self._servers.attempt(lambda server: server.client.warm(tokens, tag), key, 1)
+
+        async def work(server: Server) -> tuple[int, Start]:
+            start = server, server.restarts
+            return len(tokens) - await server.client.warm(tokens, tag), start
+
+        return await self._servers.attempt(work, key, 1)
 
     def _known(self, server: Server, key: str, prompt: np.ndarray) -> int:
         """How many tokens of the prompt this server has seen from the same trajectory."""
-        home, row = self._rows.get(key, (None, prompt[:0]))
-        return common_prefix(row, prompt) if home is server else 0
+        where, row = self._rows.get(key, (None, prompt[:0]))
+        return common_prefix(row, prompt) if where == (server, server.restarts) else 0
 
-    async def _remember(self, key: str, prompt: np.ndarray, completions: Sequence[Completion]) -> None:
+    def _remember(self, key: str, where: Start | None, prompt: np.ndarray, completions: Sequence[Completion]) -> None:
         row = np.concatenate([prompt, np.asarray(completions[0].tokens[:-1], np.int64)])
-        if key not in self._rows or len(row) >= len(self._rows[key][1]):
-            self._rows[key] = (await self._servers.home(key), row)
+        old = self._rows.get(key)
+        if old is None or old[0] != where or len(row) >= len(old[1]):
+            self._rows[key] = (where, row)
             self._rows.move_to_end(key)
             if len(self._rows) > REMEMBERED:
                 self._rows.popitem(last=False)

@@ -6,6 +6,7 @@ no healthy server answers (AnswerError, which names the field), or it serves oth
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Client:
                 tensor_parallel=int(server["tp_size"]),
                 deterministic=bool(server.get("enable_deterministic_inference")),
             )
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise AnswerError(
                 f"{self.url} is no SGLang server of 0.5 or later: its description lacks or garbles {error}"
             ) from None
@@ -83,7 +84,7 @@ class Client:
         """Whether the server can still generate: it computes one token, unless it is answering others anyway."""
         try:
             await self._send("GET", "/health_generate", None, timeout)
-        except (ServerFailure, EngineError):
+        except (ServerFailure, EngineError, ValueError):
             return False
         return True
 
@@ -165,13 +166,14 @@ class Client:
                 f"{self.url} aborted a request: {meta['finish_reason'].get('message', 'no reason given')}"
             )
         served = meta.get("weight_version")
-        spans = [
-            span.get("version") if isinstance(span, dict) else span[0] for span in meta.get("weight_versions") or []
-        ]
         if served is None:
             self._garbled("meta_info.weight_version", served, "the version of the weights")
+        spans = meta.get("weight_versions") or []
+        if not isinstance(spans, list) or not all(isinstance(span, dict) for span in spans):
+            self._garbled("meta_info.weight_versions", spans, "a list of objects")
+        spans = [span.get("version") for span in spans]
         if served != tag or set(spans) - {tag}:
-            raise StaleWeights(f"{self.url} answered with weights {spans or served!r}, asked for were {tag!r}")
+            raise StaleWeights(f"{self.url} answered with weights {served!r} {spans or ''}, asked for were {tag!r}")
         self._check_prompt(meta, len(request.tokens))
         tokens = answer.get("output_ids")
         if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
@@ -235,8 +237,9 @@ class Client:
     ) -> httpx.Response:
         limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT))
         try:
-            response = await self._http.request(method, self.url + path, json=body, timeout=limits)
-        except httpx.TimeoutException as error:
+            async with asyncio.timeout(timeout):  # of all of it: httpx's are of one step, as the next bytes
+                response = await self._http.request(method, self.url + path, json=body, timeout=limits)
+        except (httpx.TimeoutException, TimeoutError) as error:
             raise ServerFailure(f"{self.url}{path} did not answer in {timeout:g} s ({type(error).__name__})") from None
         except httpx.HTTPError as error:
             raise ServerFailure(f"{self.url}{path}: {type(error).__name__}: {error}") from None

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ _DIE_WITH_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.getppid() == int(sys.argv[1]) or sys.exit(1); "
     "os.execvp(sys.argv[2], sys.argv[2:])"
 )
+STOP_SECONDS = 5.0  # for a server to end itself when asked to
 _LOG_TAIL = 2000  # characters of the log shown when a server does not come up
 
 
@@ -52,6 +54,7 @@ class ServerProcess:
         self.config, self.number, self.port, self.log = config, number, port, log
         self.dtype, self.max_sequences, self.seed, self.key = dtype, max_sequences, seed, key
         self._process: subprocess.Popen[bytes] | None = None
+        self._ending = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -150,19 +153,21 @@ class ServerProcess:
             await asyncio.sleep(0.5)
 
     def stop(self) -> None:
-        """Ends the server and the processes it started, and no other. First politely, after 5 seconds not."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 10.0)):
-            if process.poll() is None:
-                _signal_group(process.pid, number)
-                try:
-                    process.wait(patience)
-                except subprocess.TimeoutExpired:
-                    continue
-        # its children too, which outlive it for a moment, or for good where it was killed
-        _signal_group(process.pid, signal.SIGKILL)
+        """Ends the server and the processes it started, and no other. First politely, after 5 seconds not. Two calls at a time both
+        return when it is done: until then its port is taken."""
+        with self._ending:
+            process, self._process = self._process, None
+            if process is None:
+                return
+            for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 10.0)):
+                if process.poll() is None:
+                    _signal_group(process.pid, number)
+                    try:
+                        process.wait(patience)
+                    except subprocess.TimeoutExpired:
+                        continue
+            # its children too, which outlive it for a moment, or for good where it was killed
+            _signal_group(process.pid, signal.SIGKILL)
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-_LOG_TAIL:] if self.log.is_file() else ""

@@ -137,6 +137,10 @@ class Servers:
                 )
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
+    def forget(self) -> None:
+        """With new weights all caches are empty, and the trajectories that come are best spread anew."""
+        self._home = OrderedDict()
+
     async def attempt(self, work: Callable[[Server], Awaitable[T]], key: str, sequences: int) -> T:
         """Does `work` on the trajectory's server, after a failure on another one if there is one. Raises EngineError after
         `engine.retries` further tries."""
@@ -187,27 +191,36 @@ class Servers:
                     server.mending.cancel()  # it would come up with the weights before
                     server.mending = None
                 self.mend(server, str(server.out))
-            elif self.weights is not None and await server.client.healthy(HEALTH_SECONDS):
+            elif self.weights is not None and await self._answers(server):
                 server.out = None
                 await self.each([server], load)
         if not self.up and all(server.mending is None for server in self.all):
             raise EngineError(f"no SGLang server took the new weights:\n{self.reasons()}")
 
     async def revive(self) -> None:
-        """Before an update that leaves no folder: launched servers that are out come back, to be given the weights with the others."""
+        """Before an update that leaves no folder: servers that are out come back, to be given the weights with the others."""
         if self.weights is None:
-            out = [server for server in self.all if server.out is not None and server.process is not None]
-            await gather(self._restart(server, server.out or "", self._first_weights) for server in out)
+            out = [server for server in self.all if server.out is not None]
+            await gather(
+                self._restart(server, server.out or "", self._first_weights, self.tag)
+                for server in out
+                if server.process
+            )
+            for server in out:
+                if server.process is None and await self._answers(server):
+                    server.out = None
 
     def mend(self, server: Server, reason: str) -> None:
         """Takes a server out, and begins to start it again where that is this process's to do and the weights are at hand."""
+        if server.restarts > self.config.max_restarts:
+            return  # it is given up
         self._take_out(server, reason)
         if server.mending is not None and not server.mending.done():
             return
         loop = asyncio.get_running_loop()
         if server.process is not None and self.weights is not None:
             warnings.warn(f"SGLang server {server.url} is started again: {reason}", stacklevel=2)
-            server.mending = loop.create_task(self._restart(server, reason, self.weights))
+            server.mending = loop.create_task(self._restart(server, reason, self.weights, self.tag))
         elif server.process is not None:
             server.out = f"{reason}; it waits for the next update, since engine.weight_sync.snapshot is false"
         elif not self.leader and not self.config.urls:
@@ -215,13 +228,19 @@ class Servers:
         else:
             warnings.warn(f"SGLang server {server.url} is dropped: {reason}", stacklevel=2)
 
+    async def mend_all(self) -> None:
+        """Begins to start again whatever was taken out without it."""
+        for server in self.all:
+            if server.out is not None and server.process is not None:
+                self.mend(server, server.out)
+
     def reasons(self) -> str:
         return "\n".join(f"  {server.url}: {server.out}" for server in self.all)
 
     def _take_out(self, server: Server, reason: str) -> None:
         server.out = reason
         for key in [key for key, home in self._home.items() if home is server]:
-            del self._home[key]
+            self._home.pop(key, None)
 
     async def _first_contact(self, server: Server) -> None:
         if server.process is not None:
@@ -262,24 +281,35 @@ class Servers:
         elif not await server.client.healthy(HEALTH_SECONDS) and server.out is None:
             self.mend(server, f"{error}; and it gives no sign of health")
 
-    async def _restart(self, server: Server, reason: str, weights: str) -> None:
+    async def _restart(self, server: Server, reason: str, weights: str, tag: str) -> None:
+        """Until it is up. A start that fails counts as a restart too: a device's memory may not be free yet."""
         process = server.process
         assert process is not None
-        server.restarts += 1
-        tail = process.tail()
-        await asyncio.to_thread(process.stop)
-        if server.restarts > self.config.max_restarts:
-            limit = self.config.max_restarts
-            server.out = f"{reason}; engine.max_restarts={limit} are used up. The end of {process.log}:\n{tail}"
-            warnings.warn(f"SGLang server {server.url} is given up: {server.out}", stacklevel=2)
-            return
-        process.start(weights, self.tag)
+        while True:
+            server.restarts += 1
+            tail = process.tail()
+            await asyncio.to_thread(process.stop)
+            if server.restarts > self.config.max_restarts:
+                limit = self.config.max_restarts
+                server.out = f"{reason}; engine.max_restarts={limit} are used up. The end of {process.log}:\n{tail}"
+                warnings.warn(f"SGLang server {server.url} is given up: {server.out}", stacklevel=2)
+                return
+            try:
+                process.start(weights, tag)
+                await self._await_up(server)
+            except EngineError as error:
+                reason = str(error).partition(" The end of ")[0]
+            else:
+                server.out = None
+                return
+
+    async def _answers(self, server: Server) -> bool:
+        """Whether it can be given weights. It may be paused, and then its check of health, which generates, fails."""
         try:
-            await self._await_up(server)
-        except EngineError as error:
-            server.out = str(error)
-        else:
-            server.out = None
+            await server.client.info(HEALTH_SECONDS)
+        except (ServerFailure, EngineError, ValueError):
+            return False
+        return True
 
     async def _await_leader(self, server: Server, reason: str) -> None:
         """The process that leads this node starts the server again; until then it is asked for its weights."""

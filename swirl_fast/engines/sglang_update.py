@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ class WeightUpdater:
         self._group: Broadcast | None = None
         self._group_of = ""  # the servers in it
         self._groups = 0
-        self._threads = ThreadPoolExecutor(1, "weight-update")
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int, tag: str) -> None:
         """Raises KeyError and ValueError as the protocol says; EngineError when no server took the weights."""
@@ -62,7 +62,7 @@ class WeightUpdater:
             self._run(servers.revive())
             took = self._push(stream, tag, snapshot)
         servers.weights, servers.tag = str(snapshot.target) if snapshot is not None else None, tag
-        self._run(servers.rejoin(took, lambda server: self.load(server, str(servers.weights), tag)))
+        self._run(servers.rejoin(took, lambda server: self._reload(server, str(servers.weights), tag)))
         if snapshot is not None:
             snapshot.prune()
 
@@ -110,11 +110,17 @@ class WeightUpdater:
         except BaseException:
             self.close()
             self._run(self._servers.each(self._servers.up, self._undo))
+            self._run(self._servers.mend_all())
             raise
 
     async def _begin(self, server: Server) -> None:
-        await server.client.control("/pause_generation", {"mode": "retract"}, self._config.timeout)
-        await server.client.exists("/begin_weight_update", {}, self._config.timeout)  # from 0.5.21 on
+        timeout = self._config.timeout
+        await server.client.control("/pause_generation", {"mode": "retract"}, timeout)
+        try:
+            await server.client.exists("/begin_weight_update", {}, timeout)  # from 0.5.21 on
+        except ServerFailure:
+            await self._abandon(server)
+            await server.client.exists("/begin_weight_update", {}, timeout)
 
     async def _end(self, server: Server, tag: str) -> None:
         timeout = self._config.timeout
@@ -128,13 +134,24 @@ class WeightUpdater:
 
     async def _undo(self, server: Server) -> None:
         """Nobody knows what a server holds after half an update: it reads the weights before, or is taken out."""
-        await server.client.exists("/end_weight_update", {}, self._config.timeout)
         if self._servers.weights is None:
             raise ServerFailure("an update of its weights broke off, and those before are in no folder")
-        await self.load(server, self._servers.weights, self._servers.tag)
+        await self._reload(server, self._servers.weights, self._servers.tag)
+
+    async def _reload(self, server: Server, path: str, tag: str) -> None:
+        await self._abandon(server)
+        await self.load(server, path, tag)
+
+    async def _abandon(self, server: Server) -> None:
+        """Ends an update that broke off, else the server refuses the next one. It refuses this where none is open."""
+        try:
+            await server.client.exists("/end_weight_update", {}, self._config.timeout)
+        except ServerFailure:
+            pass
 
     async def _verify(self, server: Server, tag: str) -> None:
-        served = (await server.client.get("/model_info")).get("weight_version")
+        info = await server.client.get("/model_info")
+        served = info.get("weight_version") if isinstance(info, dict) else None
         if served != tag:
             raise StaleWeights(f"{server.url} says that it serves weights {served!r} after an update to {tag!r}")
 
@@ -162,7 +179,8 @@ class WeightUpdater:
             _wait(calls, "an update of weights was refused")
         except EngineError as error:
             self._group = None
-            group.leave()
+            # it waits for the broadcasts that were begun, until the time-out
+            threading.Thread(target=group.leave, daemon=True).start()
             if not snapshot:
                 raise
             for server in up:
@@ -198,7 +216,17 @@ class WeightUpdater:
                 "backend": group.backend,
             },
         )
-        joined = self._threads.submit(group.join)
+        joined: Future[None] = Future()
+
+        def join() -> None:
+            try:
+                group.join()
+                joined.set_result(None)
+            except BaseException as error:
+                joined.set_exception(error)
+
+        # no thread of a pool: where servers do not come it waits for the time-out, and the end of the command must not
+        threading.Thread(target=join, name="weight-update", daemon=True).start()
         while not wait([joined], timeout=0.05).done:
             if (reason := _failure(calls)) is not None:
                 raise EngineError(f"engine.weight_sync.method=distributed: {reason}")
