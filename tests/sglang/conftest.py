@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from real_servers import CONTEXT, HERE, PYTHON, launched, start_engine
+from test_pipeline import judged  # noqa: F401  (a fixture)
 
 from swirl_fast.engines.sglang import SGLangEngine
 
