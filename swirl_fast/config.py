@@ -95,7 +95,7 @@ class LaunchConfig:
 @dataclass
 class WeightSyncConfig:
     method: str = "disk"  # disk: a folder the servers read | tensor: shared memory, same node | distributed: broadcast
-    bucket_mb: int = 512  # weights gathered and sent at a time (a single larger tensor goes alone)
+    bucket_mb: float = 512  # weights gathered and sent at a time (a single larger tensor goes alone)
     folder: str = ""  # where the current weights are kept; empty: runs/NAME/engine/weights; servers elsewhere must see it for `disk`
     snapshot: bool = (
         True  # tensor, distributed: keep the weights in `folder` too, else a restarted server waits for the next update

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -33,6 +34,7 @@ from swirl_fast.engines.engine import Completion, EngineError, EngineStats, Requ
 from swirl_fast.engines.sglang_client import ServerFailure
 from swirl_fast.engines.sglang_servers import REMEMBERED, Server, Servers, gather
 from swirl_fast.engines.sglang_update import WeightUpdater
+from swirl_fast.engines.sglang_weights import vocabulary_of
 from swirl_fast.prefix_order import Group, warm_order
 
 T = TypeVar("T")
@@ -66,6 +68,7 @@ class SGLangEngine:
         self._label, self._leader, self._warms = label, leader, config.warm_prefixes
         self._dtype = _DTYPES[config.dtype]
         self._version = 0
+        self._vocabulary = vocabulary_of(weights)
         self._stats = EngineStats()
         self._lock = threading.Lock()
         # of trajectories: in whose cache, and what; of this version alone
@@ -196,9 +199,20 @@ class SGLangEngine:
             raise ValueError(f"request {i} has an empty prompt")
         if request.n < 1 or s.max_new_tokens < 1:
             raise ValueError(f"request {i}: n={request.n} and max_new_tokens={s.max_new_tokens} must be at least 1")
-        if s.temperature < 0 or not 0 < s.top_p <= 1 or s.top_k < 0:
+        if not (0 <= s.temperature < math.inf and 0 < s.top_p <= 1 and s.top_k >= 0):
             raise ValueError(
-                f"request {i}: temperature={s.temperature} and top_k={s.top_k} must be at least 0, top_p={s.top_p} in (0, 1]"
+                f"request {i}: temperature={s.temperature} must be finite and at least 0, top_p={s.top_p} in (0, 1], "
+                f"top_k={s.top_k} at least 0 (0: off)"
+            )
+        bad = [
+            token
+            for token in (min(request.tokens), max(request.tokens))
+            if not 0 <= token < (self._vocabulary or math.inf)
+        ]
+        if bad:  # a server would not refuse it, but break
+            raise ValueError(
+                f"request {i}: token id {bad[0]} is outside the vocabulary of {self._vocabulary}; "
+                "use the tokenizer that belongs to the model"
             )
         if len(request.tokens) + s.max_new_tokens > self.max_context:
             raise ValueError(

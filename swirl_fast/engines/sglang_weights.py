@@ -34,6 +34,12 @@ def tied_names(folder: Path) -> frozenset[str]:
     return frozenset({"lm_head.weight"}) if tied else frozenset()
 
 
+def vocabulary_of(folder: Path) -> int | None:
+    """How many token ids the model of a Hugging Face folder has; None where its config does not say."""
+    config = json.loads((folder / "config.json").read_text())
+    return config.get("text_config", config).get("vocab_size")
+
+
 def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Hugging Face folder's weights, from the headers of its safetensors files."""
     from safetensors import safe_open

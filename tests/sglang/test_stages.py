@@ -1,0 +1,78 @@
+"""The stages as a user starts them, with SGLang for rollouts: everything in order, two ranks on one server, and the model judge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from real_servers import GENERATED, Log, attached, launched
+from test_pipeline import overrides, start
+
+from swirl_fast.config import EndpointConfig
+from swirl_fast.engines.sglang import SGLangEngine
+from swirl_fast.judges.judge import Verdict
+from swirl_fast.judges.model import ModelJudge
+from swirl_fast.training.metrics import read_metrics
+from swirl_fast.trajectory import StepView
+
+SHORT = ("engine.kind=sglang", "training.steps=2", "engine.weight_sync.method=tensor")
+
+
+@pytest.fixture(scope="module")
+def whole_run(server: SGLangEngine, served_model: Path, judged: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole_run")
+    start(["run", *overrides(folder, served_model, judged, *SHORT, *attached(*server.urls))])
+    return folder / "r"
+
+
+def check_training(folder: Path) -> None:
+    rows = read_metrics(folder)
+    assert [row["policy_version"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["engine_gap_mean"] < 1e-4, "engine and trainer disagree on log-probs, or the weights are old"
+        assert row["grad_norm"] > 0 and row["actions"] == 4 * row["states"]
+        assert 0.95 <= row["cache_hit_rate_of_possible"] <= 1.01
+    assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_every_stage_runs_on_attached_servers(whole_run: Path, server: SGLangEngine) -> None:
+    check_training(whole_run)
+    summary = json.loads((whole_run / "summary.json").read_text())
+    assert summary["base"]["questions"] == summary["trained"]["questions"] == 6
+
+
+def test_two_ranks_share_the_server_that_one_of_them_starts(
+    whole_run: Path,
+    served_model: Path,
+    judged: str,
+    tmp_path: Path,
+) -> None:
+    for name in ("shards", "config.yaml"):
+        copy = shutil.copytree if (whole_run / name).is_dir() else shutil.copy
+        (tmp_path / "r").mkdir(exist_ok=True)
+        copy(whole_run / name, tmp_path / "r" / name)
+    start(["train", *overrides(tmp_path, served_model, judged, *SHORT, *launched())], ranks=2)
+    check_training(tmp_path / "r")
+    (path,) = (tmp_path / "r" / "engine").glob("*.log")
+    log = path.read_text()
+    assert log.count("sglang.launch_server") == 1 and GENERATED in log
+    assert log.count("POST /end_weight_update") == 3, "one rank sends the weights: at the start and after both steps"
+
+
+def test_the_judge_asks_a_chat_endpoint_of_sglang(server: SGLangEngine, server_folder: Path) -> None:
+    """The tiny model answers rubbish, so no step gets a verdict; but the prompts are read, and what they share only once."""
+    log = Log(server_folder / "run" / "engine" / "server-0.log")
+    judge = ModelJudge(EndpointConfig(url=f"{server.urls[0]}/v1", max_tokens=8, retries=0, concurrency=1))
+    judge.check()
+    history = (("<math_exp>1 + 2</math_exp>", "1 + 2 -> 3"), ("<math_exp>3 + 4</math_exp>", "3 + 4 -> 7"))
+    steps = [StepView("chain_sum", "What is 1 + 2 + 4?", history[:i], "<answer>7</answer>") for i in range(3)]
+    judgements = judge.judge(steps)
+    judge.close()
+    for judgement in judgements:
+        assert judgement.verdict is Verdict.UNKNOWN
+        assert "does not end with a verdict" in judgement.reason or "cut off at 8 tokens" in judgement.reason
+    assert log.count("POST /v1/chat/completions HTTP/1.1") == 4
+    computed, cached = log.prefill()
+    assert cached > 0.5 * (computed + cached), "the prompts of a trajectory nest: most of each was read before"
