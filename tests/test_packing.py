@@ -24,9 +24,10 @@ from swirl_fast.config import ConfigError, load
 from swirl_fast.engines.engine import Completion
 from swirl_fast.objective import policy_loss
 from swirl_fast.policy import PackedRow, Policy, model_size
-from swirl_fast.training import loop
-from swirl_fast.training.loop import MicroBatch, Totals, Trainer, check_budget
+from swirl_fast.training import totals as totals_module
+from swirl_fast.training.loop import MicroBatch, Trainer, check_budget
 from swirl_fast.training.rollout import SampledAction
+from swirl_fast.training.totals import Totals
 from swirl_fast.trajectory import Step, StepView, Trajectory
 
 V = SHAPE["vocab_size"]
@@ -247,7 +248,7 @@ def test_the_plans_are_made_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_seconds_of_a_phase_are_without_those_of_phases_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 4.0, 5.0, 20.0, 22.0, 30.0])
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr(totals_module, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     totals = Totals()
     with totals.phase("pack"):
         with totals.phase("gather"):
