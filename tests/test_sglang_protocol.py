@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from swirl_fast.config import EngineConfig, LaunchConfig, WeightSyncConfig
-from swirl_fast.engines import sglang_launch, sglang_servers
+from swirl_fast.engines import sglang_launch, sglang_servers, sglang_weights
 from swirl_fast.engines.engine import Completion, Request, Sampling
 from swirl_fast.engines.sglang import SGLangEngine
 from swirl_fast.engines.sglang_client import AnswerError, EngineError
@@ -480,21 +480,37 @@ def test_bad_weights_change_nothing(serve, attach, model: Path, method: str, fau
         assert all(len(s.fake.of("/generate")) > n for s, n in zip(servers, before, strict=True))
 
 
-def test_weights_come_in_buckets(serve, attach, model: Path) -> None:
+def fails_at(number: int) -> Callable[[Tensor, torch.dtype], Tensor]:
+    """Gathers tensors, but not the number-th: a rank was lost."""
+    count = iter(range(number + 1))
+
+    def gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if next(count) == number:
+            raise OSError("a rank was lost")
+        return tensor.detach().to(dtype)
+
+    return gather
+
+
+def test_weights_come_in_buckets(serve, attach, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     limit = 20_000
     engine = attach(server, sync={"method": "tensor", "bucket_mb": limit / 2**20})
     held: list[int] = []
     new = changed(model, 2.0)
 
-    def stream() -> Iterator[tuple[str, Tensor]]:
-        for i, one in enumerate(new):
-            sent = server.fake.of("/update_weights_from_tensor")
-            done = sum(len(request["body"].get("tensors", ())) for request in sent)
-            held.append(sum(t.numel() * 4 for _, t in new[done : i + 1]))
-            yield one
+    gathered = 0
 
-    engine.update_weights(stream(), 1)
+    def gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        nonlocal gathered
+        sent = server.fake.of("/update_weights_from_tensor")
+        done = sum(len(request["body"].get("tensors", ())) for request in sent)
+        gathered += 1
+        held.append(sum(t.numel() * 4 for _, t in new[done:gathered]))
+        return tensor.detach().to(dtype)
+
+    monkeypatch.setattr(sglang_weights, "whole", gather)
+    engine.update_weights(new, 1)
     buckets = [request["body"]["tensors"] for request in server.fake.of("/update_weights_from_tensor")]
     assert [name for bucket in buckets for name, _ in bucket] == [name for name, _ in new]
     sizes = [[size for _, size in bucket] for bucket in buckets]
@@ -618,7 +634,9 @@ def test_a_dropped_server_comes_back_with_the_next_update(serve, attach, model: 
     assert len(dead.fake.of("/generate")) > before
 
 
-def test_without_snapshots_a_broken_off_update_leaves_no_server(serve, attach, model: Path, tmp_path: Path) -> None:
+def test_without_snapshots_a_broken_off_update_leaves_no_server(
+    serve, attach, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For nobody has the weights before; the servers' own first weights are in a folder."""
     engine = attach(serve(), serve(), sync={"method": "tensor", "snapshot": False})
     with pytest.raises(KeyError):
@@ -628,8 +646,12 @@ def test_without_snapshots_a_broken_off_update_leaves_no_server(serve, attach, m
     engine.update_weights(new, 1)
     assert_from(engine.generate(MANY), MANY, weights_of(new), 1)
     assert not (tmp_path / "engine" / "weights").exists()
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError):  # noticed before anything is sent
         engine.update_weights(changed(model, 3.0)[:-2], 2)
+    assert_from(engine.generate(MANY), MANY, weights_of(new), 1)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(sglang_weights, "whole", fails_at(len(new) - 1))
+        engine.update_weights(changed(model, 3.0), 2)
     with pytest.raises(EngineError, match="broke off, and those before are in no folder"):
         engine.generate(MANY)
     new = changed(model, 3.0)
@@ -843,6 +865,7 @@ def test_rounds_of_collecting_need_no_warming(serve, attach, model: Path) -> Non
             if turn:
                 assert completion.cached_tokens == known[t]
             row += [*completion.tokens, *prompt(t + turn, 40)]
+        known = {t: len(row) - 41 for t, row in rows.items()}
         for server, n in zip(servers, before, strict=True):
             for entry in server.fake.of("/generate")[n:]:
                 assert entry["body"]["sampling_params"]["max_new_tokens"] == 8
