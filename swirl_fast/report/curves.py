@@ -49,6 +49,9 @@ def curves(metrics: Sequence[Row], kl_measured: bool = True) -> str:
         lines("Rollout cache hit rate", steps, cached, "%", top=1.0),
         stacked("Time by phase", steps, _phases(rows), "seconds a step"),
     ]
+    if any("mfu" in row for row in rows):  # the peak of a CPU, or of an unknown GPU, is not known
+        used = series(forward_and_backward="mfu", whole_step="mfu_step")
+        charts.append(lines("Model FLOPs utilization", steps, used, "%"))
     notes = [HOW]
     if width > 1:
         notes.append(f"Each point is the mean of {width} steps.")
@@ -77,8 +80,12 @@ def _averaged(rows: Sequence[Row]) -> tuple[Sequence[Row], int]:
 
 
 def _phases(rows: Sequence[Row]) -> list[Series]:
-    """Phases of at least 1 % of the time, in the order of a step, and the rest of its seconds as `other`."""
-    names = dict.fromkeys(key for row in rows for key in row if key.startswith("seconds_"))
+    """Phases of at least 1 % of the time, in the order of a step, and the rest of its seconds as `other`. Sampling beside the training
+    (training.lag=1) takes none of a step's time but what it waits for."""
+    aside = {"seconds_hidden"}
+    if any(_value(row, "seconds_hidden") for row in rows):
+        aside |= {"seconds_data", "seconds_rollout", "seconds_judge"}
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("seconds_") and key not in aside)
     seconds = {name: [_value(row, name) or 0.0 for row in rows] for name in names}
     whole = [_value(row, "seconds") or 0.0 for row in rows]
     shown = [name for name, own in seconds.items() if sum(own) >= 0.01 * sum(whole)][:MAX_PHASES]
@@ -103,6 +110,6 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _plain(value: object) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and not is_number(value)):
         return "–"
     return f"{value:.5g}" if isinstance(value, float) else escape(str(value))

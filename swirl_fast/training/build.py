@@ -17,7 +17,7 @@ from swirl_fast.rendering import Renderer
 from swirl_fast.shard_store import open_shards
 from swirl_fast.shard_stream import TrajectoryStream
 from swirl_fast.tasks import load_task
-from swirl_fast.training import layers, parallel, sharded_weights
+from swirl_fast.training import layers, metrics, parallel, sharded_weights
 from swirl_fast.training.export import export
 from swirl_fast.training.loop import Trainer, check_budget
 from swirl_fast.training.memory import GIB, estimate
@@ -40,6 +40,8 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
         "max_skipped_steps",
         "kl_warning",
         "tensorboard",
+        "wandb",
+        "peak_tflops",
         "token_budget",
         "max_path_tokens",
         "activation_checkpointing",
@@ -136,6 +138,7 @@ def run_training(config: Config, ranks: Ranks) -> None:
 def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> None:
     training = config.training
     parallel.check(training, ranks)
+    metrics.check(training)
     layers.check(training, load_config(config.model), ranks.device)
     target = config.folder / "model"
     stream = open_stream(config, ranks)

@@ -26,6 +26,7 @@ from swirl_fast.comb import Branch, Comb, SampledState, balance, micro_batches, 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.engine import Engine
 from swirl_fast.judges.judge import Judge, Judgement, Verdict
+from swirl_fast.model import DTYPES
 from swirl_fast.objective import LossSums, advantages, counts, policy_loss, weights
 from swirl_fast.policy import PackedRow, Policy, model_size
 from swirl_fast.rendering import Renderer
@@ -39,6 +40,7 @@ from swirl_fast.training.parallel import Ranks, set_gradient_sync
 from swirl_fast.training.rollout import SampledAction, to_actions, to_branches
 from swirl_fast.training.sampler import Sampler
 from swirl_fast.training.totals import Totals
+from swirl_fast.training.utilization import peak_flops, peak_memory, utilization
 from swirl_fast.trajectory import Trajectory
 from swirl_kernels import PolicyLossMetrics
 
@@ -100,6 +102,7 @@ class Trainer:
             fused=ranks.device.type == "cuda",
         )
         self.size = model_size(policy.model)
+        self.peak = peak_flops(training.peak_tflops, ranks.device, DTYPES[config.model.dtype])
         self.step = 0  # batches done; also the policy version
         self.checkpoints = config.folder / "checkpoints"
         self.guards = Guards(ranks, training.max_skipped_steps, training.kl_warning, self.checkpoints)
@@ -121,7 +124,7 @@ class Trainer:
                 self.guards.load_state_dict(restored.get("guards", {}))
             weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
             due = False
-            with MetricsLog(folder, self.step, self.ranks.main, training.tensorboard, training.steps) as log:
+            with MetricsLog(folder, self.step, self.ranks.main, training, self.settings) as log:
                 while self.step < training.steps:
                     if reason := interrupts.reason(reserve=checkpoints.seconds):
                         if self.step > max(checkpoints.step, 0):
@@ -198,6 +201,7 @@ class Trainer:
                     micro.ref_logp_N = self.reference(micro.row)
                 if config.algorithm.updates_per_batch > 1:
                     micro.old_logp_N = self.policy(micro.row)
+            self.ranks.wait()
         grad_norm = 0.0
         for update in range(config.algorithm.updates_per_batch):
             if self.guards.skipped:
@@ -276,6 +280,7 @@ class Trainer:
     def _update(self, batches: list[MicroBatch], totals: Totals, first: bool) -> float:
         """Forward and backward over the micro-batches, one optimizer step. Returns the global gradient norm before clipping."""
         training = self.config.training
+        totals.updates += 1
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -324,6 +329,7 @@ class Trainer:
             if batches and self.guards.finite(self.step + 1, float(torch.stack(losses).sum()), grad_norm):
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            self.ranks.wait()
         return grad_norm
 
     def _check_gap(self, totals: Totals) -> None:
@@ -343,11 +349,12 @@ class Trainer:
         names = [name for name in vars(totals) if name != "seconds" and not name.endswith("_max")]
         summed = self.ranks.sum(torch.tensor([float(getattr(totals, name)) for name in names], dtype=torch.float64))
         s = dict(zip(names, summed.tolist(), strict=True))
-        top = self.ranks.max(
-            torch.tensor([totals.gap_max, totals.ratio_max, totals.flops, seconds], dtype=torch.float64)
-        )
-        gap_max, ratio_max, flops_max, seconds = top.tolist()
+        busy = totals.seconds.get("forward_backward", 0.0)
+        peaks = [totals.gap_max, totals.ratio_max, totals.flops, seconds, busy, peak_memory(self.ranks.device)]
+        top = self.ranks.max(torch.tensor(peaks, dtype=torch.float64))
+        gap_max, ratio_max, flops_max, seconds, busy, memory = top.tolist()
         tokens = max(s["tokens"], 1.0)
+        work = s["flops"] * totals.updates
         imbalance = (
             flops_max * self.ranks.size / s["flops"] if s["flops"] else 1.0
         )  # estimated work: the busiest rank's over the mean
@@ -377,10 +384,9 @@ class Trainer:
             "tokens_computed_per_second": s["computed_tokens"] / seconds,
             "tokens_effective_per_second": s["effective_tokens"] / seconds,
             "rank_imbalance": imbalance,
-            "tflops": s["flops"]
-            * self.config.algorithm.updates_per_batch
-            / max(totals.seconds.get("forward_backward", 0.0), 1e-9)
-            / 1e12,
+            "tflops": work / busy / 1e12 if busy else 0.0,
+            **utilization(work, busy, seconds, self.peak, self.ranks.size),
+            "memory_gib": memory,
             "cache_hit_rate": s["cached_tokens"] / max(s["prompt_tokens"], 1.0),
             "judge_cache_hit_rate": s["judge_cached_tokens"] / max(s["judge_prompt_tokens"], 1.0),
             "cache_hit_rate_of_possible": s["cached_tokens"] / max(s["cacheable_tokens"], 1.0),

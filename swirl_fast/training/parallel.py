@@ -56,6 +56,11 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def wait(self) -> None:
+        """Until this rank's device has done what it was given, so that what is measured ends with it."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def barrier(self) -> None:
         if self.distributed:
             dist.barrier()

@@ -39,6 +39,7 @@ class Totals:
     judge_prompt_tokens: float = 0.0
     judge_cached_tokens: float = 0.0
     generated_tokens: float = 0.0
+    updates: int = 0  # begun, the same on all ranks
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, sums: LossSums, first: bool) -> None:
