@@ -203,16 +203,12 @@ class TrainingConfig:
     clip_grad_norm: float = 1.0
     token_budget: int = 8192  # computed tokens a micro-batch
     max_path_tokens: int = 0  # longest state with its action; 0: the model's context
-    activation_checkpointing: str = (
-        "none"  # none | full: layers run again in the backward | selective: every second layer does
-    )
-    shard_size: int = (
-        0  # ranks that share one copy of the parameters; several such groups are replicas (HSDP); 0: all ranks
-    )
-    shard_accumulated_gradients: bool = (
-        False  # reduce after every micro-batch, not once an update: more traffic, but no rank holds
-    )
-    # 4 bytes a parameter of the whole model between micro-batches
+    # layers that run again in the backward instead of keeping their activations: none | full: all | selective: every second one
+    activation_checkpointing: str = "none"
+    shard_size: int = 0  # ranks that share one copy of the parameters; several such groups are replicas (HSDP); 0: all
+    # reduce gradients after every micro-batch, not once an update: more traffic, but no rank holds 4 bytes for every parameter of
+    # the whole model between micro-batches
+    shard_accumulated_gradients: bool = False
     compile: bool = False  # torch.compile, one decoder layer at a time
     liger: bool = False  # liger-kernel's RMSNorm, rotary embedding and SwiGLU (GPU only)
     reference_offload: bool = False  # the reference model waits in CPU memory (GPU only, under torchrun)

@@ -66,7 +66,7 @@ def torchrun(ranks: int, out: Path, *variants: str) -> str:
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     script = Path(__file__).with_name("parallel_variants.py")
     command = [*start, "--master-port", str(free_port()), str(script), str(out), *variants]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -87,9 +87,9 @@ def runs(
     llama: Path, two_ranks: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[int, str], Run]:
     """By ranks and variant; those of one rank are one process without torchrun."""
-    found = {(1, variant): train(llama, variant, Ranks(0, 1, CPU), llama) for variant in ONE}
-    found |= {(2, variant): read(two_ranks[0], variant) for variant in (*TWO, "bfloat16")}
     four = tmp_path_factory.mktemp("four")
+    found = {(1, variant): train(llama, variant, Ranks(0, 1, CPU), four) for variant in ONE}
+    found |= {(2, variant): read(two_ranks[0], variant) for variant in (*TWO, "bfloat16")}
     torchrun(4, four, *(f"{llama}:{variant}" for variant in FOUR))
     return found | {(4, variant): read(four, variant) for variant in FOUR}
 

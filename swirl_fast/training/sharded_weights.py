@@ -72,10 +72,8 @@ def _make_buffers(model: PreTrainedModel) -> None:
         for name in names:
             empty = torch.empty_like(module._buffers[name], device="cpu")
             module._buffers[name] = empty.fill_(torch.nan) if empty.is_floating_point() else empty
-        if names:
-            module._is_hf_initialized = (
-                False  # so that initialize_weights visits it; its parameters have no storage to overwrite
-            )
+        if names:  # initialize_weights is to visit it; its parameters have no storage to overwrite
+            module._is_hf_initialized = False
     model.initialize_weights()
     for name, buffer in model.named_non_persistent_buffers():
         if not buffer.is_floating_point() or bool(buffer.isnan().any()):
@@ -108,11 +106,9 @@ def find_weights(config: ModelConfig, model: PreTrainedModel) -> Weights:
             slices = [files[places[name]].get_slice(name) for name in there]
             if any(list(one.get_shape()) != list(tensors[key].shape) for one in slices):
                 raise Unsharded(f"{there[0]} has another shape in the file")
-            if (
-                any(one.get_dtype() not in ("F64", "F32", "F16", "BF16") for one in slices)
-                and tensors[key].is_floating_point()
-            ):
-                raise Unsharded(f"{there[0]} is {slices[0].get_dtype()} in the file")
+            kinds = {one.get_dtype() for one in slices}
+            if tensors[key].is_floating_point() and not kinds <= {"F64", "F32", "F16", "BF16"}:
+                raise Unsharded(f"{there[0]} is {', '.join(kinds)} in the file")
             if any(not _equal(slices[0], other) for other in slices[1:]):
                 raise Unsharded(f"{' and '.join(there)} are tied in config.json, but differ in the files")
             file_of[names[0]] = (places[there[0]], there[0])
