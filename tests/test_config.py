@@ -70,7 +70,31 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("tasks.kind=gsm8k", ["tasks.path", "gsm8k"]),
         ("tasks.path=/no/such/file.jsonl", ["tasks.path=/no/such/file.jsonl", "no such file"]),
         ("run.name=a/b", ["run.name=a/b"]),
-        ("engine.kind=vllm", ["engine.kind=vllm", "local"]),
+        ("engine.kind=vllm", ["engine.kind=vllm", "local, sglang"]),
+        ("engine.retries=-1", ["engine.retries=-1", "at least 0"]),
+        ("engine.max_restarts=-1", ["engine.max_restarts=-1", "at least 0"]),
+        ("engine.timeout=0", ["engine.timeout=0", "above 0"]),
+        ("engine.timeout=nan", ["engine.timeout=nan", "above 0"]),
+        ("engine.urls=[10.0.0.2:30000]", ["engine.urls", "'10.0.0.2:30000'", "http://10.0.0.2:30000"]),
+        ("engine.urls=['http://a:1/v1']", ["engine.urls", "'http://a:1/v1'", "no address of a server"]),
+        ("engine.urls=['http://a:1','http://a:1/']", ["engine.urls", "twice"]),
+        ("engine.launch.servers=0", ["engine.launch.servers=0", "at least 1"]),
+        ("engine.launch.gpus_per_server=0", ["engine.launch.gpus_per_server=0", "at least 1"]),
+        ("engine.launch={servers: 2, gpus: [0, 0]}", ["engine.launch.gpus=[0, 0]", "2 different ones"]),
+        ("engine.launch={gpus_per_server: 2, gpus: [1]}", ["engine.launch.gpus=[1]", "2 different ones"]),
+        ("engine.launch.memory_fraction=1", ["engine.launch.memory_fraction=1", "(0, 1)"]),
+        ("engine.launch.port=70000", ["engine.launch.port=70000", "65535"]),
+        ("engine.launch.startup_timeout=0", ["engine.launch.startup_timeout=0", "above 0"]),
+        ("engine.weight_sync.method=rdma", ["engine.weight_sync.method=rdma", "disk, tensor, distributed"]),
+        ("engine.weight_sync.bucket_mb=0", ["engine.weight_sync.bucket_mb=0", "above 0"]),
+        ("engine.weight_sync.timeout=-1", ["engine.weight_sync.timeout=-1", "above 0"]),
+        (
+            "engine={urls: ['http://10.0.0.2:1'], weight_sync: {method: tensor}}",
+            ["engine.weight_sync.method=tensor", "http://10.0.0.2:1 is another", "disk or distributed"],
+        ),
+        ("training.max_engine_gap=-1", ["training.max_engine_gap=-1", "at least 0"]),
+        ("training.max_engine_gap=nan", ["training.max_engine_gap=nan"]),
+        ("algorithm.importance_cap=-0.5", ["algorithm.importance_cap=-0.5", "at least 0"]),
     ],
 )
 def test_bad_values_name_key_value_and_remedy(override: str, parts: list[str]) -> None:
@@ -96,6 +120,19 @@ def test_bad_files(tmp_path: Path) -> None:
     file.write_text("- a\n- b\n")
     with pytest.raises(ConfigError):
         load(file)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "engine={kind: sglang, urls: ['http://127.0.0.1:1', 'http://localhost:2/'], weight_sync: {method: tensor}}",
+        "engine={kind: sglang, urls: ['https://gpu-1.example:30000'], weight_sync: {method: distributed}}",
+        "engine={kind: sglang, launch: {servers: 2, gpus_per_server: 2, gpus: [4, 5, 6, 7]}}",
+        "engine={kind: sglang, launch: {flags: [--kv-cache-dtype, fp8_e5m2], environment: {A: b}}}",
+    ],
+)
+def test_servers_that_can_be(override: str) -> None:
+    load(None, [override])
 
 
 def test_defaults_are_possible() -> None:

@@ -130,6 +130,37 @@ def test_loss_and_gradient_by_the_formula(name: str, kl_coef: float) -> None:
     assert sums.ratio_max == pytest.approx(float((now - old).exp().max()), rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("cap", [0.0, 0.8, 2.0])
+def test_importance_weights_by_the_formula(name: str, cap: float) -> None:
+    """min(trainer's / engine's probability, cap) on the policy term alone, and no gradient through it; cap 0: all 1."""
+    torch.manual_seed(0)
+    n = SEGMENT + 40
+    logp = torch.randn(n, dtype=torch.float64).sub(2).requires_grad_()
+    old, ref, engine = (logp.detach() + 0.6 * torch.randn(n, dtype=torch.float64) for _ in range(3))
+    advantage, weight = torch.randn(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
+    weight[:5] = 0
+    algorithm = AlgorithmConfig(name=name, kl_coef=0.3, clip_low=0.1, clip_high=0.2, importance_cap=cap)
+    loss, metrics = policy_loss(logp, old, advantage, weight, algorithm, ref, engine)
+    expected, truncated = 0.0, 0
+    gradient = torch.zeros(n, dtype=torch.float64)
+    now = logp.detach()
+    for t in range(n):
+        importance = min(math.exp(old[t] - engine[t]), cap) if cap else 1.0
+        truncated += bool(cap and weight[t] and math.exp(old[t] - engine[t]) > cap)
+        ratio = float((now[t] - old[t]).exp())
+        term, slope = ratio * float(advantage[t]), ratio * float(advantage[t])
+        if name == "ppo" and (bounded := min(max(ratio, 0.9), 1.2) * float(advantage[t])) < term:
+            term, slope = bounded, 0.0
+        gap = float(ref[t] - now[t])
+        expected += float(weight[t]) * (-importance * term + 0.3 * (math.exp(gap) - gap - 1))
+        gradient[t] = float(weight[t]) * (-importance * slope + 0.3 * (1 - math.exp(gap)))
+    loss.backward()
+    torch.testing.assert_close(float(loss.detach()), expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(logp.grad, gradient, rtol=1e-11, atol=1e-13)
+    assert LossSums.of(metrics).truncated == truncated and bool(truncated) == bool(cap)
+
+
 def test_tokens_of_weight_zero_contribute_nothing_even_when_poisoned() -> None:
     logp = torch.tensor([-1.0, float("nan"), -2.0]).requires_grad_()
     weight = torch.tensor([0.5, 0.0, 0.5])

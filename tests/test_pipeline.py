@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,6 +24,9 @@ import torch
 from safetensors.torch import load_file
 
 from swirl_fast import cli
+from swirl_fast.engines import local
+from swirl_fast.engines.engine import Completion, Request
+from swirl_fast.engines.local import LocalEngine
 from swirl_fast.objective import policy_loss
 from swirl_fast.shards import read_trajectories
 from swirl_fast.store import Store
@@ -337,6 +341,48 @@ def test_a_judge_without_verdicts_stops_training(
     rows = read_metrics(folder / "r")
     assert [row["unknown_steps"] for row in rows] == [1, 2] and all(row["grad_norm"] == 0 for row in rows)
     assert not list((folder / "r" / "checkpoints").iterdir()), "the batches that were not judged are to be done again"
+
+
+class WrongEngine(LocalEngine):
+    """Its log-probs are those of another model: too low by 1."""
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        found = super().generate(requests)
+        return [[replace(one, logprobs=[p - 1 for p in one.logprobs]) for one in of_one] for of_one in found]
+
+
+def test_an_engine_of_another_model_stops_training_before_anything_is_learned(
+    collected: Path,
+    tiny_model: Path,
+    judged: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copy_of(collected, tmp_path)
+    trainers: list[loop.Trainer] = []
+
+    class Kept(loop.Trainer):
+        def train(self) -> None:
+            trainers.append(self)
+            super().train()
+
+    monkeypatch.setattr(local, "LocalEngine", WrongEngine)
+    monkeypatch.setattr(build, "Trainer", Kept)
+    arguments = ["train", *overrides(folder, tiny_model, judged, "training.steps=1")]
+    assert cli.main(arguments) == 1
+    shown = capsys.readouterr().err
+    assert "training step 1: the rollout engine's log-probs differ from the trainer's by 1 a token" in shown
+    assert "training.max_engine_gap=0.1" in shown and "algorithm.importance_cap=2" in shown
+    assert not (folder / "r" / "model").exists() and not read_metrics(folder / "r")
+    before = load_file(tiny_model / "model.safetensors")
+    after = trainers[0].policy.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    # who knows the reason raises the limit, and weighs: all tokens are e times likelier than the engine says, and are cut at 2
+    assert cli.main([*arguments, "training.max_engine_gap=1.01", "algorithm.importance_cap=2"]) == 0
+    (row,) = read_metrics(folder / "r")
+    assert row["importance_truncated"] == 1 and row["engine_gap_mean"] == pytest.approx(1, abs=1e-4)
+    assert any(not torch.equal(weights(folder)[name], tensor) for name, tensor in before.items())
 
 
 def test_reusing_a_batch_moves_the_ratio_and_clips_it(
