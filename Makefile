@@ -20,6 +20,18 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest
 
+# Against real SGLang servers on the CPU, in a virtual environment of their own: SGLang pins many packages. PyPI's torch for Linux brings
+# 3 GB of CUDA along; with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu pip takes the build without it.
+.PHONY: test-sglang
+test-sglang: install .venv-sglang/installed
+	CUDA_VISIBLE_DEVICES= SGLANG_PYTHON=.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang
+
+.venv-sglang/installed: tests/sglang/requirements.txt
+	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/pip install --quiet -r tests/sglang/requirements.txt
+	.venv-sglang/bin/pip install --quiet --no-deps sglang==0.5.21 compressed-tensors==0.18.0 torch_memory_saver==0.0.10
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +43,4 @@ gpu-check:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check --out benchmarks/results
 
 clean:
-	rm -rf .venv build *.egg-info kernels/*.egg-info
+	rm -rf .venv .venv-sglang build *.egg-info kernels/*.egg-info

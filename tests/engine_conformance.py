@@ -48,7 +48,8 @@ def check(model: PreTrainedModel, requests: Sequence[Request], results: Sequence
             assert len(completion.logprobs) == len(completion.tokens)
             logprobs = plain_logprobs(model, request, completion)
             chosen = logprobs.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
-            assert (chosen - torch.tensor(completion.logprobs)).abs().max() < TOLERANCE
+            gaps = (chosen - torch.tensor(completion.logprobs)).abs()
+            assert gaps.max() < TOLERANCE, f"log-probs of {completion} are off by {gaps.tolist()}"
             if request.sampling.temperature == 0 or request.sampling.top_k == 1:
                 assert (logprobs.max(-1).values - chosen).max() < TOLERANCE, "a greedy token is not the most probable"
             if completion.finish == "stop":
@@ -101,6 +102,8 @@ class EngineConformance:
         ]
         check(model, requests, engine.generate(requests))
         check(model, requests, engine.generate(requests))
+        for request in requests:
+            check(model, [request], engine.generate([request]))
 
     def test_top_k_and_top_p_cut_what_is_sampled(self, engine: Engine, model: PreTrainedModel) -> None:
         hot = Sampling(20, temperature=2.0)

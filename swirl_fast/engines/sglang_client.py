@@ -127,11 +127,15 @@ class Client:
         Raises ServerFailure, StaleWeights, AnswerError; ValueError for a request the server refuses as such.
         """
         sampling = request.sampling
+        top_k, top_p = sampling.top_k, sampling.top_p
+        if top_k == 1 and sampling.temperature > 0:
+            # SGLang takes top_k = 1 for greedy, and when all it decodes at the moment is, its log-probs are not divided by the temperature
+            top_k, top_p = 0, 1e-6
         parameters: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
+            "top_p": top_p,
+            "top_k": top_k or -1,
             "n": request.n,
             # Without stop ids nothing shall stop it. With them the model's own end-of-sequence token does too: SGLang has no
             # switch for the one alone.
