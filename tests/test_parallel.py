@@ -286,10 +286,13 @@ def test_liger_replaces_norm_rotary_embedding_and_mlp_alone(monkeypatch: pytest.
     config = build("llama", torch.float32).config
     with pytest.raises(ConfigError, match="training.liger=true: .* need a GPU"):
         layers.check(training, config, CPU)
-    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: None)
+    find_spec = layers.importlib.util.find_spec
+    spec: object = None
+    monkeypatch.setattr(
+        layers.importlib.util, "find_spec", lambda name, *a: spec if name == "liger_kernel" else find_spec(name, *a)
+    )
     with pytest.raises(ConfigError, match="training.liger=true: the package is missing"):
         layers.check(training, config, cuda)
-    monkeypatch.undo()
 
     asked: dict[str, object] = {}
     package = types.ModuleType("liger_kernel.transformers")
@@ -298,7 +301,7 @@ def test_liger_replaces_norm_rotary_embedding_and_mlp_alone(monkeypatch: pytest.
     package._apply_liger_kernel_to_instance = lambda **named: asked.update(named)  # type: ignore[attr-defined]
     for module in (types.ModuleType("liger_kernel"), package, patches):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: object())
+    spec = object()
     monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
     layers.check(training, config, cuda)
     with pytest.raises(ConfigError, match="does not know model type gemma3_text"):

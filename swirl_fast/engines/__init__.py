@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,10 @@ def load_engine(
     leads = ranks.main if e.urls else os.environ["LOCAL_RANK"] == "0"
     engine = None
     if leads:
-        logs = logs / f"node-{node}" if not e.urls and ranks.size > int(os.environ["LOCAL_WORLD_SIZE"]) else logs
+        if not e.urls and ranks.size > int(os.environ["LOCAL_WORLD_SIZE"]):  # several nodes, which may share their folders
+            logs = logs / f"node-{node}"
+            shared = e.weight_sync.folder
+            e = replace(e, weight_sync=replace(e.weight_sync, folder=shared and f"{shared}/node-{node}"))
         engine = SGLangEngine(e, folder.absolute(), logs, label=label, seed=config.run.seed + ranks.rank)
     told = ranks.gather((node, engine.urls if engine is not None else []))
     if engine is None:
