@@ -39,7 +39,7 @@ def table_peak(name: str, dtype: torch.dtype) -> float | None:
         if re.fullmatch(pattern, name) and "MIG" not in name:
             if dtype == torch.bfloat16:
                 return bfloat16 * 1e12
-            if dtype == torch.float32 and float32 and not torch.backends.cuda.matmul.allow_tf32:
+            if dtype == torch.float32 and float32 and torch.get_float32_matmul_precision() == "highest":
                 return float32 * 1e12
     return None
 
