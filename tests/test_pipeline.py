@@ -257,6 +257,27 @@ def test_training_killed_and_resumed_equals_uninterrupted(
         assert torch.equal(tensor, found[name]), name
 
 
+def test_a_batch_that_is_sampled_beside_the_training_is_one_update_old_and_never_lost(
+    collected: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    """training.lag=1, with the engine in a process of its own, killed and started again."""
+    folder = copy_of(collected, tmp_path)
+    lagging = ["training.lag=1", "algorithm.importance_cap=2", "engine.own_process=true", "engine.threads=1"]
+    arguments = ["train", *overrides(folder, tiny_model, judged, *lagging, "training.max_engine_gap=0")]
+    kill_when(arguments, (folder / "r" / "checkpoints" / "step_000002").exists)
+    first = len(read_metrics(folder / "r"))
+    start(arguments)
+    rows = read_metrics(folder / "r")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    # the first batch of either process is drawn by the policy that learns from it, every other one by the policy before
+    resumed = next(row["step"] for row in rows[1:] if row["engine_gap_mean"] < 1e-5)
+    assert 2 < resumed <= first + 1
+    assert all((row["engine_gap_mean"] < 1e-5) == (row["step"] in (1, resumed)) for row in rows)
+    assert all((row["seconds_hidden"] > 0) == (row["step"] < STEPS) for row in rows)
+    state = json.loads((folder / "r" / "checkpoints" / f"step_{STEPS:06d}" / "state.json").read_text())
+    assert state["stream"]["position"] == STEPS * 4, "every batch was trained on once"
+
+
 def test_training_goes_on_from_uploaded_shards_as_from_its_own(
     trained: Path, tiny_model: Path, judged: str, tmp_path: Path
 ) -> None:

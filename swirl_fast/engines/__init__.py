@@ -43,7 +43,9 @@ def load_engine(
     leads = ranks.main if e.urls else os.environ["LOCAL_RANK"] == "0"
     engine = None
     if leads:
-        if not e.urls and ranks.size > int(os.environ["LOCAL_WORLD_SIZE"]):  # several nodes, which may share their folders
+        if not e.urls and ranks.size > int(
+            os.environ["LOCAL_WORLD_SIZE"]
+        ):  # several nodes, which may share their folders
             logs = logs / f"node-{node}"
             shared = e.weight_sync.folder
             e = replace(e, weight_sync=replace(e.weight_sync, folder=shared and f"{shared}/node-{node}"))
