@@ -18,9 +18,10 @@ from test_pipeline import command, copy_of, environment, kill_when, overrides, w
 
 from swirl_fast import cli
 from swirl_fast.engines.engine import Request, Sampling
-from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.judges.judge import Judge, Judgement, Verdict
 from swirl_fast.training import build, interrupt, loop
 from swirl_fast.training.metrics import read_metrics
+from swirl_fast.training.rollout import SampledAction
 
 STEPS = 10
 judged = test_pipeline.judged
@@ -137,7 +138,7 @@ def test_a_rank_dies_and_torchrun_goes_on_then_one_rank_finishes_what_two_began(
 def test_steps_without_an_update_leave_everything_as_it_was(
     prepared: Path, tiny_model: Path, judged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Step 2 has a loss that is not a number, in step 4 the judge is silent: no parameter and no moment moves, the rest trains."""
+    """Step 2 has a loss that is not a number, in step 5 the judge is silent: no parameter and no moment moves, the rest trains."""
     folder = copy_of(prepared, tmp_path)
     seen: list[list[torch.Tensor]] = []
     under_way = 0
@@ -159,15 +160,20 @@ def test_steps_without_an_update_leave_everything_as_it_was(
         loss, metrics = real_loss(*arguments)
         return (loss * float("nan") if under_way == 2 else loss), metrics
 
-    def silent(*arguments: Any) -> list[Judgement]:
-        judgements = real_judge(*arguments)
-        return [Judgement(Verdict.UNKNOWN, "not there")] * len(judgements) if under_way == 4 else judgements
+    def silent(sampled: list[SampledAction], judge: Judge) -> list[Judgement]:
+        judgements = real_judge(sampled, judge)
+        if under_way != 5:
+            return judgements
+        unknown = Judgement(Verdict.UNKNOWN, "not there")
+        return [
+            own if one.action.kind == "malformed" else unknown for one, own in zip(sampled, judgements, strict=True)
+        ]
 
     monkeypatch.setattr(build, "Trainer", Watched)
     monkeypatch.setattr(loop, "policy_loss", broken_loss)
     monkeypatch.setattr(loop, "judge_sampled", silent)
     more = (
-        "training.steps=5",
+        "training.steps=6",
         "training.keep_checkpoints=9",
         "training.checkpoint_every=2",
         "training.keep_best=reward",
@@ -175,16 +181,17 @@ def test_steps_without_an_update_leave_everything_as_it_was(
     with pytest.warns(UserWarning, match="no update was made") as caught:
         assert cli.main(["train", *arguments(folder, tiny_model, judged, *more)]) == 0
     texts = [str(one.message) for one in caught if "no update was made" in str(one.message)]
-    assert len(texts) == 2 and "step 2: the gradient norm is nan" in texts[0] and "step 4: the judge" in texts[1]
+    assert len(texts) == 2 and "step 2: the gradient norm is nan" in texts[0] and "step 5: the judge" in texts[1]
     unchanged = [all(map(torch.equal, one, other)) for one, other in itertools.pairwise(seen)]
-    assert unchanged == [True, False, True, False]
+    assert unchanged == [True, False, False, True, False]
     rows = read_metrics(folder / "r")
-    assert [(row["skipped_steps"], row["unknown_steps"]) for row in rows] == [(0, 0), (1, 0), (1, 0), (1, 1), (1, 1)]
-    assert math.isnan(rows[1]["grad_norm"]) and math.isnan(rows[3]["reward"]) and rows[3]["grad_norm"] == 0
-    assert checkpoints(folder) == ["best", "step_000003", "step_000005"], "put off to the next good step"
-    state = json.loads((folder / "r" / "checkpoints" / "step_000005" / "state.json").read_text())
+    assert [(row["skipped_steps"], row["unknown_steps"]) for row in rows] == [(0, 0), *[(1, 0)] * 3, (1, 1), (1, 1)]
+    assert math.isnan(rows[1]["grad_norm"]) and rows[4]["grad_norm"] == 0
+    assert rows[4]["malformed"] > 0, "these have a verdict, and alone they are not to be learned from"
+    assert checkpoints(folder) == ["best", "step_000003", "step_000004", "step_000006"], "put off to the next good step"
+    state = json.loads((folder / "r" / "checkpoints" / "step_000006" / "state.json").read_text())
     assert state["guards"] | {"skipped_steps": 1, "unknown_steps": 1, "in_a_row": 0} == state["guards"]
-    assert state["best"]["mean"] == rows[4]["reward"], "a step without a verdict has no reward"
+    assert state["best"]["mean"] == rows[5]["reward"], "the silent step must not count"
 
 
 def test_gradients_that_stay_broken_stop_training(

@@ -136,7 +136,8 @@ class Trainer:
                     start = time.monotonic()
                     metrics = self.train_step()
                     log.write(metrics)
-                    checkpoints.measure(metrics)
+                    if not self.guards.skipped:
+                        checkpoints.measure(metrics)
                     due = due or self.step % training.checkpoint_every == 0
                     # In a row of skipped steps the last good checkpoints must not be crowded out.
                     if (due and not self.guards.counts.in_a_row) or self.step == training.steps:
