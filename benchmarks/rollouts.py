@@ -9,7 +9,7 @@ The same rows, K * G a trajectory, are generated in three ways, each of which be
     cached        as in training: one call, one request of n = G a state, the states in order
     naive_order   the cache is on, but every row is a request of its own, and the rows come shuffled: what a client sends
                   that does not know of the cache. The local engine sorts what one call brings, so here it gets the rows
-                  in calls of max_sequences, one after the other
+                  in calls of max_sequences, one after the other (one call where all fit)
     uncached      the cache is off: every row's prompt is computed for itself
 
 All rows generate equally many tokens (nothing stops them). Prompt tokens are counted as separate rows, G * length a state;
@@ -190,7 +190,10 @@ def _pairs(completion: Completion) -> list[tuple[int, float]]:
 
 def combine(repeats: Sequence[dict[str, Any]], possible: int) -> dict[str, Any]:
     """One way's repeats: medians, and what follows from them. possible: prompt tokens that need not be computed again."""
-    way = {name: statistics.median_low([repeat[name] for repeat in repeats]) for name in repeats[0]}
+    way: dict[str, Any] = {}
+    for name, value in repeats[0].items():
+        median = statistics.median if isinstance(value, float) else statistics.median_low  # counts stay whole
+        way[name] = median([repeat[name] for repeat in repeats])
     cached = way["prompt_tokens"] - way["computed_prompt_tokens"]
     seconds = [repeat["seconds"] for repeat in repeats]
     return {
