@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from swirl_fast import cli
-from swirl_fast.training import checkpoint, interrupt, loop
+from swirl_fast.training import checkpoint, interrupt, loop, sampler
 
 folder, faults = Path(sys.argv[1]), sys.argv[2].split(",")
 now = ""
 noted = threading.Event()
-real_step, real_sample, real_judge = loop.Trainer.train_step, loop.sample_actions, loop.judge_sampled
+real_step, real_sample, real_judge = loop.Trainer.train_step, sampler.sample_actions, sampler.judge_sampled
 real_hash, real_note = checkpoint._hash, interrupt.Interrupts._note
 
 
@@ -70,6 +70,6 @@ def hash_of(file: Path) -> str:
 
 
 loop.Trainer.train_step = train_step  # type: ignore[method-assign]
-loop.sample_actions, loop.judge_sampled = sample_actions, judge_sampled
+sampler.sample_actions, sampler.judge_sampled = sample_actions, judge_sampled
 checkpoint._hash, interrupt.Interrupts._note = hash_of, note  # type: ignore[method-assign]
 sys.exit(cli.main(sys.argv[3:]))

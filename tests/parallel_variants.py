@@ -29,7 +29,7 @@ from small_models import SHAPE
 from swirl_fast.actions import parse
 from swirl_fast.config import Config, load
 from swirl_fast.engines.engine import Completion, EngineStats, Request
-from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.judges.judge import Judgement, JudgeStats, Verdict
 from swirl_fast.training import loop, sharded_weights
 from swirl_fast.training.build import make_policy
 from swirl_fast.training.export import export
@@ -93,6 +93,9 @@ class Rollouts:
 
 class Coin:
     id = "coin"
+
+    def stats(self) -> JudgeStats:
+        return JudgeStats()
 
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
         heads = [hashlib.sha256(step.action_text.encode()).digest()[0] < 100 for step in steps]

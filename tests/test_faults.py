@@ -19,7 +19,7 @@ from test_pipeline import command, copy_of, environment, kill_when, overrides, w
 from swirl_fast import cli
 from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.judges.judge import Judge, Judgement, Verdict
-from swirl_fast.training import build, interrupt, loop
+from swirl_fast.training import build, interrupt, loop, sampler
 from swirl_fast.training.metrics import read_metrics
 from swirl_fast.training.rollout import SampledAction
 
@@ -142,7 +142,7 @@ def test_steps_without_an_update_leave_everything_as_it_was(
     folder = copy_of(prepared, tmp_path)
     seen: list[list[torch.Tensor]] = []
     under_way = 0
-    real_loss, real_judge = loop.policy_loss, loop.judge_sampled
+    real_loss, real_judge = loop.policy_loss, sampler.judge_sampled
 
     class Watched(loop.Trainer):
         def train_step(self) -> loop.Metrics:
@@ -171,7 +171,7 @@ def test_steps_without_an_update_leave_everything_as_it_was(
 
     monkeypatch.setattr(build, "Trainer", Watched)
     monkeypatch.setattr(loop, "policy_loss", broken_loss)
-    monkeypatch.setattr(loop, "judge_sampled", silent)
+    monkeypatch.setattr(sampler, "judge_sampled", silent)
     more = (
         "training.steps=6",
         "training.keep_checkpoints=9",
