@@ -198,6 +198,7 @@ def metrics_row(step: int, **changes: float) -> dict[str, float]:
         **{
             "engine_gap_mean": 1e-6 * 2.0 ** (step % 7),
             "engine_gap_max": 1e-4 * step,
+            "skipped_samples": 0,
             "states": 20.0,
             "actions": 160.0,
         },
