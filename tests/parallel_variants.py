@@ -61,6 +61,7 @@ def config_of(model: Path, variant: str) -> Config:
         f"model.path={model}",
         "algorithm.kl_coef=0.1",
         f"training.steps={STEPS}",
+        "training.max_engine_gap=0",  # the engine here makes its log-probs up
         "training.trajectories_per_step=12",
         "training.samples_per_state=3",
         "training.max_action_tokens=8",
@@ -104,6 +105,8 @@ class Coin:
 
 class Stream:
     """Trajectories of two or three steps, in the order of `TrajectoryStream`: rank r takes every size-th."""
+
+    skipped_samples = 0
 
     def __init__(self, ranks: Ranks, batch: int) -> None:
         self.ranks, self.batch, self.position = ranks, batch, 0
