@@ -115,7 +115,7 @@ class EngineConfig:
     api_key_env: str = "SGLANG_API_KEY"  # the environment variable that holds the servers' key; unset: none is sent
     timeout: float = 600.0  # seconds until a request counts as hung
     retries: int = 3  # further tries of a request after a failure, on other servers where there are some
-    max_restarts: int = 3  # of a launched server, before the command gives up
+    max_restarts: int = 3  # of a launched server between two updates of weights, before it is given up
     warm_prefixes: bool = True  # sglang: compute what prompts share before they are sent; false: all at once
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)

@@ -57,6 +57,7 @@ class Server:
     info: ServerInfo | None = None
     out: str | None = None  # why it is not asked; None: it is
     restarts: int = 0
+    in_a_row: int = 0  # of these restarts, those since it last took an update of weights
     mending: asyncio.Task[None] | None = field(default=None, repr=False)
     load: int = 0  # tokens of the trajectories it was given lately
 
@@ -185,6 +186,7 @@ class Servers:
         no server is left."""
         for server in self.all:
             if server in took:
+                server.in_a_row = 0
                 continue
             self._take_out(server, server.out or "it was started again during an update of the weights")
             if server.process is not None:
@@ -213,7 +215,7 @@ class Servers:
 
     def mend(self, server: Server, reason: str) -> None:
         """Takes a server out, and begins to start it again where that is this process's to do and the weights are at hand."""
-        if server.restarts > self.config.max_restarts:
+        if server.in_a_row > self.config.max_restarts:
             return  # it is given up
         self._take_out(server, reason)
         if server.mending is not None and not server.mending.done():
@@ -288,9 +290,10 @@ class Servers:
         assert process is not None
         while True:
             server.restarts += 1
+            server.in_a_row += 1
             tail = process.tail()
             await asyncio.to_thread(process.stop)
-            if server.restarts > self.config.max_restarts:
+            if server.in_a_row > self.config.max_restarts:
                 limit = self.config.max_restarts
                 server.out = f"{reason}; engine.max_restarts={limit} are used up. The end of {process.log}:\n{tail}"
                 warnings.warn(f"SGLang server {server.url} is given up: {server.out}", stacklevel=2)
