@@ -18,6 +18,9 @@ little where rows wait for others, whose sampled tokens a later prompt begins wi
 on its seed alone and the first row of every state has the same seed in all ways, so that tokens, and with them log-probs,
 can be compared: nothing is written when they differ.
 
+On a machine with other work set OMP_WAIT_POLICY=passive: threads that spin while they wait for one another make the way
+with the most small operations, `uncached`, look slower than it is. load_average in the result tells of other work.
+
 Read with care: the trajectories of one call share their instructions and worked examples, as they do in training. The time
 of `uncached` is mostly prefill, and falls with the lengths of the states; sampled actions are shorter in easy tasks.
 """
@@ -53,7 +56,7 @@ from swirl_fast.seeds import seed_of
 
 WAYS = ("cached", "naive_order", "uncached")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}  # of a log-probability between two ways
-QUICK = dict(trajectories=2, states=3, samples=4, new_tokens=8, layers=8, repeats=1)
+QUICK = dict(trajectories=2, states=3, samples=4, new_tokens=8, layers=4, repeats=1)
 FULL = dict(trajectories=1, states=5, samples=8, new_tokens=64, layers=None, repeats=2)
 
 Row = tuple[int, int]  # number of the state over all trajectories, number of the sample
