@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
+import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -152,6 +155,7 @@ def shared(bucket: Bucket, copies: int) -> list[str]:
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
+        _start_shm_manager()
         payloads = []
         for _ in range(copies):
             buffer = io.BytesIO()
@@ -160,6 +164,21 @@ def shared(bucket: Bucket, copies: int) -> list[str]:
         return payloads
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
+
+
+@functools.cache
+def _start_shm_manager() -> None:
+    """Torch's keeper of shared memory lives as long as any server that was given tensors. It must not inherit this process's
+    stderr: whoever reads that through a pipe would wait for its end."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        torch.empty(1).share_memory_()  # starts it
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 class Broadcast:
