@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -140,7 +141,7 @@ class ServerProcess:
                 assert self._process is not None
                 what = f"ended with code {self._process.returncode} while starting"
                 hint = ""
-                if "No module named sglang" in self.tail():
+                if re.search(r"No module named '?sglang\b(?!\.)", self.tail()):
                     hint = " Install SGLang, or name the interpreter that has it in engine.launch.python."
                 raise EngineError(f"SGLang server {self.number} {what}.{hint} The end of {self.log}:\n{self.tail()}")
             if waited > self.config.startup_timeout:

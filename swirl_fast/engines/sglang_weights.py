@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
+import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -152,6 +155,8 @@ def shared(bucket: Bucket, copies: int) -> list[str]:
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
+        if not bucket[0][1].is_cuda:
+            _start_keeper()
         payloads = []
         for _ in range(copies):
             buffer = io.BytesIO()
@@ -160,6 +165,21 @@ def shared(bucket: Bucket, copies: int) -> list[str]:
         return payloads
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
+
+
+@functools.cache
+def _start_keeper() -> None:
+    """Once a process. The first shared file makes torch start a process that keeps them, and it stays while any server that read one
+    runs. It must not hold this process's stderr: whoever reads that to its end would wait as long."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        torch.zeros(1).share_memory_()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class Broadcast:
