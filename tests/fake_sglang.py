@@ -171,6 +171,9 @@ class PrefixCache:
             node, length = node[token], length + 1
         return length
 
+    def __bool__(self) -> bool:
+        return bool(self._roots)
+
     def clear(self) -> None:
         self._roots.clear()
 
@@ -555,9 +558,8 @@ def main() -> None:
     if args.fake_child:
         import subprocess
 
-        Path(args.fake_child).write_text(
-            str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid)
-        )
+        program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+        Path(args.fake_child).write_text(str(subprocess.Popen([sys.executable, "-c", program]).pid))
     if args.fake_deaf:
         import signal
 

@@ -280,7 +280,14 @@ def test_peaks_are_known_by_name_and_never_guessed(monkeypatch: pytest.MonkeyPat
     for name, peak in known.items():
         assert utilization.table_peak(name, half) == pytest.approx(peak), name
     assert utilization.table_peak("NVIDIA A100-SXM4-80GB", single) == 19.5e12
-    unknown = ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L400", "NVIDIA RTX H200", "Tesla T4", "AMD Instinct MI300X")
+    unknown = (
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA L400",
+        "NVIDIA RTX H200",
+        "Tesla T4",
+        "AMD Instinct MI300X",
+    )
     assert [utilization.table_peak(name, half) for name in unknown] == [None] * len(unknown)
     assert utilization.table_peak("NVIDIA B200", single) is None
     assert utilization.table_peak("NVIDIA H200", torch.float16) is None

@@ -435,7 +435,9 @@ def test_an_update_reaches_every_server(serve, attach, model: Path, method: str)
     assert_from(engine.generate(states), states, original(model), 0)
     for version, factor in ((1, 2.0), (2, 3.0)):
         new = changed(model, factor)
+        assert any(server.fake.cache for server in servers)
         engine.update_weights(iter(new), version)
+        assert not any(server.fake.cache for server in servers), "they are flushed, besides the other extra_key"
         before = [len(server.fake.of("/generate")) for server in servers]
         stats = engine.stats()
         assert_from(engine.generate(states), states, weights_of(new), version)
@@ -1116,13 +1118,16 @@ def test_an_interpreter_that_is_not_there(launch) -> None:
         launch(launch={"python": "/no/such/python", "servers": 1})
 
 
-@pytest.mark.parametrize("deaf", [False, True])
-def test_close_ends_its_own_processes_and_their_children_alone(launch, model: Path, tmp_path: Path, deaf: bool) -> None:
-    flags = ["--fake-child", str(tmp_path / "child"), *(["--fake-deaf"] if deaf else [])]
+@pytest.mark.parametrize("end", ["polite", "deaf", "killed"])
+def test_close_ends_its_own_processes_and_their_children_alone(launch, model: Path, tmp_path: Path, end: str) -> None:
+    """Also those of a server that was killed and could not end them itself."""
+    flags = ["--fake-child", str(tmp_path / "child"), *(["--fake-deaf"] if end == "deaf" else [])]
     with spawned(model) as (url, bystander):
         engine = launch(launch={"flags": flags, "servers": 1})
         pids, child = engine.pids, int((tmp_path / "child").read_text())
         assert runs(pids[0]) and runs(child)
+        if end == "killed":
+            os.kill(pids[0], signal.SIGKILL)
         engine.close()
         until(lambda: not runs(pids[0]) and not runs(child), "they end")
         assert runs(bystander) and ask(url, "/model_info")

@@ -141,7 +141,7 @@ class ServerProcess:
                 assert self._process is not None
                 what = f"ended with code {self._process.returncode} while starting"
                 hint = ""
-                if re.search(r"No module named '?sglang\b(?!\.)", self.tail()):
+                if re.search(r"No module named '?sglang\b", self.tail()):
                     hint = " Install SGLang, or name the interpreter that has it in engine.launch.python."
                 raise EngineError(f"SGLang server {self.number} {what}.{hint} The end of {self.log}:\n{self.tail()}")
             if waited > self.config.startup_timeout:
