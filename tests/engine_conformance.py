@@ -127,10 +127,10 @@ class EngineConformance:
         assert max(ranks[1]) > 0 and max(ranks[2]) > max(ranks[1]) and max(ranks[2]) > 2
 
     def test_samples_of_one_request_differ_and_are_random(self, engine: Engine, model: PreTrainedModel) -> None:
-        request = Request(prompt(30, 5, model), Sampling(24), n=8, seed=1)
+        # hot, for at temperature 1 a model that was taught something may well say the same twice
+        request = Request(prompt(30, 5, model), Sampling(40, temperature=2.0), n=8, seed=1)
         first, second = engine.generate([request, replace(request, seed=2)])
-        # a small model that has been taught something may write the same twice
-        assert len({tuple(completion.tokens) for completion in (*first, *second)}) >= 12
+        assert len({tuple(completion.tokens) for completion in (*first, *second)}) == 16
 
     def test_results_come_in_the_order_of_requests(self, engine: Engine, model: PreTrainedModel) -> None:
         """Long before short, with a copy of one and no request without its own prompt: only the log-probs tell them apart."""

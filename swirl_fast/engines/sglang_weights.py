@@ -155,7 +155,8 @@ def shared(bucket: Bucket, copies: int) -> list[str]:
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
-        _start_shm_manager()
+        if not bucket[0][1].is_cuda:
+            _start_keeper()
         payloads = []
         for _ in range(copies):
             buffer = io.BytesIO()
@@ -167,18 +168,18 @@ def shared(bucket: Bucket, copies: int) -> list[str]:
 
 
 @functools.cache
-def _start_shm_manager() -> None:
-    """Torch's keeper of shared memory lives as long as any server that was given tensors. It must not inherit this process's
-    stderr: whoever reads that through a pipe would wait for its end."""
+def _start_keeper() -> None:
+    """Once a process. The first shared file makes torch start a process that keeps them, and it stays while any server that read one
+    runs. It must not hold this process's stderr: whoever reads that to its end would wait as long."""
     sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
-        os.dup2(null, 2)
-        torch.empty(1).share_memory_()  # starts it
+        torch.zeros(1).share_memory_()
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(null)
+        os.close(nowhere)
 
 
 class Broadcast:

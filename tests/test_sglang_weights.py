@@ -1,0 +1,46 @@
+"""Weights in shared memory, as a server on the same machine reads them; what a server does with them is in tests/sglang."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+TRAINER = """
+import torch
+from swirl_fast.engines.sglang_weights import shared
+torch.manual_seed(0)
+bucket = [("a", torch.randn(3, 5)), ("b", torch.randn(7).bfloat16())]
+print(*shared(bucket, 2), flush=True)
+input()
+"""
+
+
+def test_weights_in_shared_memory_are_read_and_the_trainers_output_ends_with_it() -> None:
+    """While a server that has read them lives on, torch's keeper of shared files does too; it must not keep pipes open."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert trainer.stdout is not None
+    payloads = trainer.stdout.readline().split()
+    assert len(payloads) == 2
+    read = [pickle.loads(base64.b64decode(payload)) for payload in payloads]
+    torch.manual_seed(0)
+    wanted = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16()}
+    for bucket in read:
+        assert {name: tensor.dtype for name, tensor in bucket} == {"a": torch.float32, "b": torch.bfloat16}
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in bucket)
+    trainer.communicate("done\n", timeout=20)
+    assert trainer.returncode == 0
