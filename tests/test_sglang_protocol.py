@@ -38,7 +38,7 @@ STOP = 7
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang_servers, "HEALTH_SECONDS", 1.0)
     monkeypatch.setattr(sglang_servers, "MONITOR_SECONDS", 0.1)
-    monkeypatch.setattr(sglang_launch, "STOP_SECONDS", 1.0)
+    monkeypatch.setattr(sglang_launch, "STOP_SECONDS", 0.3)
     warnings.filterwarnings("ignore", message="SGLang server .* is (dropped|started again|given up)")
 
 
@@ -739,7 +739,7 @@ def test_two_processes_share_servers(serve, attach, model: Path) -> None:
 
 def test_who_does_not_lead_waits_for_the_leader_to_mend_a_server(serve, attach, model: Path) -> None:
     server = serve(weight_version="swirl:0")
-    config = EngineConfig(kind="sglang", timeout=1.0, retries=2, launch=LaunchConfig(startup_timeout=3.0))
+    config = EngineConfig(kind="sglang", timeout=1.0, retries=2, launch=LaunchConfig(startup_timeout=2.0))
     follower = SGLangEngine(config, model, Path("unused"), leader=False, urls=[server.url])
     try:
         new = changed(model, 2.0)
@@ -754,7 +754,7 @@ def test_who_does_not_lead_waits_for_the_leader_to_mend_a_server(serve, attach, 
         assert_from(follower.generate(MANY), MANY, weights_of(new), 1)
         timer.join()
         follower.update_weights(new, 2)
-        with pytest.raises(EngineError, match="not up again in engine.launch.startup_timeout=3 s"):
+        with pytest.raises(EngineError, match="not up again in engine.launch.startup_timeout=2 s"):
             follower.generate(MANY)
     finally:
         follower.close()
@@ -864,7 +864,7 @@ def test_one_question_for_many_trajectories_is_computed_once(serve, attach) -> N
 
 @pytest.mark.parametrize("n", [1, 2, 8])
 def test_so_many_sequences_at_a_time_and_no_more(serve, attach, n: int) -> None:
-    server = serve(delay=0.05)
+    server = serve(delay=0.03)
     engine = attach(server, max_sequences=4)
     requests = [request(number, n=n) for number in range(12)]
     engine.generate(requests)
@@ -920,14 +920,14 @@ def test_launched_servers(launch, model: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("updated", [False, True])
 def test_a_server_killed_in_the_middle_of_a_batch_loses_nothing(launch, model: Path, updated: bool) -> None:
-    engine = launch(launch={"flags": ["--fake-delay", "0.1"]}, max_sequences=4)
+    engine = launch(launch={"flags": ["--fake-delay", "0.06"]}, max_sequences=4)
     version, weights = 0, original(model)
     if updated:
         new = changed(model, 2.0)
         engine.update_weights(new, 1)
         version, weights = 1, weights_of(new)
     urls, pids = engine.urls, engine.pids
-    requests = [request(number) for number in range(24)]
+    requests = [request(number) for number in range(16)]
     results = []
     thread = threading.Thread(target=lambda: results.append(engine.generate(requests)))
     thread.start()
