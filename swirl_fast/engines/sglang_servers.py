@@ -247,13 +247,14 @@ class Servers:
 
     async def _first_contact(self, server: Server) -> None:
         if server.process is not None:
-            await self._await_up(server)
+            await self._await_up(server, self.tag)
         try:
             server.info = await server.client.info()
         except ServerFailure as error:
             raise EngineError(f"engine.urls: {error}. Is an SGLang server running there?") from None
 
-    async def _await_up(self, server: Server) -> None:
+    async def _await_up(self, server: Server, tag: str) -> None:
+        """tag: of the weights it was started with. Another command may have taken the port meanwhile, and its server answers there."""
         process = server.process
         assert process is not None
         shown = sys.stderr.isatty()
@@ -264,7 +265,15 @@ class Servers:
                     f"\rstarting SGLang on port {process.port}: {seconds:.0f} s ", end="", file=sys.stderr, flush=True
                 )
 
-        await process.wait(lambda: server.client.healthy(10.0), progress)
+        async def ours() -> bool:
+            if not await server.client.healthy(10.0):
+                return False
+            try:
+                return (await server.client.info()).weight_version == tag
+            except (ServerFailure, ValueError):
+                return False
+
+        await process.wait(ours, progress)
         if shown:
             print("\r" + " " * 50 + "\r", end="", file=sys.stderr, flush=True)
 
@@ -300,7 +309,7 @@ class Servers:
                 return
             try:
                 process.start(weights, tag)
-                await self._await_up(server)
+                await self._await_up(server, tag)
             except EngineError as error:
                 reason = str(error).partition(" The end of ")[0]
             else:

@@ -24,6 +24,7 @@ def launched(servers: int = 1) -> list[str]:
     return [
         f"engine.launch.python={Path(PYTHON).absolute()}",
         f"engine.launch.servers={servers}",
+        f"engine.launch.port={20000 + os.getpid() % 200 * 50}",  # a port is taken late: two runs side by side must not want the same
         "engine.launch.memory_fraction=0.5",
         "engine.launch.flags=[--max-total-tokens, '32768']",
         f"engine.launch.environment={{PYTHONPATH: '{stand_ins}', OMP_NUM_THREADS: '1', HF_HUB_OFFLINE: '1'}}",

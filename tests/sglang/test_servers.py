@@ -20,6 +20,7 @@ from real_servers import GENERATED, Log, attached, launched, plain, start_engine
 from transformers import PreTrainedModel
 
 from swirl_fast.config import load
+from swirl_fast.engines import sglang_servers
 from swirl_fast.engines.engine import Completion, Request, Sampling, cacheable
 from swirl_fast.engines.sglang import SGLangEngine
 from swirl_fast.engines.sglang_client import Client, EngineError
@@ -141,7 +142,7 @@ def foreign(served_model: Path, tmp_path: Path) -> Iterator[tuple[ServerProcess,
     model.save_pretrained(folder)
     launch = load(None, launched()).engine.launch
     process = ServerProcess(
-        launch, 0, free_port(31000, "127.0.0.1"), "float32", 32, 0, key="", log=tmp_path / "foreign.log"
+        launch, 0, free_port(launch.port + 25, "127.0.0.1"), "float32", 32, 0, key="", log=tmp_path / "foreign.log"
     )
     process.start(str(folder), "default")  # what SGLang calls the weights it is started with
     try:
@@ -193,6 +194,16 @@ def test_servers_of_others_read_our_weights_and_are_dropped_when_they_die(
     engine = start_engine(tmp_path, served_model, *attached(*server.urls), "run.name=again")
     check(plain(served_model), requests, engine.generate(requests))  # close() ended no server, and left none paused
     engine.close()
+
+
+def test_a_port_that_another_server_takes_meanwhile_is_noticed(
+    server: SGLangEngine, served_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both looked when it was free. The other one answers there, and must not be taken for ours."""
+    taken = int(server.urls[0].rpartition(":")[2])
+    monkeypatch.setattr(sglang_servers, "free_port", lambda first, host: taken)
+    with pytest.raises(EngineError, match=r"(?s)ended with code .* while starting.*address already in use"):
+        start_engine(tmp_path, served_model, *launched(), "run.name=late")
 
 
 def test_a_server_that_cannot_start_says_why(served_model: Path, tmp_path: Path) -> None:

@@ -31,13 +31,14 @@ def whole_run(server: SGLangEngine, served_model: Path, judged: str, tmp_path_fa
     return folder / "r"
 
 
-def check_training(folder: Path) -> None:
+def check_training(folder: Path, most: float = 1.01) -> None:
+    """most: of the cache's hits over those that are possible to a rank alone."""
     rows = read_metrics(folder)
     assert [row["policy_version"] for row in rows] == [1, 2]
     for row in rows:
         assert row["engine_gap_mean"] < 1e-4, "engine and trainer disagree on log-probs, or the weights are old"
-        assert row["grad_norm"] > 0 and row["actions"] == 4 * row["states"]
-        assert 0.95 <= row["cache_hit_rate_of_possible"] <= 1.01
+        assert row["grad_norm"] > 0 and row["actions"] >= 16
+        assert 0.95 <= row["cache_hit_rate_of_possible"] <= most
     assert (folder / "model" / "model.safetensors").is_file()
 
 
@@ -58,7 +59,7 @@ def test_two_ranks_share_the_server_that_one_of_them_starts(
         (tmp_path / "r").mkdir(exist_ok=True)
         copy(whole_run / name, tmp_path / "r" / name)
     start(["train", *overrides(tmp_path, served_model, judged, *SHORT, *launched())], ranks=2)
-    check_training(tmp_path / "r")
+    check_training(tmp_path / "r", most=2.0)  # each finds what the other one's states share with its own
     (path,) = (tmp_path / "r" / "engine").glob("*.log")
     log = path.read_text()
     assert len(re.findall(r"^# \d{4}-", log, re.M)) == 1 and GENERATED in log, "started once"
