@@ -178,7 +178,8 @@ def measure(options: argparse.Namespace, config: Config, ranks: Ranks, way: str)
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the largest number of ranks, of the comb where it was measured. comb_vs_rows: seconds of a step, None where a way is missing."""
+    """Of the largest number of ranks, of the comb where it was measured. comb_vs_rows: seconds of a step, comb_vs_rows_cpu: of CPU time,
+    to which on a CPU it matters less what else is running; None where a way is missing."""
     ranks = max(row["ranks"] for row in rows)
     ways = {row["way"]: row for row in rows if row["ranks"] == ranks}
     first = ways.get("comb") or ways["rows"]
@@ -192,6 +193,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "mfu": first["mfu"],
         "memory_gib": first["memory_gib"],
         "comb_vs_rows": ways["rows"]["seconds"] / ways["comb"]["seconds"] if both else None,
+        "comb_vs_rows_cpu": ways["rows"]["seconds_cpu"] / ways["comb"]["seconds_cpu"] if both else None,
         "token_ratio": ways["rows"]["tokens_computed"] / ways["comb"]["tokens_computed"] if both else None,
         "tokens_per_second_per_rank_by_ranks": {
             str(row["ranks"]): row["tokens_computed_per_second_per_rank"] for row in rows if row["way"] == first["way"]

@@ -79,6 +79,7 @@ def test_summary(found: tuple[Path, dict[str, Any]]) -> None:
     assert summary["effective_tokens_per_second_per_rank"] == comb["tokens_effective_per_second"]
     assert (summary["mfu"], summary["memory_gib"]) == (comb["mfu"], comb["memory_gib"])
     assert summary["comb_vs_rows"] == rows["seconds"] / comb["seconds"]
+    assert summary["comb_vs_rows_cpu"] == rows["seconds_cpu"] / comb["seconds_cpu"] > 1
     assert summary["token_ratio"] == rows["tokens_computed"] / comb["tokens_computed"] > 2
     assert {"date", "commit", "cpu", "threads", "versions"} <= result["environment"].keys()
     settings = result["settings"]
