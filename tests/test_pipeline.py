@@ -24,14 +24,12 @@ import torch
 from safetensors.torch import load_file
 
 from swirl_fast import cli
-from swirl_fast.engines import local
-from swirl_fast.engines.engine import Completion, Request
-from swirl_fast.engines.local import LocalEngine
 from swirl_fast.objective import policy_loss
 from swirl_fast.shards import read_trajectories
 from swirl_fast.store import Store
-from swirl_fast.training import build, loop
+from swirl_fast.training import build, loop, sampler
 from swirl_fast.training.metrics import read_metrics
+from swirl_fast.training.rollout import SampledAction, sample_actions
 from swirl_kernels import PolicyLossMetrics
 
 STEPS = 4
@@ -364,14 +362,6 @@ def test_a_judge_without_verdicts_stops_training(
     assert not list((folder / "r" / "checkpoints").iterdir()), "the batches that were not judged are to be done again"
 
 
-class WrongEngine(LocalEngine):
-    """Its log-probs are those of another model: too low by 1."""
-
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        found = super().generate(requests)
-        return [[replace(one, logprobs=[p - 1 for p in one.logprobs]) for one in of_one] for of_one in found]
-
-
 def test_an_engine_of_another_model_stops_training_before_anything_is_learned(
     collected: Path,
     tiny_model: Path,
@@ -388,7 +378,14 @@ def test_an_engine_of_another_model_stops_training_before_anything_is_learned(
             trainers.append(self)
             super().train()
 
-    monkeypatch.setattr(local, "LocalEngine", WrongEngine)
+    def lower(*arguments: object) -> list[SampledAction]:
+        """The engine's log-probs are those of another model: too low by 1."""
+        return [
+            replace(one, completion=replace(one.completion, logprobs=[p - 1 for p in one.completion.logprobs]))
+            for one in sample_actions(*arguments)
+        ]
+
+    monkeypatch.setattr(sampler, "sample_actions", lower)
     monkeypatch.setattr(build, "Trainer", Kept)
     arguments = ["train", *overrides(folder, tiny_model, judged, "training.steps=1")]
     assert cli.main(arguments) == 1
