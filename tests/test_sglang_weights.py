@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import pickle
 import subprocess
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import torch
 
+from swirl_fast.engines.sglang_weights import tied_names
+
 TRAINER = """
 import torch
+
+from swirl_fast.engines.sglang_weights import tied_names
 from swirl_fast.engines.sglang_weights import shared
 torch.manual_seed(0)
 bucket = [("a", torch.randn(3, 5)), ("b", torch.randn(7).bfloat16())]
@@ -44,3 +49,11 @@ def test_weights_in_shared_memory_are_read_and_the_trainers_output_ends_with_it(
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in bucket)
     trainer.communicate("done\n", timeout=20)
     assert trainer.returncode == 0
+
+
+def test_an_output_layer_may_be_left_out_where_it_is_tied_and_only_there(tmp_path: Path) -> None:
+    """Llama's own default is untied, and a config.json may leave defaults out: its output layer must come."""
+    for tied in (None, False, True):
+        config = {"model_type": "llama"} if tied is None else {"model_type": "llama", "tie_word_embeddings": tied}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert tied_names(tmp_path) == ({"lm_head.weight"} if tied else set()), tied

@@ -29,18 +29,18 @@ from swirl_fast.engines.sglang_weights import (
     tied_names,
 )
 
-Start = Callable[[Coroutine[Any, Any, Any]], "Future[Any]"]
+Submit = Callable[[Coroutine[Any, Any, Any]], "Future[Any]"]
 
 
 class WeightUpdater:
-    """source: the model's Hugging Face folder, which says what its weights are called. folder: of snapshots. start: begins a
+    """source: the model's Hugging Face folder, which says what its weights are called. folder: of snapshots. submit: begins a
     coroutine in the servers' event loop. Its methods block, and are called from another thread than the loop's: reading the
     tensors may be a collective call."""
 
     def __init__(
-        self, servers: Servers, config: WeightSyncConfig, source: Path, dtype: torch.dtype, folder: Path, start: Start
+        self, servers: Servers, config: WeightSyncConfig, source: Path, dtype: torch.dtype, folder: Path, submit: Submit
     ) -> None:
-        self._servers, self._config, self._start = servers, config, start
+        self._servers, self._config, self._submit = servers, config, submit
         self._source, self._folder = source, folder.absolute()
         self._dtype, self._shapes, self._tied = dtype, shapes_of(source), tied_names(source)
         self._group: Broadcast | None = None
@@ -90,7 +90,7 @@ class WeightUpdater:
             group.leave()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self._start(work).result()
+        return self._submit(work).result()
 
     def _push(self, stream: Iterable[Bucket], tag: str, snapshot: Snapshot | None) -> list[Server]:
         """Returns the servers that took it all."""
@@ -237,7 +237,7 @@ class WeightUpdater:
         self._group, self._group_of = group, members
 
     def _ask(self, up: list[Server], path: str, body: Callable[[int], dict[str, Any]]) -> list[Future[None]]:
-        return [self._start(server.client.control(path, body(i), self._config.timeout)) for i, server in enumerate(up)]
+        return [self._submit(server.client.control(path, body(i), self._config.timeout)) for i, server in enumerate(up)]
 
 
 def _failure(calls: list[Future[None]]) -> str | None:

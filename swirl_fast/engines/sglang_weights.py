@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from swirl_fast.engines.engine import EngineError, whole
 
@@ -32,8 +33,8 @@ _INDEX = "model.safetensors.index.json"
 
 def tied_names(folder: Path) -> frozenset[str]:
     """Weights of the output layer, which need not be sent where they are the embedding's."""
-    config = json.loads((folder / "config.json").read_text())
-    tied = config.get("text_config", config).get("tie_word_embeddings", True)
+    # not from config.json alone, which leaves out what is its model type's default
+    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
     return frozenset({"lm_head.weight"}) if tied else frozenset()
 
 
