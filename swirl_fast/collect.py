@@ -25,7 +25,8 @@ def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int
 
 @dataclass(frozen=True)
 class Collector:
-    """prompt: question text -> token ids of s_1. tools: by name, real ones."""
+    """prompt: question text -> token ids of s_1. tools: by name, real ones. max_tokens: a trajectory ends before it could become
+    longer; None: the engine's context."""
 
     engine: Engine
     renderer: Renderer
@@ -35,6 +36,7 @@ class Collector:
     max_steps: int
     batch: int
     seed: int
+    max_tokens: int | None = None
 
     def collect(
         self,
@@ -61,6 +63,18 @@ class Collector:
             progress(len(active) - len(still), steps)
             active = still
 
+    def complete(self, trajectories: Sequence[Trajectory]) -> None:
+        """Carries all of them on until they are finished, side by side; nothing is stored."""
+        active = [trajectory for trajectory in trajectories if trajectory.finish is None]
+        while active:
+            for at in range(0, len(active), self.batch):
+                self._round(active[at : at + self.batch])
+            active = [trajectory for trajectory in active if trajectory.finish is None]
+
+    def begin(self, question: Question, id_: str, prompt: Sequence[int]) -> Trajectory:
+        seed = seed_of(self.seed, id_)
+        return Trajectory(id_, question.id, question.task, question.text, seed, len(prompt), list(prompt))
+
     def _waiting(
         self, questions: Sequence[Question], count: int, begun: dict[str, Trajectory], done: set[str]
     ) -> Iterator[Trajectory]:
@@ -73,12 +87,12 @@ class Collector:
                     yield begun[id_]
                     continue
                 prompt = prompt or self.prompt(question.text)
-                seed = seed_of(self.seed, id_)
-                yield Trajectory(id_, question.id, question.task, question.text, seed, len(prompt), list(prompt))
+                yield self.begin(question, id_, prompt)
 
     def _round(self, active: Sequence[Trajectory]) -> int:
         """One action, and its observation, for every trajectory that has room for one. Returns the number of actions taken."""
-        room = [t for t in active if len(t.tokens) + self.sampling.max_new_tokens <= self.engine.max_context]
+        limit = min(self.engine.max_context, self.max_tokens or self.engine.max_context)
+        room = [t for t in active if len(t.tokens) + self.sampling.max_new_tokens <= limit]
         for trajectory in active:
             if trajectory not in room:
                 trajectory.finish = Finish.CONTEXT_LIMIT

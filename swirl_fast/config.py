@@ -21,7 +21,8 @@ import yaml
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
 TASKS = ("reasoning_gym", "gsm8k", "hotpotqa")
-ALGORITHMS = ("reinforce", "rloo", "grpo", "ppo")
+ALGORITHMS = ("reinforce", "rloo", "grpo", "ppo", "sft")
+REWARDS = ("process", "outcome")
 WEIGHTINGS = ("state", "token", "trajectory")
 SHARD_URLS = ("s3", "gs", "hf", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")  # that can be read
 UPLOAD_URLS = ("s3", "gs", "azure", "azure-dl", "oci", "dbfs", "file")
@@ -175,7 +176,10 @@ class FilterConfig:
 
 @dataclass
 class AlgorithmConfig:
-    name: str = "rloo"  # reinforce | rloo | grpo | ppo
+    name: str = "rloo"  # reinforce | rloo | grpo | ppo | sft: imitate the recorded actions, nothing is sampled
+    # process: fresh actions at recorded states, each with the process judge's verdict | outcome: fresh trajectories, with tools, for the
+    # questions of the recorded ones, and the score of the answer for every action of it; samples_per_state trajectories a question
+    reward: str = "process"
     weighting: str = "state"  # what weighs the same: state | token | trajectory
     kl_coef: float = 0.01  # of the k3 estimator of KL(policy || reference); 0: no reference model is loaded
     clip_low: float = 0.2  # ppo: the ratio is clipped to [1 - clip_low, 1 + clip_high]
@@ -428,13 +432,18 @@ def check(config: Config) -> None:
         if separator and scheme not in schemes:
             fail(key, f"must be a folder or a URL of the kind {', '.join(f'{one}://' for one in schemes)}")
     one_of("algorithm.name", a.name, ALGORITHMS)
+    one_of("algorithm.reward", a.reward, REWARDS)
     one_of("algorithm.weighting", a.weighting, WEIGHTINGS)
     at_least(0, algorithm__kl_coef=a.kl_coef, algorithm__clip_low=a.clip_low, algorithm__clip_high=a.clip_high)
     at_least(0, algorithm__importance_cap=a.importance_cap)
     at_least(1, algorithm__updates_per_batch=a.updates_per_batch)
     if a.clip_low >= 1:
         fail("algorithm.clip_low", "must be below 1: the ratio is clipped to [1 - clip_low, 1 + clip_high]")
-    if a.name in ("reinforce", "rloo", "grpo") and a.updates_per_batch > 1:
+    if a.name == "sft" and a.reward != "process":
+        fail("algorithm.reward", "algorithm.name=sft imitates recorded actions and knows no reward; leave it out")
+    if a.name == "sft" and t.lag:
+        fail("training.lag", "algorithm.name=sft samples nothing that could run beside the training; use 0")
+    if a.name in ("reinforce", "rloo", "grpo", "sft") and a.updates_per_batch > 1:
         fail(
             "algorithm.updates_per_batch",
             f"{a.name} has no clip against its own drift; use algorithm.name=ppo to reuse a batch",

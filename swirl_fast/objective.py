@@ -43,13 +43,14 @@ class Actions:
 def advantages(actions: Actions, name: str) -> tuple[Tensor, Tensor]:
     """(advantage [A] float32, valid [A] bool); advantage is 0 where not valid.
 
-    reinforce: the reward itself. rloo, ppo: reward minus the mean of the state's other known rewards (unbiased: the state does not
-    depend on the policy). grpo: reward minus the state's mean, over its standard deviation + 1e-4 (DeepSeekMath, equation 3).
-    All but reinforce need two known rewards at a state; with fewer its actions are not valid.
+    reinforce, sft: the reward itself (of a recorded action that is imitated: 1). rloo, ppo: reward minus the mean of the state's other
+    known rewards (unbiased: the state does not depend on the policy). grpo: reward minus the state's mean, over its standard deviation
+    + 1e-4 (DeepSeekMath, equation 3).
+    The others need two known rewards at a state; with fewer its actions are not valid.
     """
     known = actions.known
     rewards = torch.where(known, actions.rewards.float(), torch.zeros(()))
-    if name == "reinforce":
+    if name in ("reinforce", "sft"):
         return rewards, known
     count = _sum_by(known.float(), actions.states)
     total = _sum_by(rewards, actions.states)
@@ -64,6 +65,20 @@ def advantages(actions: Actions, name: str) -> tuple[Tensor, Tensor]:
     else:
         raise ValueError(f"unknown algorithm {name!r}")
     return torch.where(valid, advantage, torch.zeros(())), valid
+
+
+def trajectory_advantages(actions: Actions, questions: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """As `advantages`, for rewards of whole trajectories: the siblings are the trajectories of one question, each with one reward
+    whatever its length, and every action has its trajectory's advantage.
+
+    questions: int64, the question of each trajectory, by its number in `actions.trajectories`. All actions of a trajectory have its reward.
+    """
+    numbers, first = actions.trajectories.unique(return_inverse=True)
+    rewards, known = torch.zeros(len(numbers)), torch.zeros(len(numbers), dtype=torch.bool)
+    rewards[first], known[first] = actions.rewards.float(), actions.known
+    whole = Actions(rewards, known, questions[numbers], numbers, torch.ones_like(numbers))
+    advantage, valid = advantages(whole, name)
+    return advantage[first], valid[first]
 
 
 def counts(actions: Actions, valid: Tensor) -> Tensor:
@@ -123,7 +138,7 @@ def policy_loss(
 ) -> tuple[Tensor, PolicyLossMetrics]:
     """Scalar loss (a sum: weights already hold the global normaliser) and its metrics, which add up. All inputs float32 [N].
 
-    reinforce, rloo, grpo: -ratio * A with ratio = exp(logp - old_logp); on policy (old = logp detached) its gradient is
+    reinforce, rloo, grpo, sft: -ratio * A with ratio = exp(logp - old_logp); on policy (old = logp detached) its gradient is
     -A * grad logp. ppo: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A).
     KL: k3 = exp(ref - logp) - (ref - logp) - 1 (Schulman, "Approximating KL divergence"), times algorithm.kl_coef.
     algorithm.importance_cap: the policy term of each token is weighed by min(exp(old_logp - engine_logp), cap), detached: truncated

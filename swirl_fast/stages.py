@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from swirl_fast.seeds import seed_of
 from swirl_fast.store import Store
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question, Task
-from swirl_fast.tools.tool import Tool
+from swirl_fast.tools import open_tools
 from swirl_fast.trajectory import Trajectory
 
 JUDGE_CHUNK = 256  # steps judged between two writes
@@ -259,7 +259,7 @@ def _roll_out(
     if len(found) == len(wanted):
         return found
     renderer = Renderer(load_tokenizer(config.model), config.model.path)
-    with _tools(config, task, offered) as tools, _engine(config, weights) as engine:
+    with open_tools(offered, config.search, task.passages()) as tools, _engine(config, weights) as engine:
         examples = task.examples[: config.tasks.examples] if offered else ()
 
         def prompt(question: str) -> list[int]:
@@ -303,21 +303,6 @@ def _judge(config: Config, task: Task, probe: bool = True) -> Iterator[Judge]:
         close = getattr(judge, "close", None)
         if close is not None:
             close()
-
-
-@contextlib.contextmanager
-def _tools(config: Config, task: Task, offered: Sequence[str]) -> Iterator[Mapping[str, Tool]]:
-    from swirl_fast.tools.calculator import Calculator
-    from swirl_fast.tools.search import Search
-
-    with contextlib.ExitStack() as stack:
-        tools: dict[str, Tool] = {}
-        if "calculator" in offered:
-            tools["calculator"] = stack.enter_context(Calculator())
-        if "search" in offered:
-            s = config.search
-            tools["search"] = Search(task.passages(), s.top_k, s.passage_chars, Path(s.cache).expanduser())
-        yield tools
 
 
 @contextlib.contextmanager

@@ -17,10 +17,12 @@ from swirl_fast.rendering import Renderer
 from swirl_fast.shard_store import open_shards
 from swirl_fast.shard_stream import TrajectoryStream
 from swirl_fast.tasks import load_task
+from swirl_fast.tools import open_tools
 from swirl_fast.training import layers, metrics, parallel, sharded_weights
 from swirl_fast.training.export import export
 from swirl_fast.training.loop import Trainer, check_budget
 from swirl_fast.training.memory import GIB, estimate
+from swirl_fast.training.outcomes import Outcomes
 from swirl_fast.training.parallel import Ranks
 
 _MARKER = "trained.json"
@@ -58,11 +60,13 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
         "reference_offload",
     ):
         del training[name]
+    outcome = {"max_steps": config.collect.max_steps, "search": asdict(config.search), "tasks": asdict(config.tasks)}
     return {
         "model": asdict(config.model) | {"weights": model_fingerprint(config.model)},
         "engine_dtype": config.engine.dtype,
         "judge": judge_id,
         "algorithm": asdict(config.algorithm),
+        **({"outcome": outcome} if config.algorithm.reward == "outcome" else {}),
         "training": training,
         "seed": config.run.seed,
     }
@@ -151,7 +155,8 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
         if ranks.main:
             print(f"train: {target} is trained to step {training.steps} already")
         return
-    judge = load_judge(config.judge, tools_by_task)
+    judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
+    judge = load_judge(config.judge, tools_by_task, probe=judged)
     if ranks.main and (count := stream.manifest.trajectories - stream.skipped_samples) < training.trajectories_per_step:
         print(
             f"train: {count} trajectories passed the filter, fewer than "
@@ -166,17 +171,23 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
             "the shards were collected with another model's tokenizer"
         )
 
-    engine = load_engine(config, ranks.device, ranks=ranks)
-    stack.callback(engine.close)
-    longest = stream.manifest.longest_state
-    check_budget(config, longest["id"], longest["tokens"], engine.max_context)
+    engine = None
+    if config.algorithm.name != "sft":
+        engine = load_engine(config, ranks.device, ranks=ranks)
+        stack.callback(engine.close)
+        longest = stream.manifest.longest_state
+        check_budget(config, longest["id"], longest["tokens"], engine.max_context)
+    outcomes = None
+    if engine is not None and config.algorithm.reward == "outcome":
+        tools = stack.enter_context(open_tools(task.tools, config.search, task.passages()))
+        outcomes = Outcomes(config, task, tools, engine, renderer)
     if ranks.main and ranks.device.type == "cuda":
         there = torch.cuda.get_device_properties(ranks.device).total_memory / GIB
         needed = estimate(load_config(config.model), config, ranks.size if ranks.distributed else 0)
         print(f"train: the GPU has {there:.1f} GiB; estimated need {needed}")
     policy = make_policy(config, ranks)
     reference = make_policy(config, ranks, frozen=True) if config.algorithm.kl_coef > 0 else None
-    trainer = Trainer(config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings)
+    trainer = Trainer(config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings, outcomes)
     trainer.train()
     export(target, policy, tokenizer, ranks)
     if ranks.main:

@@ -27,7 +27,15 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.engine import Engine
 from swirl_fast.judges.judge import Judge, Judgement, Verdict
 from swirl_fast.model import DTYPES
-from swirl_fast.objective import LossSums, advantages, counts, policy_loss, weights
+from swirl_fast.objective import (
+    Actions,
+    LossSums,
+    advantages,
+    counts,
+    policy_loss,
+    trajectory_advantages,
+    weights,
+)
 from swirl_fast.policy import PackedRow, Policy, model_size
 from swirl_fast.rendering import Renderer
 from swirl_fast.shard_stream import TrajectoryStream
@@ -36,6 +44,7 @@ from swirl_fast.training.checkpoint import Checkpoints
 from swirl_fast.training.guards import Guards
 from swirl_fast.training.interrupt import Interrupts, Resumable
 from swirl_fast.training.metrics import MetricsLog
+from swirl_fast.training.outcomes import Outcomes
 from swirl_fast.training.parallel import Ranks, set_gradient_sync
 from swirl_fast.training.rollout import SampledAction, to_actions, to_branches
 from swirl_fast.training.sampler import Sampler
@@ -73,7 +82,10 @@ class MicroBatch:
 
 
 class Trainer:
-    """All collaborators are handed in; `train` runs to `training.steps` from wherever the newest checkpoint stands."""
+    """All collaborators are handed in; `train` runs to `training.steps` from wherever the newest checkpoint stands.
+
+    engine: None for algorithm.name=sft. outcomes: for algorithm.reward=outcome.
+    """
 
     def __init__(
         self,
@@ -81,18 +93,19 @@ class Trainer:
         ranks: Ranks,
         policy: Policy,
         reference: Policy | None,
-        engine: Engine,
+        engine: Engine | None,
         judge: Judge,
         renderer: Renderer,
         tools: tuple[str, ...],
         stream: TrajectoryStream,
         settings: dict[str, object],
+        outcomes: Outcomes | None = None,
     ) -> None:
         self.settings = settings  # a checkpoint of other settings is refused
         self.config, self.ranks = config, ranks
         self.policy, self.reference, self.engine, self.judge = policy, reference, engine, judge
         self.stream = stream
-        self.sampler = Sampler(config, ranks, engine, judge, renderer, tools, stream)
+        self.sampler = Sampler(config, ranks, engine, judge, renderer, tools, stream, outcomes)
         training = config.training
         self.optimizer = torch.optim.AdamW(
             policy.parameters(),
@@ -100,6 +113,9 @@ class Trainer:
             betas=(training.betas[0], training.betas[1]),
             weight_decay=training.weight_decay,
             fused=ranks.device.type == "cuda",
+        )
+        self.max_context = (
+            engine.max_context if engine else int(policy.model.config.get_text_config().max_position_embeddings)
         )
         self.size = model_size(policy.model)
         self.peak = peak_flops(training.peak_tflops, ranks.device, DTYPES[config.model.dtype])
@@ -122,7 +138,7 @@ class Trainer:
                 self.step = restored["step"]
                 self.stream.load_state_dict(restored["stream"])
                 self.guards.load_state_dict(restored.get("guards", {}))
-            weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
+            self._sync_weights()
             due = False
             with MetricsLog(folder, self.step, self.ranks.main, training, self.settings) as log:
                 while self.step < training.steps:
@@ -180,20 +196,19 @@ class Trainer:
             answered = self._answered(sampled, judgements)
         with totals.phase("pack"):
             actions = to_actions(sampled, judgements)
-            advantage_A, valid_A = advantages(actions, config.algorithm.name)
+            if batch.questions is None:
+                advantage_A, valid_A = advantages(actions, config.algorithm.name)
+            else:
+                advantage_A, valid_A = trajectory_advantages(
+                    actions, torch.tensor(batch.questions), config.algorithm.name
+                )
             with totals.phase("gather"):
                 global_counts = self.ranks.sum(counts(actions, valid_A))
             weight_A = weights(actions, valid_A, config.algorithm.weighting, global_counts)
             batches = self._pack(batch.trajectories, sampled, advantage_A, weight_A, totals) if answered else []
-        for one in actions.states.unique():
-            of_state = actions.known & (actions.states == one)
-            if of_state.any():
-                totals.process_label += float(actions.rewards[of_state].mean())
-                totals.states += 1
+        self._count_rewards(actions, batch.questions is not None, totals)
         totals.actions = len(sampled)
         totals.surprisal = -sum(sum(one.completion.logprobs) for one in sampled)
-        totals.known = float(actions.known.sum())
-        totals.rewards = float(actions.rewards[actions.known].sum())
         totals.malformed = sum(one.action.kind == "malformed" for one in sampled)
 
         with totals.phase("old_logprobs"), torch.no_grad():
@@ -212,9 +227,28 @@ class Trainer:
         with totals.phase("wait_for_rollout"):
             hidden = self.sampler.wait()  # a batch is sampled with one set of weights
         with totals.phase("weight_sync"):
-            weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
+            self._sync_weights()
         metrics = self._metrics(totals, grad_norm, hidden, time.perf_counter() - start)
         return metrics | self.guards.end(self.step, metrics["kl"])
+
+    def _count_rewards(self, actions: Actions, of_trajectories: bool, totals: Totals) -> None:
+        totals.known = float(actions.known.sum())
+        totals.states = len(actions.states[actions.known].unique())
+        if self.engine is None:  # imitated: nothing was rewarded
+            return
+        if of_trajectories:
+            for one in actions.trajectories.unique():
+                totals.rewards += float(actions.rewards[actions.trajectories == one][0])
+                totals.rewarded += 1
+            return
+        totals.rewards, totals.rewarded = float(actions.rewards[actions.known].sum()), totals.known
+        for one in actions.states[actions.known].unique():
+            totals.process_label += float(actions.rewards[actions.known & (actions.states == one)].mean())
+            totals.judged_states += 1
+
+    def _sync_weights(self) -> None:
+        if self.engine is not None:
+            weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
 
     def _answered(self, sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> bool:
         asked = [j for s, j in zip(sampled, judgements, strict=True) if s.action.kind != "malformed"]
@@ -253,7 +287,7 @@ class Trainer:
         all_advantage_A = np.concatenate([share.advantage_A for share in shares])
         all_weight_A = np.concatenate([share.weight_A for share in shares])
         engine_logp = [logp for share in shares for logp in share.engine_logp]
-        max_path = training.max_path_tokens or self.engine.max_context
+        max_path = training.max_path_tokens or self.max_context
         groups = micro_batches(branches, training.token_budget, max_path, self.ranks.size, self.size)
         windows = dict.fromkeys(window for _, window in self.size.attention)
         jobs = balance([group.flops for group in groups], self.ranks.size)
@@ -309,15 +343,17 @@ class Trainer:
                 if first:
                     gap_N = torch.where(batch.weight_N != 0, (logp_N.detach() - batch.engine_logp_N).abs(), 0.0)
                     gap_max = gap_N.max() if len(gap_N) else gap_N.sum()
-                    shown.append(torch.stack([loss.detach(), gap_N.sum(), gap_max]).double())
+                    nll = -torch.where(batch.weight_N != 0, logp_N.detach(), 0.0).sum()
+                    shown.append(torch.stack([loss.detach(), gap_N.sum(), gap_max, nll]).double())
             # Read here and not in the loop: the host would wait for the device after every micro-batch.
             if metrics:
                 totals.add(LossSums.of(functools.reduce(operator.add, metrics)), first)
-            for loss_here, gap_sum, gap_top in torch.stack(shown).tolist() if shown else ():
+            for loss_here, gap_sum, gap_top, nll_sum in torch.stack(shown).tolist() if shown else ():
                 totals.loss += loss_here
+                totals.nll += nll_sum
                 totals.gap += gap_sum
                 totals.gap_max = max(totals.gap_max, gap_top)
-            if first:
+            if first and self.engine is not None:
                 self._check_gap(totals)
         with totals.phase("optimizer"):
             norm = (
@@ -362,11 +398,12 @@ class Trainer:
         return {
             "step": self.step,
             "policy_version": self.step,
-            "reward": s["rewards"] / s["known"] if s["known"] else math.nan,
-            "process_label": s["process_label"] / s["states"] if s["states"] else math.nan,
+            "reward": s["rewards"] / s["rewarded"] if s["rewarded"] else math.nan,
+            "process_label": s["process_label"] / s["judged_states"] if s["judged_states"] else math.nan,
             "unknown": s["actions"] - s["known"],
             "malformed": s["malformed"] / max(s["actions"], 1.0),
             "loss": s["loss"],
+            "nll": s["nll"] / tokens,
             "kl": s["kl"] / tokens,
             "entropy": s["surprisal"] / max(s["generated_tokens"], 1.0),
             "clip_fraction": s["clipped"] / max(s["clip_tokens"], 1.0),

@@ -1,9 +1,14 @@
-"""The first half of a training step: fresh actions at recorded states, and their rewards. Tools are never called here."""
+"""The first half of a training step: fresh actions at recorded states, and their rewards. Tools are never called here.
+
+The baselines fill the same data: `recorded_actions` for algorithm.name=sft, outcomes.py for algorithm.reward=outcome. Their actions are
+spans of the trajectory itself, which the comb merges into its trunk: a comb without teeth.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,6 +68,18 @@ def sample_actions(
             action = parse(text, tools, truncated=completion.finish == "length")
             view = StepView(recorded.task, recorded.question, recorded.history, text)
             sampled.append(SampledAction(t, state, completion, action, view))
+    return sampled
+
+
+def recorded_actions(trajectories: Sequence[Trajectory], stop_id: int) -> list[SampledAction]:
+    """The actions of the trajectories themselves, in order, each a state's only one. stop_id: ends an action that was not cut off."""
+    sampled: list[SampledAction] = []
+    for t, trajectory in enumerate(trajectories):
+        for step, view in zip(trajectory.steps, trajectory.views(), strict=True):
+            tokens = trajectory.tokens[step.start : step.end]
+            finish: Literal["stop", "length"] = "stop" if tokens[-1:] == [stop_id] else "length"
+            completion = Completion(tokens, step.logprobs, finish, step.policy_version)
+            sampled.append(SampledAction(t, len(sampled), completion, step.action, view))
     return sampled
 
 

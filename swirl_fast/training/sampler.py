@@ -20,43 +20,50 @@ import torch
 
 from swirl_fast.config import Config
 from swirl_fast.engines.engine import Engine
-from swirl_fast.judges.judge import Judge, Judgement
+from swirl_fast.judges.judge import Judge, Judgement, Verdict
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
 from swirl_fast.shard_stream import TrajectoryStream
+from swirl_fast.training.outcomes import Outcomes
 from swirl_fast.training.parallel import Ranks
-from swirl_fast.training.rollout import SampledAction, judge_sampled, sample_actions
+from swirl_fast.training.rollout import SampledAction, judge_sampled, recorded_actions, sample_actions
 from swirl_fast.training.totals import Totals
 from swirl_fast.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
 class SampledBatch:
-    """judgements: one an action. totals: what sampling counted and how long its phases took. seconds: in all."""
+    """judgements: one an action. totals: what sampling counted and how long its phases took. seconds: in all. questions: where
+    trajectories are rewarded, and not actions, the number of the question that each answers."""
 
     trajectories: list[Trajectory]
     sampled: list[SampledAction]
     judgements: list[Judgement]
     totals: Totals
     seconds: float
+    questions: list[int] | None = None
 
 
 class Sampler:
-    """take() gives batches in the stream's order; begin_next() and wait() enclose what runs beside the training."""
+    """take() gives batches in the stream's order; begin_next() and wait() enclose what runs beside the training.
+
+    engine: None for algorithm.name=sft. outcomes: for algorithm.reward=outcome.
+    """
 
     def __init__(
         self,
         config: Config,
         ranks: Ranks,
-        engine: Engine,
+        engine: Engine | None,
         judge: Judge,
         renderer: Renderer,
         tools: Sequence[str],
         stream: TrajectoryStream,
+        outcomes: Outcomes | None = None,
     ) -> None:
         self._config, self._ranks = config, ranks
         self._engine, self._judge, self._renderer, self._tools = engine, judge, renderer, tools
-        self._stream = stream
+        self._stream, self._outcomes = stream, outcomes
         self._coming: Future[SampledBatch] | None = None
         self._before: dict[str, Any] = {}  # the stream's state before the batch that is coming
         device = ranks.device
@@ -98,15 +105,29 @@ class Sampler:
             # by the place in the endless order of trajectories: independent of ranks and resuming, new in every epoch
             seeds = [seed_of(config.run.seed, "train", first + n * self._ranks.size) for n in range(len(samples))]
         trajectories = [sample.trajectory for sample in samples]
+        if self._engine is None:
+            sampled = recorded_actions(trajectories, self._renderer.stop_id)
+            imitated = [Judgement(Verdict.GOOD, "imitated")] * len(sampled)
+            return SampledBatch(trajectories, sampled, imitated, totals, time.perf_counter() - start)
+        questions = None
         with totals.phase("rollout"):
             before = self._engine.stats()
-            sampled = sample_actions(trajectories, self._engine, self._renderer, self._tools, config.training, seeds)
+            if self._outcomes is not None:
+                trajectories, questions = self._outcomes.roll_out(trajectories, seeds)
+                sampled = recorded_actions(trajectories, self._renderer.stop_id)
+            else:
+                sampled = sample_actions(
+                    trajectories, self._engine, self._renderer, self._tools, config.training, seeds
+                )
             after = self._engine.stats()
             for name in ("prompt_tokens", "cached_tokens", "cacheable_tokens", "generated_tokens"):
                 setattr(totals, name, float(getattr(after, name) - getattr(before, name)))
         with totals.phase("judge"):
-            told = self._judge.stats()
-            judgements = judge_sampled(sampled, self._judge)
-            totals.judge_prompt_tokens = self._judge.stats().prompt_tokens - told.prompt_tokens
-            totals.judge_cached_tokens = self._judge.stats().cached_tokens - told.cached_tokens
-        return SampledBatch(trajectories, sampled, judgements, totals, time.perf_counter() - start)
+            if self._outcomes is not None:
+                judgements = self._outcomes.judgements(trajectories)
+            else:
+                told = self._judge.stats()
+                judgements = judge_sampled(sampled, self._judge)
+                totals.judge_prompt_tokens = self._judge.stats().prompt_tokens - told.prompt_tokens
+                totals.judge_cached_tokens = self._judge.stats().cached_tokens - told.cached_tokens
+        return SampledBatch(trajectories, sampled, judgements, totals, time.perf_counter() - start, questions)

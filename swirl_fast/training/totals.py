@@ -24,11 +24,14 @@ class Totals:
     gap_max: float = 0.0
     ratio_max: float = 0.0
     truncated: float = 0.0  # tokens whose importance weight was cut at algorithm.importance_cap
+    nll: float = 0.0  # of the trained tokens, under the policy before the update
     rewards: float = 0.0
+    rewarded: float = 0.0  # actions with a verdict, or trajectories
     actions: float = 0.0
     known: float = 0.0
     malformed: float = 0.0
     states: float = 0.0
+    judged_states: float = 0.0
     process_label: float = 0.0
     computed_tokens: float = 0.0
     flops: float = 0.0  # of one update, by comb.flops
