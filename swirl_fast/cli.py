@@ -42,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
                 "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
             )
             stage.add_argument("--name", help="name of the evaluation of a FOLDER (default: the folder's name)")
+    text = (
+        "a grid of runs with several seeds, compared in one table and one HTML file; started twice it shares the work"
+    )
+    grid = stages.add_parser("experiment", help=text, description=text)
+    grid.add_argument("file", metavar="FILE", help="a YAML file; ready ones lie in configs/experiments/")
+    grid.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, e.g. training.steps=2")
+    grid.add_argument("--report", action="store_true", help="only table and report, from the cells that are done")
     return top
 
 
@@ -53,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        if options.stage == "experiment":
+            return _experiment(options)
         config = load(options.config, options.overrides)
         from swirl_fast import stages  # torch and transformers load here, after the config has been checked
 
@@ -81,6 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"swirl-fast {options.stage}: interrupted; start it again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    from swirl_fast.experiment import read_experiment, run_experiment, write_outputs
+
+    experiment = read_experiment(options.file, options.overrides)
+    if options.report:
+        write_outputs(experiment)
+        return 0
+    _quiet_transformers()
+    missing = run_experiment(experiment)
+    for cell in missing:
+        print(f"swirl-fast experiment: not done: {cell}", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def _quiet_transformers() -> None:

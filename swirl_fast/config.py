@@ -133,6 +133,7 @@ class CollectConfig:
     top_p: float = 1.0
     top_k: int = 0
     batch: int = 64  # trajectories under way at a time
+    store: str = ""  # a trajectories.db that several runs share, e.g. to compare filters; empty: this run's own
 
 
 @dataclass
@@ -273,6 +274,11 @@ class Config:
     @property
     def folder(self) -> Path:
         return Path(self.run.folder) / self.run.name
+
+    @property
+    def store(self) -> Path:
+        """The database of collected trajectories and their verdicts."""
+        return Path(self.collect.store).expanduser() if self.collect.store else self.folder / "trajectories.db"
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

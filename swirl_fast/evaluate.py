@@ -57,6 +57,26 @@ def summarise(
     }
 
 
+def by_question(
+    task: Task,
+    questions: Sequence[Question],
+    trajectories: Sequence[Trajectory],
+    judgements: Mapping[str, Sequence[Judgement]],
+) -> dict[str, dict[str, float | None]]:
+    """Question id -> its means: accuracy, f1, process_label (None where no step has a verdict). For comparisons in pairs."""
+    asked = {question.id: question for question in questions}
+    groups: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.question_id, []).append(trajectory)
+    found: dict[str, dict[str, float | None]] = {}
+    for id_, own in groups.items():
+        numbers = summarise(task, [asked[id_]], own, judgements)
+        judged = numbers["unknown"] < sum(t.num_steps for t in own)
+        label = numbers["process_label"] if judged else None
+        found[id_] = {"accuracy": numbers["accuracy"], "f1": numbers["f1"], "process_label": label}
+    return found
+
+
 def _mean(trajectories: Sequence[Trajectory], values: Mapping[str, float]) -> tuple[float, list[float]]:
     """Mean over questions of the mean over a question's trajectories, and its interval; trajectories without a value are left out."""
     by_question: dict[str, list[float]] = {}

@@ -38,14 +38,14 @@ JUDGE_CHUNK = 256  # steps judged between two writes
 
 
 def collect(config: Config) -> None:
-    _save_config(config)
+    save_config(config)
     task = _task(config)
     questions = task.questions("train")
     sampling = Sampling(
         config.collect.max_action_tokens, config.collect.temperature, config.collect.top_p, config.collect.top_k
     )
     count = config.collect.trajectories_per_question
-    with Store(config.folder / "trajectories.db") as store:
+    with Store(config.store) as store:
         store.check_meta("collection", _fingerprint(config, sampling))
         seed = seed_of(config.run.seed, "collect")
         trajectories = _roll_out(config, task, task.tools, questions, count, sampling, store, seed, "collect")
@@ -55,8 +55,8 @@ def collect(config: Config) -> None:
 
 def judge(config: Config) -> None:
     task = _task(config)
-    Store(config.folder / "trajectories.db", writable=False).close()  # says so when nothing was collected yet
-    with _judge(config, task) as judge, Store(config.folder / "trajectories.db") as store:
+    Store(config.store, writable=False).close()  # says so when nothing was collected yet
+    with _judge(config, task) as judge, Store(config.store) as store:
         trajectories = _collected(config, task, store)
         _judge_steps(judge, store, trajectories, "judge")
         judgements = judgements_of(judge, store, trajectories)
@@ -76,7 +76,7 @@ def filter(config: Config) -> None:
 
     task = _task(config)
     questions = {question.id: question for question in task.questions("train")}
-    with _judge(config, task, probe=False) as judge, Store(config.folder / "trajectories.db", writable=False) as store:
+    with _judge(config, task, probe=False) as judge, Store(config.store, writable=False) as store:
         trajectories = _collected(config, task, store)
         judgements = judgements_of(judge, store, trajectories)
         collection = store.meta().get("collection", {})
@@ -104,7 +104,7 @@ def filter(config: Config) -> None:
         "survivors": selection.survivors(),
         "describe": selection.describe(),
     }
-    _write_json(config.folder / "filter.json", summary)
+    write_json(config.folder / "filter.json", summary)
     print(f"filter: {selection.describe()}")
     if upload:
         done = "uploaded to" if upload_shards(config.folder / "shards", upload) else "are already at"
@@ -119,7 +119,7 @@ def train(config: Config) -> None:
     ranks = start()
     try:
         if ranks.main:
-            _save_config(config)
+            save_config(config)
         run_training(config, ranks)
     finally:
         stop()
@@ -129,7 +129,7 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     """Evaluates `model.path`, or the Hugging Face folder `weights`, under a name. Returns the summary."""
     from swirl_fast.model import weights_hash
 
-    _save_config(config)
+    save_config(config)
     task = _task(config)
     questions = task.questions("eval")
     settings = config.evaluate
@@ -163,8 +163,9 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
         "temperature": settings.temperature,
         **evaluation.summarise(task, questions, trajectories, judgements),
         "seconds": seconds,
+        "by_question": evaluation.by_question(task, questions, trajectories, judgements),
     }
-    _write_json(folder / f"{name}.json", summary)
+    write_json(folder / f"{name}.json", summary)
     print(evaluation.table({name: summary}))
     return summary
 
@@ -197,7 +198,7 @@ def run(config: Config) -> None:
     seconds = time.perf_counter() - start
     if previous is not None and {name: previous.get(name) for name in rows} == rows:
         seconds = previous["seconds"]  # nothing was done anew: the time it took stands
-    _write_json(config.folder / "summary.json", {**rows, "seconds": seconds})
+    write_json(config.folder / "summary.json", {**rows, "seconds": seconds})
     report(config)
     print(
         f"\n{evaluation.table({'base': base, 'trained': trained})}\n\n{config.folder / 'summary.json'}  ({seconds:.0f} s)"
@@ -357,12 +358,12 @@ def _set_aside(folder: Path, name: str, wanted: dict[str, Any]) -> None:
     print(f"evaluate: the evaluation {name} was of other weights or settings; it is kept as {name}-{k}")
 
 
-def _save_config(config: Config) -> None:
+def save_config(config: Config) -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / "config.yaml").write_text(dump(config))
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")

@@ -11,21 +11,17 @@ model can load or run anything. Left out: the actions sampled in training, which
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import sqlite3
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
-from swirl_fast import __version__
 from swirl_fast.report import reading
-from swirl_fast.report.assets import CSS, JS
 from swirl_fast.report.curves import curves
 from swirl_fast.report.headline import headline
 from swirl_fast.report.inputs import Run, load
 from swirl_fast.report.markup import escape, is_number, show
+from swirl_fast.report.page import page
 
 REPORT_FILE = "report.html"
 
@@ -55,47 +51,11 @@ def _page(run: Run) -> str:
         "Trajectories": _trajectories(run),
         "Settings": _settings(run),
     }
-    links = "".join(f'<a href="#{title.lower()}">{title}</a>' for title in sections)
-    body = "".join(
-        f'<section aria-labelledby="{title.lower()}"><h2 id="{title.lower()}">{title}</h2>\n{html}</section>\n'
-        for title, html in sections.items()
-    )
     # Last: the sections add what they could not read.
     problems = "".join(f"<li>{problem}</li>" for problem in run.problems)
     if problems:
         problems = f'<div class="missing"><b>This run is not complete.</b><ul>{problems}</ul></div>\n'
-    digest = base64.b64encode(hashlib.sha256(JS.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    name, now = escape(run.folder.resolve().name), datetime.now(UTC)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{name} – swirl-fast</title>
-<link rel="icon" href="data:,">
-<style>{CSS}</style>
-</head>
-<body>
-<a class="skip" href="#result">Skip to the result</a>
-<header>
-<p class="over">Step-Wise Reinforcement Learning</p>
-<h1>{name}</h1>
-{_lede(run)}{_facts(run)}{problems}<nav aria-label="Sections">{links}</nav>
-</header>
-<main>
-{body}</main>
-<footer><p>Written by swirl-fast {escape(__version__)} on
-<time datetime="{now.isoformat(timespec="seconds")}">{now:%d %B %Y, %H:%M} UTC</time>.</p></footer>
-<script>{JS}</script>
-</body>
-</html>
-"""
+    return page(run.folder.resolve().name, f"{_lede(run)}{_facts(run)}{problems}", sections)
 
 
 def _lede(run: Run) -> str:
@@ -163,7 +123,7 @@ def _survivors(run: Run) -> str:
 
 
 def _trajectories(run: Run) -> str:
-    folder, collected = run.folder / "evaluations", run.folder / "trajectories.db"
+    folder, collected = run.folder / "evaluations", run.store
     stores = {
         name: (folder / f"{name}.db", one.get("judge"))
         for name, one in run.evaluations.items()

@@ -56,8 +56,9 @@ def lines(
     *,
     top: float | None = None,
     log: bool = False,
+    over: str = "step",
 ) -> str:
-    """A figure with one line a series over training steps.
+    """A figure with one line a series over training steps, or over whole numbers of something else, which `over` names.
 
     unit: "%" for shares, else the text behind the title. top: fixed upper end of the axis. log: decades, where all
     values are 0 a plain axis; values of 0 are then not drawn. Where nothing was recorded the figure says so.
@@ -81,7 +82,7 @@ def lines(
             marks.append(_path(points, f"line s{number}"))
         marks += _dots(points, number, every=len(steps) <= 25)
     drawing = _axes(x, y, unit) + "".join(marks)
-    return _figure(title, unit, steps, series, x, drawing, "lines")
+    return _figure(title, unit, steps, series, x, drawing, "lines", over)
 
 
 def stacked(title: str, steps: Sequence[int], series: Sequence[Series], unit: str) -> str:
@@ -214,7 +215,14 @@ def _running_mean(values: Sequence[Value], width: int) -> list[Value]:
 
 
 def _figure(
-    title: str, unit: str, steps: Sequence[int], series: Sequence[Series], x: Scale, drawing: str, kind: str
+    title: str,
+    unit: str,
+    steps: Sequence[int],
+    series: Sequence[Series],
+    x: Scale,
+    drawing: str,
+    kind: str,
+    over: str = "step",
 ) -> str:
     """The drawing with its title, a legend that shows the last values, and what the script needs to show others."""
     keys = "".join(
@@ -224,17 +232,17 @@ def _figure(
     )
     data = {
         "x": [x(step) for step in steps],
-        "at": [f"step {step:,}" for step in steps],
+        "at": [f"{over} {step:,}" for step in steps],
         "values": [[show(value, unit) for value in one.values] for one in series],
     }
     ends = "; ".join(
-        f"{one.name} {show(one.values[0], unit)} at step {steps[0]}, {show(one.values[-1], unit)} at step {steps[-1]}"
+        f"{one.name} {show(one.values[0], unit)} at {over} {steps[0]}, {show(one.values[-1], unit)} at {over} {steps[-1]}"
         for one in series
     )
-    label = escape(f"{title} by training step: {ends}")
+    label = escape(f"{title} by {'training step' if over == 'step' else over}: {ends}")
     return (
         f'<figure class="chart {kind}" data-chart="{escape(json.dumps(data))}"><figcaption>{_title(title, unit)}'
-        f'<p class="legend"><span class="at">step {steps[-1]:,}</span>{keys}</p></figcaption>'
+        f'<p class="legend"><span class="at">{over} {steps[-1]:,}</span>{keys}</p></figcaption>'
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{label}">{drawing}'
         f'<path class="cursor" d="M0 {TOP}V{HEIGHT - BOTTOM}" visibility="hidden"/></svg></figure>\n'
     )

@@ -43,6 +43,11 @@ class Run:
         return value
 
     @property
+    def store(self) -> Path:
+        """The database of collected trajectories, which may be shared with other runs."""
+        return Path(self.setting("collect.store") or self.folder / "trajectories.db").expanduser()
+
+    @property
     def compared(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The two evaluations whose difference is shown: base and trained; None unless both are there."""
         base, trained = self.evaluations.get("base"), self.evaluations.get("trained")
@@ -75,7 +80,7 @@ def load(folder: Path) -> Run:
     run.problems += [
         f"<code>{file}</code> is not there yet: <code>swirl-fast {command}</code> writes it"
         for file, command in STAGES.items()
-        if not (folder / file).is_file()
+        if not (run.store if file == "trajectories.db" else folder / file).is_file()
     ]
     wanted = run.setting("training.steps")
     if run.metrics and isinstance(wanted, int) and run.metrics[-1]["step"] < wanted:

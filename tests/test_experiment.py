@@ -1,0 +1,243 @@
+"""A grid of real runs on a small model, killed, resumed and shared; and the statistics against numbers known beforehand."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from swirl_fast import cli, stages
+from swirl_fast.config import ConfigError
+from swirl_fast.experiment import read_experiment
+from swirl_fast.experiment_summary import summarise, table
+from swirl_fast.report.experiment import write_experiment_report
+
+
+def write(folder: Path, model: Path, **more: Any) -> Path:
+    spec = {
+        "name": "e",
+        "folder": str(folder),
+        "settings": {
+            "model": {"path": str(model)},
+            "tasks": {"options": {"min_terms": 2, "max_terms": 2, "max_digits": 1}, "limit": 6, "eval_limit": 8},
+            "tasks.examples": 1,
+            "collect": {"trajectories_per_question": 3, "max_steps": 3, "max_action_tokens": 24},
+            "training": {"steps": 1, "trajectories_per_step": 4, "samples_per_state": 3, "max_action_tokens": 24},
+            "training.learning_rate": 1e-3,
+            "training.token_budget": 1024,
+            "training.tensorboard": False,
+            "algorithm.kl_coef": 0,
+        },
+        "seeds": [0, 1],
+        "arms": {
+            "base": {"train": False},
+            "all": {"filter.kind": "none", "algorithm.reward": "outcome"},
+            "copied": {"filter.kind": "none", "algorithm": {"name": "sft"}},
+        },
+        "evaluations": {"in_domain": {}, "longer": {"tasks.options.max_terms": 3, "tasks.options.min_terms": 3}},
+        "compare": ["all", "base"],
+        "keep": "results",
+    } | more
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The folder of an experiment that was run to its end."""
+    folder = tmp_path_factory.mktemp("experiment")
+    assert cli.main(["experiment", str(write(folder, tiny_model))]) == 0
+    return folder / "e"
+
+
+def test_all_cells_of_a_seed_share_a_collection_and_leave_their_numbers(done: Path) -> None:
+    summary = json.loads((done / "summary.json").read_text())
+    assert summary["seeds"] == [0, 1] and summary["complete"]
+    assert list(summary["arms"]) == ["base", "all", "copied"]
+    assert len(list(done.glob("collection-*/trajectories.db"))) == 2, "one a seed"
+    for arm in summary["arms"].values():
+        for one in (arm["in_domain"], arm["out_of_domain"]["longer"]):
+            assert one["interval"][0] <= one["accuracy"] <= one["interval"][1] and one["questions"] == 16
+    assert summary["arms"]["base"]["cost"] is None
+    assert summary["arms"]["all"]["cost"]["generated_tokens"] > 0
+    assert summary["arms"]["copied"]["cost"]["trajectories"] == 18
+    assert summary["comparisons"].keys() == {"all", "copied"}
+    for path in (done / "cells").glob("*.json"):
+        cell = json.loads(path.read_text())
+        for evaluation in cell["evaluations"].values():
+            means = [one["accuracy"] for one in evaluation["by_question"].values()]
+            assert len(means) == 8 and evaluation["accuracy"] == pytest.approx(sum(means) / 8)
+    page = (done / "report.html").read_text()
+    assert "in_domain" in page and "longer" in page and "Accuracy against base" in page
+    assert not list(done.glob("*/checkpoints")) and not list(done.glob("*/model")), "keep: results"
+
+
+def test_a_second_start_does_nothing_and_a_lost_cell_is_done_again_with_the_same_result(
+    done: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(done.parent / "experiment.yaml")
+    before = json.loads((done / "summary.json").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "evaluate", lambda *_: pytest.fail("a finished cell was done again"))
+        assert cli.main(["experiment", path]) == 0
+    (cell,) = (done / "cells").glob("all-1-*.json")
+    saved = json.loads(cell.read_text())
+    cell.unlink()
+    assert cli.main(["experiment", path]) == 0
+    again = json.loads(cell.read_text())
+    assert again["training"]["reward"] == saved["training"]["reward"]
+    for name, one in saved["evaluations"].items():
+        assert again["evaluations"][name]["by_question"] == one["by_question"]
+    assert (
+        json.loads((done / "summary.json").read_text())["arms"]["all"]["in_domain"]
+        == before["arms"]["all"]["in_domain"]
+    )
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = (done / "cells").glob("copied-0-*.json")
+    text = cell.read_text()
+    cell.unlink()
+    monkeypatch.setattr(stages, "train", lambda *_: pytest.fail("it was taken all the same"))
+    with open(cell.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cli.main(["experiment", str(done.parent / "experiment.yaml")]) == 1
+    shown = capsys.readouterr()
+    assert "copied, seed 0: is being done elsewhere" in shown.err
+    summary = json.loads((done / "summary.json").read_text())
+    assert not summary["complete"] and summary["arms"]["copied"]["seeds"] == [1]
+    assert "Some cells are not done yet" in (done / "report.html").read_text()
+    cell.write_text(text)
+    assert cli.main(["experiment", "--report", str(done.parent / "experiment.yaml")]) == 0
+    assert json.loads((done / "summary.json").read_text())["complete"]
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process filter keeps none of this model's trajectories when single numbers are not allowed either."""
+    arms = {"strict": {"filter.kind": "process", "judge.rules.coverage": "full"}, "base": {"train": False}}
+    path = write(tmp_path, tiny_model, arms=arms, seeds=[0], compare=["strict", "base"])
+    arguments = ["tasks.limit=1", "collect.trajectories_per_question=1"]
+    code = cli.main(["experiment", str(path), *arguments])
+    shown = capsys.readouterr()
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert code == 1 and list(summary["arms"]) == ["base"]
+    assert "not done: strict, seed 0: " in shown.err and "filter process kept 0" in shown.err
+
+
+def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> None:
+    grid = {"filter.max_trajectories": [2, 4], "filter.kind": ["none", "process"]}
+    arms = {"base": {"train": False}, "swirl": {}}
+    path = write(tmp_path, tiny_model, arms=arms, grid=grid, compare=[])
+    experiment = read_experiment(path, ["training.steps=7"])
+    assert experiment.arms == [
+        "base",
+        *(f"swirl,max_trajectories={n},kind={k}" for n in (2, 4) for k in ("none", "process")),
+    ]
+    assert all(cell.config.training.steps == 7 for cell in experiment.cells)
+    assert len({cell.config.collect.store for cell in experiment.cells if cell.seed == 1}) == 1
+    assert len({cell.digest for cell in experiment.cells}) == len(experiment.cells)
+    assert experiment.compare == (experiment.arms[-1], "base")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arm": {}}, "arm: unknown key"),
+        ({"arms": {}}, "arms: give at least one"),
+        ({"arms": {"a": "rloo"}}, "arms.a: 'rloo' must be a table of settings"),
+        ({"arms": {"a": {"train": "no"}}, "compare": []}, "arms.a.train: 'no' must be true or false"),
+        ({"arms": {"a": {"algorithm.nam": "rloo"}}, "compare": []}, "arm a: algorithm.nam (command line): unknown key"),
+        ({"evaluations": {"other": {}}}, "evaluations: one must be called in_domain"),
+        ({"evaluations": {"in_domain": {"tasks.kind": "gsm9k"}}}, "tasks.kind=gsm9k: must be one of"),
+        ({"grid": {"filter.kind": "none"}}, "grid.filter.kind: 'none' must be a list"),
+        ({"seeds": [0.5]}, "seeds: [0.5] is no list of whole numbers"),
+        ({"compare": ["all", "nothing"]}, "compare: ['all', 'nothing'] must be two of the arms base, all, copied"),
+        ({"keep": "some"}, "keep: 'some' must be one of results, models, all"),
+        ({"config": "missing.yaml"}, "missing.yaml: no such file"),
+    ],
+)
+def test_a_wrong_file_is_refused_before_any_work(
+    tmp_path: Path, tiny_model: Path, change: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path, tiny_model, **change)
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def cell(arm: str, seed: int, right: list[int], tasks: tuple[str, ...] = ("in_domain", "far")) -> dict[str, Any]:
+    rows = {f"q{i}": {"accuracy": float(r), "f1": float(r), "process_label": 0.5} for i, r in enumerate(right)}
+    evaluation = {"accuracy": sum(right) / len(right), "questions": len(right), "by_question": rows}
+    evaluation |= {"malformed": 0.0, "repeated": 0.0, "answered": 1.0, "steps": 2.0}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "trained": arm != "base",
+        "training": {
+            "steps": 3,
+            "seconds": 10.0,
+            "generated_tokens": 5.0,
+            "tokens_computed": 7.0,
+            "reward": [0.1, None, 0.3],
+        },
+        "filter": {"kept": 4},
+        "evaluations": dict.fromkeys(tasks, evaluation),
+    }
+
+
+def test_gains_and_their_intervals() -> None:
+    """Base answers 20 of 100, the arm those and 30 more, with every seed: 50 % against 20 %."""
+    base, better = [1] * 20 + [0] * 80, [1] * 50 + [0] * 50
+    results = {
+        (arm, seed): cell(arm, seed, right) for seed in (0, 1, 2) for arm, right in (("base", base), ("new", better))
+    }
+    summary = summarise(["base", "new"], ["in_domain", "far"], [0, 1, 2], ("new", "base"), results)
+    assert summary["in_domain_relative_gain"] == pytest.approx(1.5)
+    assert summary["cross_task_relative_gain"] == pytest.approx(1.5)
+    gain = summary["comparisons"]["new"]["in_domain"]
+    # in pairs the difference is a share of 0.3 in 300 questions: 0.3 ± 1.96 sqrt(0.21 / 300); unpaired it would be wider
+    low, high = gain["difference_interval"]
+    assert (low, high) == (pytest.approx(0.3 - 0.052, abs=0.006), pytest.approx(0.3 + 0.052, abs=0.006))
+    assert gain["relative_gain_interval"][0] < 1.5 < gain["relative_gain_interval"][1]
+    low, high = summary["arms"]["base"]["in_domain"]["interval"]
+    assert (low, high) == (pytest.approx(0.2 - 0.045, abs=0.006), pytest.approx(0.2 + 0.045, abs=0.006))
+    assert summary["arms"]["new"]["cost"]["trajectories"] == 4 and summary["arms"]["base"]["cost"] is None
+    assert "new against base, in-domain: +150.0% relative" in table(summary)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    results = {("new", seed): cell("new", seed, [1] * n + [0] * (100 - n)) for seed, n in enumerate((20, 50, 80))}
+    alike = {("new", seed): cell("new", seed, [1] * 50 + [0] * 50) for seed in range(3)}
+    ends = [
+        summarise(["new"], ["in_domain", "far"], [0, 1, 2], ("new", "new"), r)["arms"]["new"]["in_domain"]["interval"]
+        for r in (results, alike)
+    ]
+    assert ends[0][1] - ends[0][0] > 3 * (ends[1][1] - ends[1][0])
+
+
+def test_where_no_answer_is_right_there_is_doubt_and_no_relative_gain(tmp_path: Path) -> None:
+    results = {(arm, 0): cell(arm, 0, right) for arm, right in (("base", [0] * 50), ("new", [1] * 5 + [0] * 45))}
+    summary = summarise(["base", "new"], ["in_domain", "far"], [0, 1], ("new", "base"), results)
+    base = summary["arms"]["base"]["in_domain"]
+    assert base["accuracy"] == 0 and base["interval"] == pytest.approx([0, 0.0713], abs=1e-3)  # Wilson, 0 of 50
+    assert summary["in_domain_relative_gain"] is None and not summary["complete"]
+    assert summary["comparisons"]["new"]["in_domain"]["difference"] == pytest.approx(0.1)
+    page = write_experiment_report(tmp_path, "a <b>", summary, results).read_text()
+    assert "a &lt;b&gt;" in page and "Some cells are not done yet" in page
+
+
+def test_accuracy_is_drawn_over_trajectories_where_arms_differ_in_their_number(tmp_path: Path) -> None:
+    arms = ["base", *(f"swirl,max_trajectories={n}" for n in (16, 64))]
+    results = {(arm, 0): cell(arm, 0, [1] * (5 + i) + [0] * 45) for i, arm in enumerate(arms)}
+    summary = summarise(arms, ["in_domain", "far"], [0], (arms[-1], "base"), results)
+    page = write_experiment_report(tmp_path, "sizes", summary, results).read_text()
+    assert "Accuracy, in_domain by trajectories: swirl" in page
