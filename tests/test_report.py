@@ -400,6 +400,15 @@ def test_interval_of_a_change_is_newcombes() -> None:
     assert same.one("tr", "first").all("td")[2].text.endswith("may be chance")
 
 
+def test_evaluations_on_different_tasks_are_told_apart_and_not_subtracted() -> None:
+    evaluations = {name: {"accuracy": 0.5, "task": task} for name, task in (("base", "gsm8k"), ("trained", "gsm8k"))}
+    heads = [cell.text for cell in page(headline(Run(Path("."), evaluations=evaluations))).one("thead").all("th")]
+    assert heads == ["base", "trained", "change"]
+    evaluations["trained"]["task"] = "musique"
+    heads = [cell.text for cell in page(headline(Run(Path("."), evaluations=evaluations))).one("thead").all("th")]
+    assert heads == ["basegsm8k", "trainedmusique"]
+
+
 def test_survivors_are_those_of_the_filter(run: Made) -> None:
     table = written(run.folder).one("table", "survivors")
     rows = [(row.one("th").text, int(row.one("data").attributes["value"])) for row in table.one("tbody").all("tr")]
@@ -628,7 +637,11 @@ def test_answers_are_compared_as_the_task_does() -> None:
         return reading.Reading(trajectory, question.answers, (None,)).matches
 
     assert matches("gsm8k", "$1,200.00", "1200") and not matches("gsm8k", "The Beatles", "Beatles")
-    assert matches("hotpotqa", "The Beatles!", "beatles") and not matches("hotpotqa", "in 1969", "1969")
+    assert (
+        matches("hotpotqa", "The Beatles!", "beatles")
+        and matches("beerqa", "The Beatles!", "beatles")
+        and not matches("hotpotqa", "in 1969", "1969")
+    )
 
 
 def test_long_texts_are_cut_in_the_middle_with_a_note(tmp_path: Path) -> None:
