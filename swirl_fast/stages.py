@@ -1,7 +1,7 @@
 """The commands: each builds its collaborators from the config, does one stage, and leaves what the next one reads.
 
     collect  -> trajectories.db      judge -> verdicts in it       filter -> shards/, filter.json
-    train    -> checkpoints/, metrics.jsonl, tensorboard/, model/  evaluate -> evaluations/NAME.json, NAME.db
+    train    -> checkpoints/, metrics.jsonl, tensorboard/, model/  evaluate -> evaluations/NAME.json, NAME.db, NAME.yaml
     report   -> report.html          run   -> all of it, summary.json
 
 All lie in runs/NAME. A stage that is complete is left alone; one that was interrupted goes on.
