@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
             stage.add_argument(
                 "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
             )
-            stage.add_argument("--name", help="name of the evaluation of a FOLDER (default: the folder's name)")
+            stage.add_argument("--name", help="name of the evaluation (default: base, trained or the folder's name)")
     text = (
         "a grid of runs with several seeds, compared in one table and one HTML file; started twice it shares the work"
     )
@@ -68,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_transformers()
         if options.stage == "evaluate":
             if options.of == "base":
-                stages.evaluate(config, "base")
+                stages.evaluate(config, options.name or "base")
             elif options.of == "trained":
-                stages.evaluate_trained(config)
+                stages.evaluate_trained(config, options.name or "trained")
             else:
                 stages.evaluate(config, options.name or os.path.basename(os.path.normpath(options.of)), options.of)
         else:

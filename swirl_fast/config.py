@@ -20,7 +20,7 @@ import yaml
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
-TASKS = ("reasoning_gym", "gsm8k", "hotpotqa")
+TASKS = ("reasoning_gym", "gsm8k", "hotpotqa", "musique", "2wikimultihopqa", "beerqa", "cofca")
 ALGORITHMS = ("reinforce", "rloo", "grpo", "ppo", "sft")
 REWARDS = ("process", "outcome")
 WEIGHTINGS = ("state", "token", "trajectory")
@@ -55,9 +55,11 @@ class ModelConfig:
 
 @dataclass
 class TasksConfig:
-    kind: str = "reasoning_gym"  # reasoning_gym | gsm8k | hotpotqa
-    path: str | None = None  # data file in the official format, or a Hugging Face data set's name (gsm8k, hotpotqa)
-    eval_path: str | None = None  # held-out file; None: the tail of `path` is held out
+    kind: str = "reasoning_gym"  # reasoning_gym | gsm8k | hotpotqa | musique | 2wikimultihopqa | beerqa | cofca
+    path: str | None = (
+        None  # data file in the official format, or a Hugging Face data set's name, NAME or NAME:CONFIGURATION
+    )
+    eval_path: str | None = None  # held-out file, may be the same; None: the tail of `path` is held out
     dataset: str = "chain_sum"  # reasoning_gym: name of the generator
     options: dict[str, Any] = field(default_factory=dict)  # reasoning_gym: the generator's own settings
     limit: int = 64  # questions to collect trajectories for; 0: all

@@ -278,8 +278,6 @@ def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         filtered = json.loads((config.folder / "filter.json").read_text())
         result |= {"filter": filtered, "training": _cost(config.folder)}
     result["evaluations"] = {name: stages.evaluate(one, name, weights) for name, one in cell.evaluations.items()}
-    if cell.trained:
-        stages.save_config(config)  # evaluations leave theirs
     return result
 
 

@@ -1,7 +1,7 @@
 """The commands: each builds its collaborators from the config, does one stage, and leaves what the next one reads.
 
     collect  -> trajectories.db      judge -> verdicts in it       filter -> shards/, filter.json
-    train    -> checkpoints/, metrics.jsonl, tensorboard/, model/  evaluate -> evaluations/NAME.json, NAME.db
+    train    -> checkpoints/, metrics.jsonl, tensorboard/, model/  evaluate -> evaluations/NAME.json, NAME.db, NAME.yaml
     report   -> report.html          run   -> all of it, summary.json
 
 All lie in runs/NAME. A stage that is complete is left alone; one that was interrupted goes on.
@@ -38,9 +38,11 @@ JUDGE_CHUNK = 256  # steps judged between two writes
 
 
 def collect(config: Config) -> None:
-    save_config(config)
+    _save_config(config)
     task = _task(config)
     questions = task.questions("train")
+    if not questions:
+        raise ConfigError(f"tasks.path={config.tasks.path}: every row is also held out; give another tasks.eval_path")
     sampling = Sampling(
         config.collect.max_action_tokens, config.collect.temperature, config.collect.top_p, config.collect.top_k
     )
@@ -119,28 +121,40 @@ def train(config: Config) -> None:
     ranks = start()
     try:
         if ranks.main:
-            save_config(config)
+            _save_config(config)
         run_training(config, ranks)
     finally:
         stop()
 
 
 def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str, Any]:
-    """Evaluates `model.path`, or the Hugging Face folder `weights`, under a name. Returns the summary."""
+    """Evaluates `model.path`, or the Hugging Face folder `weights`, under a name. Returns the summary.
+
+    The task need not be the run's: the run's config.yaml stays, that of the evaluation lies beside its results. Raises
+    ConfigError for a name that an evaluation of another task has.
+    """
     from swirl_fast.model import weights_hash
 
-    save_config(config)
     task = _task(config)
+    folder = config.folder / "evaluations"
+    other = (_read_json(folder / f"{name}.json") or {}).get("task", task.name)
+    if other != task.name:
+        raise ConfigError(
+            f"{folder / name}.json is an evaluation on {other}; give this one on {task.name} a name of its own, "
+            f"e.g. --name {name}-{task.name}"
+        )
     questions = task.questions("eval")
     settings = config.evaluate
     length = settings.max_action_tokens or config.collect.max_action_tokens
     sampling = Sampling(length, settings.temperature)
-    folder = config.folder / "evaluations"
     wanted = _fingerprint(config, sampling) | {
         "weights": weights and weights_hash(Path(weights)),
         "use_tools": settings.use_tools,
     }
     _set_aside(folder, name, wanted)
+    _save_config(config, folder / f"{name}.yaml")
+    if not (config.folder / "config.yaml").is_file():
+        _save_config(config)
     start = time.perf_counter()
     with _judge(config, task) as judge, Store(folder / f"{name}.db") as store:
         store.check_meta("evaluation", wanted)
@@ -170,11 +184,11 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     return summary
 
 
-def evaluate_trained(config: Config) -> dict[str, Any]:
+def evaluate_trained(config: Config, name: str = "trained") -> dict[str, Any]:
     folder = config.folder / "model"
     if not (folder / "config.json").is_file():
         raise ConfigError(f"run.name={config.run.name}: {folder} holds no trained model yet; run train first")
-    return evaluate(config, "trained", str(folder))
+    return evaluate(config, name, str(folder))
 
 
 def report(config: Config) -> None:
@@ -358,9 +372,10 @@ def _set_aside(folder: Path, name: str, wanted: dict[str, Any]) -> None:
     print(f"evaluate: the evaluation {name} was of other weights or settings; it is kept as {name}-{k}")
 
 
-def save_config(config: Config) -> None:
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.yaml").write_text(dump(config))
+def _save_config(config: Config, path: Path | None = None) -> None:
+    path = path or config.folder / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump(config))
 
 
 def write_json(path: Path, value: Any) -> None:

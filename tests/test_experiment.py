@@ -136,7 +136,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(
 def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> None:
     grid = {"filter.max_trajectories": [2, 4], "filter.kind": ["none", "process"]}
     arms = {"base": {"train": False}, "swirl": {}}
-    path = write(tmp_path, tiny_model, arms=arms, grid=grid, compare=[])
+    path = write(tmp_path, tiny_model, arms=arms, grid=grid, compare=[], seeds=[1])
     experiment = read_experiment(path, ["training.steps=7"])
     assert experiment.arms == [
         "base",

@@ -22,8 +22,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from task_files import write_lines
 
 from swirl_fast import cli
+from swirl_fast.config import load as load_config
 from swirl_fast.objective import policy_loss
 from swirl_fast.shards import read_trajectories
 from swirl_fast.store import Store
@@ -467,6 +469,46 @@ def test_asking_for_fewer_questions_uses_those_alone(
     for count in (6, 4):
         start(["evaluate", *overrides(folder, tiny_model, judged, f"tasks.eval_limit={count}"), "--of", "base"])
         assert json.loads((folder / "r" / "evaluations" / "base.json").read_text())["questions"] == count
+
+
+def test_another_task_is_evaluated_in_the_same_run_under_a_name_of_its_own(
+    collected: Path, tiny_model: Path, judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(collected, tmp_path)
+    rows = [
+        {
+            "id": f"id{i}",
+            "question": f"Who founded town {i}?",
+            "answer": f"Founder {i}",
+            "answer_aliases": [],
+            "answerable": True,
+            "paragraphs": [{"title": f"Town {i}", "paragraph_text": f"Its founder was founder {i}."}],
+        }
+        for i in range(3)
+    ]
+    dev = write_lines(tmp_path / "dev.jsonl", rows)
+    config = (folder / "r" / "config.yaml").read_text()
+    arguments = ["evaluate", *overrides(folder, tiny_model, judged), f"search.cache={tmp_path}", "--of"]
+    musique = ("tasks.kind=musique", f"tasks.path={dev}", f"tasks.eval_path={dev}")
+    assert cli.main([*arguments, "base"]) == 0
+    assert cli.main([*arguments, "base", *musique]) == 2
+    assert "base.json is an evaluation on chain_sum; give this one on musique a name" in capsys.readouterr().err
+    assert cli.main([*arguments, "base", "--name", "base-musique", *musique]) == 0
+    assert cli.main([*arguments, str(tiny_model), "--name", "other", *musique]) == 0
+    evaluations = folder / "r" / "evaluations"
+    for name, task, questions in (("base", "chain_sum", 6), ("base-musique", "musique", 3), ("other", "musique", 3)):
+        summary = json.loads((evaluations / f"{name}.json").read_text())
+        assert (summary["name"], summary["task"], summary["questions"]) == (name, task, questions)
+        kind = "reasoning_gym" if task == "chain_sum" else task
+        assert load_config(evaluations / f"{name}.yaml").tasks.kind == kind
+    with Store(evaluations / "base-musique.db", writable=False) as store:
+        assert [question.text for question in store.questions()] == [row["question"] for row in rows]
+    assert (folder / "r" / "config.yaml").read_text() == config
+    assert cli.main(["report", *overrides(folder, tiny_model, judged)]) == 0
+    assert "Founder 2" in (folder / "r" / "report.html").read_text()
+    # no training question is left when one file is both
+    assert cli.main(["collect", *overrides(tmp_path / "new", tiny_model, judged), *musique]) == 2
+    assert f"tasks.path={dev}: every row is also held out" in capsys.readouterr().err
 
 
 def test_a_budget_below_the_longest_trunk_is_refused_before_any_work(

@@ -187,7 +187,14 @@ def metrics_row(step: int, **changes: float) -> dict[str, float]:
     """The keys of swirl_fast/training/loop.py, every value another one."""
     row = {
         **{"step": step, "policy_version": step, "reward": 0.1 + step / 50, "process_label": 0.12 + step / 60},
-        **{"unknown": 0.0, "malformed": 0.5 / step, "loss": -0.01 * step, "kl": 0.001 * step, "entropy": 2.0 / step},
+        **{
+            "unknown": 0.0,
+            "malformed": 0.5 / step,
+            "loss": -0.01 * step,
+            "nll": 1.0,
+            "kl": 0.001 * step,
+            "entropy": 2.0 / step,
+        },
         **{
             "clip_fraction": 0.0,
             "ratio_max": 1.0,
@@ -398,6 +405,15 @@ def test_interval_of_a_change_is_newcombes() -> None:
     assert worse.one("span", "worse")
     same = page(headline(Run(Path("."), evaluations={"base": evaluations["base"], "trained": evaluations["base"]})))
     assert same.one("tr", "first").all("td")[2].text.endswith("may be chance")
+
+
+def test_evaluations_on_different_tasks_are_told_apart_and_not_subtracted() -> None:
+    evaluations = {name: {"accuracy": 0.5, "task": task} for name, task in (("base", "gsm8k"), ("trained", "gsm8k"))}
+    heads = [cell.text for cell in page(headline(Run(Path("."), evaluations=evaluations))).one("thead").all("th")]
+    assert heads == ["base", "trained", "change"]
+    evaluations["trained"]["task"] = "musique"
+    heads = [cell.text for cell in page(headline(Run(Path("."), evaluations=evaluations))).one("thead").all("th")]
+    assert heads == ["basegsm8k", "trainedmusique"]
 
 
 def test_survivors_are_those_of_the_filter(run: Made) -> None:
@@ -628,7 +644,11 @@ def test_answers_are_compared_as_the_task_does() -> None:
         return reading.Reading(trajectory, question.answers, (None,)).matches
 
     assert matches("gsm8k", "$1,200.00", "1200") and not matches("gsm8k", "The Beatles", "Beatles")
-    assert matches("hotpotqa", "The Beatles!", "beatles") and not matches("hotpotqa", "in 1969", "1969")
+    assert (
+        matches("hotpotqa", "The Beatles!", "beatles")
+        and matches("beerqa", "The Beatles!", "beatles")
+        and not matches("hotpotqa", "in 1969", "1969")
+    )
 
 
 def test_long_texts_are_cut_in_the_middle_with_a_note(tmp_path: Path) -> None:

@@ -141,6 +141,38 @@ def test_equals_the_official_script(answer: str, gold: str) -> None:
         assert score == ZERO  # the one difference: nothing is no answer
 
 
+def of_musique(prediction: str, golds: list[str]) -> tuple[float, float]:
+    """Exact match and F1 as MuSiQue's metrics/answer.py defines them: each the best over the gold answers."""
+    exact, f1 = [], []
+    for gold in golds:
+        p, t = (Counter(normalise_answer(text).split()) for text in (prediction, gold))
+        exact.append(float(normalise_answer(prediction) == normalise_answer(gold)))
+        f1.append(2 * (p & t).total() / (p.total() + t.total()) if p and t else float(p == t))
+    return max(exact), max(f1)
+
+
+def of_beerqa(prediction: str, golds: list[str]) -> tuple[float, float, float, float]:
+    """All four as BeerQA's eval_beerqa.py defines them: those of the first gold answer with the highest F1 above 0."""
+    best = (0.0, 0.0, 0.0, 0.0)
+    for gold in golds:
+        one = official(prediction, gold)
+        best = one if one[1] > best[1] else best
+    return best
+
+
+@given(_phrases.filter(normalise_answer), st.lists(_phrases.filter(normalise_answer), min_size=1, max_size=4))
+def test_equals_the_scripts_for_several_gold_answers(answer: str, golds: list[str]) -> None:
+    score = score_text(answer, golds)
+    beerqa = of_beerqa(answer, golds)
+    assert (score.exact_match, score.f1) == pytest.approx(beerqa[:2])
+    assert score.f1 == pytest.approx(2 * score.precision * score.recall / ((score.precision + score.recall) or 1))
+    # 2wikimultihop_evaluate_v1.1.py: the best of each by itself
+    each = [official(answer, gold) for gold in golds]
+    assert (score.exact_match, score.f1) == pytest.approx([max(column) for column in zip(*each, strict=True)][:2])
+    score = score_text(answer, golds, closed=())
+    assert (score.exact_match, score.f1) == pytest.approx(of_musique(answer, golds))
+
+
 @given(st.text(), st.text())
 def test_no_answer_raises(answer: str, gold: str) -> None:
     for score in (score_text(answer, [gold]), score_number(answer, [gold])):

@@ -1,44 +1,21 @@
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from task_files import DATA, RIGHT, check_examples, texts, write_hub_folder, write_lines
 
 from swirl_fast.actions import parse
-from swirl_fast.config import TASKS, ConfigError, TasksConfig
+from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.gsm8k import WORD_PROBLEMS
-from swirl_fast.tasks.hotpotqa import EXAMPLE_PASSAGES
 from swirl_fast.tasks.scoring import ZERO, number
-from swirl_fast.tasks.task import Example, Score
 from swirl_fast.tools.calculator import Calculator, numbers
-from swirl_fast.tools.search import Search
-from swirl_fast.tools.tool import Tool, observation
-
-DATA = Path(os.environ.get("SWIRL_FAST_DATA", Path(__file__).parents[1] / "../shared/data"))
-RIGHT = Score(1.0, 1.0, 1.0, 1.0)
 
 
 def gym(dataset: str = "chain_sum", seed: int = 0, limit: int = 40, eval_limit: int = 20, **options):
     return load_task(TasksConfig(dataset=dataset, limit=limit, eval_limit=eval_limit, options=options), seed)
-
-
-def texts(task, split) -> list[str]:
-    return [question.text for question in task.questions(split)]
-
-
-def check_examples(examples: tuple[Example, ...], tool: Tool) -> None:
-    """Each is a conversation that could have happened: every call is well-formed and its observation is the tool's."""
-    assert len(examples) >= 2
-    assert len({example.question for example in examples}) == len(examples)
-    for example in examples:
-        actions = [parse(text, {tool.name}) for text in example.actions]
-        assert [action.kind for action in actions] == ["tool"] * (len(actions) - 1) + ["answer"]
-        assert len(example.observations) == len(actions) - 1
-        for action, seen in zip(actions, example.observations, strict=False):
-            assert seen == observation(action.argument, tool.call(action.argument))
 
 
 # reasoning-gym
@@ -150,11 +127,6 @@ def test_a_generator_has_no_end() -> None:
 # GSM8K
 
 
-def write_lines(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def problems(n: int, start: int = 0) -> list[dict]:
     return [
         {"question": f"What is {i} + 1000?", "answer": f"It is {i}+1000.\n#### {i + 1000:,}"}
@@ -244,16 +216,8 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
     with pytest.raises(ValueError, match="latin.jsonl: not UTF-8 at byte 14"):
         gsm8k(str(tmp_path / "latin.jsonl"))
-    with pytest.raises(ConfigError, match="tasks.kind=cofca: must be one of reasoning_gym, gsm8k, hotpotqa"):
-        load_task(TasksConfig(kind="cofca"), 0)
-
-
-def test_every_kind_of_the_configuration_can_be_loaded(tmp_path: Path) -> None:
-    gsm = write_lines(tmp_path / "gsm.jsonl", problems(3))
-    hotpot = write_lines(tmp_path / "hotpot.jsonl", hops(3))
-    for kind in TASKS:
-        task = load_task(TasksConfig(kind=kind, path=hotpot if kind == "hotpotqa" else gsm), 0)
-        assert task.questions("train") and task.questions("eval") and task.tools and len(task.examples) >= 2
+    with pytest.raises(ConfigError, match="tasks.kind=squad: must be one of reasoning_gym, gsm8k, hotpotqa, musique"):
+        load_task(TasksConfig(kind="squad"), 0)
 
 
 def test_word_problems_are_worked_correctly() -> None:
@@ -264,99 +228,6 @@ def test_word_problems_are_worked_correctly() -> None:
         assert numbers(example.observations[-1])[-1] == number(answer)
 
 
-# HotPotQA
-
-
-def hops(n: int, start: int = 0, **fields) -> list[dict]:
-    return [
-        {
-            "_id": f"id{i}",
-            "question": f"Who founded town {i}?",
-            "answer": f"Founder {i}",
-            "context": [
-                [f"Town {i}", [f"Town {i} was founded.", " Its founder is Founder."]],
-                ["Shared", ["In all rows."]],
-            ],
-            **fields,
-        }
-        for i in range(start, start + n)
-    ]
-
-
-def hotpotqa(path: Path | str, eval_path: Path | str | None = None, limit: int = 0, eval_limit: int = 0):
-    eval_path = str(eval_path) if eval_path else None
-    return load_task(
-        TasksConfig(kind="hotpotqa", path=str(path), eval_path=eval_path, limit=limit, eval_limit=eval_limit), 0
-    )
-
-
-def write_list(path: Path, rows: list) -> Path:
-    path.write_text(json.dumps(rows, indent=1))
-    return path
-
-
-def test_hotpotqa(tmp_path: Path) -> None:
-    rows = [*hops(6, level="easy"), *hops(6, 6, level="medium"), *hops(8, 12, level="hard")]
-    train = write_list(tmp_path / "train.json", rows)
-    dev = write_list(tmp_path / "dev.json", [*hops(1, 15), *hops(3, 100, level="easy")])
-    task = hotpotqa(train, dev, limit=3, eval_limit=2)
-    assert (task.name, task.tools) == ("hotpotqa", ("search",))
-    assert [question.id for question in task.questions("train")] == ["id6", "id7", "id8"]  # easy ones are left out
-    assert [question.id for question in task.questions("eval")] == ["id15", "id100"]  # but not of the held-out file
-    assert "id15" not in [question.id for question in hotpotqa(train, dev).questions("train")]
-    # the passages are those of every row of both files, once
-    towns = [*range(20), *range(100, 103)]
-    expected = [(f"Town {i}", f"Town {i} was founded. Its founder is Founder.") for i in towns]
-    assert [passage for passage in task.passages() if passage[0] != "Shared"] == expected
-    assert task.passages()[1] == ("Shared", "In all rows.") and len(task.passages()) == len(towns) + 1
-    question = task.questions("train")[0]
-    assert task.score(question, "the founder 6") == RIGHT
-    assert task.score(question, "Founder").f1 == pytest.approx(2 / 3)
-    assert task.score(question, None) == ZERO
-
-
-def test_hotpotqa_holds_the_tail_out_before_it_drops_easy_rows(tmp_path: Path) -> None:
-    task = hotpotqa(write_list(tmp_path / "train.json", [*hops(10, level="easy"), *hops(10, 10)]))
-    assert [question.id for question in task.questions("train")] == [f"id{i}" for i in range(10, 18)]
-    assert [question.id for question in task.questions("eval")] == ["id18", "id19"]
-    with pytest.raises(ConfigError, match="all 9 training rows have the level 'easy'"):
-        hotpotqa(write_list(tmp_path / "easy.json", hops(10, level="easy")))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"_id": None}, "field '_id' = None: must be text"),
-        ({"_id": "id0"}, "field '_id' = 'id0': an earlier row has the same id"),
-        ({"question": ""}, "field 'question' = ''"),
-        ({"answer": 5}, "field 'answer' = 5: must be text"),
-        ({"context": None}, "field 'context' = None: must be a list"),
-        ({"context": []}, "field 'context' = .*: must be a list"),
-        ({"context": [["a", ["b"]], ["Title", "text"]]}, r"field 'context' = .*: entry 1 must be \[title, \[sentence"),
-        ({"context": [["Title", [3]]]}, "field 'context' = .*: entry 0 must be"),
-        ({"context": {"title": ["a"], "sentences": []}}, "field 'context' = .*: must have equally many"),
-    ],
-)
-def test_a_malformed_hotpotqa_row_is_named(tmp_path: Path, fields: dict, message: str) -> None:
-    rows = hops(30)
-    rows[4].update(fields)
-    path = write_list(tmp_path / "train.json", rows)
-    with pytest.raises(ValueError, match=re.escape(f"{path}, row 5 of 30: ") + message):
-        hotpotqa(path)
-    broken = tmp_path / "broken.json"
-    broken.write_text('[\n{"_id": "x",\n]')
-    with pytest.raises(ValueError, match=re.escape(f"{broken}:3: not valid JSON")):
-        hotpotqa(broken)
-
-
-def test_hotpotqa_examples_are_what_search_gives(tmp_path: Path) -> None:
-    task = hotpotqa(write_list(tmp_path / "train.json", hops(3)))
-    check_examples(task.examples, Search(EXAMPLE_PASSAGES, 1, 1200, tmp_path / "cache"))
-    for example in task.examples:
-        answer = parse(example.actions[-1], {"search"}).argument
-        assert answer in ("yes", "no") or any(answer in seen for seen in example.observations)
-
-
 # Hugging Face
 
 
@@ -364,15 +235,6 @@ def test_a_missing_datasets_package_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="tasks.path=openai/gsm8k: no such file; .*pip install datasets"):
         gsm8k("openai/gsm8k")
-
-
-def write_hub_folder(folder: Path, configuration: str, **splits: list[dict]) -> None:
-    folder.mkdir(parents=True)
-    files = ""
-    for split, rows in splits.items():
-        write_lines(folder / f"{split}.jsonl", rows)
-        files += f"  - split: {split}\n    path: {split}.jsonl\n"
-    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {configuration}\n  data_files:\n{files}---\n")
 
 
 def test_hugging_face_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,16 +249,6 @@ def test_hugging_face_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(gsm8k("someone/other:socratic").questions("train")) == 18
     with pytest.raises(ConfigError, match="tasks.path=someone/other: .*not loadable"):
         gsm8k("someone/other")
-    rows = [
-        {"id": row["_id"], "question": row["question"], "answer": row["answer"], "level": "hard",
-         "context": {"title": [name for name, _ in row["context"]], "sentences": [text for _, text in row["context"]]}}
-        for row in hops(10)
-    ]  # fmt: skip
-    write_hub_folder(tmp_path / "someone/hotpot_qa", "distractor", train=rows, validation=rows[:2])
-    task = hotpotqa("someone/hotpot_qa", "someone/hotpot_qa")
-    assert [question.id for question in task.questions("eval")] == ["id0", "id1"]
-    assert [question.id for question in task.questions("train")] == [f"id{i}" for i in range(2, 10)]
-    assert ("Town 3", "Town 3 was founded. Its founder is Founder.") in task.passages()
 
 
 # the real files, where they are
@@ -412,16 +264,3 @@ def test_real_gsm8k() -> None:
         for question in task.questions(split):
             assert task.score(question, question.answers[0]) == RIGHT
     assert not {example.question for example in task.examples} & set(texts(task, "train") + texts(task, "eval"))
-
-
-def test_real_hotpotqa() -> None:
-    train, dev = DATA / "hotpotqa/train.json", DATA / "hotpotqa/dev.json"
-    if not train.is_file() or not dev.is_file():
-        pytest.skip(f"{train} is not here")
-    rows = json.loads(train.read_text())
-    task = hotpotqa(train, dev)
-    assert len(task.questions("train")) == sum(row["level"] != "easy" for row in rows) < 100
-    assert len(task.questions("eval")) == 100
-    titles = {title for file in (train, dev) for row in json.loads(file.read_text()) for title, _ in row["context"]}
-    assert {title for title, _ in task.passages()} == titles
-    assert all(task.score(question, question.answers[0]) == RIGHT for question in task.questions("eval"))

@@ -49,7 +49,10 @@ def headline(run: Run) -> str:
             cells += f"<td>{_change(*pair, key, unit, direction)}</td>"
         first = ' class="first"' if key in ("accuracy", "process_label") else ""
         rows.append(f'<tr{first}><th scope="row">{name}<small>{explanation}</small></th>{cells}</tr>\n')
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in evaluations)
+    several = len({one.get("task") for one in evaluations.values()}) > 1
+    head = "".join(
+        f'<th scope="col">{escape(name)}{_task(one) if several else ""}</th>' for name, one in evaluations.items()
+    )
     if pair:
         between = "<small>base to trained</small>" if len(evaluations) > 2 else ""
         head += f'<th scope="col">change{between}</th>'
@@ -64,6 +67,10 @@ def headline(run: Run) -> str:
         f"<tbody>\n{''.join(rows)}</tbody></table></div>\n"
         f'<p class="note">{INTERVALS}</p>\n<p class="note">Weights – {models}.{judged}</p>\n'
     )
+
+
+def _task(evaluation: Mapping[str, Any]) -> str:
+    return f"<small>{escape(str(evaluation.get('task', '?')))}</small>"
 
 
 def _interval(evaluation: Mapping[str, Any], key: str) -> tuple[float, float] | None:

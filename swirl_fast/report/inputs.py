@@ -49,9 +49,11 @@ class Run:
 
     @property
     def compared(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The two evaluations whose difference is shown: base and trained; None unless both are there."""
+        """The two evaluations whose difference is shown: base and trained; None unless both are there, on one task."""
         base, trained = self.evaluations.get("base"), self.evaluations.get("trained")
-        return None if base is None or trained is None else (base, trained)
+        if base is None or trained is None or base.get("task") != trained.get("task"):
+            return None
+        return base, trained
 
     @property
     def judge_id(self) -> str | None:

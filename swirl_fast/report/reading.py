@@ -13,7 +13,7 @@ from pathlib import Path
 from swirl_fast.judges.judge import Judgement, Verdict
 from swirl_fast.report.markup import block, escape, short
 from swirl_fast.store import Store
-from swirl_fast.tasks.hotpotqa import HotPotQA
+from swirl_fast.tasks import TEXT_ANSWERS
 from swirl_fast.tasks.scoring import score_number, score_text
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
@@ -43,7 +43,7 @@ class Reading:
         answer = self.trajectory.answer
         if answer is None:
             return None
-        score = score_text if self.trajectory.task == HotPotQA.name else score_number
+        score = score_text if self.trajectory.task in TEXT_ANSWERS else score_number
         return score(answer, self.gold).exact_match == 1.0
 
     @property

@@ -26,6 +26,13 @@ class Row(NamedTuple):
             raise self.error(field, "must be text" if field in self.fields else "is missing")
         return value.strip()
 
+    def texts(self, field: str) -> list[str]:
+        """A field that must be a list of texts, [] where it is missing; blank ones are dropped. Raises as `text` does."""
+        value = self.fields.get(field, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self.error(field, "must be a list of texts")
+        return [one.strip() for one in value if one.strip()]
+
     def error(self, field: str, remedy: str) -> ValueError:
         shown = repr(self.fields.get(field))
         shown = f" = {shown[:80]}{'…' if len(shown) > 80 else ''}" if field in self.fields else ""
@@ -60,7 +67,7 @@ def question_id(task: str, text: str) -> str:
 def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
     file = Path(path).expanduser()
     if file.is_file():
-        rows = _read_file(file)
+        rows = read_file(file)
     elif path.startswith((".", "/", "~")) or path.endswith((".json", ".jsonl")):
         raise ConfigError(f"{key}={path}: no such file")
     else:
@@ -70,17 +77,14 @@ def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
     return rows
 
 
-def _read_file(file: Path) -> list[Row]:
-    """One JSON list of objects, or one JSON object a line."""
+def read_file(file: Path) -> list[Row]:
+    """One JSON list of objects, one object that holds it as `data`, or one object a line."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{file}:{getattr(error, 'lineno', 1)}: not valid JSON: {error}") from None
+    items = _listed(file, text)
+    if items is not None:
         rows = [Row(f"{file}, row {i} of {len(items)}", item) for i, item in enumerate(items, 1)]
     else:
         rows = []
@@ -95,6 +99,19 @@ def _read_file(file: Path) -> list[Row]:
         if not isinstance(row.fields, dict):
             raise ValueError(f"{row.where}: must be a JSON object, not {type(row.fields).__name__}")
     return rows
+
+
+def _listed(file: Path, text: str) -> list[Any] | None:
+    """The rows of a file that is one JSON value; None where they stand one a line."""
+    try:
+        whole = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            raise ValueError(f"{file}:{getattr(error, 'lineno', 1)}: not valid JSON: {error}") from None
+        return None
+    if isinstance(whole, dict):
+        whole = whole.get("data")
+    return whole if isinstance(whole, list) else None
 
 
 def _read_hub(key: str, path: str, configuration: str, split: str) -> list[Row]:

@@ -3,6 +3,10 @@
 The HotPotQA metrics are those of hotpot_evaluate_v1.py (Yang et al. 2018, arXiv 1809.09600): lower case, no
 punctuation, no articles, single spaces; token F1; `yes`, `no` and `noanswer` match only themselves. One difference: an
 answer that normalises to nothing scores 0, also against a gold answer that does.
+
+The scripts of 2WikiMultihopQA (v1.1), BeerQA and MuSiQue normalise in the same way and take the best of several gold
+answers: exact match and F1 are theirs too, with MuSiQue's missing rule about `yes` and `no` (`closed`). Precision and
+recall are those of the best gold answer, as in BeerQA's script; 2WikiMultihopQA's takes the best of each by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 
 from swirl_fast.tasks.task import Score
@@ -21,7 +25,7 @@ ZERO = Score(0.0, 0.0, 0.0, 0.0)
 _MAX_CHARS = 2_000  # an answer is a few words; what is longer than an action's argument may be is none
 _FRACTION = re.compile(r"\s*(-?)\s*(\d{1,50})\s*/\s*(\d{1,50})\s*", re.ASCII)
 _PERCENT = re.compile(r"\d\s*%")
-_WHOLLY_CLOSED = ("yes", "no", "noanswer")
+WHOLLY_CLOSED = ("yes", "no", "noanswer")
 
 
 def number(text: str) -> Fraction | None:
@@ -70,17 +74,20 @@ def normalise_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def score_text(answer: str | None, golds: Sequence[str]) -> Score:
-    """Exact match, F1, precision and recall against the gold answer that fits best (highest exact match, then F1)."""
+def score_text(answer: str | None, golds: Sequence[str], closed: Collection[str] = WHOLLY_CLOSED) -> Score:
+    """Exact match, F1, precision and recall against the gold answer that fits best (highest exact match, then F1).
+
+    closed: normalised answers that match only themselves.
+    """
     if answer is None:
         return ZERO
     given = normalise_answer(answer)
-    scores = (_score_normalised(given, normalise_answer(gold)) for gold in golds)
+    scores = (_score_normalised(given, normalise_answer(gold), closed) for gold in golds)
     return max(scores, key=lambda score: (score.exact_match, score.f1), default=ZERO)
 
 
-def _score_normalised(given: str, gold: str) -> Score:
-    if given != gold and (given in _WHOLLY_CLOSED or gold in _WHOLLY_CLOSED):
+def _score_normalised(given: str, gold: str, closed: Collection[str]) -> Score:
+    if given != gold and (given in closed or gold in closed):
         return ZERO
     given_words, gold_words = given.split(), gold.split()
     common = sum((Counter(given_words) & Counter(gold_words)).values())
