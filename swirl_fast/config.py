@@ -162,7 +162,7 @@ class EndpointConfig:
 
 @dataclass
 class JudgeConfig:
-    kind: str = "rules"  # rules | model
+    kind: str = "rules"  # rules | model | reference: shown the worked solutions, for studies (judges/reference.py)
     rules: RulesConfig = field(default_factory=RulesConfig)
     model: EndpointConfig = field(default_factory=EndpointConfig)
 
@@ -418,7 +418,7 @@ def check(config: Config) -> None:
         )
     if not 0 < c.top_p <= 1:
         fail("collect.top_p", "must be in (0, 1]")
-    one_of("judge.kind", config.judge.kind, ("rules", "model"))
+    one_of("judge.kind", config.judge.kind, ("rules", "model", "reference"))
     one_of("judge.rules.coverage", config.judge.rules.coverage, ("connected", "full"))
     if config.judge.kind == "model" and not config.judge.model.url.startswith(("http://", "https://")):
         fail(

@@ -311,7 +311,7 @@ def _task(config: Config) -> Task:
 
 @contextlib.contextmanager
 def _judge(config: Config, task: Task, probe: bool = True) -> Iterator[Judge]:
-    judge = load_judge(config.judge, {task.name: task.tools}, probe)
+    judge = load_judge(config.judge, [task], probe)
     try:
         yield judge
     finally:

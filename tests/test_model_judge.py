@@ -470,8 +470,8 @@ def test_load_judge_probes_the_endpoint():
     with serving(lambda *_: (401, b"who are you?")) as (endpoint, _):
         config = JudgeConfig(kind="model", model=EndpointConfig(url=endpoint.url, model="judge-1"))
         with pytest.raises(ConfigError, match="who are you"):
-            load_judge(config, {})
-        assert isinstance(load_judge(config, {}, probe=False), ModelJudge)
+            load_judge(config, [])
+        assert isinstance(load_judge(config, [], probe=False), ModelJudge)
         assert len(endpoint.requests) == 1
 
 

@@ -343,9 +343,9 @@ def test_wrong_settings_are_named():
         RulesJudge(RulesConfig(constants=[float("nan")]), TOOLS)
     with pytest.raises(ValueError, match="task 'sums' offers unknown tools .'abacus'."):
         RulesJudge(RulesConfig(), {"sums": ["abacus"]})
-    with pytest.raises(ConfigError, match="judge.kind is 'oracle'; use rules or model"):
-        load_judge(JudgeConfig(kind="oracle"), TOOLS)
-    assert isinstance(load_judge(JudgeConfig(), TOOLS), RulesJudge)
+    with pytest.raises(ConfigError, match="judge.kind is 'oracle'; use rules, model or reference"):
+        load_judge(JudgeConfig(kind="oracle"), [])
+    assert isinstance(load_judge(JudgeConfig(), []), RulesJudge)
 
 
 pieces = st.sampled_from(

@@ -7,6 +7,7 @@ BeerQA, CofCA). Everything else is here: the splits, what is kept out of trainin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from swirl_fast.config import ConfigError, TasksConfig
@@ -121,6 +122,9 @@ class ParagraphQA:
 
     def questions(self, split: Split) -> Sequence[Question]:
         return self._questions[split]
+
+    def solution(self, question: Question) -> tuple[Fraction, ...]:
+        return ()
 
     def passages(self) -> Sequence[tuple[str, str]]:
         return self._passages

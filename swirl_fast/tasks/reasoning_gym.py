@@ -14,10 +14,11 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from swirl_fast.config import ConfigError, TasksConfig
-from swirl_fast.tasks.gsm8k import WORD_PROBLEMS, worked
+from swirl_fast.tasks.gsm8k import WORD_PROBLEMS, solution_steps, worked
 from swirl_fast.tasks.rows import question_id
 from swirl_fast.tasks.scoring import ZERO, number, score_number
 from swirl_fast.tasks.task import Example, Question, Score, Split
@@ -55,6 +56,7 @@ class ReasoningGym:
         self._entries: dict[
             str, dict[str, Any]
         ] = {}  # question id -> what the generator said, where its scorer is needed
+        self._solutions: dict[str, tuple[Fraction, ...]] = {}
         self.examples = self._worked_examples()
         shown = {example.question for example in self.examples}
         self._questions: dict[Split, list[Question]] = {
@@ -120,6 +122,9 @@ class ReasoningGym:
                 if text in questions or text in shown or _side(text) != split:
                     continue
                 questions[text] = Question(question_id(self.name, text), self.name, text, (str(entry["answer"]),))
+                worked_out = entry["metadata"].get("answer_cot")
+                if isinstance(worked_out, str):
+                    self._solutions[questions[text].id] = solution_steps(worked_out, str(entry["answer"]))
                 if self.name in _ROUNDED:
                     self._entries[questions[text].id] = entry
                 if len(questions) == limit:
@@ -150,6 +155,9 @@ class ReasoningGym:
 
     def questions(self, split: Split) -> Sequence[Question]:
         return self._questions[split]
+
+    def solution(self, question: Question) -> tuple[Fraction, ...]:
+        return self._solutions.get(question.id, ())
 
     def passages(self) -> Sequence[tuple[str, str]]:
         return ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, Protocol
 
 Split = Literal["train", "eval"]
@@ -53,6 +54,10 @@ class Task(Protocol):
 
     def passages(self) -> Sequence[tuple[str, str]]:
         """(title, text) of every passage of all splits, in a fixed order, without duplicates; empty for tasks without search."""
+        ...
+
+    def solution(self, question: Question) -> tuple[Fraction, ...]:
+        """The results of the steps of its worked solution, the answer last; empty where there is none. For the reference judge."""
         ...
 
     def score(self, question: Question, answer: str | None) -> Score:

@@ -1,0 +1,88 @@
+"""A process judge that is shown the worked solution of each word problem: a stand-in for a judge that could solve it.
+
+The paper's judge is a model much larger than the policy, which judges without gold labels (arXiv 2504.04736). Where no such model can be
+served, as on a CPU, this one tells what step-wise training does with verdicts that are right: a calculation is GOOD if it gives the result
+of a step of the solution, the answer included, that was not there yet; an answer is GOOD if it is the solution's and an observation shows
+it. It uses gold labels, so what it shows is no measurement of the paper's method, and its verdicts are no replacement for a real judge.
+
+Limits: a solution is one of several ways; steps that another way would take are BAD. A result can be right by chance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
+
+from swirl_fast.actions import parse
+from swirl_fast.config import ConfigError
+from swirl_fast.judges.expressions import read_calculation
+from swirl_fast.judges.judge import Judgement, JudgeStats, Verdict
+from swirl_fast.tasks.scoring import number
+from swirl_fast.tools.calculator import CalculationError, numbers
+from swirl_fast.tools.tool import observation
+from swirl_fast.trajectory import StepView
+
+VERSION = 1  # part of the judge's id, under which verdicts are cached
+
+
+class ReferenceJudge:
+    """solutions: question text -> results of the steps of its solution, the answer last. A question that is not there is UNKNOWN.
+
+    Raises ConfigError when there are no solutions at all.
+    """
+
+    def __init__(
+        self, tools_by_task: Mapping[str, Collection[str]], solutions: Mapping[str, Sequence[Fraction]]
+    ) -> None:
+        if not solutions:
+            raise ConfigError(
+                f"judge.kind=reference: the questions of {', '.join(tools_by_task)} have no worked solutions; use gsm8k or reasoning_gym's "
+                "gsm_symbolic, or judge.kind=rules or model"
+            )
+        self._tools = {task: tuple(sorted(tools)) for task, tools in tools_by_task.items()}
+        self._solutions = solutions
+        digest = hashlib.sha256(repr(sorted(self._tools.items())).encode()).hexdigest()[:8]
+        self.id = f"reference-v{VERSION}-tools.{digest}"
+
+    def stats(self) -> JudgeStats:
+        return JudgeStats()
+
+    def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
+        """One judgement a step, in order. Never raises for what a step contains."""
+        return [self._judge(step) for step in steps]
+
+    def _judge(self, step: StepView) -> Judgement:
+        solution = self._solutions.get(step.question)
+        if solution is None or step.task not in self._tools:
+            return Judgement(Verdict.UNKNOWN, "the judge has no solution of this question")
+        tools = self._tools[step.task]
+        action = parse(step.action_text, tools)
+        if action.kind == "malformed":
+            return Judgement(Verdict.BAD, f"malformed: {action.error}")
+        shown = [_result(parse(text, tools).argument, seen) for text, seen in step.history]
+        if action.kind == "answer":
+            value = number(action.argument)
+            if value != solution[-1]:
+                return Judgement(Verdict.BAD, "not the answer of the solution")
+            if value not in shown:
+                return Judgement(Verdict.BAD, "the answer of the solution, but no observation shows it")
+            return Judgement(Verdict.GOOD, "the answer of the solution, as an observation shows it")
+        try:
+            calculation = read_calculation(action.argument)
+        except CalculationError as error:
+            return Judgement(Verdict.BAD, f"the calculation does not evaluate: {error}")
+        if len(calculation.literals) < 2:
+            return Judgement(Verdict.BAD, "a number, not a calculation")
+        if calculation.value in shown:
+            return Judgement(Verdict.BAD, "an observation shows this result already")
+        if calculation.value not in solution:
+            return Judgement(Verdict.BAD, "not the result of a step of the solution")
+        return Judgement(Verdict.GOOD, "the result of a step of the solution")
+
+
+def _result(argument: str, seen: str) -> Fraction | None:
+    """What the environment wrote behind a call, not what the model claims."""
+    head = observation(argument, "")
+    values = numbers(seen[len(head) :]) if seen.startswith(head) else []
+    return values[0] if len(values) == 1 else None
