@@ -128,6 +128,7 @@ class EngineConfig:
 
 @dataclass
 class CollectConfig:
+    source: str = "policy"  # policy: the model acts | solutions: actions are written from the task's worked solutions
     trajectories_per_question: int = 5  # the paper's number
     max_steps: int = 5  # the paper: 5 for search QA, 10 for math
     max_action_tokens: int = 256
@@ -418,6 +419,7 @@ def check(config: Config) -> None:
         )
     if not 0 < c.top_p <= 1:
         fail("collect.top_p", "must be in (0, 1]")
+    one_of("collect.source", c.source, ("policy", "solutions"))
     one_of("judge.kind", config.judge.kind, ("rules", "model", "reference"))
     one_of("judge.rules.coverage", config.judge.rules.coverage, ("connected", "full"))
     if config.judge.kind == "model" and not config.judge.model.url.startswith(("http://", "https://")):

@@ -13,12 +13,14 @@
       in_domain: {}
       sums: {tasks.dataset: chain_sum}
     compare: [swirl, base]           # whose relative gain the summary states
-    keep: models                     # results | models | all (checkpoints, too)
+    keep: models                     # of a run's files: results | models | all (checkpoints, too)
+    results: ../../docs/filters      # where cells and report go, relative to this file (optional; default: runs/filters)
+    summary: ../../docs/filters.json # (optional; default: summary.json there)
 
 A cell is one arm with one seed. Cells whose settings up to the collection agree share one collection. A finished cell is one file,
 cells/ARM-SEED-DIGEST.json, all that the summary and the report need, and is not done again; the digest is that of its settings, so that a
 changed experiment does what changed. The same command started twice, also on other machines with the same folder, shares the work: a
-cell belongs to whoever holds the lock beside its file.
+cell belongs to whoever holds the lock in its run's folder.
 """
 
 from __future__ import annotations
@@ -41,7 +43,20 @@ from swirl_fast import stages
 from swirl_fast.config import Config, ConfigError, load
 from swirl_fast.training.metrics import read_metrics
 
-KEYS = ("name", "folder", "config", "settings", "seeds", "arms", "grid", "evaluations", "compare", "keep")
+KEYS = (
+    "name",
+    "folder",
+    "config",
+    "settings",
+    "seeds",
+    "arms",
+    "grid",
+    "evaluations",
+    "compare",
+    "keep",
+    "results",
+    "summary",
+)
 KEEP = ("results", "models", "all")
 
 
@@ -64,7 +79,8 @@ class Cell:
 @dataclass(frozen=True)
 class Experiment:
     name: str
-    folder: Path
+    results: Path
+    summary: Path
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     compare: tuple[str, str]
@@ -79,9 +95,9 @@ class Experiment:
         return list(self.cells[0].evaluations)
 
     def path(self, cell: Cell) -> Path:
-        return self.folder / "cells" / f"{cell.name}.json"
+        return self.results / "cells" / f"{cell.name}.json"
 
-    def results(self) -> dict[tuple[str, int], dict[str, Any]]:
+    def done(self) -> dict[tuple[str, int], dict[str, Any]]:
         """(arm, seed) -> what the finished cells' files hold."""
         paths = {(cell.arm, cell.seed): self.path(cell) for cell in self.cells}
         return {key: json.loads(path.read_text()) for key, path in paths.items() if path.is_file()}
@@ -138,7 +154,9 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         except ConfigError as error:
             raise ConfigError(f"{path}, arm {arm}: {error}") from None
         cells.append(_cell(arm, seed, trained, config, evaluated))
-    return Experiment(name, folder / name, tuple(seeds), tuple(cells), tuple(compare) or (last, first), keep)  # type: ignore[arg-type]
+    results = path.parent / spec["results"] if spec.get("results") else folder / name
+    summary = path.parent / spec["summary"] if spec.get("summary") else results / "summary.json"
+    return Experiment(name, results, summary, tuple(seeds), tuple(cells), tuple(compare) or (last, first), keep)  # type: ignore[arg-type]
 
 
 def _tables(value: Any, key: str, fail: Any) -> dict[str, Any]:
@@ -223,13 +241,12 @@ def run_experiment(experiment: Experiment) -> list[str]:
 
     A cell that fails does not stop the others. Returns what is missing, a line a cell, empty when all are done.
     """
-    (experiment.folder / "cells").mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for number, cell in enumerate(experiment.cells, 1):
         path = experiment.path(cell)
         if path.is_file():
             continue
-        with _claimed(path.with_suffix(".lock"), wait=False) as mine:
+        with _claimed(cell.config.folder / "lock", wait=False) as mine:
             if not mine or path.is_file():
                 continue
             print(f"experiment {experiment.name}: {number} of {len(experiment.cells)}, {cell.arm}, seed {cell.seed}")
@@ -254,13 +271,13 @@ def write_outputs(experiment: Experiment) -> None:
     from swirl_fast.experiment_summary import summarise, table
     from swirl_fast.report.experiment import write_experiment_report
 
-    results = experiment.results()
+    results = experiment.done()
     if not results:
         return
     summary = summarise(experiment.arms, experiment.evaluations, experiment.seeds, experiment.compare, results)
-    stages.write_json(experiment.folder / "summary.json", summary)
-    report = write_experiment_report(experiment.folder, experiment.name, summary, results)
-    print(f"\n{table(summary)}\n\n{experiment.folder / 'summary.json'}  {report}")
+    stages.write_json(experiment.summary, summary)
+    report = write_experiment_report(experiment.results, experiment.name, summary, results)
+    print(f"\n{table(summary)}\n\n{experiment.summary}  {report}")
 
 
 def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:

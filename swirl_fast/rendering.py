@@ -91,6 +91,10 @@ class Renderer:
             tokens = tokens[:-1]
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of the text of an action, without its stop token: of one that was written, not sampled."""
+        return self._encode(self.plain(text))
+
     def plain(self, text: str) -> str:
         """`text` with the tokenizer's special tokens broken up, so that no question, passage or result can end a turn."""
         return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) if self._special else text

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from swirl_fast.store import Store
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question, Task
 from swirl_fast.tools import open_tools
+from swirl_fast.tools.tool import Tool
 from swirl_fast.trajectory import Trajectory
 
 JUDGE_CHUNK = 256  # steps judged between two writes
@@ -50,7 +51,10 @@ def collect(config: Config) -> None:
     with Store(config.store) as store:
         store.check_meta("collection", _fingerprint(config, sampling))
         seed = seed_of(config.run.seed, "collect")
-        trajectories = _roll_out(config, task, task.tools, questions, count, sampling, store, seed, "collect")
+        if config.collect.source == "solutions":
+            trajectories = _demonstrate(config, task, questions, store)
+        else:
+            trajectories = _roll_out(config, task, task.tools, questions, count, sampling, store, seed, "collect")
     steps, tokens = sum(t.num_steps for t in trajectories), sum(len(t.tokens) for t in trajectories)
     print(f"collect: {len(trajectories)} trajectories of {len(questions)} questions, {steps} steps, {tokens} tokens")
 
@@ -275,11 +279,7 @@ def _roll_out(
         return found
     renderer = Renderer(load_tokenizer(config.model), config.model.path)
     with open_tools(offered, config.search, task.passages()) as tools, _engine(config, weights) as engine:
-        examples = task.examples[: config.tasks.examples] if offered else ()
-
-        def prompt(question: str) -> list[int]:
-            return renderer.prompt(conversation(question, list(tools.values()), config.collect.max_steps, examples))
-
+        prompt = _prompt(config, task, renderer, tools)
         collector = Collector(
             engine, renderer, tools, prompt, sampling, config.collect.max_steps, config.collect.batch, seed
         )
@@ -293,6 +293,27 @@ def _roll_out(
         f"({stats.cached_tokens / max(stats.cacheable_tokens, 1):.0%} of what an ideal cache would give)"
     )
     return _finished(store, wanted)
+
+
+def _prompt(config: Config, task: Task, renderer: Renderer, tools: Mapping[str, Tool]) -> Callable[[str], list[int]]:
+    """Question -> token ids of s_1. Without tools the worked examples, which call them, are left out."""
+    examples = task.examples[: config.tasks.examples] if tools else ()
+    offered = list(tools.values())
+    return lambda question: renderer.prompt(conversation(question, offered, config.collect.max_steps, examples))
+
+
+def _demonstrate(config: Config, task: Task, questions: Sequence[Question], store: Store) -> list[Trajectory]:
+    """Fills the store from worked solutions."""
+    from swirl_fast.demonstrations import demonstrations
+    from swirl_fast.model import load_tokenizer
+
+    store.add_questions(questions)
+    renderer = Renderer(load_tokenizer(config.model), config.model.path)
+    with open_tools(task.tools, config.search, task.passages()) as tools:
+        prompt = _prompt(config, task, renderer, tools)
+        written = list(demonstrations(task, questions, tools, renderer, prompt, config.collect.max_steps))
+    store.record(written)
+    return written
 
 
 def _finished(store: Store, wanted: Sequence[str]) -> list[Trajectory]:
@@ -353,6 +374,7 @@ def _fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
         "search": {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars},
         "sampling": asdict(sampling),
         "max_steps": config.collect.max_steps,
+        **({"source": config.collect.source} if config.collect.source != "policy" else {}),
         "seed": config.run.seed,
     }
 

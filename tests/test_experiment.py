@@ -106,7 +106,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(
     text = cell.read_text()
     cell.unlink()
     monkeypatch.setattr(stages, "train", lambda *_: pytest.fail("it was taken all the same"))
-    with open(cell.with_suffix(".lock"), "w") as lock:
+    with open(done / cell.stem / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert cli.main(["experiment", str(done.parent / "experiment.yaml")]) == 1
     shown = capsys.readouterr()

@@ -13,7 +13,7 @@ from swirl_fast.judges import load_judge
 from swirl_fast.judges.judge import Verdict
 from swirl_fast.judges.reference import ReferenceJudge
 from swirl_fast.tasks import load_task
-from swirl_fast.tasks.gsm8k import solution_steps
+from swirl_fast.tasks.solutions import step_results
 from swirl_fast.tools.calculator import Calculator
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
@@ -61,9 +61,9 @@ def test_what_it_was_not_told_is_unknown() -> None:
 
 def test_the_steps_of_solutions() -> None:
     official = "She sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 72"
-    assert set(solution_steps(official, "72")) == {24, 72}
+    assert set(step_results(official, "72")) == {24, 72}
     generated = "1. So 35 × 3 = 105 kiwi\n2. 105 + 35 = 140, worth $1,200=$1,200.50\n#### 140"
-    assert solution_steps(generated, "140") == (105, 140, Fraction("1200.5"), 140)
+    assert step_results(generated, "140") == (105, 140, Fraction("1200.5"), 140)
 
 
 def test_a_task_hands_over_its_solutions(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ Official format: one JSON object a line, `question` and `answer`, the latter a w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 
 from swirl_fast.config import TasksConfig
 from swirl_fast.tasks.rows import Row, question_id, read_splits
 from swirl_fast.tasks.scoring import number, score_number
+from swirl_fast.tasks.solutions import step_expressions, step_results
 from swirl_fast.tasks.task import Example, Question, Score, Split
 from swirl_fast.tools.tool import observation
 
@@ -43,15 +43,6 @@ WORD_PROBLEMS = (
 )
 
 
-_STEP = re.compile(r"=\s*[$£€]?\s*(-?[\d,]*\.?\d+)(?![\d.,]*\s*[-+*/x×÷])")
-
-
-def solution_steps(solution: str, answer: str) -> tuple[Fraction, ...]:
-    """The numbers behind the equals signs of a worked solution, in order, and the answer."""
-    found = [number(match[1]) for match in _STEP.finditer(solution)]
-    return tuple(value for value in [*found, number(answer)] if value is not None)
-
-
 class GSM8K:
     """path, eval_path: files, or Hugging Face names such as `openai/gsm8k` (splits train and test).
 
@@ -64,7 +55,7 @@ class GSM8K:
     examples: tuple[Example, ...] = WORD_PROBLEMS
 
     def __init__(self, config: TasksConfig, seed: int = 0) -> None:
-        self._solutions: dict[str, tuple[Fraction, ...]] = {}
+        self._solutions: dict[str, str] = {}  # question id -> worked solution
         splits = read_splits(config.path, config.eval_path, hub=("main", "test"))
         held_out = self._parse(splits["eval"], set())
         train = self._parse(splits["train"], {question.text for question in held_out})
@@ -80,14 +71,17 @@ class GSM8K:
             if text not in seen:
                 seen.add(text)
                 questions.append(Question(question_id(self.name, text), self.name, text, (answer.strip(),)))
-                self._solutions[questions[-1].id] = solution_steps(solution, answer)
+                self._solutions[questions[-1].id] = solution
         return questions
 
     def questions(self, split: Split) -> Sequence[Question]:
         return self._questions[split]
 
     def solution(self, question: Question) -> tuple[Fraction, ...]:
-        return self._solutions.get(question.id, ())
+        return step_results(self._solutions[question.id], question.answers[0])
+
+    def demonstration(self, question: Question) -> tuple[str, ...]:
+        return step_expressions(question.text, self._solutions[question.id], question.answers[0])
 
     def passages(self) -> Sequence[tuple[str, str]]:
         return ()

@@ -126,6 +126,9 @@ class ParagraphQA:
     def solution(self, question: Question) -> tuple[Fraction, ...]:
         return ()
 
+    def demonstration(self, question: Question) -> tuple[str, ...]:
+        return ()
+
     def passages(self) -> Sequence[tuple[str, str]]:
         return self._passages
 

@@ -18,9 +18,10 @@ from fractions import Fraction
 from typing import Any
 
 from swirl_fast.config import ConfigError, TasksConfig
-from swirl_fast.tasks.gsm8k import WORD_PROBLEMS, solution_steps, worked
+from swirl_fast.tasks.gsm8k import WORD_PROBLEMS, worked
 from swirl_fast.tasks.rows import question_id
 from swirl_fast.tasks.scoring import ZERO, number, score_number
+from swirl_fast.tasks.solutions import step_expressions, step_results
 from swirl_fast.tasks.task import Example, Question, Score, Split
 from swirl_fast.tools.calculator import CalculationError, evaluate, numbers, render
 
@@ -56,7 +57,7 @@ class ReasoningGym:
         self._entries: dict[
             str, dict[str, Any]
         ] = {}  # question id -> what the generator said, where its scorer is needed
-        self._solutions: dict[str, tuple[Fraction, ...]] = {}
+        self._solutions: dict[str, str] = {}  # question id -> worked solution, where the generator gives one
         self.examples = self._worked_examples()
         shown = {example.question for example in self.examples}
         self._questions: dict[Split, list[Question]] = {
@@ -124,7 +125,7 @@ class ReasoningGym:
                 questions[text] = Question(question_id(self.name, text), self.name, text, (str(entry["answer"]),))
                 worked_out = entry["metadata"].get("answer_cot")
                 if isinstance(worked_out, str):
-                    self._solutions[questions[text].id] = solution_steps(worked_out, str(entry["answer"]))
+                    self._solutions[questions[text].id] = worked_out
                 if self.name in _ROUNDED:
                     self._entries[questions[text].id] = entry
                 if len(questions) == limit:
@@ -157,7 +158,12 @@ class ReasoningGym:
         return self._questions[split]
 
     def solution(self, question: Question) -> tuple[Fraction, ...]:
-        return self._solutions.get(question.id, ())
+        solution = self._solutions.get(question.id)
+        return step_results(solution, question.answers[0]) if solution else ()
+
+    def demonstration(self, question: Question) -> tuple[str, ...]:
+        solution = self._solutions.get(question.id)
+        return step_expressions(question.text, solution, question.answers[0]) if solution else ()
 
     def passages(self) -> Sequence[tuple[str, str]]:
         return ()

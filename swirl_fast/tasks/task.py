@@ -60,6 +60,10 @@ class Task(Protocol):
         """The results of the steps of its worked solution, the answer last; empty where there is none. For the reference judge."""
         ...
 
+    def demonstration(self, question: Question) -> tuple[str, ...]:
+        """Calculations that lead to the answer, in order; empty where no worked solution gives them. For demonstrations."""
+        ...
+
     def score(self, question: Question, answer: str | None) -> Score:
         """Zero for None. Never raises, whatever the answer."""
         ...

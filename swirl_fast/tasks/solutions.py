@@ -1,0 +1,53 @@
+"""Worked solutions of word problems: the calculations in their text.
+
+GSM8K's official solutions mark each one, `48/2 = <<48/2=24>>24`; those of generated problems are read off the text, `35 × 3 = 105 apples`.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from swirl_fast.tasks.scoring import number
+from swirl_fast.tools.calculator import CalculationError, evaluate, numbers
+
+_MARKED = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
+_RESULT = re.compile(r"=\s*[$£€]?\s*(-?[\d,]*\.?\d+)(?![\d.,]*\s*[-+*/x×÷])")
+_EQUATION = re.compile(r"([\d.,+\-*/×÷x()% ]*\d[\d.,%]*[)\s]*)=\s*(-?[\d,]*\.?\d+)(?![\d.,]*\s*[-+*/x×÷=])")
+_CONSTANTS = {
+    Fraction(one)
+    for one in ("1", "2", "3", "4", "7", "10", "12", "24", "30", "52", "60", "100", "365", "1/2", "1/4", "3/4")
+}
+_UNIT = re.compile(r"(?<=[\d)%])\s*[A-Za-z][A-Za-z/\- ]*?(?=\s*[-+*/×÷=)])")  # `64 pears + 52 pears = `
+
+
+def step_results(solution: str, answer: str) -> tuple[Fraction, ...]:
+    """The numbers behind the equals signs of a solution, in order, and the answer. answer: one number."""
+    found = [number(match[1]) for match in _RESULT.finditer(solution)]
+    return tuple(value for value in [*found, number(answer)] if value is not None)
+
+
+def step_expressions(question: str, solution: str, answer: str) -> tuple[str, ...]:
+    """The calculations of a solution, in order, as they can be given to the calculator: each evaluates to what the solution says, from
+    numbers of the question, earlier results and everyday constants, and the last one to the answer. Empty where the text does not allow
+    that, because a step is done in words, say."""
+    known = {*_CONSTANTS, *map(abs, numbers(question))}
+    marked = _MARKED.findall(solution)
+    text = re.sub(r"[$£€]", "", solution)
+    found: dict[Fraction, str] = {}
+    for expression, result in marked or _EQUATION.findall(_UNIT.sub("", text)):
+        expression = re.sub(r"^[,.)\s]+", "", re.sub(r"[$£€]", "", expression)).strip()
+        try:
+            value = evaluate(expression)
+        except CalculationError:
+            continue
+        used = [abs(one) for one in numbers(expression)]
+        if value != number(result) or len(used) < 2:
+            continue
+        if not known.issuperset(used):
+            return ()
+        known.add(abs(value))
+        found.setdefault(value, expression)
+    if not found or list(found)[-1] != number(answer):
+        return ()
+    return tuple(found.values())
