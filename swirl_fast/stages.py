@@ -308,15 +308,14 @@ def _judge(config: Config, task: Task, probe: bool = True) -> Iterator[Judge]:
 @contextlib.contextmanager
 def _tools(config: Config, task: Task, offered: Sequence[str]) -> Iterator[Mapping[str, Tool]]:
     from swirl_fast.tools.calculator import Calculator
-    from swirl_fast.tools.search import Search
+    from swirl_fast.tools.search import load_search
 
     with contextlib.ExitStack() as stack:
         tools: dict[str, Tool] = {}
         if "calculator" in offered:
             tools["calculator"] = stack.enter_context(Calculator())
         if "search" in offered:
-            s = config.search
-            tools["search"] = Search(task.passages(), s.top_k, s.passage_chars, Path(s.cache).expanduser())
+            tools["search"] = load_search(config.search, task.passages())
         yield tools
 
 
@@ -345,12 +344,19 @@ def _fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
     tasks = asdict(config.tasks)
     for name in ("limit", "eval_limit"):
         del tasks[name]
+    search: dict[str, Any] = {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars}
+    if config.search.kind == "dense":
+        from swirl_fast.tools.search_dense import folder_hash, model_folder
+
+        search |= {name: getattr(config.search, name) for name in ("kind", "query_prefix", "passage_prefix", "index")}
+        assert config.search.model, "refused by the check of the config"
+        search["model"] = f"{config.search.model} {folder_hash(model_folder(config.search.model))}"
     return {
         "model": model_fingerprint(config.model),
         "chat_template": config.model.chat_template,
         "engine_dtype": config.engine.dtype,
         "tasks": tasks,
-        "search": {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars},
+        "search": search,
         "sampling": asdict(sampling),
         "max_steps": config.collect.max_steps,
         "seed": config.run.seed,
