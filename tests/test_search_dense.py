@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from small_models import SENTENCE_WORDS, sentence_model
 
 from swirl_fast.config import ConfigError, SearchConfig, load
 from swirl_fast.engines.engine import Sampling
@@ -21,42 +19,15 @@ from swirl_fast.tools import search_dense
 from swirl_fast.tools.search import NOTHING_FOUND, Search, load_search
 from swirl_fast.tools.search_dense import Dense, folder_hash, model_folder
 
-WORDS = "lake river town italy hungary founded romans surface largest band album music city query passage".split()
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-
-
-def make_model(folder: Path, **options: object) -> Path:
-    """A BERT of one layer with random weights and mean pooling, as sentence-transformers saves it."""
-    import torch
-
-    torch.manual_seed(0)
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS, *(f"w{i}" for i in range(30)), ":"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    base = folder / "base"
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(base)
-    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    BertModel(
-        BertConfig(vocab_size=len(vocabulary), **shape, max_position_embeddings=64, initializer_range=0.5)
-    ).save_pretrained(base)
-    transformer = Transformer(str(base))
-    SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu", **options).save(str(folder / "model"))
-    return folder / "model"
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("dense"))
+    return sentence_model(tmp_path_factory.mktemp("dense"))
 
 
 def make_passages(count: int) -> list[tuple[str, str]]:
     generator = np.random.default_rng(0)
-    words = [*WORDS, *(f"w{i}" for i in range(30))]
+    words = SENTENCE_WORDS
     return [
         (" ".join(generator.choice(words, 2)) if i % 5 else "", " ".join(generator.choice(words, 8)))
         for i in range(count)
@@ -135,7 +106,7 @@ def test_no_text_raises(model: Path, tmp_path: Path) -> None:
 
 
 def test_prefixes(model: Path, tmp_path: Path) -> None:
-    own = make_model(tmp_path, prompts={"query": "query : ", "document": "passage : "})
+    own = sentence_model(tmp_path, prompts={"query": "query : ", "document": "passage : "})
     e5 = Dense(str(model), "query : ", "passage : ")
     expected = naive(model, PASSAGES, "lake italy", "query : ", "passage : ")[:10]
     plain = naive(model, PASSAGES, "lake italy")[:10]
@@ -150,7 +121,7 @@ def test_prefixes(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_dot_product_model_is_not_normalised(tmp_path: Path) -> None:
-    dense = Dense(str(make_model(tmp_path, similarity_fn_name="dot")))
+    dense = Dense(str(sentence_model(tmp_path, similarity_fn_name="dot")))
     found = Search(PASSAGES, 1, 99, tmp_path / "cache", dense).ranking("lake italy", 60)
     vectors = dense._model.encode([f"{a}\n{b}" if a else b for a, b in PASSAGES])
     expected = vectors @ dense._model.encode("lake italy")
@@ -228,7 +199,7 @@ def test_refusals(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="search.model=no/such-model: no such folder, and not on the Hugging Face hub"):
         model_folder("no/such-model")
     with pytest.raises(ValueError, match="compares by euclidean"):
-        Dense(str(make_model(tmp_path, similarity_fn_name="euclidean")))
+        Dense(str(sentence_model(tmp_path, similarity_fn_name="euclidean")))
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "model.safetensors").unlink()
@@ -261,7 +232,7 @@ def test_a_collection_depends_on_what_changes_results(model: Path, tmp_path: Pat
     assert search("search.batch=3", "search.cache=/x") == search() and search(*dense, "search.batch=3") == search(
         *dense
     )
-    other = make_model(tmp_path, prompts={"query": "query : "})
+    other = sentence_model(tmp_path, prompts={"query": "query : "})
     changed = [
         *(search(), search(*dense), search("search.kind=dense", f"search.model={other}")),
         *(search(*dense, f'search.{name}="query: "') for name in ("query_prefix", "passage_prefix")),
