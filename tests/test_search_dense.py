@@ -168,6 +168,8 @@ def test_an_interrupted_build_goes_on(model: Path, tmp_path: Path, monkeypatch: 
         with pytest.raises(KeyboardInterrupt):
             Search(PASSAGES, 1, 99, tmp_path / "cache", interrupted_after(blocks))
     assert encoded == [20, 20] and [f.suffix for f in (tmp_path / "cache").iterdir() if f.is_dir()] == [".tmp"]
+    (vectors,) = (tmp_path / "cache").glob("*.tmp/vectors")
+    vectors.write_bytes(vectors.read_bytes() + b"\xff" * 700)  # a block of 1,280 bytes that was being written
     found = Search(PASSAGES, 1, 99, tmp_path / "cache", interrupted_after(99)).ranking("lake italy", 60)
     assert encoded == [20, 20, 20] and found == expected
     (folder,) = (f for f in (tmp_path / "cache").iterdir() if f.is_dir())
@@ -202,9 +204,11 @@ def test_refusals(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Dense(str(sentence_model(tmp_path, similarity_fn_name="euclidean")))
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
-    (broken / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="broken: cannot be loaded"):
-        Dense(str(broken))
+    weights = broken / "model.safetensors"
+    for break_it in (lambda: weights.write_bytes(weights.read_bytes()[:-50]), weights.unlink):
+        break_it()
+        with pytest.raises(ValueError, match="broken: cannot be loaded"):
+            Dense(str(broken))
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match=r"search.kind=dense: .*faiss.*pip install 'swirl-fast\[dense\]'"):
         Dense(str(model))

@@ -26,9 +26,7 @@ from swirl_fast.tools.search_index import Passages
 
 INDEXES = {"flat": "Flat", "fp16": "SQfp16", "hnsw": "HNSW32"}  # our names -> those of faiss.index_factory
 _FORMAT = 1  # raise it when an index of an older version of this file must not be used any more
-_BLOCK = (
-    4096  # passages between two states that an interrupted build goes on from; texts of a block are sorted by length
-)
+_BLOCK = 4096  # passages embedded, sorted by length, between two states that an interrupted build goes on from
 _ENDS = 1 << 23  # bytes at either end of a file that are hashed: all of a 7B model would take seconds at every start
 _SAME_WEIGHTS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot"]  # what other libraries read
 
@@ -52,13 +50,14 @@ class Dense:
     ) -> None:
         try:
             import faiss
+            from safetensors import SafetensorError
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ValueError(f"search.kind=dense: {error}; pip install 'swirl-fast[dense]'") from error
         folder = model_folder(model)
         try:
             self._model = SentenceTransformer(str(folder))
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"search.model={model}: cannot be loaded: {error}") from error
         similarity = self._model.similarity_fn_name
         if similarity not in ("cosine", "dot"):
@@ -78,31 +77,31 @@ class Dense:
         index.train(vectors)
         index.add(vectors)
         self._faiss.write_index(index, str(folder / "index.faiss"))
-        (folder / "done").unlink()
-        (folder / "vectors.npy").unlink()
+        (folder / "vectors").unlink()
 
     def _embedded(self, passages: Passages, folder: Path) -> np.ndarray:
-        """The vectors, on disk; `done` counts those that are there."""
-        file, counter = folder / "vectors.npy", folder / "done"
-        done = int(counter.read_text()) if counter.is_file() else 0
-        shape = (len(passages), self._encode(self._model.encode_document, [""], None).shape[1])
-        vectors = np.lib.format.open_memmap(file, "r+" if done else "w+", np.float32, shape)
-        with tqdm(desc="embed", total=len(passages), initial=done, unit=" passages", disable=None) as bar:
+        """The vectors, mapped from a file that grows block by block: a build goes on after the last whole one there."""
+        file = folder / "vectors"
+        width = self._encode(self._model.encode_document, [""], None).shape[1]
+        with open(file, "ab") as stream:
+            done = stream.tell() // (_BLOCK * width * 4) * _BLOCK
+            stream.truncate(done * width * 4)
+            bar = tqdm(desc="embed", total=len(passages), initial=done, unit=" passages", disable=None)
             for start in range(done, len(passages), _BLOCK):
                 block = passages[start : start + _BLOCK]
                 texts = [f"{title}\n{text}" if title else text for title, text in block]
-                found = self._encode(self._model.encode_document, texts, self._passage_prefix)
-                if not np.isfinite(found).all():
-                    bad = start + int(np.flatnonzero(~np.isfinite(found).all(1))[0])
+                vectors = self._encode(self._model.encode_document, texts, self._passage_prefix)
+                if not (finite := np.isfinite(vectors).all(axis=1)).all():
+                    bad = start + int(np.argmin(finite))
                     raise ValueError(
                         f"search.model={self._name}: the embedding of passage {bad} ({passages[bad][0]!r}) is not finite"
                     )
-                vectors[start : start + len(block)] = found
-                vectors.flush()
-                counter.with_suffix(".tmp").write_text(str(start + len(block)))
-                os.replace(counter.with_suffix(".tmp"), counter)
+                stream.write(vectors.tobytes())
+                stream.flush()
+                os.fsync(stream.fileno())
                 bar.update(len(block))
-        return vectors
+            bar.close()
+        return np.memmap(file, np.float32, "r", shape=(len(passages), width))
 
     def open(self, folder: Path) -> None:
         self._index = self._faiss.read_index(str(folder / "index.faiss"), self._faiss.IO_FLAG_MMAP_IFC)
@@ -117,7 +116,7 @@ class Dense:
         asked = k + 1
         while True:  # until what comes after the k-th is worse: faiss keeps any of several equal ones
             scores, ids = self._index.search(vector, min(asked, self._index.ntotal))
-            if asked >= self._index.ntotal or scores[0, -1] < scores[0, k - 1]:
+            if asked >= self._index.ntotal or ids[0, -1] < 0 or scores[0, -1] < scores[0, k - 1]:
                 break
             asked *= 2
         found = [(int(i), float(score)) for i, score in zip(ids[0], scores[0], strict=True) if i >= 0]
