@@ -48,10 +48,21 @@ def test_dense_search_is_measured_too(tmp_path: Path) -> None:
 
 def test_a_summary_is_of_all_reopenings_and_says_when_answers_differ() -> None:
     built = {"seconds": 9.0, "index_bytes": 5, "peak_memory_bytes": 2e9, "answers": [[[1, 2.0]]]}
-    one = {"seconds": 1.0, "query_seconds": [0.004, 0.001], "peak_memory_bytes": 1e9, "answers": [[[1, 2.0]]]}
+    one = {
+        "seconds": 1.0,
+        "cpu_seconds": 0.5,
+        "query_seconds": [0.004, 0.001],
+        "peak_memory_bytes": 1e9,
+        "answers": [[[1, 2.0]]],
+    }
     other = one | {"seconds": 3.0, "query_seconds": [0.002, 0.003], "peak_memory_bytes": 3e9}
     found = summarize(built, [one, one | {"seconds": 2.0}, other])
-    assert found["reopen_seconds"] == 2.0 and found["equal"] and found["peak_memory_gb_reopen"] == 3
+    assert (
+        found["reopen_seconds"] == 2.0
+        and found["reopen_cpu_seconds"] == 0.5
+        and found["equal"]
+        and found["peak_memory_gb_reopen"] == 3
+    )
     assert found["query_ms_median"] == pytest.approx(2.5) and found["first_query_ms"] == 4
     assert not summarize(built, [one, other | {"answers": [[[1, 2.5]]]}])["equal"]
 

@@ -57,7 +57,7 @@ def test_a_key_depends_on_the_strings_and_nothing_else() -> None:
     assert len(set(keys)) == 1
     same = [(title, title), ("Lake Garda", "Lake " + "Garda")]
     assert _key([1], same) == _key([1], [("".join(title), "".join(text)) for title, text in same])
-    many = [("", str(i)) for i in range(25_000)]
+    many = [("", str(i)) for i in range(2500)]
     others = [
         *(_key([2], PASSAGES), _key([1], [("Lake", " Garda" + PASSAGES[0][1]), *PASSAGES[1:]])),
         *(
@@ -66,7 +66,7 @@ def test_a_key_depends_on_the_strings_and_nothing_else() -> None:
             _key([1], [("a", "b"), ("", "c")]),
             _key([1], [("", "\ud800")]),
         ),
-        *(_key([1], many), _key([1], many[:20_000]), _key([1], [*many[:24_999], ("", "x")]), _key([1], many[::-1])),
+        *(_key([1], many), _key([1], many[:2000]), _key([1], [*many[:2499], ("", "x")]), _key([1], many[::-1])),
     ]
     assert len({keys[0], *others}) == 1 + len(others)
 
