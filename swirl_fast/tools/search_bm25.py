@@ -3,9 +3,10 @@
 
 The words of a title count twice: recall at 5 rises from .78 to .81 on 200 questions of HotPotQA and from .67 to .69 on
 500 of 2WikiMultihopQA, among 5,097 passages. Words of one letter or digit count ("Apollo 8"). A query costs one pass
-over the postings of its words and one over the scores: 0.5 ms with 20 thousand passages, 10 ms with 1 million.
+over the postings of its words and one over the scores: 0.5 ms with 20 thousand passages, 6 ms with 500 thousand for
+whole questions, 1.6 ms with 1 million generated ones for a few words (benchmarks/search.py).
 
-On disk lie the arrays of bm25s and, in place of its JSON dictionary (0.4 s to parse at 420 thousand words), the sorted
+On disk lie the arrays of bm25s and, in place of its JSON dictionary (0.5 s to parse at 420 thousand words), the sorted
 words as one memory-mapped text in which a query's words are found by bisection.
 
 Left out: several languages.

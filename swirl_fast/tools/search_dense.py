@@ -5,9 +5,9 @@ cosine are normalised), and the prompts before queries and passages, which query
 passage is embedded as `title, line break, text`, cut where the model's input ends.
 
 Three indexes of faiss, memory-mapped: `flat` compares with every vector in float32 and is exact, `fp16` the same with
-vectors rounded to float16 at half the size, `hnsw` walks a graph and may miss a passage. Embedding takes nearly all of
-the time (18 thousand passages: 3 minutes on 2 cores with a MiniLM of 6 layers); a build that was interrupted goes on
-where it stopped.
+vectors rounded to float16 at half the size, `hnsw` walks a graph and may miss a passage. With 1 million vectors of 384
+numbers `flat` takes 1.5 GB and 0.1 s a query on one core. Building is mostly embedding (18 thousand passages: 3 minutes
+on 2 cores with a MiniLM of 6 layers); a build that was interrupted goes on where it stopped.
 
 Left out: several GPUs, models with code of their own (trust_remote_code).
 """
