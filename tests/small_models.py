@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import MethodType
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    BertConfig,
+    BertModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -85,3 +88,32 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+SENTENCE_WORDS = "lake river town italy hungary founded romans surface largest band album query passage".split()
+SENTENCE_WORDS += [f"w{i}" for i in range(30)]
+
+
+def sentence_model(folder: Path, **options: object) -> Path:
+    """A BERT of one layer with random weights and mean pooling, as sentence-transformers saves it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SENTENCE_WORDS, ":"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    base = folder / "base"
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(base)
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(
+        BertConfig(vocab_size=len(vocabulary), **shape, max_position_embeddings=64, initializer_range=0.5)
+    ).save_pretrained(base)
+    transformer = Transformer(str(base))
+    SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu", **options).save(str(folder / "model"))
+    return folder / "model"

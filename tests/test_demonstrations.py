@@ -43,12 +43,12 @@ def settings(folder: Path, model: Path, *more: str) -> list[str]:
         "run.name=r",
         f"model.path={model}",
         "tasks.dataset=gsm_symbolic",
-        "tasks.limit=12",
+        "tasks.limit=24",
         "tasks.eval_limit=2",
         "tasks.examples=0",
         "collect.source=solutions",
         "collect.trajectories_per_question=1",
-        "collect.max_steps=6",
+        "collect.max_steps=3",
         "filter.kind=none",
         "algorithm.name=sft",
         "algorithm.kl_coef=0",
@@ -64,11 +64,11 @@ def test_demonstrations_are_whole_trajectories_and_teach(tmp_path: Path, tiny_mo
     arguments = settings(tmp_path, tiny_model)
     for stage in ("collect", "collect", "judge", "filter", "train"):
         assert cli.main([stage, *arguments]) == 0
-    task = load_task(TasksConfig(dataset="gsm_symbolic", limit=12, eval_limit=2), 0)
+    task = load_task(TasksConfig(dataset="gsm_symbolic", limit=24, eval_limit=2), 0)
     questions = {question.id: question for question in task.questions("train")}
     with Store(tmp_path / "r" / "trajectories.db", writable=False) as store:
         written = list(store.trajectories(finished=True))
-    assert 3 <= len(written) <= 12
+    assert 3 <= len(written) <= 24
     for one in written:
         question = questions[one.question_id]
         one.check()
@@ -88,3 +88,15 @@ def test_a_task_without_worked_solutions_is_refused(
 ) -> None:
     assert cli.main(["collect", *settings(tmp_path, tiny_model, "tasks.dataset=chain_sum")]) == 2
     assert "collect.source=solutions: no question of chain_sum has a worked solution" in capsys.readouterr().err
+
+
+def test_recorded_states_that_do_not_fit_are_refused_before_training(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model of the tests has a context of 512 tokens."""
+    arguments = settings(tmp_path, tiny_model, "collect.max_steps=7")
+    for stage in ("collect", "judge", "filter"):
+        assert cli.main([stage, *arguments]) == 0
+    assert cli.main(["train", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert "collect.max_steps=7: trajectory" in shown and "exceeds the model's context of 512" in shown

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from swirl_fast.config import SearchConfig
 from swirl_fast.tools.tool import Tool
@@ -16,13 +15,12 @@ def open_tools(
 ) -> Iterator[Mapping[str, Tool]]:
     """offered: names. passages: (title, text), what a search engine searches in."""
     from swirl_fast.tools.calculator import Calculator
-    from swirl_fast.tools.search import Search
+    from swirl_fast.tools.search import load_search
 
     with contextlib.ExitStack() as stack:
         tools: dict[str, Tool] = {}
         if "calculator" in offered:
             tools["calculator"] = stack.enter_context(Calculator())
         if "search" in offered:
-            cache = Path(search.cache).expanduser()
-            tools["search"] = Search(passages, search.top_k, search.passage_chars, cache)
+            tools["search"] = load_search(search, passages)
         yield tools

@@ -174,8 +174,9 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
     if config.algorithm.name != "sft":
         engine = load_engine(config, ranks.device, ranks=ranks)
         stack.callback(engine.close)
-        longest = stream.manifest.longest_state
-        check_budget(config, longest["id"], longest["tokens"], engine.max_context)
+    max_context = engine.max_context if engine else load_config(config.model).get_text_config().max_position_embeddings
+    longest = stream.manifest.longest_state
+    check_budget(config, longest["id"], longest["tokens"], max_context)
     outcomes = None
     if engine is not None and config.algorithm.reward == "outcome":
         tools = stack.enter_context(open_tools(task.tools, config.search, task.passages()))

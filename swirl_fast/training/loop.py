@@ -447,23 +447,27 @@ def learning_rate(config: Config, step: int) -> float:
 
 def check_budget(config: Config, trajectory: str, tokens: int, max_context: int) -> None:
     """Raises ConfigError, before any work, when the longest recorded state, `tokens` long, with a longest action fits neither a
-    micro-batch nor the longest path allowed nor the context. trajectory: its id."""
+    micro-batch nor the longest path allowed nor the context. trajectory: its id. Recorded actions (algorithm.name=sft) are as long as
+    they are, so of the one at that state a single token is counted."""
     training = config.training
     state = f"trajectory {trajectory} has a state of {tokens} tokens"
-    path = tokens + training.max_action_tokens
+    recorded = config.algorithm.name == "sft"
+    longest = 1 if recorded else training.max_action_tokens
+    path = tokens + longest
     if path - 1 > training.token_budget:  # an action's last token is not computed
         raise ConfigError(
-            f"training.token_budget={training.token_budget}: {state}, and actions may have {training.max_action_tokens}; set it to at "
+            f"training.token_budget={training.token_budget}: {state}, and actions may have {longest}; set it to at "
             f"least {path - 1}"
         )
     if training.max_path_tokens and path > training.max_path_tokens:
         raise ConfigError(
-            f"training.max_path_tokens={training.max_path_tokens}: {state}, and actions may have {training.max_action_tokens}; set it to "
+            f"training.max_path_tokens={training.max_path_tokens}: {state}, and actions may have {longest}; set it to "
             f"at least {path}, or to 0 for the model's context of {max_context}"
         )
     if path > max_context:
         raise ConfigError(
-            f"training.max_action_tokens={training.max_action_tokens}: {state}; together this exceeds the model's context of {max_context}"
+            f"{f'collect.max_steps={config.collect.max_steps}' if recorded else f'training.max_action_tokens={longest}'}: {state}; together "
+            f"this exceeds the model's context of {max_context}"
         )
 
 
