@@ -1,12 +1,13 @@
 """Steps whose label is known by construction: what a judge is measured on without asking a judge.
 
 Every kind of case is a function that draws one step; its label follows from how the step was made (a copied number is copied, a
-repeated call is repeated), never from a judge. Each GOOD kind and each BAD kind gives equally many steps, GOOD and BAD half the set each. Also
-in it are kinds that a judge by rules cannot see: a wrong operation in a word problem, an answer that the observations contradict, a
-number of the question that does not matter, facts of the world.
+repeated call is repeated), never from a judge. Every GOOD kind gives equally many steps, and so does every BAD kind; GOOD and BAD are
+half of the set each. Kinds that a judge by rules cannot see are in it as well: a wrong operation in a word problem, an answer that the
+observations contradict, a number of the question that does not matter, facts of the world.
 
-Left out, because what they are is a matter of opinion: arithmetic in the head beside a call, sums in an order that is not the
-question's, a right answer in too many words.
+Some labels follow from the protocol and not from sense alone: an answer without a result, a padded calculation, a second tag in one turn
+and a call after everything is computed are BAD also where the number is right. Left out, because they are a matter of opinion: arithmetic
+in the head beside a call, partial sums in another order than the question's, a right answer in too many words.
 """
 
 from __future__ import annotations

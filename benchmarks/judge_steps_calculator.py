@@ -21,10 +21,18 @@ NAMES = ("Amira", "Bruno", "Chen", "Dalia", "Emeka", "Freya")
 # question, first calculation, the calculation that joins its result r with the rest
 WORDS = (
     ("{n} buys {a} boxes with {b} pencils each and {c} loose pencils. How many pencils is that?", "{a}*{b}", "{r}+{c}"),
-    ("A baker bakes {a} loaves a morning on {b} mornings and sells {c}. How many loaves are left?", "{a}*{b}", "{r}-{c}"),
+    (
+        "A baker bakes {a} loaves a morning on {b} mornings and sells {c}. How many loaves are left?",
+        "{a}*{b}",
+        "{r}-{c}",
+    ),
     ("Each of {c} crates holds {a} red and {b} green apples. How many apples are there?", "{a}+{b}", "{r}*{c}"),
     ("{n} rides {a} km to a lake and {b} km back by a detour, on {c} tours. How many km in all?", "{a}+{b}", "{r}*{c}"),
-    ("{n} reads {a} pages an evening. After {b} evenings {c} pages are left. How long is the book?", "{a}*{b}", "{r}+{c}"),
+    (
+        "{n} reads {a} pages an evening. After {b} evenings {c} pages are left. How long is the book?",
+        "{a}*{b}",
+        "{r}+{c}",
+    ),
     ("{n} saves ${a} and ${b}, and then buys a lamp for ${c}. How many dollars remain?", "{a}+{b}", "{r}-{c}"),
     ("A hall has {a} rows of {b} seats; {c} seats are broken. How many can be used?", "{a}*{b}", "{r}-{c}"),
     ("{a} adults and {b} children each pay ${c} for the boat. How much do they pay?", "{a}+{b}", "{r}*{c}"),
@@ -161,7 +169,12 @@ def problem(rng: random.Random, templates: tuple[tuple[str, str, str], ...] = WO
 def simple(rng: random.Random, templates: tuple[tuple[str, str], ...]) -> tuple[str, str]:
     """(question, its calculation) of one that is done in one step."""
     text, expression = rng.choice(templates)
-    fill = {"n": rng.choice(NAMES[:3]), "m": rng.choice(NAMES[3:]), "a": 4 * rng.randint(8, 24), "b": rng.randint(13, 19)}
+    fill = {
+        "n": rng.choice(NAMES[:3]),
+        "m": rng.choice(NAMES[3:]),
+        "a": 4 * rng.randint(8, 24),
+        "b": rng.randint(13, 19),
+    }
     return text.format(**fill), expression.format(**fill)
 
 
@@ -221,7 +234,14 @@ def calculator_kinds() -> dict[tuple[Verdict, str], Kind]:
     def _(rng: random.Random) -> Drawn:
         draw, about, _, _, whole, _ = either(rng)
         result = value(whole)
-        forms = (f"{result}.0", f"{result}.00", f"{int(result):,}", f"The answer is {result}.", f"${result}", f" {result} ")
+        forms = (
+            f"{result}.0",
+            f"{result}.00",
+            f"{int(result):,}",
+            f"The answer is {result}.",
+            f"${result}",
+            f" {result} ",
+        )
         return draw(rng, about, (turn(whole),), answer(rng.choice(forms)), *SURE)
 
     @kind(GOOD, "whole calculation of a word problem")
@@ -268,7 +288,10 @@ def calculator_kinds() -> dict[tuple[Verdict, str], Kind]:
         draw, about, first, _, whole, _ = either(rng)
         failed = rng.choice(
             [
-                (f"I think {first}", "ERROR: The turn has no tag. End it with <math_exp>…</math_exp> or <answer>…</answer>."),
+                (
+                    f"I think {first}",
+                    "ERROR: The turn has no tag. End it with <math_exp>…</math_exp> or <answer>…</answer>.",
+                ),
                 turn(f"{first} +"),
                 turn(f"{first} = x"),
             ]
@@ -279,7 +302,9 @@ def calculator_kinds() -> dict[tuple[Verdict, str], Kind]:
     def _(rng: random.Random) -> Drawn:
         draw, about, first, rest, whole, numbers = either(rng)
         shown = ", ".join(map(str, numbers))
-        text = rng.choice([f"The numbers are {shown}.", f"Step 1 of 2: I must not forget {numbers[-1]}.", "3 numbers, 2 operators."])
+        text = rng.choice(
+            [f"The numbers are {shown}.", f"Step 1 of 2: I must not forget {numbers[-1]}.", "3 numbers, 2 operators."]
+        )
         history, expression = rng.choice([((), whole), ((turn(first),), rest)])
         return draw(rng, about, history, f"{text}\n{call('math_exp', expression)}", "")
 
@@ -326,7 +351,9 @@ def calculator_kinds() -> dict[tuple[Verdict, str], Kind]:
     @kind(BAD, "repeated call, written otherwise")
     def _(rng: random.Random) -> Drawn:
         draw, about, first, _, _, _ = either(rng)
-        other = rng.choice([first.replace(" ", "") if " " in first else first.replace("*", " * "), f"({first})", f" {first} ="])
+        other = rng.choice(
+            [first.replace(" ", "") if " " in first else first.replace("*", " * "), f"({first})", f" {first} ="]
+        )
         return draw(rng, about, (turn(first),), call("math_exp", other))
 
     @kind(BAD, "answer without a result")
@@ -348,7 +375,14 @@ def calculator_kinds() -> dict[tuple[Verdict, str], Kind]:
     @kind(BAD, "no complete tag")
     def _(rng: random.Random) -> Drawn:
         draw, about, _, _, whole, _ = either(rng)
-        forms = (whole, f"<math_exp>{whole}", f"{whole}</math_exp>", "<math_exp></math_exp>", f"[math_exp]{whole}[/math_exp]", "")
+        forms = (
+            whole,
+            f"<math_exp>{whole}",
+            f"{whole}</math_exp>",
+            "<math_exp></math_exp>",
+            f"[math_exp]{whole}[/math_exp]",
+            "",
+        )
         return draw(rng, about, (), rng.choice(forms))
 
     @kind(BAD, "two actions in one turn")
@@ -360,7 +394,13 @@ def calculator_kinds() -> dict[tuple[Verdict, str], Kind]:
     @kind(BAD, "call that cannot be evaluated")
     def _(rng: random.Random) -> Drawn:
         draw, about, first, _, whole, numbers = either(rng)
-        forms = (f"{whole} = x", f"{first} + apples", f"{first} +", f"{first} / ({numbers[0]} - {numbers[0]})", "the sum of all")
+        forms = (
+            f"{whole} = x",
+            f"{first} + apples",
+            f"{first} +",
+            f"{first} / ({numbers[0]} - {numbers[0]})",
+            "the sum of all",
+        )
         return draw(rng, about, (), call("math_exp", rng.choice(forms)))
 
     @kind(BAD, "number instead of a calculation")
@@ -372,14 +412,23 @@ def calculator_kinds() -> dict[tuple[Verdict, str], Kind]:
     def _(rng: random.Random) -> Drawn:
         draw, about, _, _, whole, numbers = either(rng)
         n = rng.choice(numbers)
-        forms = (f"{whole} + 0", f"({whole}) * 1", f"{whole} + {n} - {n}", f"{whole} + 0 * {n}", f"({whole}) / 1", f"0 + {whole}")
+        forms = (
+            f"{whole} + 0",
+            f"({whole}) * 1",
+            f"{whole} + {n} - {n}",
+            f"{whole} + 0 * {n}",
+            f"({whole}) / 1",
+            f"0 + {whole}",
+        )
         return draw(rng, about, (), call("math_exp", rng.choice(forms)))
 
     @kind(BAD, "call after all is computed")
     def _(rng: random.Random) -> Drawn:
         one = sum_(rng)
         result = value(one.whole)
-        expression = rng.choice([f"{result} + {one.numbers[0]}", one.first, f"{result} - {one.numbers[-1]}", f"{result} * 2"])
+        expression = rng.choice(
+            [f"{result} + {one.numbers[0]}", one.first, f"{result} - {one.numbers[-1]}", f"{result} * 2"]
+        )
         return stated(rng, one, (turn(one.whole),), call("math_exp", expression))
 
     @kind(BAD, "verdict written into the turn")
@@ -400,7 +449,12 @@ def calculator_kinds() -> dict[tuple[Verdict, str], Kind]:
     def _(rng: random.Random) -> Drawn:
         draw, about, first, _, whole, numbers = either(rng)
         result, other = value(whole), value(first)
-        forms = (f"{result} or {other}", f"{other} or maybe {result}", f"{result}, {numbers[0]} or {numbers[1]}", f"{other}/{result}")
+        forms = (
+            f"{result} or {other}",
+            f"{other} or maybe {result}",
+            f"{result}, {numbers[0]} or {numbers[1]}",
+            f"{other}/{result}",
+        )
         return draw(rng, about, (turn(first), turn(whole)), answer(rng.choice(forms)), *SURE)
 
     @kind(BAD, "result made up in the turn")

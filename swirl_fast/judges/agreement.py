@@ -105,7 +105,10 @@ def describe(report: dict[str, Any], shown: int = SHOWN) -> str:
         if key != "by_kind" and len(parts) == 1:
             continue
         wide = max(map(len, (title, *parts))) + 2
-        lines += ["", f"{title:{wide}}{'steps':>7}{'GOOD':>7}{'accuracy':>10}{'false +':>9}{'false -':>9}{'UNKNOWN':>9}"]
+        lines += [
+            "",
+            f"{title:{wide}}{'steps':>7}{'GOOD':>7}{'accuracy':>10}{'false +':>9}{'false -':>9}{'UNKNOWN':>9}",
+        ]
         for name, part in parts.items():
             lines.append(
                 f"{name:{wide}}{part['steps']:7d}{part['labelled_good']:7d}{_percent(part['accuracy']):>10}"
@@ -114,7 +117,9 @@ def describe(report: dict[str, Any], shown: int = SHOWN) -> str:
     wrong = report["disagreements"]
     lines += ["", f"{len(wrong)} disagreements" + (f", the first {shown}" if len(wrong) > shown else "")]
     for one in wrong[:shown]:
-        lines.append(f"  line {one['line']}, {one['kind'] or one['task']}: label {one['label']}, judged {one['verdict']}")
+        lines.append(
+            f"  line {one['line']}, {one['kind'] or one['task']}: label {one['label']}, judged {one['verdict']}"
+        )
         for name in ("question", "action_text", "reason"):
             text = " ".join(one[name].split())
             lines.append(f"    {name.split('_')[0]:9}{text[:WIDTH]}{'…' if len(text) > WIDTH else ''}")

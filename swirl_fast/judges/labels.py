@@ -132,7 +132,11 @@ def _step(line: str, number: int, where: str) -> LabelledStep:
     ):
         raise fail("history", "must be a list of [action_text, observation], empty for a first step")
     tools: Any = row.get("tools")
-    if not isinstance(tools, list) or not all(tool in TOOL_TAGS for tool in tools if isinstance(tool, str)) or not tools:
+    if (
+        not isinstance(tools, list)
+        or not all(tool in TOOL_TAGS for tool in tools if isinstance(tool, str))
+        or not tools
+    ):
         raise fail("tools", f"must be a list of {', '.join(TOOL_TAGS)}")
     if not all(isinstance(tool, str) for tool in tools):
         raise fail("tools", f"must be a list of {', '.join(TOOL_TAGS)}")
