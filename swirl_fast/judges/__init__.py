@@ -12,7 +12,8 @@ from swirl_fast.judges.rules import RulesJudge
 def load_judge(config: JudgeConfig, tools_by_task: Mapping[str, Collection[str]], probe: bool = True) -> Judge:
     """The judge a config names, ready for work.
 
-    tools_by_task: task name -> names of the tools on offer there; the rules judge needs it to tell what is malformed.
+    tools_by_task: task name -> names of the tools on offer there: the rules judge tells by it what is malformed, a model judge is asked
+    about calls of these tools.
     probe: ask the endpoint of a model judge once, so that a wrong address, key or model name fails here.
 
     Raises ValueError, with the key, the value and the remedy, for a setting or an endpoint that cannot work.
@@ -22,7 +23,7 @@ def load_judge(config: JudgeConfig, tools_by_task: Mapping[str, Collection[str]]
     if config.kind == "model":
         from swirl_fast.judges.model import ModelJudge  # httpx is loaded only where an endpoint is asked
 
-        judge = ModelJudge(config.model)
+        judge = ModelJudge(config.model, tools_by_task)
         if probe:
             judge.check()
         return judge

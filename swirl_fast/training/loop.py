@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swirl_fast.behaviour import behaviour_metrics
 from swirl_fast.comb import Branch, Comb, SampledState, balance, micro_batches, pack
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.engine import Engine
@@ -185,8 +186,8 @@ class Trainer:
                 global_counts = self.ranks.sum(counts(actions, valid_A))
             weight_A = weights(actions, valid_A, config.algorithm.weighting, global_counts)
             batches = self._pack(batch.trajectories, sampled, advantage_A, weight_A, totals) if answered else []
-        for one in actions.states.unique():
-            of_state = actions.known & (actions.states == one)
+        for state in actions.states.unique():
+            of_state = actions.known & (actions.states == state)
             if of_state.any():
                 totals.process_label += float(actions.rewards[of_state].mean())
                 totals.states += 1
@@ -195,6 +196,9 @@ class Trainer:
         totals.known = float(actions.known.sum())
         totals.rewards = float(actions.rewards[actions.known].sum())
         totals.malformed = sum(one.action.kind == "malformed" for one in sampled)
+        for one, judgement in zip(sampled, judgements, strict=True):
+            earlier = [step.action for step in batch.trajectories[one.trajectory].steps[: len(one.view.history)]]
+            totals.observe(one.view.action_text, one.action, len(one.completion.tokens), judgement.verdict, earlier)
 
         with totals.phase("old_logprobs"), torch.no_grad():
             for micro in batches:
@@ -366,6 +370,7 @@ class Trainer:
             "process_label": s["process_label"] / s["states"] if s["states"] else math.nan,
             "unknown": s["actions"] - s["known"],
             "malformed": s["malformed"] / max(s["actions"], 1.0),
+            **behaviour_metrics(s),
             "loss": s["loss"],
             "kl": s["kl"] / tokens,
             "entropy": s["surprisal"] / max(s["generated_tokens"], 1.0),
