@@ -22,14 +22,13 @@ from benchmarks.judge_steps import BAD_STEPS, GOOD_STEPS, constructed
 from swirl_fast.config import Config, load
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.agreement import agreement, describe
-from swirl_fast.judges.judge import judge_actions
 from swirl_fast.judges.labels import LabelledStep, write_labels
 
 
 def measure(config: Config, steps: Sequence[LabelledStep]) -> dict[str, Any]:
     judge = load_judge(config.judge, {step.view.task: step.tools for step in steps})
-    judgements = judge_actions(judge, [step.view for step in steps], [step.action for step in steps])
-    return {"judge": judge.id, **agreement(steps, judgements)}
+    # asked also about malformed steps, which the stages call BAD without asking
+    return {"judge": judge.id, **agreement(steps, judge.judge([step.view for step in steps]))}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

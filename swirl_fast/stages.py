@@ -20,14 +20,13 @@ from typing import Any
 from tqdm import tqdm
 
 from swirl_fast import evaluate as evaluation
-from swirl_fast.actions import Action
 from swirl_fast.collect import Collector, trajectory_ids
 from swirl_fast.config import Config, ConfigError, dump
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.filtering import keep
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.agreement import agreement, describe
-from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_actions, judge_malformed
+from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_malformed
 from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
 from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
 from swirl_fast.rendering import Renderer, conversation
@@ -78,7 +77,10 @@ def judge(config: Config) -> None:
 
 def judge_against(config: Config, labels: str, out: str | None = None) -> dict[str, Any]:
     """How far the judge of the config agrees with labelled steps (judges/labels.py): printed, and written to `out`, by default
-    runs/NAME/agreement.json. Needs no run; verdicts are kept in runs/NAME/agreement.db. Returns the report."""
+    runs/NAME/agreement.json. Needs no run; verdicts are kept in runs/NAME/agreement.db. Returns the report.
+
+    The judge is asked about every step, also about malformed ones, which the stages call BAD without asking.
+    """
     steps = read_labels(labels)
     labelled = [step for step in steps if step.label is not None]
     if not labelled:
@@ -90,9 +92,7 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
         Store(config.folder / "agreement.db") as store,
     ):
         keys = [step.view.content_hash() for step in labelled]
-        _judge_missing(
-            judge, store, {key: (one.view, one.action) for key, one in zip(keys, labelled, strict=True)}, "judge"
-        )
+        _judge_missing(judge, store, {key: one.view for key, one in zip(keys, labelled, strict=True)}, "judge")
         stored = store.verdicts(judge.id, keys)
         judgements = [stored[key] for key in keys]
     report = {
@@ -285,7 +285,7 @@ def judgements_of(judge: Judge, store: Store, trajectories: Sequence[Trajectory]
 def _judge_steps(judge: Judge, store: Store, trajectories: Sequence[Trajectory], what: str) -> None:
     """Asks the judge about every well-formed step without a verdict, and keeps the answers chunk by chunk."""
     steps = {
-        view.content_hash(): (view, step.action)
+        view.content_hash(): view
         for trajectory in trajectories
         for view, step in zip(trajectory.views(), trajectory.steps, strict=True)
         if step.action.kind != "malformed"
@@ -293,13 +293,13 @@ def _judge_steps(judge: Judge, store: Store, trajectories: Sequence[Trajectory],
     _judge_missing(judge, store, steps, what)
 
 
-def _judge_missing(judge: Judge, store: Store, steps: Mapping[str, tuple[StepView, Action]], what: str) -> None:
+def _judge_missing(judge: Judge, store: Store, steps: Mapping[str, StepView], what: str) -> None:
     """steps: content hash -> step."""
     missing = store.missing(judge.id, steps)
     with _bar(what, len(missing), "step") as bar:
         for at in range(0, len(missing), JUDGE_CHUNK):
             keys = missing[at : at + JUDGE_CHUNK]
-            judgements = judge_actions(judge, [steps[key][0] for key in keys], [steps[key][1] for key in keys])
+            judgements = judge.judge([steps[key] for key in keys])
             store.add_verdicts(judge.id, dict(zip(keys, judgements, strict=True)))
             bar.update(len(keys))
 

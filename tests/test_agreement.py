@@ -129,7 +129,7 @@ def test_the_verdicts_of_a_model_are_kept_and_unknown_ones_asked_anew(tmp_path: 
     asked: list[str] = []
 
     def respond(request, _):
-        """The first time no verdict on the first step."""
+        """The first time no verdict on a first step."""
         prompt = prompt_of(request)
         asked.append(prompt)
         if "BEGIN TURN 2" in prompt:
@@ -148,11 +148,11 @@ def test_the_verdicts_of_a_model_are_kept_and_unknown_ones_asked_anew(tmp_path: 
         arguments += [f"judge.model.url={endpoint.url}", "judge.model.model=judge-1", "judge.model.concurrency=1"]
         assert cli.main(arguments) == 0
         report = json.loads((tmp_path / "r" / "agreement.json").read_text())
-        assert (report["unknown"], report["false_positives"]) == (1, 1)
-        assert report["accuracy"] == 2 / 3 and report["accuracy_unknown_wrong"] == 2 / 4
-        assert len(endpoint.requests) == 1 + 3  # the check, and the steps that are not malformed
+        assert (report["unknown"], report["false_positives"]) == (2, 1)
+        assert report["accuracy"] == 1 / 2 and report["accuracy_unknown_wrong"] == 1 / 4
+        assert len(endpoint.requests) == 1 + 4, "the check, and every step with a label"
         assert cli.main(arguments) == 0
-        assert len(endpoint.requests) == 4 + 2  # the check, and the one that was UNKNOWN
+        assert len(endpoint.requests) == 5 + 3, "the check, and those that were UNKNOWN"
     report = json.loads((tmp_path / "r" / "agreement.json").read_text())
     assert (report["unknown"], report["accuracy"]) == (0, 0.75)
     with Store(tmp_path / "r" / "agreement.db", writable=False) as store:

@@ -107,9 +107,7 @@ def test_a_judge_on_a_server_is_measured_against_labels(server: SGLangEngine, tm
     assert cli.main(arguments) == 0
     report = json.loads((tmp_path / "r" / "agreement.json").read_text())
     assert report["steps"] == 4 and report["judge"].startswith("model-default-v")
-    assert report["confusion"]["GOOD"]["UNKNOWN"] == 1 and report["confusion"]["BAD"]["UNKNOWN"] == 2
-    assert report["accuracy"] == 1.0 and report["accuracy_unknown_wrong"] == 1 / 4, (
-        "the malformed one is BAD without asking"
-    )
+    assert report["confusion"]["GOOD"]["UNKNOWN"] == 1 and report["confusion"]["BAD"]["UNKNOWN"] == 3
+    assert report["accuracy"] is None and report["accuracy_unknown_wrong"] == 0 and report["unknown_share"] == 1
     with Store(tmp_path / "r" / "agreement.db", writable=False) as store:
-        assert store.counts().verdicts == 4 and store.counts().unknown == 3
+        assert store.counts().verdicts == 4 and store.counts().unknown == 4
