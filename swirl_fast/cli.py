@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
             stage.add_argument(
                 "--out", metavar="FILE", help="of --against (default: agreement.json in the run's folder)"
             )
-            stage.add_argument("--count", type=int, default=200, help="of --export-steps (default: 200)")
+            stage.add_argument("--count", type=int, default=200, metavar="N", help="of --export-steps (default: 200)")
         if name == "evaluate":
             stage.add_argument(
                 "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
@@ -61,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser().parse_known_args(arguments)
     if wrong := [one for one in rest if one.startswith("-") or "=" not in one]:
         parser().error(f"unknown arguments: {' '.join(wrong)}")
+    if options.stage == "judge" and options.out and not options.against:
+        parser().error("--out names the report of --against; give that as well")
+    if options.stage == "judge" and options.count < 1:
+        parser().error(f"--count {options.count}: must be at least 1")
     options.overrides += rest  # those behind an option: argparse takes positional arguments in one run only
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from test_outcome_judge import collected
 
 from swirl_fast import cli
 from swirl_fast.actions import parse
@@ -101,3 +102,32 @@ def test_steps_of_a_run_to_be_labelled() -> None:
     assert len(some) == 5 and some == steps_to_label(trajectories, ("calculator",), 5, seed=0)
     assert some != steps_to_label(trajectories, ("calculator",), 5, seed=1)
     assert all(step.label is None and step.tools == ("calculator",) for step in some)
+
+
+def test_steps_are_exported_labelled_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = collected(tmp_path), tmp_path / "l.jsonl"
+    assert cli.main(["judge", "--export-steps", str(file), "--count", "3", *run]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 3 and all(row["label"] == "" and row["tools"] == ["calculator"] for row in rows)
+    assert "3 steps in" in capsys.readouterr().out
+    write(file, *(row | {"label": "BAD"} for row in rows[:2]), rows[2])
+    assert cli.main(["judge", "--against", str(file), *run]) == 0
+    report = json.loads((tmp_path / "r" / "agreement.json").read_text())
+    assert (report["steps"], report["not_labelled"]) == (2, 1) and report["by_source"].keys() == {"human"}
+    assert cli.main(["judge", "--export-steps", str(file), *run]) == 2
+    assert "the file is there already, perhaps with labels" in capsys.readouterr().err
+    assert json.loads(file.read_text().splitlines()[0])["label"] == "BAD"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "o.json"], "--out names the report of --against"),
+        (["--export-steps", "l.jsonl", "--count", "0"], "--count 0: must be at least 1"),
+        (["--export-steps", "l.jsonl", "--against", "l.jsonl"], "not allowed with"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(arguments, message, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["judge", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err

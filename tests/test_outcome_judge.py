@@ -81,19 +81,23 @@ def test_what_a_verdict_depends_on_is_in_its_key() -> None:
     assert len(set(ids)) == 3 and all(id_.startswith("outcome-") for id_ in ids)
 
 
-def test_judge_and_filter_use_the_outcome_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Process by the rules, outcomes by the model, in a store that holds what collect would leave."""
-    run = [f"run.folder={tmp_path}", "run.name=r", "tasks.limit=4", "tasks.eval_limit=1", "filter.kind=outcome"]
+def collected(folder: Path, *more: str) -> list[str]:
+    """The overrides of a run, in whose store lies what collect would leave: four trajectories of a step each."""
+    run = [f"run.folder={folder}", "run.name=r", "tasks.limit=4", "tasks.eval_limit=1", *more]
     run += ["collect.trajectories_per_question=1"]
     config = load(None, run)
     questions = load_task(config.tasks, config.run.seed).questions("train")
-    made = [
-        trajectory(id_, question, answer)
-        for id_, question, answer in zip(trajectory_ids(questions, 1), questions, ANSWERS.values(), strict=False)
-    ]
-    with Store(tmp_path / "r" / "trajectories.db") as store:
+    ids = trajectory_ids(questions, 1)
+    made = [trajectory(*each) for each in zip(ids, questions, ANSWERS.values(), strict=False)]
+    with Store(folder / "r" / "trajectories.db") as store:
         store.add_questions(questions)
         store.record(made)
+    return run
+
+
+def test_judge_and_filter_use_the_outcome_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Process by the rules, outcomes by the model."""
+    run = collected(tmp_path, "filter.kind=outcome")
     with serving(respond) as (endpoint, _):
         run += ["filter.outcome=judge", f"judge.model.url={endpoint.url}", "judge.model.model=judge-1"]
         assert cli.main(["filter", *run]) == 1

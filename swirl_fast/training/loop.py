@@ -39,7 +39,7 @@ from swirl_fast.training.interrupt import Interrupts, Resumable
 from swirl_fast.training.metrics import MetricsLog
 from swirl_fast.training.parallel import Ranks, set_gradient_sync
 from swirl_fast.training.rollout import SampledAction, to_actions, to_branches
-from swirl_fast.training.sampler import Sampler
+from swirl_fast.training.sampler import SampledBatch, Sampler
 from swirl_fast.training.totals import Totals
 from swirl_fast.training.utilization import peak_flops, peak_memory, utilization
 from swirl_fast.trajectory import Trajectory
@@ -186,8 +186,8 @@ class Trainer:
                 global_counts = self.ranks.sum(counts(actions, valid_A))
             weight_A = weights(actions, valid_A, config.algorithm.weighting, global_counts)
             batches = self._pack(batch.trajectories, sampled, advantage_A, weight_A, totals) if answered else []
-        for state in actions.states.unique():
-            of_state = actions.known & (actions.states == state)
+        for one in actions.states.unique():
+            of_state = actions.known & (actions.states == one)
             if of_state.any():
                 totals.process_label += float(actions.rewards[of_state].mean())
                 totals.states += 1
@@ -196,9 +196,7 @@ class Trainer:
         totals.known = float(actions.known.sum())
         totals.rewards = float(actions.rewards[actions.known].sum())
         totals.malformed = sum(one.action.kind == "malformed" for one in sampled)
-        for one, judgement in zip(sampled, judgements, strict=True):
-            earlier = [step.action for step in batch.trajectories[one.trajectory].steps[: len(one.view.history)]]
-            totals.observe(one.view.action_text, one.action, len(one.completion.tokens), judgement.verdict, earlier)
+        self._observe(batch, totals)
 
         with totals.phase("old_logprobs"), torch.no_grad():
             for micro in batches:
@@ -219,6 +217,11 @@ class Trainer:
             weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
         metrics = self._metrics(totals, grad_norm, hidden, time.perf_counter() - start)
         return metrics | self.guards.end(self.step, metrics["kl"])
+
+    def _observe(self, batch: SampledBatch, totals: Totals) -> None:
+        for one, judgement in zip(batch.sampled, batch.judgements, strict=True):
+            earlier = [step.action for step in batch.trajectories[one.trajectory].steps[: len(one.view.history)]]
+            totals.observe(one.view.action_text, one.action, len(one.completion.tokens), judgement.verdict, earlier)
 
     def _answered(self, sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> bool:
         asked = [j for s, j in zip(sampled, judgements, strict=True) if s.action.kind != "malformed"]
