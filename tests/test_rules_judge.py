@@ -193,6 +193,11 @@ SEARCH = {
     ),
     "a date with a number": (YEAR, GARBO, answer("1930"), "GOOD"),
     "a name with words of elsewhere": (FILM, GARBO, found("Clarence Brown birthplace biography", "")[0], "GOOD"),
+    "a film that is a number": (
+        "Which film was made by Sam Mendes?", [found("Sam Mendes", "Sam Mendes made 1917.")], answer("1917"), "GOOD",
+    ),
+    "a polite question": ("Could you name who made Anna Christie?", GARBO, answer("Clarence Brown"), "GOOD"),
+    "a polite question without a question word": ("Can you name the director?", GARBO, answer("Clarence Brown"), "GOOD"),
     "half of the words": (FILM, [], found("film premieres spoke cinema", "")[0], "GOOD"),
     "the question a second time": (FILM, [found(FILM, "Nothing of use")], found(FILM, "")[0], "BAD"),
     "the same words again": (FILM, GARBO, found("film: first talking Greta GARBO", "")[0], "BAD"),

@@ -20,7 +20,7 @@ ones.
 Limits, so that nobody takes it for more. In a word problem it does not see a wrong operation (`a + b` for `a * b`) or
 sign, takes every number in digits but 1 as needed, and number words and units (`three`, `half`, `week`) as allowed, not
 as needed. Of the official solutions of GSM8K (every fifth of train.jsonl), cut into calls at their `<<a=b>>`, it finds
-79 % of the steps GOOD, and every step of 59 %: the others do arithmetic in the head, use facts of the world (31 days),
+79 % of the steps GOOD, and every step of 59 %: the others do arithmetic in the head, use facts of the world (eight legs),
 or leave out a number that does not matter. In search, any span of a passage that has the form asked for passes, and so does a
 guessed yes or no when both sides were looked up. Use a model as judge where that matters; benchmarks/judge_agreement.py measures it.
 """

@@ -1,11 +1,15 @@
 """What is wrong with a query or with an answer after searches, by words alone.
 
-Part of the rules judge (rules.py). The rules about the form of an answer were measured on gold answers: of 900 questions of HotPotQA,
-2WikiMultihopQA and MuSiQue, 186 are answered with yes or no. All of these have an auxiliary at the start of a clause and none offers a
-choice with "or"; of 185 both gold passages together hold every name in the question, of none a single one does. Of the 178 that begin with
-an auxiliary and hold neither "or" nor a question word, all are answered with yes or no. Of 91 that ask for a year or begin with "when", 90
-answers hold a digit; of 329 that ask for a person, a place or another thing, none is a bare number. Of MuSiQue's 437 sub-questions 99.3 %
-hold a name of the question or of what was found, or have half of their words from there.
+Part of the rules judge (rules.py). What is asked of the form of an answer was measured on the gold answers of 900 questions of HotPotQA,
+2WikiMultihopQA and MuSiQue:
+
+    186 are yes or no      all these questions have an auxiliary at the start of a clause, none has "or"; of all, both gold passages
+                           together hold every name in the question, and of none the first one alone does
+    178 questions begin with an auxiliary and hold neither "or" nor a question word: all are answered with yes or no
+    91 ask for a year or begin with "when": 90 answers hold a digit
+    274 ask for a person, a place or a company: no answer is a bare number
+
+Of MuSiQue's 437 sub-questions 99.3 % hold a name of the question or of what was found, or have half of their words from there.
 """
 
 from __future__ import annotations
@@ -26,11 +30,13 @@ _STOP_WORDS = frozenset(
 )
 _AUXILIARY = "(?:is|are|was|were|am|do|does|did|has|have|had|can|could|will|would|should|may)"
 _CLAUSE = re.compile(rf"(?:^|[,;:.?!])\s*{_AUXILIARY}\b", re.I)
-_CLOSED = re.compile(rf"{_AUXILIARY}\b(?!.*\b(?:or|who|whom|whose|which|what|when|where|why|how)\b)", re.I | re.S)
+_CLOSED = re.compile(
+    rf"{_AUXILIARY}\b(?!\s+you\b)(?!.*\b(?:or|who|whom|whose|which|what|when|where|why|how)\b)", re.I | re.S
+)
 _DATE = re.compile(r"^when\b|\b(?:which|what) year\b", re.I)
 _THING = re.compile(
     r"^(?:who|whose|whom|where)\b|\b(?:which|what) (?:\w+ )?(?:person|actor|actress|director|singer|company|country|county|state|"
-    r"city|town|village|river|nationality|film|band)\b",
+    r"city|town|village|river|nationality)\b",  # but films and bands may be called by a number
     re.I,
 )
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
