@@ -51,7 +51,11 @@ def constructed(seed: int = 0, good: int = GOOD_STEPS, bad: int = BAD_STEPS) -> 
                 if len(found) < (good if label is Verdict.GOOD else bad):
                     found[StepView(*draw(rng))] = None
             assert len(found) == (good if label is Verdict.GOOD else bad), f"{name}: too few different steps"
-            steps += [LabelledStep(view, (tool,), label, name, "construction") for view in found]
+            lines = range(len(steps) + 1, len(steps) + len(found) + 1)  # as in a file of the set
+            steps += [
+                LabelledStep(view, (tool,), label, name, "construction", line)
+                for view, line in zip(found, lines, strict=True)
+            ]
     assert len({step.view for step in steps}) == len(steps), "a step stands in two kinds"
     return steps
 
