@@ -42,7 +42,7 @@ def constructed(seed: int = 0, good: int = GOOD_STEPS, bad: int = BAD_STEPS) -> 
     from benchmarks.judge_steps_calculator import calculator_kinds
     from benchmarks.judge_steps_search import search_kinds
 
-    steps = []
+    steps: list[LabelledStep] = []
     for tool, kinds in (("calculator", calculator_kinds()), ("search", search_kinds())):
         for (label, name), draw in kinds.items():
             rng = random.Random(f"{seed} {tool} {label.value} {name}")

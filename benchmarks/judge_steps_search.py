@@ -168,8 +168,7 @@ def hops(rng: random.Random) -> Hops:
                 ),
             ]
         )
-        titles = (town.name,) if found.answer == river else (person.name,)
-        titles = ((person.name if found.answer == river else c), *titles)
+        titles = (person.name, town.name) if found.answer == river else (c, person.name)
         if all(map(finds, found.queries, titles)):
             return found
 
