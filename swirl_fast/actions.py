@@ -19,6 +19,8 @@ ANSWER_TAG = "answer"
 TOOL_TAGS = {"calculator": "math_exp", "search": "search_query"}  # tool name -> tag
 MAX_ARGUMENT_CHARS = 2_000
 
+CUT_OFF = "The turn was too long and was cut off."
+
 _TAG = re.compile(r"<(/?)(search_query|math_exp|answer)>")
 
 
@@ -31,6 +33,11 @@ class Action:
     tool: str | None = None
     argument: str = ""
     error: str = ""
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the turn hit the length limit."""
+        return self.error.startswith(CUT_OFF)
 
 
 def _malformed(error: str) -> Action:
@@ -46,7 +53,7 @@ def parse(text: str, tools: Collection[str], truncated: bool = False) -> Action:
     tags = [(match.group(1) == "/", match.group(2), match.start(), match.end()) for match in _TAG.finditer(text)]
     wanted = " or ".join(f"<{tag}>…</{tag}>" for tag in [*(TOOL_TAGS[name] for name in sorted(tools)), ANSWER_TAG])
     if truncated:
-        return _malformed(f"The turn was too long and was cut off. Be brief and end with {wanted}.")
+        return _malformed(f"{CUT_OFF} Be brief and end with {wanted}.")
     if not tags:
         return _malformed(f"The turn has no tag. End it with {wanted}.")
     if len(tags) > 2:

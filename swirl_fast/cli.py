@@ -37,6 +37,18 @@ def parser() -> argparse.ArgumentParser:
         stage = stages.add_parser(name, help=text, description=text)
         stage.add_argument("--config", metavar="FILE", help="a YAML file; ready ones lie in configs/")
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.steps=20")
+        if name == "judge":
+            other = stage.add_mutually_exclusive_group()
+            other.add_argument(
+                "--against", metavar="FILE", help="how far the judge agrees with labelled steps; needs no run"
+            )
+            other.add_argument(
+                "--export-steps", metavar="FILE", help="steps of the run, drawn at random, to be labelled"
+            )
+            stage.add_argument(
+                "--out", metavar="FILE", help="of --against (default: agreement.json in the run's folder)"
+            )
+            stage.add_argument("--count", type=int, default=200, metavar="N", help="of --export-steps (default: 200)")
         if name == "evaluate":
             stage.add_argument(
                 "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
@@ -56,6 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser().parse_known_args(arguments)
     if wrong := [one for one in rest if one.startswith("-") or "=" not in one]:
         parser().error(f"unknown arguments: {' '.join(wrong)}")
+    if options.stage == "judge" and options.out and not options.against:
+        parser().error("--out names the report of --against; give that as well")
+    if options.stage == "judge" and options.count < 1:
+        parser().error(f"--count {options.count}: must be at least 1")
     options.overrides += rest  # those behind an option: argparse takes positional arguments in one run only
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -73,6 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stages.evaluate_trained(config, options.name or "trained")
             else:
                 stages.evaluate(config, options.name or os.path.basename(os.path.normpath(options.of)), options.of)
+        elif options.stage == "judge" and options.against:
+            stages.judge_against(config, options.against, options.out)
+        elif options.stage == "judge" and options.export_steps:
+            stages.export_steps(config, options.export_steps, options.count)
         else:
             getattr(stages, options.stage)(config)
     except ConfigError as error:

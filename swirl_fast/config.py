@@ -32,6 +32,7 @@ KEEP_BEST = {
     "reward": 1,
     "malformed": -1,
 }  # metrics that name a best checkpoint; -1: smaller is better
+OUTCOMES = ("exact", "judge")
 FILTERS = ("none", "process", "outcome", "process_and_outcome")
 
 
@@ -177,6 +178,8 @@ class JudgeConfig:
 @dataclass
 class FilterConfig:
     kind: str = "process"  # none | process | outcome | process_and_outcome
+    # whether an answer is right: exact: the task's own comparison | judge: the model at judge.model compares it with the answer key
+    outcome: str = "exact"
     when_empty: str = (
         "error"  # error | none: when no trajectory passes, stop, or use all finished ones (the output says so)
     )
@@ -264,6 +267,7 @@ class EvaluateConfig:
     samples: int = 1  # trajectories a question
     max_action_tokens: int = 0  # 0: as in collect
     use_tools: bool = True
+    outcome: str = "exact"  # judge: the model at judge.model judges answers too, as judge_accuracy beside accuracy
 
 
 @dataclass
@@ -440,6 +444,10 @@ def check(config: Config) -> None:
             "judge.model.url",
             "judge.kind=model needs the URL of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1",
         )
+    for key, outcome in (("filter.outcome", config.filter.outcome), ("evaluate.outcome", e.outcome)):
+        one_of(key, outcome, OUTCOMES)
+        if outcome == "judge" and not config.judge.model.url.startswith(("http://", "https://")):
+            fail(key, "needs judge.model.url, the URL of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1")
     endpoint = config.judge.model
     at_least(1, judge__model__max_tokens=endpoint.max_tokens, judge__model__concurrency=endpoint.concurrency)
     at_least(0, judge__model__retries=endpoint.retries, judge__model__temperature=endpoint.temperature)

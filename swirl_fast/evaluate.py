@@ -6,9 +6,11 @@ the questions as units; for a mean of values in [0, 1] that are not all 0 or 1 t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from swirl_fast.behaviour import Behaviour, behaviour_metrics
 from swirl_fast.judges.judge import Judgement, Verdict
 from swirl_fast.tasks.scoring import interval
 from swirl_fast.tasks.task import Question, Task
@@ -20,11 +22,13 @@ def summarise(
     questions: Sequence[Question],
     trajectories: Sequence[Trajectory],
     judgements: Mapping[str, Sequence[Judgement]],
+    outcomes: Mapping[str, bool | None] | None = None,
 ) -> dict[str, Any]:
-    """JSON-able numbers of one evaluation; judgements: trajectory id -> one a step.
+    """JSON-able numbers of one evaluation; judgements: trajectory id -> one a step. outcomes: of the outcome judge, None for UNKNOWN.
 
     process_label: share of GOOD among the steps with a verdict, averaged within, then across trajectories (paper, section 4).
-    malformed, repeated: shares of all steps. answered: share of trajectories with an answer.
+    malformed: share of all steps. answered: share of trajectories with an answer. action_length … repeated: see
+    behaviour.behaviour_metrics; None for nothing to average.
     """
     by_id = {question.id: question for question in questions}
     scores = {t.id: task.score(by_id[t.question_id], t.answer) for t in trajectories}
@@ -39,6 +43,11 @@ def summarise(
     accuracy, accuracy_interval = _mean(trajectories, {id_: score.exact_match for id_, score in scores.items()})
     process_label, process_interval = _mean(trajectories, labels)
     steps = max(sum(t.num_steps for t in trajectories), 1)
+    behaviour = Behaviour()
+    for trajectory in trajectories:
+        actions = [step.action for step in trajectory.steps]
+        for i, (step, judgement) in enumerate(zip(trajectory.steps, judgements[trajectory.id], strict=True)):
+            behaviour.observe(step.text, step.action, step.end - step.start, judgement.verdict, actions[:i])
     return {
         "questions": len({t.question_id for t in trajectories}),
         "trajectories": len(trajectories),
@@ -50,10 +59,11 @@ def summarise(
         "process_label": process_label,
         "process_label_interval": process_interval,
         "malformed": sum(s.action.kind == "malformed" for t in trajectories for s in t.steps) / steps,
-        "repeated": sum(_repeated(t) for t in trajectories) / steps,
+        **{name: None if math.isnan(value) else value for name, value in behaviour_metrics(vars(behaviour)).items()},
         "answered": sum(t.answer is not None for t in trajectories) / max(len(trajectories), 1),
         "steps": steps / max(len(trajectories), 1),
         "unknown": unknown,
+        **(_judged_accuracy(trajectories, outcomes) if outcomes is not None else {}),
     }
 
 
@@ -77,6 +87,15 @@ def by_question(
     return found
 
 
+def _judged_accuracy(trajectories: Sequence[Trajectory], outcomes: Mapping[str, bool | None]) -> dict[str, Any]:
+    """Share of right answers by the outcome judge: no answer is wrong, an answer it gave no verdict on is left out and counted."""
+    values = {
+        t.id: float(outcomes.get(t.id, False) or False) for t in trajectories if outcomes.get(t.id, False) is not None
+    }
+    mean, ends = _mean(trajectories, values)
+    return {"judge_accuracy": mean, "judge_accuracy_interval": ends, "unknown_answers": len(trajectories) - len(values)}
+
+
 def _mean(trajectories: Sequence[Trajectory], values: Mapping[str, float]) -> tuple[float, list[float]]:
     """Mean over questions of the mean over a question's trajectories, and its interval; trajectories without a value are left out."""
     by_question: dict[str, list[float]] = {}
@@ -87,12 +106,6 @@ def _mean(trajectories: Sequence[Trajectory], values: Mapping[str, float]) -> tu
     if not means:
         return 0.0, [0.0, 1.0]
     return sum(means) / len(means), list(interval(sum(means), len(means)))
-
-
-def _repeated(trajectory: Trajectory) -> int:
-    """Tool calls that repeat an earlier one of the same trajectory, white space aside."""
-    calls = [(s.action.tool, "".join(s.action.argument.split())) for s in trajectory.steps if s.action.kind == "tool"]
-    return len(calls) - len(set(calls))
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -108,6 +121,6 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for name, row in rows.items():
         lines.append(
             f"{name:12}{share(row, 'accuracy'):26}{share(row, 'process_label'):26}"
-            f"{row['malformed']:10.1%}{row['repeated']:10.1%}{row['steps']:7.2f}{row['questions']:11d}"
+            f"{row['malformed']:10.1%}{row['repeated'] or 0:10.1%}{row['steps']:7.2f}{row['questions']:11d}"
         )
     return "\n".join(lines)

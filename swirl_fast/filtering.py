@@ -27,6 +27,7 @@ REASONS = {
     "unknown_step": "with an UNKNOWN and no BAD step",
     "no_answer": "without an answer",
     "wrong_answer": "with a wrong answer",
+    "unknown_outcome": "with an answer that the outcome judge gave no verdict on",
     "over_limit": "over filter.max_trajectories",
 }
 REMEDIES = {
@@ -36,6 +37,7 @@ REMEDIES = {
     "unknown_step": "run judge again: UNKNOWN steps are asked anew",
     "no_answer": "raise collect.max_steps, or use filter.kind=process",
     "wrong_answer": "collect more trajectories a question or easier questions, or use filter.kind=process",
+    "unknown_outcome": "run judge again: answers without a verdict are asked about anew, or use filter.outcome=exact",
     "over_limit": "raise filter.max_trajectories",
 }
 
@@ -80,7 +82,7 @@ class Selection:
 def keep(
     trajectories: Iterable[Trajectory],
     judgements: Mapping[str, Sequence[Judgement]],
-    outcomes: Mapping[str, bool],
+    outcomes: Mapping[str, bool | None],
     kind: Filter,
     *,
     max_trajectories: int = 0,
@@ -89,8 +91,8 @@ def keep(
     """Applies one of the four filters.
 
     judgements: trajectory id -> one judgement a step; looked at by `process` and `process_and_outcome`.
-    outcomes: trajectory id -> is its answer right; looked at by `outcome` and `process_and_outcome`, and only for
-    trajectories that have an answer.
+    outcomes: trajectory id -> is its answer right, None where the outcome judge is UNKNOWN; looked at by `outcome` and
+    `process_and_outcome`, and only for trajectories that have an answer.
     max_trajectories: keep at most so many of those that passed (0: all), see `subset`.
 
     Raises ValueError for an unknown kind, an id that comes twice, and a judgement or outcome that is missing.
@@ -117,7 +119,10 @@ def keep(
 
 
 def _reason(
-    trajectory: Trajectory, judgements: Mapping[str, Sequence[Judgement]], outcomes: Mapping[str, bool], kind: Filter
+    trajectory: Trajectory,
+    judgements: Mapping[str, Sequence[Judgement]],
+    outcomes: Mapping[str, bool | None],
+    kind: Filter,
 ) -> str | None:
     """Why the trajectory is left out, None when it stays."""
     if trajectory.finish is None:
@@ -140,6 +145,8 @@ def _reason(
             return "no_answer"
         if trajectory.id not in outcomes:
             raise ValueError(f"trajectory {trajectory.id!r} has an answer and no outcome: score it first")
+        if outcomes[trajectory.id] is None:
+            return "unknown_outcome"
         if not outcomes[trajectory.id]:
             return "wrong_answer"
     return None

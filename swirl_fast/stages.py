@@ -25,7 +25,10 @@ from swirl_fast.config import Config, ConfigError, dump
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.filtering import keep
 from swirl_fast.judges import load_judge
-from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_actions, judge_malformed
+from swirl_fast.judges.agreement import agreement, describe
+from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_malformed
+from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
+from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
 from swirl_fast.rendering import Renderer, conversation
 from swirl_fast.seeds import seed_of
 from swirl_fast.store import Store
@@ -33,7 +36,7 @@ from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question, Task
 from swirl_fast.tools import open_tools
 from swirl_fast.tools.tool import Tool
-from swirl_fast.trajectory import Trajectory
+from swirl_fast.trajectory import StepView, Trajectory
 
 JUDGE_CHUNK = 256  # steps judged between two writes
 
@@ -62,11 +65,13 @@ def collect(config: Config) -> None:
 def judge(config: Config) -> None:
     task = _task(config)
     Store(config.store, writable=False).close()  # says so when nothing was collected yet
-    with _judge(config, task) as judge, Store(config.store) as store:
+    with _judge(config, _tools_of(task), task=task) as judge, Store(config.store) as store:
         trajectories = _collected(config, task, store)
         _judge_steps(judge, store, trajectories, "judge")
         judgements = judgements_of(judge, store, trajectories)
         stats = judge.stats()
+        if config.filter.outcome == "judge" and "outcome" in config.filter.kind:
+            judge_outcomes(config.judge.model, store, trajectories, _by_id(task.questions("train")))
     verdicts = [judgement.verdict for own in judgements.values() for judgement in own]
     shares = ", ".join(f"{sum(v is kind for v in verdicts)} {kind.value}" for kind in Verdict)
     print(f"judge: {len(verdicts)} steps by {judge.id}: {shares}")
@@ -76,21 +81,74 @@ def judge(config: Config) -> None:
         )
 
 
+def judge_against(config: Config, labels: str, out: str | None = None) -> dict[str, Any]:
+    """How far the judge of the config agrees with labelled steps (judges/labels.py): printed, and written to `out`, by default
+    runs/NAME/agreement.json. Needs no run; verdicts are kept in runs/NAME/agreement.db. Returns the report.
+
+    The judge is asked about every step, also about malformed ones, which the stages call BAD without asking.
+    """
+    steps = read_labels(labels)
+    labelled = [step for step in steps if step.label is not None]
+    if not labelled:
+        raise ConfigError(
+            f"--against {labels}: none of its {len(steps)} lines has a label yet; write GOOD or BAD into them"
+        )
+    with (
+        _judge(config, {step.view.task: step.tools for step in labelled}) as judge,
+        Store(config.folder / "agreement.db") as store,
+    ):
+        keys = [step.view.content_hash() for step in labelled]
+        _judge_missing(judge, store, {key: one.view for key, one in zip(keys, labelled, strict=True)}, "judge")
+        stored = store.verdicts(judge.id, keys)
+        judgements = [stored[key] for key in keys]
+    report = {
+        "labels": labels,
+        "judge": judge.id,
+        "not_labelled": len(steps) - len(labelled),
+        **agreement(labelled, judgements),
+    }
+    path = Path(out) if out else config.folder / "agreement.json"
+    write_json(path, report)
+    if report["not_labelled"]:
+        print(
+            f"judge: {report['not_labelled']} of the {len(steps)} steps in {labels} have no label yet and are left out"
+        )
+    print(f"judge: {judge.id} against {labels}\n\n{describe(report)}\n\n{path}")
+    return report
+
+
+def export_steps(config: Config, path: str, count: int) -> None:
+    """Steps of a run, drawn at random, into a file for people to label."""
+    task = _task(config)
+    with Store(config.store, writable=False) as store:
+        trajectories = _collected(config, task, store)
+    if Path(path).exists():
+        raise ConfigError(f"--export-steps {path}: the file is there already, perhaps with labels; name another one")
+    written = write_labels(path, steps_to_label(trajectories, task.tools, count, config.run.seed))
+    print(f'judge: {written} steps in {path}; write GOOD or BAD into "label", then: swirl-fast judge --against {path}')
+
+
 def filter(config: Config) -> None:
     from swirl_fast.shard_store import upload_shards
     from swirl_fast.shards import StepSample, write_shards
 
     task = _task(config)
-    questions = {question.id: question for question in task.questions("train")}
-    with _judge(config, task, probe=False) as judge, Store(config.store, writable=False) as store:
+    questions = _by_id(task.questions("train"))
+    with (
+        _judge(config, _tools_of(task), probe=False, task=task) as judge,
+        Store(config.store, writable=False) as store,
+    ):
         trajectories = _collected(config, task, store)
         judgements = judgements_of(judge, store, trajectories)
         collection = store.meta().get("collection", {})
-    outcomes = {
-        t.id: task.score(questions[t.question_id], t.answer).exact_match == 1.0
-        for t in trajectories
-        if t.answer is not None
-    }
+        if config.filter.outcome == "judge":
+            outcomes = read_outcomes(config.judge.model, store, trajectories, questions)
+        else:
+            outcomes = {
+                t.id: task.score(questions[t.question_id], t.answer).exact_match == 1.0
+                for t in trajectories
+                if t.answer is not None
+            }
     limit, seed = config.filter.max_trajectories, config.run.seed
     selection = keep(trajectories, judgements, outcomes, config.filter.kind, max_trajectories=limit, seed=seed)  # type: ignore[arg-type]
     if not selection.kept and config.filter.when_empty == "none":
@@ -99,6 +157,8 @@ def filter(config: Config) -> None:
     kept = set(selection.kept)
     samples = [StepSample(t, [j.verdict for j in judgements[t.id]]) for t in trajectories if t.id in kept]
     settings = asdict(config.filter)
+    if config.filter.outcome == "judge":
+        settings["outcome"] = outcome_judge_id(config.judge.model)
     upload = settings.pop("upload")  # where copies lie says nothing about the contents
     fingerprint = {"collection": collection, "judge": judge.id, "filter": settings}
     write_shards(config.folder / "shards", samples, fingerprint=fingerprint, selection=selection, replace=True)
@@ -160,7 +220,7 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     if not (config.folder / "config.yaml").is_file():
         _save_config(config)
     start = time.perf_counter()
-    with _judge(config, task) as judge, Store(folder / f"{name}.db") as store:
+    with _judge(config, _tools_of(task), task=task) as judge, Store(folder / f"{name}.db") as store:
         store.check_meta("evaluation", wanted)
         spent = store.meta().get("seconds", 0.0)
         seed = seed_of(config.run.seed, "evaluate")
@@ -171,6 +231,10 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
         )
         _judge_steps(judge, store, trajectories, f"judge {name}")
         judgements = judgements_of(judge, store, trajectories)
+        outcomes = None
+        if settings.outcome == "judge":
+            judge_outcomes(config.judge.model, store, trajectories, _by_id(questions))
+            outcomes = read_outcomes(config.judge.model, store, trajectories, _by_id(questions))
         seconds = spent + time.perf_counter() - start
         store.set_meta("seconds", seconds)
     summary = {
@@ -179,7 +243,7 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
         "task": task.name,
         "judge": judge.id,
         "temperature": settings.temperature,
-        **evaluation.summarise(task, questions, trajectories, judgements),
+        **evaluation.summarise(task, questions, trajectories, judgements, outcomes),
         "seconds": seconds,
         "by_question": evaluation.by_question(task, questions, trajectories, judgements),
     }
@@ -240,16 +304,21 @@ def judgements_of(judge: Judge, store: Store, trajectories: Sequence[Trajectory]
 def _judge_steps(judge: Judge, store: Store, trajectories: Sequence[Trajectory], what: str) -> None:
     """Asks the judge about every well-formed step without a verdict, and keeps the answers chunk by chunk."""
     steps = {
-        view.content_hash(): (view, step.action)
+        view.content_hash(): view
         for trajectory in trajectories
         for view, step in zip(trajectory.views(), trajectory.steps, strict=True)
         if step.action.kind != "malformed"
     }
+    _judge_missing(judge, store, steps, what)
+
+
+def _judge_missing(judge: Judge, store: Store, steps: Mapping[str, StepView], what: str) -> None:
+    """steps: content hash -> step."""
     missing = store.missing(judge.id, steps)
     with _bar(what, len(missing), "step") as bar:
         for at in range(0, len(missing), JUDGE_CHUNK):
             keys = missing[at : at + JUDGE_CHUNK]
-            judgements = judge_actions(judge, [steps[key][0] for key in keys], [steps[key][1] for key in keys])
+            judgements = judge.judge([steps[key] for key in keys])
             store.add_verdicts(judge.id, dict(zip(keys, judgements, strict=True)))
             bar.update(len(keys))
 
@@ -326,13 +395,23 @@ def _collected(config: Config, task: Task, store: Store) -> list[Trajectory]:
     return _finished(store, trajectory_ids(task.questions("train"), config.collect.trajectories_per_question))
 
 
+def _tools_of(task: Task) -> dict[str, Sequence[str]]:
+    return {task.name: task.tools}
+
+
+def _by_id(questions: Sequence[Question]) -> dict[str, Question]:
+    return {question.id: question for question in questions}
+
+
 def _task(config: Config) -> Task:
     return load_task(config.tasks, config.run.seed)
 
 
 @contextlib.contextmanager
-def _judge(config: Config, task: Task, probe: bool = True) -> Iterator[Judge]:
-    judge = load_judge(config.judge, [task], probe)
+def _judge(
+    config: Config, tools_by_task: Mapping[str, Sequence[str]], probe: bool = True, task: Task | None = None
+) -> Iterator[Judge]:
+    judge = load_judge(config.judge, tools_by_task, probe, [task] if task else [])
     try:
         yield judge
     finally:

@@ -43,8 +43,10 @@ class JudgeServer(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        number = hashlib.sha256(body["messages"][-1]["content"].encode()).digest()[0]
-        verdict = "GOOD" if number < 120 else "BAD"
+        content = body["messages"][-1]["content"]
+        number = hashlib.sha256(content.encode()).digest()[0]
+        good, bad = ("YES", "NO") if "BEGIN ANSWER KEY" in content else ("GOOD", "BAD")
+        verdict = good if number < 120 else bad
         silent = self.path.startswith("/silent") or number < 20
         reply = "I cannot say." if silent else f"Because of this and that.\nVERDICT: {verdict}"
         answer = {"choices": [{"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}]}
@@ -167,7 +169,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_model: Path, judged: str) -> None:
-    arguments = overrides(tmp_path, tiny_model, judged, "training.tensorboard=true")
+    arguments = overrides(tmp_path, tiny_model, judged, "training.tensorboard=true", "evaluate.outcome=judge")
     first = start(["run", *arguments])
     folder = tmp_path / "r"
     summary = json.loads((folder / "summary.json").read_text())
@@ -176,6 +178,10 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
         assert summary[name].keys() >= {"accuracy", "process_label", "malformed", "questions"}
         full = json.loads((folder / "evaluations" / f"{name}.json").read_text())
         assert {key: full[key] for key in summary[name]} == summary[name]
+        assert 0 <= full["judge_accuracy"] <= full["answered"] and full["unknown_answers"] < 6
+        with Store(folder / "evaluations" / f"{name}.db", writable=False) as store:
+            lengths = [step.end - step.start for t in store.trajectories() for step in t.steps]
+        assert full["action_length"] == pytest.approx(sum(lengths) / len(lengths))
     assert summary["seconds"] > 0
     assert "<html" in (folder / "report.html").read_text()
     # invariant 8: screen, metrics.jsonl and TensorBoard show the same numbers
@@ -192,6 +198,14 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
         assert f"reward {row['reward']:.3f}" in first.stdout
     assert all(row["grad_norm"] > 0 for row in rows), "rewards must differ within states, else nothing here is tested"
     assert any(row["unknown"] > 0 for row in rows)
+    for row in rows:
+        assert row["action_length"] == pytest.approx(row["action_tokens"] / row["actions"])
+        known = row["actions"] - row["unknown"]
+        good = row["reward"] * known
+        both = row["action_length_good"] * good + row["action_length_bad"] * (known - good)
+        assert 0 < both <= row["action_tokens"] * (1 + 1e-9) and all(
+            0 <= row[n] < 1 for n in ("cut_off", "outside_tag", "repeated")
+        )
     assert all(row["engine_gap_mean"] < 1e-4 for row in rows), "engine and trainer disagree on log-probs"  # invariant 4
     begin = time.monotonic()
     second = start(["run", *arguments])

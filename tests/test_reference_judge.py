@@ -69,7 +69,7 @@ def test_the_steps_of_solutions() -> None:
 def test_a_task_hands_over_its_solutions(tmp_path: Path) -> None:
     """Each official step of generated word problems, done with the real calculator, is GOOD or repeats a result."""
     task = load_task(TasksConfig(kind="reasoning_gym", dataset="gsm_symbolic", limit=40, eval_limit=5), 0)
-    judge = load_judge(JudgeConfig(kind="reference"), [task])
+    judge = load_judge(JudgeConfig(kind="reference"), {task.name: task.tools}, tasks=[task])
     calculator = Calculator()
     for question in [*task.questions("train"), *task.questions("eval")]:
         steps = task.solution(question)
@@ -91,4 +91,4 @@ def test_a_task_hands_over_its_solutions(tmp_path: Path) -> None:
 def test_a_task_without_solutions_is_refused() -> None:
     config = load(None, ["judge.kind=reference", "tasks.limit=2", "tasks.eval_limit=2"])
     with pytest.raises(ConfigError, match="judge.kind=reference: the questions of chain_sum have no worked solutions"):
-        load_judge(config.judge, [load_task(config.tasks, 0)])
+        load_judge(config.judge, {"chain_sum": ("calculator",)}, tasks=[load_task(config.tasks, 0)])

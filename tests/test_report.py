@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from swirl_fast import __version__
 from swirl_fast.actions import parse
+from swirl_fast.behaviour import Behaviour, behaviour_metrics
 from swirl_fast.config import Config, TasksConfig, TrainingConfig, dump
 from swirl_fast.evaluate import summarise
 from swirl_fast.filtering import keep
@@ -209,6 +210,8 @@ def metrics_row(step: int, **changes: float) -> dict[str, float]:
             "states": 20.0,
             "actions": 160.0,
         },
+        **{"action_length": 25.0, "action_length_good": 20.0 + step, "action_length_bad": 30.0 - step},
+        **{"cut_off": 0.2 / step, "outside_tag": 0.3 / step, "repeated": 0.1 / step},
         **{"importance_truncated": 0.0, "skipped_samples": 0.0, "memory_gib": 2.5},
         **{"action_tokens": 4000.0, "tokens_computed": 5000.0 + step, "tokens_effective": 24000.0 + step},
         **{"tokens_computed_per_second": 200.0 + step, "tokens_effective_per_second": 1000.0 + 3 * step, "tflops": 0.3},
@@ -368,7 +371,9 @@ def test_headline_shows_the_numbers_of_the_evaluations(run: Made) -> None:
         "Steps without a verdict": "unknown",
         "Questions": "questions",
     }
-    keys |= {"Temperature": "temperature", "Time": "seconds"}
+    keys |= {"Temperature": "temperature", "Time": "seconds", "Cut off": "cut_off", "Action length": "action_length"}
+    keys |= {"Length of GOOD steps": "action_length_good", "Length of BAD steps": "action_length_bad"}
+    keys |= {"Text outside the tag": "outside_tag"}
     assert rows.keys() == keys.keys()  # F1 and trajectories would repeat accuracy and questions
     for name, key in keys.items():
         for cell, evaluation in zip(rows[name][:2], run.evaluations.values(), strict=True):
@@ -501,7 +506,9 @@ def test_curves_and_table_hold_the_metrics(run: Made) -> None:
     figures = {figure.one("h3").children[0].strip(): figure for figure in root.all("figure")}
     shown = {
         "Reward and process label": ["reward", "process_label"],
-        "Malformed actions": ["malformed"],
+        "Malformed, cut off and repeated actions": ["malformed", "cut_off", "repeated"],
+        "Action length by verdict": ["action_length_good", "action_length_bad"],
+        "Text outside the tag": ["outside_tag"],
         "KL to the reference model": ["kl"],
         "Entropy": ["entropy"],
         "Gradient norm": ["grad_norm"],
@@ -514,7 +521,12 @@ def test_curves_and_table_hold_the_metrics(run: Made) -> None:
     for title, keys in shown.items():
         data = json.loads(figures[title].attributes["data-chart"])
         assert data["at"] == [f"step {step}" for step in range(1, 13)]
-        percent = title in ("Reward and process label", "Malformed actions", "Rollout cache hit rate")
+        percent = title in (
+            "Reward and process label",
+            "Malformed, cut off and repeated actions",
+            "Text outside the tag",
+            "Rollout cache hit rate",
+        )
         for key, texts in zip(keys, data["values"], strict=False):
             for row, text in zip(run.metrics, texts, strict=True):
                 number = float(text.rstrip("%").replace(",", "")) / (100 if percent else 1)
@@ -544,6 +556,7 @@ def test_the_keys_are_those_that_training_writes() -> None:
         f"seconds_{phase}" for phase in re.findall(r'phase\("(\w+)"\)', source + (training / "sampler.py").read_text())
     }
     written = metrics_row(1).keys()
+    keys |= behaviour_metrics(vars(Behaviour())).keys()
     assert keys == written - phases and "seconds_rollout" in phases & written
 
 

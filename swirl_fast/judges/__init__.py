@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from swirl_fast.config import ConfigError, JudgeConfig
 from swirl_fast.judges.judge import Judge
@@ -11,21 +11,24 @@ from swirl_fast.judges.rules import RulesJudge
 from swirl_fast.tasks.task import Split, Task
 
 
-def load_judge(config: JudgeConfig, tasks: Sequence[Task], probe: bool = True) -> Judge:
+def load_judge(
+    config: JudgeConfig, tools_by_task: Mapping[str, Collection[str]], probe: bool = True, tasks: Sequence[Task] = ()
+) -> Judge:
     """The judge a config names, ready for work.
 
-    tasks: those whose steps it will judge; their tools tell the rules judge what is malformed, their solutions are for the reference judge.
+    tools_by_task: task name -> names of the tools on offer there: the rules judge tells by it what is malformed, a model judge is asked
+    about calls of these tools.
+    tasks: those whose steps it will judge; only the reference judge needs them, for their worked solutions.
     probe: ask the endpoint of a model judge once, so that a wrong address, key or model name fails here.
 
     Raises ValueError, with the key, the value and the remedy, for a setting or an endpoint that cannot work.
     """
-    tools_by_task = {task.name: task.tools for task in tasks}
     if config.kind == "rules":
         return RulesJudge(config.rules, tools_by_task)
     if config.kind == "model":
         from swirl_fast.judges.model import ModelJudge  # httpx is loaded only where an endpoint is asked
 
-        judge = ModelJudge(config.model)
+        judge = ModelJudge(config.model, tools_by_task)
         if probe:
             judge.check()
         return judge

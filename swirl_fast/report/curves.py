@@ -35,12 +35,16 @@ def curves(metrics: Sequence[Row], kl_measured: bool = True) -> str:
         return [Series(name.replace("_", " "), [_value(row, key) for row in rows]) for name, key in keys.items()]
 
     reward = series(reward="reward", process_label="process_label")
+    faults = series(malformed="malformed", cut_off="cut_off", repeated_call="repeated")
+    length = series(GOOD="action_length_good", BAD="action_length_bad")
     gap = series(mean="engine_gap_mean", largest="engine_gap_max")
     speed = series(computed="tokens_computed_per_second", effective="tokens_effective_per_second")
     cached = series(prompt_tokens_from_the_cache="cache_hit_rate")
     charts = [
         lines("Reward and process label", steps, reward, "%", top=1.0),
-        lines("Malformed actions", steps, series(malformed="malformed"), "%"),
+        lines("Malformed, cut off and repeated actions", steps, faults, "%"),
+        lines("Action length by verdict", steps, length, "tokens"),
+        lines("Text outside the tag", steps, series(share_of_characters="outside_tag"), "%"),
         lines("KL to the reference model", steps, series(KL="kl") if kl_measured else [], "nats a token"),
         lines("Entropy", steps, series(entropy="entropy"), "nats a token"),
         lines("Gradient norm", steps, series(before_clipping="grad_norm"), ""),

@@ -13,11 +13,17 @@ from swirl_fast.report.markup import escape, is_number, show
 # Key of the evaluation, name, unit, direction that is better (0: neither; None: no change is shown), explanation.
 ROWS = (
     ("accuracy", "Accuracy", "%", 1, "answers that equal a gold answer"),
+    ("judge_accuracy", "Accuracy by the judge", "%", 1, "answers that the outcome judge finds equal to a gold answer"),
     ("process_label", "Mean process label", "%", 1, "steps judged GOOD, averaged within, then across trajectories"),
     ("f1", "Token F1", "%", 1, "overlap of answer and gold answer"),
     ("answered", "Answered", "%", 1, "trajectories that end with an answer"),
     ("malformed", "Malformed", "%", -1, "of all steps"),
     ("repeated", "Repeated calls", "%", -1, "of all steps"),
+    ("cut_off", "Cut off", "%", -1, "of all steps: the length limit was reached"),
+    ("outside_tag", "Text outside the tag", "%", 0, "of well-formed steps, in characters"),
+    ("action_length", "Action length", "", 0, "tokens a step"),
+    ("action_length_good", "Length of GOOD steps", "", 0, "tokens"),
+    ("action_length_bad", "Length of BAD steps", "", 0, "tokens"),
     ("steps", "Steps", "", 0, "a trajectory"),
     ("unknown", "Steps without a verdict", "", 0, "left out of the process label"),
     ("questions", "Questions", "", None, "held out from training"),

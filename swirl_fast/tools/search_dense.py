@@ -104,9 +104,10 @@ class Dense:
         return np.memmap(file, np.float32, "r", shape=(len(passages), width))
 
     def open(self, folder: Path) -> None:
-        self._index: Any = self._faiss.read_index(str(folder / "index.faiss"), self._faiss.IO_FLAG_MMAP_IFC)
+        index: Any = self._faiss.read_index(str(folder / "index.faiss"), self._faiss.IO_FLAG_MMAP_IFC)
         if self._factory == INDEXES["hnsw"]:
-            self._index.hnsw.efSearch = 128  # passages looked at; faiss has 16
+            index.hnsw.efSearch = 128  # passages looked at; faiss has 16
+        self._index = index
 
     def ranking(self, query: str, k: int) -> list[tuple[int, float]]:
         """Scores are inner products. Nothing for a query of white space."""

@@ -148,14 +148,15 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
     stream = open_stream(config, ranks)
     stack.callback(stream.close)
     task = load_task(config.tasks, config.run.seed)
-    settings = settings_of(config, load_judge(config.judge, [task], probe=False).id)
+    tools_by_task = {task.name: task.tools}
+    settings = settings_of(config, load_judge(config.judge, tools_by_task, probe=False, tasks=[task]).id)
     marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings}
     if (target / _MARKER).is_file() and json.loads((target / _MARKER).read_text()) == marker:
         if ranks.main:
             print(f"train: {target} is trained to step {training.steps} already")
         return
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
-    judge = load_judge(config.judge, [task], probe=judged)
+    judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=[task])
     if ranks.main and (count := stream.manifest.trajectories - stream.skipped_samples) < training.trajectories_per_step:
         print(
             f"train: {count} trajectories passed the filter, fewer than "

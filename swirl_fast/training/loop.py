@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swirl_fast.behaviour import behaviour_metrics
 from swirl_fast.comb import Branch, Comb, SampledState, balance, micro_batches, pack
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.engine import Engine
@@ -47,7 +48,7 @@ from swirl_fast.training.metrics import MetricsLog
 from swirl_fast.training.outcomes import Outcomes
 from swirl_fast.training.parallel import Ranks, set_gradient_sync
 from swirl_fast.training.rollout import SampledAction, to_actions, to_branches
-from swirl_fast.training.sampler import Sampler
+from swirl_fast.training.sampler import SampledBatch, Sampler
 from swirl_fast.training.totals import Totals
 from swirl_fast.training.utilization import peak_flops, peak_memory, utilization
 from swirl_fast.trajectory import Trajectory
@@ -210,6 +211,7 @@ class Trainer:
         totals.actions = len(sampled)
         totals.surprisal = -sum(sum(one.completion.logprobs) for one in sampled)
         totals.malformed = sum(one.action.kind == "malformed" for one in sampled)
+        self._observe(batch, totals)
 
         with totals.phase("old_logprobs"), torch.no_grad():
             for micro in batches:
@@ -249,6 +251,11 @@ class Trainer:
     def _sync_weights(self) -> None:
         if self.engine is not None:
             weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
+
+    def _observe(self, batch: SampledBatch, totals: Totals) -> None:
+        for one, judgement in zip(batch.sampled, batch.judgements, strict=True):
+            earlier = [step.action for step in batch.trajectories[one.trajectory].steps[: len(one.view.history)]]
+            totals.observe(one.view.action_text, one.action, len(one.completion.tokens), judgement.verdict, earlier)
 
     def _answered(self, sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> bool:
         asked = [j for s, j in zip(sampled, judgements, strict=True) if s.action.kind != "malformed"]
@@ -402,6 +409,7 @@ class Trainer:
             "process_label": s["process_label"] / s["judged_states"] if s["judged_states"] else math.nan,
             "unknown": s["actions"] - s["known"],
             "malformed": s["malformed"] / max(s["actions"], 1.0),
+            **behaviour_metrics(s),
             "loss": s["loss"],
             "nll": s["nll"] / tokens,
             "kl": s["kl"] / tokens,
@@ -465,10 +473,8 @@ def check_budget(config: Config, trajectory: str, tokens: int, max_context: int)
             f"at least {path}, or to 0 for the model's context of {max_context}"
         )
     if path > max_context:
-        raise ConfigError(
-            f"{f'collect.max_steps={config.collect.max_steps}' if recorded else f'training.max_action_tokens={longest}'}: {state}; together "
-            f"this exceeds the model's context of {max_context}"
-        )
+        key = f"collect.max_steps={config.collect.max_steps}" if recorded else f"training.max_action_tokens={longest}"
+        raise ConfigError(f"{key}: {state}; together this exceeds the model's context of {max_context}")
 
 
 def _difference(old: Any, new: Any, key: str = "") -> str:

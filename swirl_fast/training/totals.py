@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from swirl_fast.behaviour import Behaviour
 from swirl_fast.objective import LossSums
 
 
 @dataclass
-class Totals:
+class Totals(Behaviour):
     """What one rank adds up over its micro-batches; summed (or, where named so, maximised) over ranks before it is shown."""
 
     loss: float = 0.0

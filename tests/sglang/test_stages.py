@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 from engine_conformance import assert_hits
 from real_servers import GENERATED, Log, attached, launched
+from test_agreement import labels
 from test_pipeline import overrides, start
 from transformers import AutoTokenizer
 
+from swirl_fast import cli
 from swirl_fast.config import EndpointConfig
 from swirl_fast.engines.engine import cacheable
 from swirl_fast.engines.sglang import SGLangEngine
 from swirl_fast.judges.judge import Verdict
 from swirl_fast.judges.model import ModelJudge, step_prompt
+from swirl_fast.store import Store
 from swirl_fast.training.metrics import read_metrics
 from swirl_fast.trajectory import StepView
 
@@ -88,3 +91,23 @@ def test_the_judge_asks_a_chat_endpoint_of_sglang(
         for text in map(step_prompt, steps)
     ]
     assert_hits(log.prefill()[1], cacheable(prompts))
+
+
+def test_a_judge_on_a_server_is_measured_against_labels(server: SGLangEngine, tmp_path: Path) -> None:
+    """The tiny model gives no verdict: all UNKNOWN, which is told as such, kept in the store, and counted neither right nor wrong."""
+    arguments = [
+        "judge",
+        "--against",
+        str(labels(tmp_path)),
+        f"run.folder={tmp_path}",
+        "run.name=r",
+        "judge.kind=model",
+    ]
+    arguments += [f"judge.model.url={server.urls[0]}/v1", "judge.model.max_tokens=16", "judge.model.retries=0"]
+    assert cli.main(arguments) == 0
+    report = json.loads((tmp_path / "r" / "agreement.json").read_text())
+    assert report["steps"] == 4 and report["judge"].startswith("model-default-v")
+    assert report["confusion"]["GOOD"]["UNKNOWN"] == 1 and report["confusion"]["BAD"]["UNKNOWN"] == 3
+    assert report["accuracy"] is None and report["accuracy_unknown_wrong"] == 0 and report["unknown_share"] == 1
+    with Store(tmp_path / "r" / "agreement.db", writable=False) as store:
+        assert store.counts().verdicts == 4 and store.counts().unknown == 4

@@ -1,0 +1,61 @@
+"""The outcome judge: is a trajectory's answer right, by the answer key? Exact comparison by the task, or a model (judges/model.py) whose
+verdicts are kept in the store, under the hash of question, key and answer.
+
+    filter.outcome, evaluate.outcome = exact | judge; the model's endpoint is judge.model, whatever judge.kind is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from swirl_fast.config import EndpointConfig
+from swirl_fast.judges.judge import Verdict
+from swirl_fast.judges.model import GivenAnswer, ModelJudge
+from swirl_fast.store import Store
+from swirl_fast.tasks.task import Question
+from swirl_fast.trajectory import Trajectory
+
+CHUNK = 256  # answers judged between two writes
+
+
+def judge_outcomes(
+    config: EndpointConfig, store: Store, trajectories: Sequence[Trajectory], questions: Mapping[str, Question]
+) -> None:
+    """Asks about every answer without a verdict, and keeps the verdicts; questions: by id. Raises ConfigError for an endpoint that
+    cannot work."""
+    judge = ModelJudge(config)
+    try:
+        given = {one.content_hash(): one for one in _given(trajectories, questions).values()}
+        missing = store.missing(judge.outcome_id, given)
+        if missing:
+            judge.check()
+        for at in range(0, len(missing), CHUNK):
+            keys = missing[at : at + CHUNK]
+            judgements = judge.judge_answers([given[key] for key in keys])
+            store.add_verdicts(judge.outcome_id, dict(zip(keys, judgements, strict=True)))
+    finally:
+        judge.close()
+
+
+def outcome_judge_id(config: EndpointConfig) -> str:
+    judge = ModelJudge(config)
+    judge.close()
+    return judge.outcome_id
+
+
+def read_outcomes(
+    config: EndpointConfig, store: Store, trajectories: Sequence[Trajectory], questions: Mapping[str, Question]
+) -> dict[str, bool | None]:
+    """Trajectory id -> is its answer right; None where the judge gave no verdict or was not asked. Only trajectories with an answer."""
+    keys = {id_: one.content_hash() for id_, one in _given(trajectories, questions).items()}
+    stored = store.verdicts(outcome_judge_id(config), keys.values())
+    right = {Verdict.GOOD: True, Verdict.BAD: False, Verdict.UNKNOWN: None}
+    return {id_: right[stored[key].verdict] if key in stored else None for id_, key in keys.items()}
+
+
+def _given(trajectories: Sequence[Trajectory], questions: Mapping[str, Question]) -> dict[str, GivenAnswer]:
+    return {
+        t.id: GivenAnswer(questions[t.question_id].text, questions[t.question_id].answers, t.answer)
+        for t in trajectories
+        if t.answer is not None
+    }

@@ -1,0 +1,136 @@
+"""Answers judged against the key by a model: kept in the store, UNKNOWN left out under its own name, also in the stages."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_model_judge import completion, prompt_of, serving, surroundings  # noqa: F401  (a fixture)
+
+from swirl_fast import cli
+from swirl_fast.actions import parse
+from swirl_fast.collect import trajectory_ids
+from swirl_fast.config import ConfigError, EndpointConfig, load
+from swirl_fast.evaluate import summarise
+from swirl_fast.filtering import keep
+from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.judges.model import GivenAnswer
+from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
+from swirl_fast.store import Store
+from swirl_fast.tasks import load_task
+from swirl_fast.tasks.task import Question
+from swirl_fast.trajectory import Finish, Step, Trajectory
+
+ANSWERS = {"right": "$10", "wrong": "12", "silent": "ten or so", "none": None, "again": "$10"}
+
+
+def trajectory(id_: str, question: Question, answer: str | None) -> Trajectory:
+    text = "<math_exp>5+5</math_exp>" if answer is None else f"<answer>{answer}</answer>"
+    step = Step(1, 2, text, parse(text, ["calculator"]), [0.0], 0, "5+5 -> 10.0" if answer is None else None)
+    finish = Finish.STEP_LIMIT if answer is None else Finish.ANSWER
+    return Trajectory(id_, question.id, question.task, question.text, 0, 1, [7, 8], [step], finish)
+
+
+def respond(request, _):
+    """YES for $10, NO for 12, no verdict otherwise."""
+    given = re.search(r"BEGIN GIVEN ANSWER \w+ ===\n(.*?)\n=== END", prompt_of(request), re.S)
+    verdict = {"$10": "VERDICT: YES", "12": "VERDICT: NO"}.get(given[1] if given else "", "That is hard to say.")
+    return completion(f"So.\n{verdict}")
+
+
+def test_verdicts_are_kept_by_content_and_unknown_ones_asked_anew(tmp_path: Path) -> None:
+    question = Question("q", "sums", "How much are 5 and 5?", ("10", "ten"))
+    trajectories = [trajectory(name, question, answer) for name, answer in ANSWERS.items()]
+    with serving(respond) as (endpoint, _), Store(tmp_path / "t.db") as store:
+        config = EndpointConfig(url=endpoint.url, model="judge-1", retries=0)
+        before = read_outcomes(config, store, trajectories, {"q": question})
+        assert before == dict.fromkeys(("right", "wrong", "silent", "again")), (
+            "not asked yet: no outcome, and none is wrong"
+        )
+        judge_outcomes(config, store, trajectories, {"q": question})
+        outcomes = read_outcomes(config, store, trajectories, {"q": question})
+        assert outcomes == {"right": True, "wrong": False, "silent": None, "again": True}
+        assert len(endpoint.requests) == 1 + 3, "the check, and each different answer once"
+        judge_outcomes(config, store, trajectories, {"q": question})
+        assert len(endpoint.requests) == 4 + 2, "the check, and the one without a verdict"
+        judge_outcomes(config, store, [trajectories[0]], {"q": question})
+        assert len(endpoint.requests) == 6, "nothing to ask: not even the check"
+        other_key = Question("q", "sums", question.text, ("11",))
+        assert read_outcomes(config, store, trajectories[:1], {"q": other_key}) == {"right": None}
+    selection = keep(trajectories, {}, outcomes, "outcome")
+    assert selection.kept == ("right", "again")
+    assert {reason: n for reason, n in selection.dropped.items() if n} == {
+        "no_answer": 1,
+        "wrong_answer": 1,
+        "unknown_outcome": 1,
+    }
+    assert "1 with an answer that the outcome judge gave no verdict on" in selection.describe()
+    assert "run judge again" in keep(trajectories[2:3], {}, outcomes, "outcome").remedy()
+
+
+def test_what_a_verdict_depends_on_is_in_its_key() -> None:
+    one = GivenAnswer("How much?", ("10",), "$10")
+    others = [GivenAnswer("How many?", ("10",), "$10"), GivenAnswer("How much?", ("10", "x"), "$10")]
+    others += [GivenAnswer("How much?", ("10",), "10"), GivenAnswer("How much?", ("10",), None)]
+    assert len({given.content_hash() for given in (one, *others)}) == 5
+    assert GivenAnswer("How much?", ("10",), "$10").content_hash() == one.content_hash()
+    ids = [
+        outcome_judge_id(EndpointConfig(url="http://127.0.0.1:9/v1", model=m, temperature=t))
+        for m, t in (("a", 0), ("b", 0), ("a", 1))
+    ]
+    assert len(set(ids)) == 3 and all(id_.startswith("outcome-") for id_ in ids)
+
+
+def collected(folder: Path, *more: str) -> list[str]:
+    """The overrides of a run, in whose store lies what collect would leave: four trajectories of a step each."""
+    run = [f"run.folder={folder}", "run.name=r", "tasks.limit=4", "tasks.eval_limit=1", *more]
+    run += ["collect.trajectories_per_question=1"]
+    config = load(None, run)
+    questions = load_task(config.tasks, config.run.seed).questions("train")
+    ids = trajectory_ids(questions, 1)
+    made = [trajectory(*each) for each in zip(ids, questions, ANSWERS.values(), strict=False)]
+    with Store(folder / "r" / "trajectories.db") as store:
+        store.add_questions(questions)
+        store.record(made)
+    return run
+
+
+def test_judge_and_filter_use_the_outcome_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Process by the rules, outcomes by the model."""
+    run = collected(tmp_path, "filter.kind=outcome")
+    with serving(respond) as (endpoint, _):
+        run += ["filter.outcome=judge", f"judge.model.url={endpoint.url}", "judge.model.model=judge-1"]
+        assert cli.main(["filter", *run]) == 1
+        assert "3 with an answer that the outcome judge gave no verdict on" in capsys.readouterr().err
+        assert cli.main(["judge", *run]) == 0 and len(endpoint.requests) == 1 + 3
+        assert cli.main(["filter", *run]) == 0 and len(endpoint.requests) == 4
+    written = json.loads((tmp_path / "r" / "filter.json").read_text())
+    assert (written["kept"], written["total"]) == (1, 4)
+    assert "1 with an answer that the outcome judge gave no verdict on" in written["describe"]
+
+
+def test_evaluation_tells_the_judged_accuracy_beside_the_exact_one() -> None:
+    config = load(None, ["tasks.limit=1", "tasks.eval_limit=5"])
+    task = load_task(config.tasks, 0)
+    questions = task.questions("eval")
+    made = [
+        trajectory(str(i), question, answer)
+        for i, (question, answer) in enumerate(zip(questions, ANSWERS.values(), strict=True))
+    ]
+    judgements = {t.id: [Judgement(Verdict.GOOD, "")] for t in made}
+    plain = summarise(task, questions, made, judgements)
+    assert "judge_accuracy" not in plain
+    judged = summarise(task, questions, made, judgements, {"0": True, "1": False, "2": None, "4": True})
+    assert judged["judge_accuracy"] == 2 / 4, "no answer is wrong, one without a verdict is left out"
+    assert judged["unknown_answers"] == 1 and judged["accuracy"] == plain["accuracy"]
+    low, high = judged["judge_accuracy_interval"]
+    assert low < 0.5 < high
+
+
+@pytest.mark.parametrize("key", ["filter.outcome", "evaluate.outcome"])
+def test_the_settings_are_checked(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}=judge: needs judge.model.url"):
+        load(None, [f"{key}=judge"])
+    with pytest.raises(ConfigError, match=f"{key}=model: must be one of exact, judge"):
+        load(None, [f"{key}=model"])
+    load(None, [f"{key}=judge", "judge.model.url=http://127.0.0.1:1/v1"])
