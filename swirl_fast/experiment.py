@@ -8,6 +8,7 @@
       base: {train: false}           # the model as it is
       swirl: {filter.kind: process}
       sft: {filter.kind: process, algorithm.name: sft}
+      longer: {from: swirl, filter.kind: process}   # starts from the model that swirl ends with, of the same seed
     grid: {filter.max_trajectories: [16, 64]}   # optional: every trained arm with every combination
     evaluations:                     # "in_domain" and others; each a few settings
       in_domain: {}
@@ -33,7 +34,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ KEEP = ("results", "models", "all")
 
 @dataclass(frozen=True)
 class Cell:
-    """evaluations: name -> config. config: of the run; a base cell is only evaluated."""
+    """evaluations: name -> config. config: of the run; one that is not trained is only evaluated. start: the name of the cell whose model
+    it starts from."""
 
     arm: str
     seed: int
@@ -70,6 +72,12 @@ class Cell:
     config: Config
     evaluations: Mapping[str, Config]
     digest: str
+    start: str | None = None
+
+    @property
+    def model(self) -> Path:
+        """What it ends with."""
+        return self.config.folder / "model"
 
     @property
     def name(self) -> str:
@@ -143,17 +151,23 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     if compare and (not isinstance(compare, list) or len(compare) != 2 or not set(compare) <= set(crossed)):
         raise fail("compare", f"{compare!r} must be two of the arms {', '.join(crossed)}")
     first, last = next(iter(crossed)), list(crossed)[-1]
-    cells = []
+    cells: list[Cell] = []
     for seed, (arm, entries) in itertools.product(seeds, crossed.items()):
-        trained = entries.get("train", True)
-        own = [*common, *_overrides({k: v for k, v in entries.items() if k != "train"}), f"run.seed={seed}"]
-        own += [f"run.folder={json.dumps(str(folder / name))}"]
+        trained, start = entries.get("train", True), None
+        own = [*common, *_overrides({k: v for k, v in entries.items() if k not in ("train", "from")})]
+        own += [f"run.seed={seed}", f"run.folder={json.dumps(str(folder / name))}"]
+        if "from" in entries:
+            start = next((c for c in cells if (c.arm, c.seed) == (entries["from"], seed) and c.trained), None)
+            if start is None:
+                raise fail(f"arms.{arm}.from", f"{entries['from']!r} must be a trained arm that stands before it")
+            own.append(f"model.path={json.dumps(str(start.model))}")
         try:
             config = load(named, own)
             evaluated = {key: load(named, [*own, *_overrides(more)]) for key, more in evaluations.items()}
         except ConfigError as error:
             raise ConfigError(f"{path}, arm {arm}: {error}") from None
-        cells.append(_cell(arm, seed, trained, config, evaluated))
+        cell = _cell(arm, seed, trained, config, evaluated)
+        cells.append(replace(cell, start=start.name) if start else cell)
     results = path.parent / spec["results"] if spec.get("results") else folder / name
     summary = path.parent / spec["summary"] if spec.get("summary") else results / "summary.json"
     return Experiment(name, results, summary, tuple(seeds), tuple(cells), tuple(compare) or (last, first), keep)  # type: ignore[arg-type]
@@ -257,7 +271,7 @@ def run_experiment(experiment: Experiment) -> list[str]:
                 print(f"experiment {experiment.name}: {cell.arm}, seed {cell.seed}: {error}")
                 continue
             stages.write_json(path, result)
-            _clean(cell, experiment.keep)
+            _clean(experiment, cell)
     write_outputs(experiment)
     return [
         f"{cell.arm}, seed {cell.seed}: {failed.get(cell.name, 'is being done elsewhere, or was interrupted there')}"
@@ -281,21 +295,29 @@ def write_outputs(experiment: Experiment) -> None:
 
 
 def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
-    config, weights = cell.config, None
     result: dict[str, Any] = {"arm": cell.arm, "seed": cell.seed, "trained": cell.trained}
+    weights = None
+    if start := next((one for one in experiment.cells if one.name == cell.start), None):
+        with _claimed(start.config.folder / "lock", wait=True):
+            if not (start.model / "config.json").is_file():  # another process failed, or only its numbers were kept
+                _train(start)
     if cell.trained:
-        collection = copy.deepcopy(config)
-        collection.run.name = config.store.parent.name
-        with _claimed(config.store.with_name("lock"), wait=True):
-            stages.collect(collection)
-            stages.judge(config)
-        stages.filter(config)
-        stages.train(config)
-        weights = str(config.folder / "model")
-        filtered = json.loads((config.folder / "filter.json").read_text())
-        result |= {"filter": filtered, "training": _cost(config.folder)}
+        _train(cell)
+        weights = str(cell.model)
+        filtered = json.loads((cell.config.folder / "filter.json").read_text())
+        result |= {"filter": filtered, "training": _cost(cell.config.folder)}
     result["evaluations"] = {name: stages.evaluate(one, name, weights) for name, one in cell.evaluations.items()}
     return result
+
+
+def _train(cell: Cell) -> None:
+    collection = copy.deepcopy(cell.config)
+    collection.run.name = cell.config.store.parent.name
+    with _claimed(cell.config.store.with_name("lock"), wait=True):
+        stages.collect(collection)
+        stages.judge(cell.config)
+    stages.filter(cell.config)
+    stages.train(cell.config)
 
 
 def _cost(folder: Path) -> dict[str, Any]:
@@ -315,11 +337,11 @@ def _cost(folder: Path) -> dict[str, Any]:
     }
 
 
-def _clean(cell: Cell, keep: str) -> None:
-    if keep in ("results", "models") and cell.trained:
+def _clean(experiment: Experiment, cell: Cell) -> None:
+    if experiment.keep in ("results", "models"):
         shutil.rmtree(cell.config.folder / "checkpoints", ignore_errors=True)
-    if keep == "results" and cell.trained:
-        shutil.rmtree(cell.config.folder / "model", ignore_errors=True)
+    if experiment.keep == "results" and not any(one.start == cell.name for one in experiment.cells):
+        shutil.rmtree(cell.model, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def write(folder: Path, model: Path, **more: Any) -> Path:
             "base": {"train": False},
             "all": {"filter.kind": "none", "algorithm.reward": "outcome"},
             "copied": {"filter.kind": "none", "algorithm": {"name": "sft"}},
+            "further": {"from": "copied", "filter.kind": "none", "algorithm.reward": "outcome"},
         },
         "evaluations": {"in_domain": {}, "longer": {"tasks.options.max_terms": 3, "tasks.options.min_terms": 3}},
         "compare": ["all", "base"],
@@ -58,15 +60,17 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 def test_all_cells_of_a_seed_share_a_collection_and_leave_their_numbers(done: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     assert summary["seeds"] == [0, 1] and summary["complete"]
-    assert list(summary["arms"]) == ["base", "all", "copied"]
-    assert len(list(done.glob("collection-*/trajectories.db"))) == 2, "one a seed"
+    assert list(summary["arms"]) == ["base", "all", "copied", "further"]
+    assert len(list(done.glob("collection-*/trajectories.db"))) == 4, (
+        "one a seed, and one of the model that was trained further"
+    )
     for arm in summary["arms"].values():
         for one in (arm["in_domain"], arm["out_of_domain"]["longer"]):
             assert one["interval"][0] <= one["accuracy"] <= one["interval"][1] and one["questions"] == 16
     assert summary["arms"]["base"]["cost"] is None
     assert summary["arms"]["all"]["cost"]["generated_tokens"] > 0
     assert summary["arms"]["copied"]["cost"]["trajectories"] == 18
-    assert summary["comparisons"].keys() == {"all", "copied"}
+    assert summary["comparisons"].keys() == {"all", "copied", "further"}
     for path in (done / "cells").glob("*.json"):
         cell = json.loads(path.read_text())
         for evaluation in cell["evaluations"].values():
@@ -74,7 +78,8 @@ def test_all_cells_of_a_seed_share_a_collection_and_leave_their_numbers(done: Pa
             assert len(means) == 8 and evaluation["accuracy"] == pytest.approx(sum(means) / 8)
     page = (done / "report.html").read_text()
     assert "in_domain" in page and "longer" in page and "Accuracy against base" in page
-    assert not list(done.glob("*/checkpoints")) and not list(done.glob("*/model")), "keep: results"
+    assert not list(done.glob("*/checkpoints")), "keep: results"
+    assert {path.parent.name.split("-")[0] for path in done.glob("*/model")} == {"copied"}, "others start from these"
 
 
 def test_a_second_start_does_nothing_and_a_lost_cell_is_done_again_with_the_same_result(
@@ -97,6 +102,19 @@ def test_a_second_start_does_nothing_and_a_lost_cell_is_done_again_with_the_same
         json.loads((done / "summary.json").read_text())["arms"]["all"]["in_domain"]
         == before["arms"]["all"]["in_domain"]
     )
+
+
+def test_the_start_of_a_cell_is_trained_again_where_only_its_numbers_are_left(done: Path) -> None:
+    path = str(done.parent / "experiment.yaml")
+    (cell,) = (done / "cells").glob("further-0-*.json")
+    saved = json.loads(cell.read_text())
+    cell.unlink()
+    for folder in (*done.glob("copied-0-*"), done / cell.stem):
+        shutil.rmtree(folder)
+    assert cli.main(["experiment", path]) == 0
+    again = json.loads(cell.read_text())
+    assert again["training"]["reward"] == saved["training"]["reward"]
+    assert again["evaluations"]["in_domain"]["by_question"] == saved["evaluations"]["in_domain"]["by_question"]
 
 
 def test_a_cell_that_another_process_holds_is_left_to_it(
@@ -160,7 +178,18 @@ def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> N
         ({"evaluations": {"in_domain": {"tasks.kind": "gsm9k"}}}, "tasks.kind=gsm9k: must be one of"),
         ({"grid": {"filter.kind": "none"}}, "grid.filter.kind: 'none' must be a list"),
         ({"seeds": [0.5]}, "seeds: [0.5] is no list of whole numbers"),
-        ({"compare": ["all", "nothing"]}, "compare: ['all', 'nothing'] must be two of the arms base, all, copied"),
+        (
+            {"compare": ["all", "nothing"]},
+            "compare: ['all', 'nothing'] must be two of the arms base, all, copied, further",
+        ),
+        (
+            {"arms": {"a": {"from": "b"}, "b": {}}, "compare": []},
+            "arms.a.from: 'b' must be a trained arm that stands before",
+        ),
+        (
+            {"arms": {"a": {"train": False}, "b": {"from": "a"}}, "compare": []},
+            "arms.b.from: 'a' must be a trained arm",
+        ),
         ({"keep": "some"}, "keep: 'some' must be one of results, models, all"),
         ({"config": "missing.yaml"}, "missing.yaml: no such file"),
     ],
