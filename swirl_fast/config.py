@@ -320,11 +320,15 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         key, separator, _ = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"override {override!r}: write it as section.key=value, e.g. training.steps=20")
-        try:
-            layer = OmegaConf.from_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from None
-        merged = _merge(merged, layer, "command line")
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+    except (OmegaConfBaseException, yaml.YAMLError):  # one by one, to name the one that is wrong
+        for override in overrides:
+            try:
+                layer = OmegaConf.from_dotlist([override])
+            except (OmegaConfBaseException, yaml.YAMLError) as error:
+                raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from None
+            merged = _merge(merged, layer, "command line")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config), "OmegaConf.to_object builds the structured type"
     check(config)
