@@ -17,8 +17,10 @@ install: .venv/installed
 quickstart: install
 	$(BIN)/swirl-fast run --config configs/quickstart.yaml
 
+# Two files of tests at a time, one thread each: most of the time is spent in small models and in waiting for processes.
+WORKERS ?= 2
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Against real SGLang servers on the CPU, in a virtual environment of their own: SGLang pins many packages. PyPI's torch for Linux brings
 # 3 GB of CUDA along; with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu pip takes the build without it.

@@ -49,6 +49,7 @@ setup(
             "matplotlib>=3.10",
             "trl>=1.16",
             "pytest>=9.0",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.170",
             "ruff>=0.17",
             "mypy>=2.4",

@@ -173,7 +173,7 @@ def sampled_at(trajectories: list[Trajectory], draw: np.random.Generator) -> lis
 def packed_on(ranks: OneOf, budget: int, policy: Policy, data: tuple) -> tuple[list[MicroBatch], Totals]:
     trainer = Trainer.__new__(Trainer)
     trainer.config = load(None, [f"training.token_budget={budget}", "algorithm.kl_coef=0"])
-    trainer.ranks, trainer.engine, trainer.size = ranks, SimpleNamespace(max_context=512), model_size(policy.model)
+    trainer.ranks, trainer.max_context, trainer.size = ranks, 512, model_size(policy.model)
     totals = Totals()
     batches = trainer._pack(*data, totals)
     assert totals.seconds.keys() == {"gather"}, "the wait for other ranks is timed apart"
