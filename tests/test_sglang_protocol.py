@@ -1158,3 +1158,22 @@ time.sleep(60)
     parent.wait()
     parent.stdout.close()
     until(lambda: not runs(pid), "the server ends")
+
+
+def test_two_commands_that_start_at_once_take_different_ports() -> None:
+    """A server listens seconds after it was started: until then its port looks free."""
+    first = free_port()
+    one, claim = sglang_launch.claim_port(first, "127.0.0.1")
+    other, second = sglang_launch.claim_port(first, "127.0.0.1")
+    assert one == first < other
+    claim.close()
+    again, third = sglang_launch.claim_port(first, "127.0.0.1")
+    assert again == first
+    second.close()
+    with socket.socket() as taken:
+        third.close()
+        taken.bind(("127.0.0.1", first))
+        taken.listen()
+        moved, fourth = sglang_launch.claim_port(first, "127.0.0.1")
+        assert moved > first
+        fourth.close()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from swirl_fast.config import LaunchConfig
 from swirl_fast.engines.engine import EngineError
@@ -26,20 +29,27 @@ STOP_SECONDS = 5.0  # for a server to end itself when asked to
 _LOG_TAIL = 2000  # characters of the log shown when a server does not come up
 
 
-def free_port(first: int, host: str) -> int:
-    """The first port from `first` on that nobody listens on."""
+def claim_port(first: int, host: str) -> tuple[int, IO[str]]:
+    """The first port from `first` on that nobody listens on and no server is about to: one that starts listens seconds later. The port is
+    claimed, among this user's commands on this machine, until the file is closed or the process ends."""
+    folder = Path(tempfile.gettempdir()) / f"swirl_fast-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
     for port in range(first, 65536):
-        with socket.socket() as probe:
-            try:
+        claim = open(folder / str(port), "w")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
                 probe.bind((host, port))
-            except OSError:
-                continue
-            return port
+        except OSError:
+            claim.close()
+            continue
+        return port, claim
     raise EngineError(f"engine.launch.port={first}: no port from there on is free on {host}")
 
 
 class ServerProcess:
-    """One server, started anew as often as needed on the same port. number: its place among this node's servers."""
+    """One server, started anew as often as needed on the same port. number: its place among this node's servers. claim: on the port, kept
+    as long as this object lives."""
 
     def __init__(
         self,
@@ -51,7 +61,9 @@ class ServerProcess:
         seed: int,
         key: str,
         log: Path,
+        claim: IO[str] | None = None,
     ) -> None:
+        self._claim = claim
         self.config, self.number, self.port, self.log = config, number, port, log
         self.dtype, self.max_sequences, self.seed, self.key = dtype, max_sequences, seed, key
         self._process: subprocess.Popen[bytes] | None = None

@@ -19,7 +19,7 @@ from typing import TypeVar
 from swirl_fast.config import EngineConfig
 from swirl_fast.engines.engine import EngineError
 from swirl_fast.engines.sglang_client import Client, ServerFailure, ServerInfo, StaleWeights
-from swirl_fast.engines.sglang_launch import ServerProcess, free_port
+from swirl_fast.engines.sglang_launch import ServerProcess, claim_port
 
 T = TypeVar("T")
 
@@ -87,9 +87,11 @@ class Servers:
         else:
             port = config.launch.port
             for number in range(config.launch.servers):
-                port = free_port(port, config.launch.host)
+                port, claim = claim_port(port, config.launch.host)
                 log = folder / f"server-{number}.log"
-                process = ServerProcess(config.launch, number, port, config.dtype, config.max_sequences, seed, key, log)
+                process = ServerProcess(
+                    config.launch, number, port, config.dtype, config.max_sequences, seed, key, log, claim
+                )
                 client = Client(process.url, key, config.timeout)
                 self.all.append(Server(client, Slots(config.max_sequences), process))
                 port += 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from swirl_fast.config import WeightSyncConfig
 from swirl_fast.engines.engine import EngineError
 from swirl_fast.engines.sglang_client import CONTROL_TIMEOUT, ServerFailure, StaleWeights
-from swirl_fast.engines.sglang_launch import free_port
+from swirl_fast.engines.sglang_launch import claim_port
 from swirl_fast.engines.sglang_servers import Server, Servers
 from swirl_fast.engines.sglang_weights import (
     Broadcast,
@@ -198,10 +198,11 @@ class WeightUpdater:
         self.close()
         self._groups += 1
         sizes = [server.info.tensor_parallel for server in up if server.info is not None]
+        port, self._claim = claim_port(29600, "")
         group = Broadcast(
             name=f"swirl-{os.getpid()}-{self._groups}",
             address=self._config.address,
-            port=free_port(29600, ""),
+            port=port,
             world_size=1 + sum(sizes),
             backend="nccl" if torch.cuda.is_available() else "gloo",
             timeout=self._config.timeout,

@@ -24,7 +24,7 @@ from swirl_fast.engines import sglang_servers
 from swirl_fast.engines.engine import Completion, Request, Sampling, cacheable
 from swirl_fast.engines.sglang import SGLangEngine
 from swirl_fast.engines.sglang_client import Client, EngineError
-from swirl_fast.engines.sglang_launch import ServerProcess, free_port
+from swirl_fast.engines.sglang_launch import ServerProcess, claim_port
 
 
 def batch(model: PreTrainedModel, seed: int, trajectories: int = 6) -> list[Request]:
@@ -141,9 +141,8 @@ def foreign(served_model: Path, tmp_path: Path) -> Iterator[tuple[ServerProcess,
             parameter.mul_(1.3)
     model.save_pretrained(folder)
     launch = load(None, launched()).engine.launch
-    process = ServerProcess(
-        launch, 0, free_port(launch.port + 25, "127.0.0.1"), "float32", 32, 0, key="", log=tmp_path / "foreign.log"
-    )
+    port, claim = claim_port(launch.port + 25, "127.0.0.1")
+    process = ServerProcess(launch, 0, port, "float32", 32, 0, key="", log=tmp_path / "foreign.log", claim=claim)
     process.start(str(folder), "default")  # what SGLang calls the weights it is started with
     try:
         asyncio.run(up(process))
@@ -199,9 +198,9 @@ def test_servers_of_others_read_our_weights_and_are_dropped_when_they_die(
 def test_a_port_that_another_server_takes_meanwhile_is_noticed(
     server: SGLangEngine, served_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both looked when it was free. The other one answers there, and must not be taken for ours."""
+    """Another user's, say: claims are a user's own. The other one answers there, and must not be taken for ours."""
     taken = int(server.urls[0].rpartition(":")[2])
-    monkeypatch.setattr(sglang_servers, "free_port", lambda first, host: taken)
+    monkeypatch.setattr(sglang_servers, "claim_port", lambda first, host: (taken, None))
     with pytest.raises(EngineError, match=r"(?s)ended with code .* while starting.*address already in use"):
         start_engine(tmp_path, served_model, *launched(), "run.name=late")
 
