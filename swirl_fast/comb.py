@@ -123,6 +123,13 @@ class Comb:
     def computed_tokens(self) -> int:
         return len(self.tokens_T)
 
+    def row_ends(self) -> Ints | None:
+        """[R + 1] int32, where the rows of a comb without branches end, after a 0; None where something branches."""
+        roots = np.flatnonzero(self.depth_T == 0)
+        ends = np.append(roots, len(self.depth_T))
+        straight = np.diff(self.depth_T)[self.depth_T[1:] > 0] == 1
+        return ends.astype(np.int32) if straight.all() else None
+
     def visible_pairs(self, window: int | None = None) -> int:
         """Pairs of query and key that attention computes: Σ (depth + 1), at most `window` a query."""
         seen_T = self.depth_T.astype(np.int64) + 1

@@ -228,6 +228,9 @@ class TrainingConfig:
     shard_accumulated_gradients: bool = False
     compile: bool = False  # torch.compile, one decoder layer at a time
     liger: bool = False  # liger-kernel's RMSNorm, rotary embedding and SwiGLU (GPU only)
+    flash_attention: bool = (
+        False  # flash-attn for combs without branches, as algorithm.name=sft and packed rows have them (GPU, bfloat16)
+    )
     reference_offload: bool = False  # the reference model waits in CPU memory (GPU only, under torchrun)
     checkpoint_every: int = 10  # optimizer batches; the last one is always saved
     keep_checkpoints: int = 2  # the newest so many stay
@@ -536,6 +539,8 @@ def check(config: Config) -> None:
     at_least(0, training__shard_size=t.shard_size)
     if t.liger and t.compile:
         fail("training.liger", "torch.compile fuses the same operations; set either training.liger or training.compile")
+    if t.flash_attention and config.model.dtype != "bfloat16":
+        fail("training.flash_attention", "flash-attn computes in half precision; set model.dtype=bfloat16")
     if t.reference_offload and a.kl_coef == 0:
         fail("training.reference_offload", "algorithm.kl_coef=0 loads no reference model; leave it false")
     at_least(1, evaluate__samples=e.samples)

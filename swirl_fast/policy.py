@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = (
 
 class PackedRow:
     """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64; longest_path: tokens
-    of the longest path from the root.
+    of the longest path from the root. row_ends: int32 [R + 1], `cu_seqlens` of a forest of R rows for flash-attn; None: tree attention.
 
     What tree attention derives from the packing is made once for each window and kept for all layers. No dataclass: FSDP copies
     those before every layer, and the copies would keep it for themselves.
@@ -50,16 +50,20 @@ class PackedRow:
         targets_E: Tensor,
         edge_N: Tensor,
         longest_path: int,
+        row_ends: Tensor | None = None,
     ) -> None:
         self.tokens_1T, self.depth_1T, self.subtree_end_T = tokens_1T, depth_1T, subtree_end_T
         self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
-        self.longest_path = longest_path
+        self.longest_path, self.row_ends = longest_path, row_ends
         self._plans: dict[int | None, TreePlan] = {}  # by sliding window
 
     @classmethod
-    def of(cls, comb: Comb, device: torch.device | str = "cpu", windows: Iterable[int | None] = ()) -> PackedRow:
+    def of(
+        cls, comb: Comb, device: torch.device | str = "cpu", windows: Iterable[int | None] = (), flash: bool = False
+    ) -> PackedRow:
         """windows: of the model's layers. Their plans are made here, where the host may wait for the device; that of any other window
-        when a layer first asks."""
+        when a layer first asks. flash: use flash-attn where nothing branches."""
+        ends = comb.row_ends() if flash else None
         row = cls(
             tokens_1T=torch.from_numpy(comb.tokens_T).long().to(device)[None],
             depth_1T=torch.from_numpy(comb.depth_T).long().to(device)[None],
@@ -68,8 +72,9 @@ class PackedRow:
             targets_E=torch.from_numpy(comb.targets_E).long().to(device),
             edge_N=torch.from_numpy(comb.edge_N).long().to(device),
             longest_path=int(comb.depth_T.max(initial=-1)) + 1,
+            row_ends=None if ends is None else torch.from_numpy(ends).to(device),
         )
-        for window in windows:
+        for window in windows if ends is None else ():
             row.plan(window)
         return row
 
@@ -106,11 +111,29 @@ def _attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which tree attention does not know: training over "
             "shared prefixes would not be exact; use another model"
         )
+    if packed.row_ends is not None:
+        return _flash_attention(query[0], key[0], value[0], packed, scaling, softcap, sliding_window)[None], None
     plan = packed.plan(sliding_window)
     out = tree_attention(
         query[0], key[0], value[0], None, scale=scaling, softcap=softcap, window=sliding_window, plan=plan
     )
     return out.transpose(0, 1).contiguous()[None], None
+
+
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedRow, scale: float | None, softcap: float | None, window: int | None
+) -> Tensor:
+    """q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D], of rows that lie one after the other (training.flash_attention)."""
+    from flash_attn import flash_attn_varlen_func
+
+    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
+    q, k, v = (x.to(dtype).transpose(0, 1).contiguous() for x in (q, k, v))
+    ends, longest = packed.row_ends, packed.longest_path
+    before = -1 if window is None else window - 1
+    return flash_attn_varlen_func(
+        q, k, v, ends, ends, longest, longest,
+        softmax_scale=scale, causal=True, window_size=(before, 0), softcap=softcap or 0.0,
+    )  # fmt: skip
 
 
 AttentionInterface.register(ATTENTION, _attention)

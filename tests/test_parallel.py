@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small_models
 import torch
@@ -23,7 +24,7 @@ from test_pipeline import environment, free_port
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swirl_fast import cli
-from swirl_fast.comb import pack
+from swirl_fast.comb import Branch, SampledState, pack
 from swirl_fast.config import ConfigError, ModelConfig, TrainingConfig
 from swirl_fast.policy import PackedRow, Policy
 from swirl_fast.training import layers, parallel
@@ -311,3 +312,64 @@ def test_liger_replaces_norm_rotary_embedding_and_mlp_alone(monkeypatch: pytest.
     assert asked.pop("model") is policy.model
     assert {name for name, wanted in asked.items() if wanted} == {"rope", "rms_norm", "swiglu", "geglu"}
     assert {name for name, wanted in asked.items() if not wanted} >= {"cross_entropy", "fused_linear_cross_entropy"}
+
+
+def varlen(q, k, v, ends, ends_k, longest, longest_k, *, softmax_scale, causal, window_size, softcap):  # type: ignore[no-untyped-def]
+    """What flash-attn's documentation says of flash_attn_varlen_func, one row at a time: [T, H, D], softcap 0 for none, a window of
+    `left` keys before the query."""
+    assert causal and torch.equal(ends, ends_k) and longest == longest_k == int(ends.diff().max())
+    assert ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(q)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    rows = []
+    for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        groups = q.shape[1] // k.shape[1]
+        keys, values = (x[a:b].repeat_interleave(groups, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        gap = torch.arange(b - a)[:, None] - torch.arange(b - a)[None]
+        hidden = (gap < 0) | ((gap > window_size[0]) if window_size[0] >= 0 else False)
+        rows.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_flash_attention_is_asked_for_the_same_on_rows_without_branches(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels need a GPU; a stand-in does what its documentation says. Gemma-2: soft-cap, window and a scale of its own."""
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(1, 97, n, dtype=np.int32) for n in (12, 5, 9)]
+    rows[1][0], rows[2][0] = (rows[0][0] + 1) % 97, (rows[0][0] + 2) % 97
+    straight = pack([Branch(row, (SampledState(3, (row[3:],), (i,)),)) for i, row in enumerate(rows)])
+    other = np.array([*rows[0][3:5], (rows[0][5] + 1) % 97, 1, 2], np.int32)
+    branched = pack([Branch(rows[0], (SampledState(3, (rows[0][3:], other), (0, 1)),))])
+    policy = Policy(small_models.build(kind, torch.float64))
+    found = []
+    for flash in (False, True):
+        packed = PackedRow.of(straight, flash=flash)
+        assert (packed.row_ends is not None) == flash
+        logp_N = policy(packed)
+        logp_N.sum().backward()
+        found.append(
+            (logp_N.detach(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
+        )
+        policy.zero_grad()
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-12)
+    assert all(torch.allclose(found[0][1][name], grad, atol=1e-10) for name, grad in found[1][1].items())
+    assert PackedRow.of(branched, flash=True).row_ends is None, "tree attention"
+
+
+def test_flash_attention_needs_a_gpu_its_package_and_half_precision(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_models.build("llama", torch.float32).config
+    with pytest.raises(ConfigError, match="training.flash_attention=true: flash-attn needs a GPU"):
+        layers.check(TrainingConfig(flash_attention=True), config, CPU)
+    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(ConfigError, match="training.flash_attention=true: the package is missing"):
+        layers.check(TrainingConfig(flash_attention=True), config, torch.device("cuda"))
+    assert cli.main(["train", "training.flash_attention=true"]) == 2
+    assert "set model.dtype=bfloat16" in capsys.readouterr().err

@@ -57,6 +57,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, object]:
         "shard_accumulated_gradients",
         "compile",
         "liger",
+        "flash_attention",
         "reference_offload",
     ):
         del training[name]

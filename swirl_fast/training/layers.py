@@ -13,7 +13,13 @@ from swirl_fast.training.parallel import decoder_layers
 
 
 def check(training: TrainingConfig, model_config: PreTrainedConfig, device: torch.device) -> None:
-    """Raises ConfigError for liger-kernel without a GPU, without the package, or for a model type that it does not know."""
+    """Raises ConfigError for flash-attn or liger-kernel without a GPU or without the package, and for a model type that liger-kernel does
+    not know."""
+    if training.flash_attention:
+        if device.type != "cuda":
+            raise ConfigError("training.flash_attention=true: flash-attn needs a GPU; leave it false")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ConfigError("training.flash_attention=true: the package is missing; run: pip install flash-attn")
     if not training.liger:
         return
     if device.type != "cuda":

@@ -305,7 +305,7 @@ class Trainer:
             logp_N = np.concatenate([engine_logp[a] for a in comb.indices_A])
             batches.append(
                 MicroBatch(
-                    PackedRow.of(comb, device, windows),
+                    PackedRow.of(comb, device, windows, training.flash_attention),
                     torch.from_numpy(all_advantage_A[numbers_N]).to(device),
                     torch.from_numpy(all_weight_A[numbers_N]).to(device),
                     torch.from_numpy(logp_N).to(device),
@@ -316,7 +316,9 @@ class Trainer:
             totals.flops += comb.flops(self.size)
         for _ in range(max(map(len, jobs)) - len(batches)):
             zero = torch.zeros(1, device=device)
-            batches.append(MicroBatch(PackedRow.of(_empty_comb(), device, windows), zero, zero, zero))
+            batches.append(
+                MicroBatch(PackedRow.of(_empty_comb(), device, windows, training.flash_attention), zero, zero, zero)
+            )
         return batches
 
     def _update(self, batches: list[MicroBatch], totals: Totals, first: bool) -> float:
