@@ -212,9 +212,9 @@ class TrainingConfig:
     learning_rate: float = 1e-6
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
-    max_engine_gap: float = (
-        0.1  # mean |log-prob of the engine - of the trainer| a token, above which training stops; 0: never
-    )
+    # mean |log-prob of the engine - of the trainer| a token, above which training stops; 0: never. With lag=1 the gap of a batch that an
+    # older policy drew holds that update as well, and is shown, not checked.
+    max_engine_gap: float = 0.1
     warmup_steps: int = 0
     schedule: str = "constant"  # constant | cosine, after the warm-up
     clip_grad_norm: float = 1.0

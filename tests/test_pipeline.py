@@ -277,7 +277,7 @@ def test_a_batch_that_is_sampled_beside_the_training_is_one_update_old_and_never
     """training.lag=1, with the engine in a process of its own, killed and started again."""
     folder = copy_of(collected, tmp_path)
     lagging = ["training.lag=1", "algorithm.importance_cap=2", "engine.own_process=true", "engine.threads=1"]
-    arguments = ["train", *overrides(folder, tiny_model, judged, *lagging, "training.max_engine_gap=0")]
+    arguments = ["train", *overrides(folder, tiny_model, judged, *lagging, "training.max_engine_gap=1e-4")]
     kill_when(arguments, (folder / "r" / "checkpoints" / "step_000002").exists)
     first = len(read_metrics(folder / "r"))
     start(arguments)

@@ -362,7 +362,7 @@ class Trainer:
                 totals.nll += nll_sum
                 totals.gap += gap_sum
                 totals.gap_max = max(totals.gap_max, gap_top)
-            if first and self.engine is not None:
+            if first and self.engine is not None and not self.sampler.lagged:
                 self._check_gap(totals)
         with totals.phase("optimizer"):
             norm = (

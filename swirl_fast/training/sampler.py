@@ -65,14 +65,16 @@ class Sampler:
         self._engine, self._judge, self._renderer, self._tools = engine, judge, renderer, tools
         self._stream, self._outcomes = stream, outcomes
         self._coming: Future[SampledBatch] | None = None
+        self.lagged = False  # the batch taken last; the same on all ranks
         self._before: dict[str, Any] = {}  # the stream's state before the batch that is coming
         device = ranks.device
         set_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())  # it is a thread's own
         self._thread = ThreadPoolExecutor(1, "sampler", *set_device)
 
     def take(self) -> SampledBatch:
-        """The next batch; sampled now, unless it was begun before."""
+        """The next batch; sampled now, unless it was begun before: then by the policy one update before (`lagged`)."""
         coming, self._coming = self._coming, None
+        self.lagged = coming is not None
         return self._sample() if coming is None else coming.result()
 
     def begin_next(self) -> None:
