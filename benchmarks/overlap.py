@@ -5,8 +5,10 @@
 
 The same shards are trained on with lag 0 and 1 and several seeds, the local engine in a process of its own, each process with one
 thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one), how much of it was hidden
-behind the other. reward_mean: over the steps of a run, a learning curve in one number; the difference of its means over seeds is given in
-standard errors of that difference.
+behind the other. reward_mean: over the steps of a run. With lag 1
+every batch but the first comes from the policy one update before, which moves the curve by one step; reward_of_policies is the mean over
+the same policies for both, those after 0, 1, 2, … updates, and tells whether an update teaches as much. The differences of the means over
+seeds are given in standard errors.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/overlap"), help="for the runs; shards there are used again"
     )
+    parser.add_argument("--again", action="store_true", help="runs that are done in the folder are not made again")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
@@ -57,12 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in seeds:
         for lag in (0, 1):
             name = f"lag{lag}-seed{seed}"
-            shutil.rmtree(options.folder / name, ignore_errors=True)
+            done = options.again and (options.folder / name / "model" / "trained.json").is_file()
+            if not done:
+                shutil.rmtree(options.folder / name, ignore_errors=True)
             more = [f"training.shards={options.folder / 'data' / 'shards'}", f"training.lag={lag}", f"run.seed={seed}"]
             more += ["algorithm.importance_cap=2", "engine.own_process=true", "engine.threads=1"]
-            _stage(options, "train", name, [*overrides, *more])
+            if not done:
+                _stage(options, "train", name, [*overrides, *more])
             rows = read_metrics(options.folder / name)
-            runs.append({"lag": lag, "seed": seed, **measure(rows)})
+            runs.append({"lag": lag, "seed": seed, **measure(rows, lag)})
             print(json.dumps({key: value for key, value in runs[-1].items() if key != "steps"}), file=sys.stderr)
     result = {"environment": environment(), "overrides": overrides, "summary": summary(runs), "runs": runs}
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(result["summary"], indent=1))
 
 
-def measure(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+def measure(rows: Sequence[dict[str, float]], lag: int) -> dict[str, Any]:
     """Of one run's metrics."""
     hidden = shorter = 0.0
     for row, following in zip(rows, rows[1:], strict=False):
@@ -83,7 +89,8 @@ def measure(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     return {
         "seconds": sum(row["seconds"] for row in rows),
         "hidden_share": hidden / shorter if shorter else 0.0,
-        "reward_mean": statistics.fmean(row["reward"] for row in rows if math.isfinite(row["reward"])),
+        "reward_mean": _mean_reward(rows),
+        "reward_of_policies": _mean_reward(rows[1:] if lag else rows[:-1]),
         "steps": [
             {key: row[key] for key in ("step", "reward", "engine_gap_mean", "seconds", "seconds_hidden", *SAMPLING)}
             for row in rows
@@ -93,16 +100,26 @@ def measure(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     by_lag = {lag: [run for run in runs if run["lag"] == lag] for lag in (0, 1)}
-    rewards = {lag: [run["reward_mean"] for run in own] for lag, own in by_lag.items()}
-    difference = statistics.fmean(rewards[1]) - statistics.fmean(rewards[0])
-    error = math.sqrt(sum(statistics.variance(own) / len(own) for own in rewards.values() if len(own) > 1))
     return {
         "hidden_share": statistics.fmean(run["hidden_share"] for run in by_lag[1]),
         "seconds": {f"lag{lag}": statistics.fmean(run["seconds"] for run in own) for lag, own in by_lag.items()},
-        "reward_mean": {f"lag{lag}": own for lag, own in rewards.items()},
+        **{key: _compared(by_lag, key) for key in ("reward_mean", "reward_of_policies")},
+    }
+
+
+def _compared(by_lag: dict[int, list[dict[str, Any]]], key: str) -> dict[str, Any]:
+    values = {lag: [run[key] for run in own] for lag, own in by_lag.items()}
+    difference = statistics.fmean(values[1]) - statistics.fmean(values[0])
+    error = math.sqrt(sum(statistics.variance(own) / len(own) for own in values.values() if len(own) > 1))
+    return {
+        **{f"lag{lag}": own for lag, own in values.items()},
         "difference": difference,
         "difference_in_standard_errors": difference / error if error else None,
     }
+
+
+def _mean_reward(rows: Sequence[dict[str, float]]) -> float:
+    return statistics.fmean(row["reward"] for row in rows if math.isfinite(row["reward"]))
 
 
 def _stage(options: argparse.Namespace, stage: str, name: str, overrides: Sequence[str]) -> None:
