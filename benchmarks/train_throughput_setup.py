@@ -130,6 +130,8 @@ def _trajectory(number: int, tokens: list[int], starts: Sequence[int], action: i
 class Prepared:
     """In place of the trainer's sampler: hands out batches that are ready."""
 
+    lagged = False
+
     def __init__(self, batches: Iterable[SampledBatch]) -> None:
         self._batches = iter(batches)
 
