@@ -5,10 +5,9 @@
 
 The same shards are trained on with lag 0 and 1 and several seeds, the local engine in a process of its own, each process with one
 thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one), how much of it was hidden
-behind the other. reward_mean: over the steps of a run. With lag 1
-every batch but the first comes from the policy one update before, which moves the curve by one step; reward_of_policies is the mean over
-the same policies for both, those after 0, 1, 2, … updates, and tells whether an update teaches as much. The differences of the means over
-seeds are given in standard errors.
+behind the other. reward_mean: over the steps of a run. With lag 1 every batch but the first comes from the policy one update before, which
+moves the curve by one step; reward_of_policies is the mean over the same policies for both, those after 0, 1, 2, … updates, and tells
+whether an update teaches as much. The differences of the means over seeds are given in standard errors.
 """
 
 from __future__ import annotations

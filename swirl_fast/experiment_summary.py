@@ -60,12 +60,15 @@ def summarise(
 def _one(arm: str, evaluation: str, seeds: Sequence[int], results: Results) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in ("accuracy", "process_label", "f1"):
-        values = [_values(results[arm, seed], evaluation, key) for seed in seeds]
+        name = "interval" if key == "accuracy" else f"{key}_interval"
+        values = [own for seed in seeds if len(own := _values(results[arm, seed], evaluation, key))]
+        if not values:  # a judge that answered nothing gives no label, not one of 0
+            found |= {key: None, name: None}
+            continue
         ends = _bootstrap([values], lambda means: means[0])
         whole = np.concatenate(values)
         if len(whole) and (whole == whole[0]).all():
             ends = list(interval(float(whole.sum()), len(whole)))
-        name = "interval" if key == "accuracy" else f"{key}_interval"
         found |= {key: float(np.mean([own.mean() for own in values])), name: ends}
     rows = [results[arm, seed]["evaluations"][evaluation] for seed in seeds]
     for key in ("malformed", "repeated", "answered", "steps"):
@@ -77,10 +80,9 @@ def _one(arm: str, evaluation: str, seeds: Sequence[int], results: Results) -> d
 
 
 def _values(cell: Mapping[str, Any], evaluation: str, key: str) -> Floats:
-    """One a question, those without a value left out; at least one."""
+    """One a question, those without a value left out."""
     rows = cell["evaluations"][evaluation]["by_question"].values()
-    values = np.array([row[key] for row in rows if row[key] is not None], np.float64)
-    return values if len(values) else np.zeros(1)
+    return np.array([row[key] for row in rows if row[key] is not None], np.float64)
 
 
 def _gain(
@@ -151,7 +153,8 @@ def table(summary: Mapping[str, Any]) -> str:
     for arm, row in summary["arms"].items():
         cells = [row["in_domain"], *row["out_of_domain"].values()]
         texts = [
-            f"{one['accuracy']:6.1%} [{one['interval'][0]:.1%}, {one['interval'][1]:.1%}] label {one['process_label']:.0%}"
+            f"{one['accuracy']:6.1%} [{one['interval'][0]:.1%}, {one['interval'][1]:.1%}] label "
+            + ("–" if one["process_label"] is None else f"{one['process_label']:.0%}")
             for one in cells
         ]
         lines.append(f"{arm:{width}}" + "".join(f"{text:34}" for text in texts))

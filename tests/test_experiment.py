@@ -270,3 +270,13 @@ def test_accuracy_is_drawn_over_trajectories_where_arms_differ_in_their_number(t
     summary = summarise(arms, ["in_domain", "far"], [0], (arms[-1], "base"), results)
     page = write_experiment_report(tmp_path, "sizes", summary, results).read_text()
     assert "Accuracy, in_domain by trajectories: swirl" in page
+
+
+def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
+    one = cell("new", 0, [1, 0])
+    for row in one["evaluations"]["in_domain"]["by_question"].values():
+        row["process_label"] = None
+    summary = summarise(["new"], ["in_domain", "far"], [0], ("new", "new"), {("new", 0): one})
+    assert summary["arms"]["new"]["in_domain"]["process_label"] is None
+    assert "label –" in table(summary)
+    assert "<td>–</td>" in write_experiment_report(tmp_path, "silent", summary, {("new", 0): one}).read_text()

@@ -87,6 +87,8 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 
 def _share(one: Mapping[str, Any], key: str, interval: str) -> str:
+    if one[key] is None:
+        return "<td>–</td>"
     low, high = one[interval]
     return (
         f'<td><data value="{one[key]!r}">{show(one[key], "%")}</data>{interval_bar(one[key], low, high)}'
