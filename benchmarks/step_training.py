@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         k, g = next((cell for cell in cells if cell[0] >= 2), cells[0])
         equality = compare_in_float32(model, options.ways, make_case(shape, k, g, vocab), settings)
         result["equality"] = {"steps": k, "samples": g, "dtype": "float32", **equality}
-    initial = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows: list[dict[str, Any]] = []
     with tqdm(total=work, unit="tok", unit_scale=True, disable=None) as bar:
         for k, g in cells:

@@ -116,11 +116,10 @@ class Comparison:
         """Relative, of the gradients the norm of a parameter's difference over its norm, the largest of all parameters."""
         gradients = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
         if not self.gradients:
-            self.loss, self.gradients = loss, {name: g.to("cpu", copy=True) for name, g in gradients.items()}
+            self.loss, self.gradients = loss, {name: g.clone() for name, g in gradients.items()}
         assert gradients.keys() == self.gradients.keys(), "one way reaches parameters that another does not"
         worst = max(
-            float((g.cpu() - self.gradients[name]).norm() / self.gradients[name].norm())
-            for name, g in gradients.items()
+            float((g - self.gradients[name]).norm() / self.gradients[name].norm()) for name, g in gradients.items()
         )
         return {
             "loss_difference": abs(loss - self.loss) / abs(self.loss),

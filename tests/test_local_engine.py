@@ -107,8 +107,8 @@ def mixed_requests(seed: int) -> list[Request]:
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("block_tokens, prefill_tokens", [(256, 512), (1, 16)])
 def test_logprobs_equal_a_plain_forward_pass(kind, block_tokens, prefill_tokens, monkeypatch):
-    monkeypatch.setattr(prefix_cache, "BLOCK_TOKENS", block_tokens)  # 1: every shared run is a block of its own
-    monkeypatch.setattr(local, "PREFILL_TOKENS", prefill_tokens)  # 16: prompts are cut into several passes
+    monkeypatch.setitem(prefix_cache.BLOCK_TOKENS, "cpu", block_tokens)  # 1: every shared run is a block of its own
+    monkeypatch.setitem(local.PREFILL_TOKENS, "cpu", prefill_tokens)  # 16: prompts are cut into several passes
     model = make(kind)
     engine = engine_of(model, max_sequences=7)
     for round_ in range(3):  # cold, warm with the same prompts, warm with what was sampled
@@ -331,7 +331,7 @@ def test_an_interrupted_call_leaves_no_trace(at, monkeypatch):
     """The tree holds a prompt before its keys are computed: stopped in between, it must not be believed."""
     model = make()
     engine = engine_of(model, max_sequences=3)
-    monkeypatch.setattr(local, "PREFILL_TOKENS", 20)
+    monkeypatch.setitem(local.PREFILL_TOKENS, "cpu", 20)
     forward, calls = engine._forward, []
 
     def interrupted(*arguments):
@@ -583,9 +583,7 @@ def test_a_growing_pool_keeps_what_it_holds():
 def test_an_arrangement_reads_every_key_of_a_row_once(prompts, block_tokens):
     cache = PrefixCache(1000, torch.device("cpu"))
     paths = [cache.insert(np.array(prompt, np.int64))[1] for prompt in sorted(prompts)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_cache, "BLOCK_TOKENS", block_tokens)
-        blocks, rest = arrange(paths)
+    blocks, rest = arrange(paths, block_tokens)
     depths = [own.tolist() for own in rest]
     columns: list[list[int]] = [[] for _ in paths]
     for block in blocks:

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -112,3 +114,22 @@ def test_recall_on_hotpotqa(tmp_path: Path) -> None:
         found = {passages[i][0] for i, _ in search.ranking(row["question"], 10)}
         recall.append(len(gold & found) / len(gold))
     assert sum(recall) / len(recall) > 0.8  # .87 among 17,600 passages; here are fewer
+
+
+def test_jax_is_kept_off_the_gpu(tmp_path: Path) -> None:
+    """bm25s runs an operation on JAX, where that is installed, as soon as it is imported; a stand-in for JAX sees with which devices."""
+    package = tmp_path / "jax"
+    package.mkdir()
+    (package / "__init__.py").write_text("import os\nplatforms = os.environ.get('JAX_PLATFORMS')\n")
+    (package / "lax.py").write_text("def top_k(scores, k):\n    return scores[:k], scores[:k]\n")
+    program = "import os, sys, swirl_fast.tools.search_bm25; print(sys.modules['jax'].platforms, os.environ.get('JAX_PLATFORMS'))"
+    for chosen, expected in (({}, "cpu None"), ({"JAX_PLATFORMS": "tpu"}, "tpu tpu")):
+        variables = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+        path = os.pathsep.join([str(tmp_path), *sys.path])
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=variables | chosen | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.split("\n")[0] == expected, done.stderr

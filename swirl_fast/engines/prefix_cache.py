@@ -33,7 +33,9 @@ import torch.nn.functional as F
 
 from swirl_fast.comb import common_prefix
 
-BLOCK_TOKENS = 256  # keys worth one more block: 0.09 us a key and layer (measured), some 25 us of calls (an estimate)
+# Keys worth one more block. CPU: 0.09 us a key and layer (measured), some 25 us of calls (an estimate). A GPU reads a key in a
+# nanosecond, and waits for calls as long.
+BLOCK_TOKENS = {"cpu": 256, "cuda": 8192}
 
 Where = slice | torch.Tensor  # slots of one read: a slice when they follow one another, an index otherwise
 
@@ -287,10 +289,11 @@ class Block:
     depths: np.ndarray
 
 
-def arrange(paths: Sequence[np.ndarray]) -> tuple[list[Block], list[np.ndarray]]:
+def arrange(paths: Sequence[np.ndarray], block_tokens: int) -> tuple[list[Block], list[np.ndarray]]:
     """Which keys to read once for neighbouring rows, and which row by row.
 
     paths: the slots of every row's context; rows in the order of their tokens, so that equal prefixes are neighbours.
+    block_tokens: how many keys must be read less for a block.
     Returns the blocks, and for every row the depths that are in none of them.
     """
     rows = len(paths)
@@ -308,7 +311,7 @@ def arrange(paths: Sequence[np.ndarray]) -> tuple[list[Block], list[np.ndarray]]
     while groups:
         lo, hi, depth = groups.pop()
         end = len(paths[lo]) if hi - lo == 1 else min(shared[lo : hi - 1])
-        if (hi - lo - 1) * (end - depth) >= BLOCK_TOKENS:
+        if (hi - lo - 1) * (end - depth) >= block_tokens:
             add(lo, hi, np.arange(depth, end))
         elif end > depth:
             for row in range(lo, hi):
@@ -319,7 +322,7 @@ def arrange(paths: Sequence[np.ndarray]) -> tuple[list[Block], list[np.ndarray]]
     # What is left is padded to the longest row: rows much longer than the others become blocks of their own.
     order = sorted(range(rows), key=lambda row: -len(rest[row]))
     lengths = [*(len(rest[row]) for row in order), 0]
-    alone = min(range(rows + 1), key=lambda k: BLOCK_TOKENS * k + rows * lengths[k])
+    alone = min(range(rows + 1), key=lambda k: block_tokens * k + rows * lengths[k])
     for row in order[:alone]:
         if len(rest[row]):
             add(row, row + 1, rest[row])
@@ -362,7 +365,7 @@ class DecodePass:
         self.columns = self.at + steps
         self.first = [self.at - count for count in sampled]  # column of a row's first fed token
         self.positions = torch.tensor([len(c) + n for c, n in zip(contexts, sampled, strict=True)], device=device)
-        blocks, rest = arrange(contexts)
+        blocks, rest = arrange(contexts, BLOCK_TOKENS[device.type])
         width = max((block.column + len(block.depths) for block in blocks), default=0)
         padded = max(map(len, rest))
         self.blocks = [(block.lo, block.hi, slice(block.column, block.column + len(block.depths))) for block in blocks]

@@ -15,12 +15,13 @@ def open_tools(
 ) -> Iterator[Mapping[str, Tool]]:
     """offered: names. passages: (title, text), what a search engine searches in."""
     from swirl_fast.tools.calculator import Calculator
-    from swirl_fast.tools.search import load_search
 
     with contextlib.ExitStack() as stack:
         tools: dict[str, Tool] = {}
         if "calculator" in offered:
             tools["calculator"] = stack.enter_context(Calculator())
         if "search" in offered:
+            from swirl_fast.tools.search import load_search
+
             tools["search"] = load_search(search, passages)
         yield tools

@@ -15,15 +15,23 @@ Left out: several languages.
 from __future__ import annotations
 
 import bisect
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import numpy as np
 import Stemmer
 
 from swirl_fast.tools.search_index import Passages
+
+# bm25s tries JAX where that is installed, and JAX takes three quarters of a GPU's memory when it starts: on the CPU then.
+_chosen = "JAX_PLATFORMS" in os.environ
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import bm25s  # noqa: E402
+
+if not _chosen:
+    del os.environ["JAX_PLATFORMS"]
 
 _SETTINGS = {"k1": 1.5, "b": 0.75, "method": "lucene", "dtype": "float32", "int_dtype": "int32"}
 _WORD = r"\w+"
