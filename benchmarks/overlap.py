@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             more = [f"training.shards={options.folder / 'data' / 'shards'}", f"training.lag={lag}", f"run.seed={seed}"]
             more += ["algorithm.importance_cap=2", "engine.own_process=true", "engine.threads=1"]
             if not done:
-                _stage(options, "train", name, [*overrides, *more])
+                _stage(options, "train", name, [*more, *overrides])
             rows = read_metrics(options.folder / name)
             runs.append({"lag": lag, "seed": seed, **measure(rows, lag)})
             print(json.dumps({key: value for key, value in runs[-1].items() if key != "steps"}), file=sys.stderr)

@@ -199,6 +199,8 @@ class AlgorithmConfig:
     clip_high: float = 0.2
     updates_per_batch: int = 1  # optimizer steps on one batch of sampled actions
     importance_cap: float = 0.0  # a token weighs min(trainer's / engine's probability, cap); 0: 1
+    # whose probability: token: its own | action: its whole action's, which for actions of an older policy is the exact weight
+    importance_level: str = "token"
 
 
 @dataclass
@@ -474,6 +476,7 @@ def check(config: Config) -> None:
     one_of("algorithm.weighting", a.weighting, WEIGHTINGS)
     at_least(0, algorithm__kl_coef=a.kl_coef, algorithm__clip_low=a.clip_low, algorithm__clip_high=a.clip_high)
     at_least(0, algorithm__importance_cap=a.importance_cap)
+    one_of("algorithm.importance_level", a.importance_level, ("token", "action"))
     at_least(1, algorithm__updates_per_batch=a.updates_per_batch)
     if a.clip_low >= 1:
         fail("algorithm.clip_low", "must be below 1: the ratio is clipped to [1 - clip_low, 1 + clip_high]")

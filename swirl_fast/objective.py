@@ -21,7 +21,7 @@ import swirl_kernels
 from swirl_fast.config import AlgorithmConfig
 from swirl_kernels import PolicyLossMetrics, PolicyLossSpec
 
-# The loss of a token does not know its action, so the tokens may be cut anywhere: into pieces that keep a GPU's programs busy.
+# The loss of a token need not know its action, so the tokens may be cut anywhere: into pieces that keep a GPU's programs busy.
 SEGMENT = 256
 
 
@@ -135,14 +135,17 @@ def policy_loss(
     algorithm: AlgorithmConfig,
     ref_logp_N: Tensor | None = None,
     engine_logp_N: Tensor | None = None,
+    offsets_A: Tensor | None = None,
 ) -> tuple[Tensor, PolicyLossMetrics]:
-    """Scalar loss (a sum: weights already hold the global normaliser) and its metrics, which add up. All inputs float32 [N].
+    """Scalar loss (a sum: weights already hold the global normaliser) and its metrics, which add up. Inputs float32 [N], but for
+    offsets_A: int64 [A + 1], where the actions begin and end; needed for importance_level=action.
 
     reinforce, rloo, grpo, sft: -ratio * A with ratio = exp(logp - old_logp); on policy (old = logp detached) its gradient is
     -A * grad logp. ppo: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A).
     KL: k3 = exp(ref - logp) - (ref - logp) - 1 (Schulman, "Approximating KL divergence"), times algorithm.kl_coef.
     algorithm.importance_cap: the policy term of each token is weighed by min(exp(old_logp - engine_logp), cap), detached: truncated
-    importance sampling (Yao et al., 2025) for an engine whose numbers are not quite the trainer's.
+    importance sampling (Yao et al., 2025) for an engine whose numbers are not quite the trainer's. importance_level=action: by that
+    of the whole action's probabilities.
     Tokens of weight 0 contribute exactly nothing, whatever their log-probs.
     """
     with_kl = ref_logp_N is not None
@@ -154,10 +157,15 @@ def policy_loss(
         kl="k3" if with_kl else "none",
         kl_coef=algorithm.kl_coef if with_kl else 0.0,
         correction="tis" if algorithm.importance_cap else "none",
+        correction_level="step" if algorithm.importance_level == "action" else "token",
         correction_high=algorithm.importance_cap or 2.0,
     )
-    tokens = len(logp_N)
-    offsets = torch.arange(0, tokens + SEGMENT, SEGMENT, device=logp_N.device).clamp(max=tokens)
+    if algorithm.importance_level == "action":
+        assert offsets_A is not None, "the weight of an action needs to know where it begins and ends"
+        offsets = offsets_A
+    else:
+        tokens = len(logp_N)
+        offsets = torch.arange(0, tokens + SEGMENT, SEGMENT, device=logp_N.device).clamp(max=tokens)
     return swirl_kernels.policy_loss(
         logp_N,
         old_logp_N,

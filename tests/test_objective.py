@@ -131,23 +131,31 @@ def test_loss_and_gradient_by_the_formula(name: str, kl_coef: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("level", ["token", "action"])
 @pytest.mark.parametrize("cap", [0.0, 0.8, 2.0])
-def test_importance_weights_by_the_formula(name: str, cap: float) -> None:
-    """min(trainer's / engine's probability, cap) on the policy term alone, and no gradient through it; cap 0: all 1."""
+def test_importance_weights_by_the_formula(name: str, cap: float, level: str) -> None:
+    """min(trainer's / engine's probability, cap), of the token or its action, on the policy term alone, and no gradient through it;
+    cap 0: all 1."""
     torch.manual_seed(0)
     n = SEGMENT + 40
     logp = torch.randn(n, dtype=torch.float64).sub(2).requires_grad_()
     old, ref, engine = (logp.detach() + 0.6 * torch.randn(n, dtype=torch.float64) for _ in range(3))
     advantage, weight = torch.randn(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
     weight[:5] = 0
-    algorithm = AlgorithmConfig(name=name, kl_coef=0.3, clip_low=0.1, clip_high=0.2, importance_cap=cap)
-    loss, metrics = policy_loss(logp, old, advantage, weight, algorithm, ref, engine)
+    algorithm = AlgorithmConfig(
+        name=name, kl_coef=0.3, clip_low=0.1, clip_high=0.2, importance_cap=cap, importance_level=level
+    )
+    ends = [5, *range(6, n, 3), n]
+    loss, metrics = policy_loss(logp, old, advantage, weight, algorithm, ref, engine, torch.tensor([0, *ends]))
     expected, truncated = 0.0, 0
+    gaps = old - engine
+    if level == "action":
+        gaps = torch.cat([gaps[a:b].sum().expand(b - a) for a, b in zip([0, *ends], ends, strict=False)])
     gradient = torch.zeros(n, dtype=torch.float64)
     now = logp.detach()
     for t in range(n):
-        importance = min(math.exp(old[t] - engine[t]), cap) if cap else 1.0
-        truncated += bool(cap and weight[t] and math.exp(old[t] - engine[t]) > cap)
+        importance = min(math.exp(gaps[t]), cap) if cap else 1.0
+        truncated += bool(cap and weight[t] and math.exp(gaps[t]) > cap)
         ratio = float((now[t] - old[t]).exp())
         term, slope = ratio * float(advantage[t]), ratio * float(advantage[t])
         if name == "ppo" and (bounded := min(max(ratio, 0.9), 1.2) * float(advantage[t])) < term:

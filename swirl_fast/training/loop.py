@@ -72,12 +72,14 @@ class Share:
 
 @dataclass
 class MicroBatch:
-    """A packed comb and, for its N predicted tokens, what the loss needs; float32 [N] on the policy's device."""
+    """A packed comb and, for its N predicted tokens, what the loss needs; float32 [N] on the policy's device. offsets_A: int64 [A + 1],
+    where its actions begin and end."""
 
     row: PackedRow
     advantage_N: Tensor
     weight_N: Tensor
     engine_logp_N: Tensor
+    offsets_A: Tensor
     ref_logp_N: Tensor | None = None
     old_logp_N: Tensor | None = None
 
@@ -309,6 +311,7 @@ class Trainer:
                     torch.from_numpy(all_advantage_A[numbers_N]).to(device),
                     torch.from_numpy(all_weight_A[numbers_N]).to(device),
                     torch.from_numpy(logp_N).to(device),
+                    torch.from_numpy(comb.offsets.astype(np.int64)).to(device),
                 )
             )
             totals.computed_tokens += comb.computed_tokens
@@ -316,9 +319,8 @@ class Trainer:
             totals.flops += comb.flops(self.size)
         for _ in range(max(map(len, jobs)) - len(batches)):
             zero = torch.zeros(1, device=device)
-            batches.append(
-                MicroBatch(PackedRow.of(_empty_comb(), device, windows, training.flash_attention), zero, zero, zero)
-            )
+            row = PackedRow.of(_empty_comb(), device, windows, training.flash_attention)
+            batches.append(MicroBatch(row, zero, zero, zero, torch.tensor([0, 1], device=device)))
         return batches
 
     def _update(self, batches: list[MicroBatch], totals: Totals, first: bool) -> float:
@@ -345,6 +347,7 @@ class Trainer:
                     self.config.algorithm,
                     batch.ref_logp_N,
                     batch.engine_logp_N,
+                    batch.offsets_A,
                 )
                 (loss * self.ranks.size).backward()  # FSDP averages gradients over ranks; the loss is a global sum
                 metrics.append(part)
