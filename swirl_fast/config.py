@@ -208,6 +208,9 @@ class TrainingConfig:
     steps: int = 10  # batches of sampled actions
     trajectories_per_step: int = 8  # over all ranks; every state of each is trained on
     lag: int = 0  # 1: the next batch is sampled and judged, by the policy one update before, while this one trains
+    lag_after: int = (
+        0  # with lag=1: so many batches more than the first are drawn on policy; early updates move it most
+    )
     samples_per_state: int = 8  # G, fresh actions drawn at a state
     max_action_tokens: int = 256
     temperature: float = 1.0  # of the sampled actions, and of the log-probs that are trained
@@ -534,7 +537,12 @@ def check(config: Config) -> None:
             "training.lag",
             "actions drawn by an older policy need importance weights: set algorithm.importance_cap, e.g. to 2",
         )
-    at_least(0, training__shuffle_shards=t.shuffle_shards, training__prefetch=t.prefetch)
+    at_least(
+        0,
+        training__lag_after=t.lag_after,
+        training__shuffle_shards=t.shuffle_shards,
+        training__prefetch=t.prefetch,
+    )
     one_of("training.bad_shards", t.bad_shards, ("stop", "skip"))
     if t.shards_cache_limit and not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", t.shards_cache_limit.lower()):
         fail("training.shards_cache_limit", "must be a number with kb, mb, gb or tb, such as 10gb; empty for no limit")

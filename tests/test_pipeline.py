@@ -292,6 +292,23 @@ def test_a_batch_that_is_sampled_beside_the_training_is_one_update_old_and_never
     assert state["stream"]["position"] == STEPS * 4, "every batch was trained on once"
 
 
+def test_the_first_batches_are_drawn_on_policy_when_asked_for(
+    collected: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    """training.lag_after=2: three batches of the policy that learns from them, then lag."""
+    folder = copy_of(collected, tmp_path)
+    lagging = [
+        "training.lag=1",
+        "training.lag_after=2",
+        "algorithm.importance_cap=2",
+        "algorithm.importance_level=action",
+    ]
+    start(["train", *overrides(folder, tiny_model, judged, *lagging, "engine.own_process=true", "engine.threads=1")])
+    rows = read_metrics(folder / "r")
+    assert [row["step"] for row in rows if row["engine_gap_mean"] < 1e-5] == [1, 2, 3]
+    assert [row["step"] for row in rows if row["seconds_hidden"] > 0] == list(range(3, STEPS))
+
+
 def test_training_goes_on_from_uploaded_shards_as_from_its_own(
     trained: Path, tiny_model: Path, judged: str, tmp_path: Path
 ) -> None:

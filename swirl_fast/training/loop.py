@@ -192,7 +192,7 @@ class Trainer:
         config = self.config
         batch = self.sampler.take()
         sampled, judgements, totals = batch.sampled, batch.judgements, batch.totals
-        if config.training.lag and self.step + 1 < config.training.steps:
+        if config.training.lag and config.training.lag_after <= self.step < config.training.steps - 1:
             self.sampler.begin_next()
         with totals.phase("gather"):  # here ranks wait for those that sampled and judged longer
             self.guards.begin()

@@ -4,8 +4,8 @@
     training.lag=1    learn t beside sample t + 1 | weights | learn t + 1 beside sample t + 2 | …
 
 States are recorded and tools never called, so the next batch needs nothing of this step but its weights: with lag=1 its actions are
-drawn by the policy one update before, which algorithm.importance_cap corrects for. No collective call is made here, so that a thread may
-do it while the ranks train.
+drawn by the policy one update before, which algorithm.importance_cap corrects for (training.lag_after: from when on). No collective
+call is made here, so that a thread may do it while the ranks train.
 """
 
 from __future__ import annotations
