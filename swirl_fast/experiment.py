@@ -20,7 +20,8 @@
 
 A cell is one arm with one seed. Cells whose settings up to the collection agree share one collection. A finished cell is one file,
 cells/ARM-SEED-DIGEST.json, all that the summary and the report need, and is not done again; the digest is that of its settings, so that a
-changed experiment does what changed. The same command started twice, also on other machines with the same folder, shares the work: a
+changed experiment does what changed. A filter that keeps just what another arm's keeps would give the same training, so that arm's
+numbers are taken (`same_as` in the file). The same command started twice, also on other machines with the same folder, shares the work: a
 cell belongs to whoever holds the lock in its run's folder.
 """
 
@@ -42,6 +43,7 @@ import yaml
 
 from swirl_fast import stages
 from swirl_fast.config import Config, ConfigError, load
+from swirl_fast.shards import read_manifest
 from swirl_fast.training.metrics import read_metrics
 
 KEYS = (
@@ -63,8 +65,8 @@ KEEP = ("results", "models", "all")
 
 @dataclass(frozen=True)
 class Cell:
-    """evaluations: name -> config. config: of the run; one that is not trained is only evaluated. start: the name of the cell whose model
-    it starts from."""
+    """evaluations: name -> config. config: of the run; one that is not trained is only evaluated. digest: of all settings. besides_filter:
+    of all but the filter's. start: the name of the cell whose model it starts from."""
 
     arm: str
     seed: int
@@ -72,6 +74,7 @@ class Cell:
     config: Config
     evaluations: Mapping[str, Config]
     digest: str
+    besides_filter: str
     start: str | None = None
 
     @property
@@ -223,7 +226,10 @@ def _cell(arm: str, seed: int, trained: bool, config: Config, evaluations: dict[
     whole = {"trained": trained, "evaluations": {name: content(one) for name, one in evaluations.items()}}
     if trained:
         whole["config"] = content(config)
-    cell = Cell(arm, seed, trained, config, evaluations, _digest(whole))
+    digest = _digest(whole)
+    for one in whole.get("config", {}), *whole["evaluations"].values():
+        one.pop("filter", None)
+    cell = Cell(arm, seed, trained, config, evaluations, digest, _digest(whole))
     folder = Path(config.run.folder)
     before = {key: content(config).get(key) for key in ("model", "tasks", "search", "collect")}
     collection = _digest({**before, "seed": seed, "dtype": config.engine.dtype})
@@ -300,24 +306,50 @@ def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     if start := next((one for one in experiment.cells if one.name == cell.start), None):
         with _claimed(start.config.folder / "lock", wait=True):
             if not (start.model / "config.json").is_file():  # another process failed, or only its numbers were kept
-                _train(start)
+                _collect_and_filter(start)
+                stages.train(start.config)
     if cell.trained:
-        _train(cell)
+        _collect_and_filter(cell)
+        result["filter"] = json.loads((cell.config.folder / "filter.json").read_text())
+        if same := _same_training(experiment, cell):
+            print(
+                f"experiment {experiment.name}: {cell.arm} keeps the trajectories of {same['arm']}, whose numbers are taken"
+            )
+            return result | {key: same[key] for key in ("training", "evaluations")} | {"same_as": same["arm"]}
+        stages.train(cell.config)
         weights = str(cell.model)
-        filtered = json.loads((cell.config.folder / "filter.json").read_text())
-        result |= {"filter": filtered, "training": _cost(cell.config.folder)}
+        result["training"] = _cost(cell.config.folder)
     result["evaluations"] = {name: stages.evaluate(one, name, weights) for name, one in cell.evaluations.items()}
     return result
 
 
-def _train(cell: Cell) -> None:
+def _same_training(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
+    """What is in the file of a finished cell that was trained on the same shards with the same settings; None without one."""
+    for one in experiment.cells:
+        if (one.besides_filter, one.seed, one.trained) != (
+            cell.besides_filter,
+            cell.seed,
+            True,
+        ) or one.name == cell.name:
+            continue
+        if experiment.path(one).is_file() and _shards(one) is not None and _shards(one) == _shards(cell):
+            found: dict[str, Any] = json.loads(experiment.path(one).read_text())
+            return found
+    return None
+
+
+def _shards(cell: Cell) -> str | None:
+    folder = cell.config.folder / "shards"
+    return read_manifest(folder).content_hash if folder.is_dir() else None
+
+
+def _collect_and_filter(cell: Cell) -> None:
     collection = copy.deepcopy(cell.config)
     collection.run.name = cell.config.store.parent.name
     with _claimed(cell.config.store.with_name("lock"), wait=True):
         stages.collect(collection)
         stages.judge(cell.config)
     stages.filter(cell.config)
-    stages.train(cell.config)
 
 
 def _cost(folder: Path) -> dict[str, Any]:

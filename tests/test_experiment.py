@@ -57,6 +57,21 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return folder / "e"
 
 
+def test_filters_that_keep_the_same_trajectories_are_trained_once(tmp_path: Path, tiny_model: Path) -> None:
+    arms = {
+        "all": {"filter.kind": "none", "algorithm.name": "sft"},
+        "same": {"filter": {"kind": "process", "when_empty": "none"}, "algorithm.name": "sft"},  # no step is GOOD
+        "fewer": {"filter": {"kind": "none", "max_trajectories": 5}, "algorithm.name": "sft"},
+        "other": {"filter.kind": "none", "algorithm.name": "sft", "training.learning_rate": 1e-4},
+    }
+    path = write(tmp_path, tiny_model, seeds=[0], arms=arms, evaluations={"in_domain": {}}, compare=["same", "all"])
+    assert cli.main(["experiment", str(path)]) == 0
+    cells = {(cell := json.loads(one.read_text()))["arm"]: cell for one in (tmp_path / "e" / "cells").glob("*.json")}
+    assert [cells[arm].get("same_as") for arm in arms] == [None, "all", None, None]
+    assert all(cells["same"][key] == cells["all"][key] for key in ("training", "evaluations"))
+    assert not list((tmp_path / "e").glob("same-*/metrics.jsonl"))
+
+
 def test_all_cells_of_a_seed_share_a_collection_and_leave_their_numbers(done: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     assert summary["seeds"] == [0, 1] and summary["complete"]
