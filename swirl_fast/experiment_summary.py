@@ -28,7 +28,8 @@ def summarise(
 
     arms: NAME -> in_domain {accuracy, interval, process_label, …}, out_of_domain {EVALUATION: the same}, cost.
     in_domain_relative_gain: of compare[0] over compare[1]; cross_task_relative_gain: the same of the mean accuracy over the other
-    evaluations. Null where the second arm has no right answer. comparisons: every arm against compare[1].
+    evaluations. Null where the second arm has no right answer. comparisons: every arm against compare[1]. lead: compare[0] against
+    every other arm.
     """
     done = {arm: [seed for seed in seeds if (arm, seed) in results] for arm in arms}
     summary: dict[str, Any] = {"seeds": list(seeds), "complete": all(len(done[arm]) == len(seeds) for arm in arms)}
@@ -45,12 +46,15 @@ def summarise(
     }
     treated, control = compare
     summary["compare"] = list(compare)
+
+    def gains(arm: str, other: str) -> dict[str, Any]:
+        found = {name: _gain(arm, other, [name], done, results) for name in evaluations}
+        return found | ({"across_tasks": _gain(arm, other, others, done, results)} if others else {})
+
     summary["comparisons"] = {
-        arm: {name: _gain(arm, control, [name], done, results) for name in evaluations}
-        | ({"across_tasks": _gain(arm, control, others, done, results)} if others else {})
-        for arm in arms
-        if arm != control and done[arm] and done[control]
+        arm: gains(arm, control) for arm in arms if arm != control and done[arm] and done[control]
     }
+    summary["lead"] = {arm: gains(treated, arm) for arm in arms if arm != treated and done[arm] and done[treated]}
     own = summary["comparisons"].get(treated, {})
     summary["in_domain_relative_gain"] = own.get("in_domain", {}).get("relative_gain")
     summary["cross_task_relative_gain"] = own.get("across_tasks", {}).get("relative_gain")

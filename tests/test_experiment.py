@@ -248,6 +248,7 @@ def test_gains_and_their_intervals() -> None:
     assert summary["in_domain_relative_gain"] == pytest.approx(1.5)
     assert summary["cross_task_relative_gain"] == pytest.approx(1.5)
     gain = summary["comparisons"]["new"]["in_domain"]
+    assert gain == summary["lead"]["base"]["in_domain"]
     # in pairs the difference is a share of 0.3 in 300 questions: 0.3 ± 1.96 sqrt(0.21 / 300); unpaired it would be wider
     low, high = gain["difference_interval"]
     assert (low, high) == (pytest.approx(0.3 - 0.052, abs=0.006), pytest.approx(0.3 + 0.052, abs=0.006))
