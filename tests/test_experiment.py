@@ -296,3 +296,14 @@ def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
     assert summary["arms"]["new"]["in_domain"]["process_label"] is None
     assert "label –" in table(summary)
     assert "<td>–</td>" in write_experiment_report(tmp_path, "silent", summary, {("new", 0): one}).read_text()
+
+
+def test_the_numbers_of_the_study_are_those_of_its_cells() -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    study = json.loads((docs / "study.json").read_text())
+    cells = [json.loads(path.read_text()) for path in (docs / "study" / "cells").glob("*.json")]
+    results = {(cell["arm"], cell["seed"]): cell for cell in cells}
+    evaluations = list(cells[0]["evaluations"])
+    again = summarise(list(study["arms"]), evaluations, study["seeds"], tuple(study["compare"]), results)  # type: ignore[arg-type]
+    assert len(results) == len(cells) == 21 and study["complete"]
+    assert json.loads(json.dumps(again)) == study
