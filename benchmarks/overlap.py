@@ -2,12 +2,14 @@
 
     python -m benchmarks.overlap --quick --out FILE                                   the method on a small part of the quickstart
     python -m benchmarks.overlap --out benchmarks/results/DATE-overlap.json           the quickstart, three seeds
+    python -m benchmarks.overlap --out FILE training.lag_after=2 training.steps=24    the same with other settings
 
 The same shards are trained on with lag 0 and 1 and several seeds, the local engine in a process of its own, each process with one
 thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one), how much of it was hidden
-behind the other. reward_mean: over the steps of a run. With lag 1 every batch but the first comes from the policy one update before, which
-moves the curve by one step; reward_of_policies is the mean over the same policies for both, those after 0, 1, 2, … updates, and tells
-whether an update teaches as much. The differences of the means over seeds are given in standard errors.
+behind the other, in the whole run. reward_mean: over the steps of a run. With lag 1 every batch but the first (and training.lag_after
+more) comes from the policy one update before, which moves the curve by one step; reward_of_policies is the mean over the same policies for
+both, those after 0, 1, 2, … updates, and tells whether an update teaches as much. The differences of the means over seeds are given in
+standard errors.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from benchmarks.environment import environment
 from swirl_fast.training.metrics import read_metrics
@@ -67,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not done:
                 _stage(options, "train", name, [*more, *overrides])
             rows = read_metrics(options.folder / name)
-            runs.append({"lag": lag, "seed": seed, **measure(rows, lag)})
+            after = yaml.safe_load((options.folder / name / "config.yaml").read_text())["training"]["lag_after"]
+            runs.append({"lag": lag, "seed": seed, **measure(rows, lag, after)})
             print(json.dumps({key: value for key, value in runs[-1].items() if key != "steps"}), file=sys.stderr)
     result = {"environment": environment(), "overrides": overrides, "summary": summary(runs), "runs": runs}
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -75,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(result["summary"], indent=1))
 
 
-def measure(rows: Sequence[dict[str, float]], lag: int) -> dict[str, Any]:
-    """Of one run's metrics."""
+def measure(rows: Sequence[dict[str, float]], lag: int, lag_after: int = 0) -> dict[str, Any]:
+    """Of one run's metrics. With lag, batches lag_after and lag_after + 1 come from the same policy."""
     hidden = shorter = 0.0
     for row, following in zip(rows, rows[1:], strict=False):
         sampling = sum(following[name] for name in SAMPLING)
@@ -89,7 +94,7 @@ def measure(rows: Sequence[dict[str, float]], lag: int) -> dict[str, Any]:
         "seconds": sum(row["seconds"] for row in rows),
         "hidden_share": hidden / shorter if shorter else 0.0,
         "reward_mean": _mean_reward(rows),
-        "reward_of_policies": _mean_reward(rows[1:] if lag else rows[:-1]),
+        "reward_of_policies": _mean_reward([*rows[:lag_after], *rows[lag_after + 1 :]] if lag else rows[:-1]),
         "steps": [
             {key: row[key] for key in ("step", "reward", "engine_gap_mean", "seconds", "seconds_hidden", *SAMPLING)}
             for row in rows
