@@ -83,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(rows: Sequence[dict[str, float]], lag: int, lag_after: int = 0) -> dict[str, Any]:
     """Of one run's metrics. With lag, batches lag_after and lag_after + 1 come from the same policy."""
     hidden = shorter = 0.0
-    for row, following in zip(rows, rows[1:], strict=False):
+    for i, (row, following) in enumerate(zip(rows, rows[1:], strict=False)):
         sampling = sum(following[name] for name in SAMPLING)
         learning = row["seconds"] - row["seconds_wait_for_rollout"]
-        if not row["seconds_hidden"]:  # lag 0: sampling is a part of the step
+        if not lag or i <= lag_after:  # its own batch was sampled in the step
             learning -= sum(row[name] for name in SAMPLING)
         hidden += row["seconds_hidden"]
         shorter += min(sampling, learning)
