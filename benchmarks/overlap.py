@@ -5,8 +5,9 @@
     python -m benchmarks.overlap --out FILE training.lag_after=2 training.steps=24    the same with other settings
 
 The same shards are trained on with lag 0 and 1 and several seeds, the local engine in a process of its own, each process with one
-thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one), how much of it was hidden
-behind the other, in the whole run. reward_mean: over the steps of a run. With lag 1 every batch but the first (and training.lag_after
+thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one; handing over the weights,
+when both stand still, is neither), how much of it was hidden behind the other, in the steps that lag; hidden_share_of_run: in all of them,
+those before training.lag_after included. reward_mean: over the steps of a run. With lag 1 every batch but the first (and training.lag_after
 more) comes from the policy one update before, which moves the curve by one step; reward_of_policies is the mean over the same policies for
 both, those after 0, 1, 2, … updates, and tells whether an update teaches as much. The differences of the means over seeds are given in
 standard errors.
@@ -82,17 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(rows: Sequence[dict[str, float]], lag: int, lag_after: int = 0) -> dict[str, Any]:
     """Of one run's metrics. With lag, batches lag_after and lag_after + 1 come from the same policy."""
-    hidden = shorter = 0.0
+    hidden = shorter = lagging = 0.0
     for i, (row, following) in enumerate(zip(rows, rows[1:], strict=False)):
         sampling = sum(following[name] for name in SAMPLING)
-        learning = row["seconds"] - row["seconds_wait_for_rollout"]
+        learning = row["seconds"] - row["seconds_wait_for_rollout"] - row["seconds_weight_sync"]
         if not lag or i <= lag_after:  # its own batch was sampled in the step
             learning -= sum(row[name] for name in SAMPLING)
         hidden += row["seconds_hidden"]
         shorter += min(sampling, learning)
+        lagging += min(sampling, learning) if lag and i >= lag_after else 0.0
     return {
         "seconds": sum(row["seconds"] for row in rows),
-        "hidden_share": hidden / shorter if shorter else 0.0,
+        "hidden_share": hidden / lagging if lagging else 0.0,
+        "hidden_share_of_run": hidden / shorter if shorter else 0.0,
         "reward_mean": _mean_reward(rows),
         "reward_of_policies": _mean_reward([*rows[:lag_after], *rows[lag_after + 1 :]] if lag else rows[:-1]),
         "steps": [
@@ -105,7 +108,7 @@ def measure(rows: Sequence[dict[str, float]], lag: int, lag_after: int = 0) -> d
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     by_lag = {lag: [run for run in runs if run["lag"] == lag] for lag in (0, 1)}
     return {
-        "hidden_share": statistics.fmean(run["hidden_share"] for run in by_lag[1]),
+        **{key: statistics.fmean(run[key] for run in by_lag[1]) for key in ("hidden_share", "hidden_share_of_run")},
         "seconds": {f"lag{lag}": statistics.fmean(run["seconds"] for run in own) for lag, own in by_lag.items()},
         **{key: _compared(by_lag, key) for key in ("reward_mean", "reward_of_policies")},
     }
