@@ -480,6 +480,11 @@ def check(config: Config) -> None:
     at_least(0, algorithm__kl_coef=a.kl_coef, algorithm__clip_low=a.clip_low, algorithm__clip_high=a.clip_high)
     at_least(0, algorithm__importance_cap=a.importance_cap)
     one_of("algorithm.importance_level", a.importance_level, ("token", "action"))
+    if a.importance_level == "action" and not a.importance_cap:
+        fail(
+            "algorithm.importance_level",
+            "without algorithm.importance_cap there are no importance weights: set it, e.g. to 2",
+        )
     at_least(1, algorithm__updates_per_batch=a.updates_per_batch)
     if a.clip_low >= 1:
         fail("algorithm.clip_low", "must be below 1: the ratio is clipped to [1 - clip_low, 1 + clip_high]")

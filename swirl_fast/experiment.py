@@ -326,13 +326,9 @@ def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
 def _same_training(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
     """What is in the file of a finished cell that was trained on the same shards with the same settings; None without one."""
     for one in experiment.cells:
-        if (one.besides_filter, one.seed, one.trained) != (
-            cell.besides_filter,
-            cell.seed,
-            True,
-        ) or one.name == cell.name:
+        if one.name == cell.name or one.besides_filter != cell.besides_filter or not experiment.path(one).is_file():
             continue
-        if experiment.path(one).is_file() and _shards(one) is not None and _shards(one) == _shards(cell):
+        if _shards(one) == _shards(cell) is not None:
             found: dict[str, Any] = json.loads(experiment.path(one).read_text())
             return found
     return None

@@ -233,3 +233,19 @@ def test_bad_arguments_are_refused(
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_overlap_of_sampling_and_learning_by_hand() -> None:
+    """Sampling takes 4 s, learning 3, handing over the weights 1; two batches on policy, then two that lag."""
+    from benchmarks.overlap import measure
+
+    sampled = {"seconds_data": 0.0, "seconds_rollout": 4.0, "seconds_judge": 0.0, "seconds_weight_sync": 1.0}
+    rows = [
+        {"seconds": 8.0, "seconds_wait_for_rollout": 0.0, "seconds_hidden": 0.0, "reward": 0.1},
+        {"seconds": 9.0, "seconds_wait_for_rollout": 1.0, "seconds_hidden": 3.0, "reward": 0.2},
+        {"seconds": 5.0, "seconds_wait_for_rollout": 1.0, "seconds_hidden": 3.0, "reward": 0.2},
+        {"seconds": 4.0, "seconds_wait_for_rollout": 0.0, "seconds_hidden": 0.0, "reward": 0.3},
+    ]
+    found = measure([{**row, **sampled, "step": i, "engine_gap_mean": 0.0} for i, row in enumerate(rows)], 1, 1)
+    assert found["hidden_share"] == pytest.approx(1.0) and found["hidden_share_of_run"] == pytest.approx(6 / 9)
+    assert found["reward_of_policies"] == pytest.approx(0.2), "the batch that the second policy drew again is left out"

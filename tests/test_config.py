@@ -96,6 +96,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("training.max_engine_gap=nan", ["training.max_engine_gap=nan"]),
         ("algorithm.importance_cap=-0.5", ["algorithm.importance_cap=-0.5", "at least 0"]),
         ("training.lag_after=-1", ["training.lag_after=-1", "at least 0"]),
+        ("algorithm.importance_level=action", ["algorithm.importance_level=action", "algorithm.importance_cap"]),
         ("algorithm.importance_level=sequence", ["algorithm.importance_level", "sequence", "token", "action"]),
     ],
 )
