@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
-    overrides = [*(QUICK if options.quick else ()), *options.overrides]
+    overrides = ["algorithm.importance_cap=2", *(QUICK if options.quick else ()), *options.overrides]
     seeds = range(1 if options.quick else options.seeds)
 
     for stage in ("collect", "judge", "filter"):
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not done:
                 shutil.rmtree(options.folder / name, ignore_errors=True)
             more = [f"training.shards={options.folder / 'data' / 'shards'}", f"training.lag={lag}", f"run.seed={seed}"]
-            more += ["algorithm.importance_cap=2", "engine.own_process=true", "engine.threads=1"]
+            more += ["engine.own_process=true", "engine.threads=1"]
             if not done:
                 _stage(options, "train", name, [*more, *overrides])
             rows = read_metrics(options.folder / name)
