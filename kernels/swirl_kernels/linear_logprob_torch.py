@@ -152,8 +152,11 @@ class TorchTiles:
                 if dweight_rows is not None:
                     scaled = (self.hidden[rows].to(self.statistics) * factor[rows, None]).to(self.dtype)
                     self._add_product(dweight_rows, dz.t(), scaled)
-            if dweight is not None and dweight_rows is not None and not once:
-                dweight[columns] = dweight_rows.mul_(size / stored) if size != stored else dweight_rows
+            if dweight is not None and dweight_rows is not None:
+                if size != stored:
+                    dweight_rows.mul_(size / stored)
+                if not once:
+                    dweight[columns] = dweight_rows
         if dhidden is not None:
             dhidden.mul_((upstream.factor / stored)[:, None])
         return dhidden, dweight, dbias.to(self.bias.dtype) if dbias is not None and self.bias is not None else None

@@ -86,21 +86,22 @@ def test_other_dtypes_against_float64_of_the_same_numbers(dtype, tolerance, work
     assert_close(got, expected, tolerance)
 
 
-def test_autocast_multiplies_in_bf16_and_returns_gradients_in_fp32() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_multiplies_in_16_bits_and_returns_gradients_in_fp32(dtype: torch.dtype) -> None:
     hidden, weight, _, targets = inputs(300, 2500, 32)
-    exact = rounded(torch.bfloat16, hidden, weight)
+    exact = rounded(dtype, hidden, weight)
     expected = results(naive_linear_logprob, *exact, targets, g=upstream(300, 1), h=upstream(300, 2))
     single = [x.detach().float().requires_grad_() for x in (hidden, weight)]
-    for mixed in (single, [single[0].detach().bfloat16().requires_grad_(), single[1]]):
-        with torch.autocast("cpu", torch.bfloat16), Products() as products:
+    for mixed in (single, [single[0].detach().to(dtype).requires_grad_(), single[1]]):
+        with torch.autocast("cpu", dtype), Products() as products:
             out = linear_logprob(*mixed, targets, entropy=True)
-        assert products.dtypes == {torch.bfloat16}
+        assert products.dtypes == {dtype}
         grads = []
-        for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):  # same bits either way
+        for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype)):  # same bits either way
             with context, Products() as products:
                 up = [upstream(300, seed).float() for seed in (1, 2)]
                 grads.append(torch.autograd.grad(out, mixed, up, retain_graph=True))
-            assert products.dtypes == {torch.bfloat16}
+            assert products.dtypes == {dtype}
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
         got = dict(zip(TARGETS, (*(x.detach() for x in out), *grads[0]), strict=False))
         assert got["dweight"].dtype == torch.float32 and got["dhidden"].dtype == mixed[0].dtype
