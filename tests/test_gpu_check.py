@@ -18,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 import swirl_kernels
-from benchmarks import gpu_check, kernel_parity
-from benchmarks.kernel_parity import ALL, DTYPES, MANDATORY, SPECS, TOLERANCES, Case, NotRun, Run, run_case, table
+from benchmarks import gpu_check, kernel_parity, kernel_parity_logprob, kernel_parity_loss
+from benchmarks.kernel_parity import ALL, MANDATORY, run_case, table
+from benchmarks.kernel_parity_loss import SPECS
+from benchmarks.kernel_parity_measure import DTYPES, TOLERANCES, Case, NotRun, Run
 from swirl_kernels import policy_loss_spec, tree_attention_kernels, tree_attention_triton
 from swirl_kernels.linear_logprob_triton import TritonTiles
 from swirl_kernels.segment_reduce import Operation
@@ -53,7 +55,7 @@ def test_the_table_covers_every_operation_and_every_word() -> None:
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     naive = {name.removeprefix("naive_") for name in swirl_kernels.__all__ if name.startswith("naive_")}
-    assert {case.op for case in cases} == naive == set(OPERATIONS)
+    assert naive == set(OPERATIONS) and {case.op for case in cases} == {*naive, "policy"}
     for field, words in (
         ("ratio", policy_loss_spec.Ratio),
         ("clip", policy_loss_spec.Clip),
@@ -179,25 +181,25 @@ def test_a_wrong_dk_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_breakages_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in the case that is there for it."""
-    real = {op: getattr(kernel_parity, op) for op in OPERATIONS}
+    real = {op: getattr(swirl_kernels, op) for op in OPERATIONS}
 
     def leaking(logits: Tensor, targets: Tensor, **options: Any) -> Any:  # an ignored row counts
         return real["selective_logprob"](logits, targets.clamp(min=0), **options)
 
-    monkeypatch.setattr(kernel_parity, "selective_logprob", leaking)
+    monkeypatch.setattr(kernel_parity_logprob, "selective_logprob", leaking)
     assert not row_of("selective_logprob: ignored rows hold poison")["passed"]
 
     def restless(*arguments: Any, **options: Any) -> Tensor:  # other bits every time
         return real["segment_reduce"](*arguments, **options) * (1 + 1e-6 * torch.rand(()))
 
-    monkeypatch.setattr(kernel_parity, "segment_reduce", restless)
+    monkeypatch.setattr(kernel_parity_loss, "segment_reduce", restless)
     assert not row_of("segment_reduce: bits over repeats")["passed"]
     assert row_of("segment_reduce: sum")["passed"], "1e-6 is rounding"
 
     def unread(x: Tensor, *arguments: Any) -> Tensor:  # memory that nobody wrote
         return real["segment_reduce"](x, *arguments) + torch.empty(())
 
-    monkeypatch.setattr(kernel_parity, "segment_reduce", unread)
+    monkeypatch.setattr(kernel_parity_loss, "segment_reduce", unread)
     row = row_of("segment_reduce: sum")
     assert not row["passed"] and None in row["errors"].values(), "NaN is no JSON"
 
@@ -206,7 +208,7 @@ def test_other_breakages_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         logp.register_hook(lambda g: g[2].expand_as(g))
         return logp, entropy
 
-    monkeypatch.setattr(kernel_parity, "linear_logprob", uniform)
+    monkeypatch.setattr(kernel_parity_logprob, "linear_logprob", uniform)
     assert not row_of("linear_logprob: non-uniform upstream gradients")["passed"]
 
 
