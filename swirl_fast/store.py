@@ -13,11 +13,9 @@ go when the process ends, however it ends. Left out: several writers, and file s
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import socket
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ import numpy as np
 
 from swirl_fast.actions import Action
 from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.lock import lock
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
@@ -92,7 +91,7 @@ class Store:
         self._lock: int | None = None
         if writable:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
+            self._lock = lock(self.path)
         elif not self.path.is_file():
             raise ValueError(f"{self.path} does not exist: collect first, or check run.folder and run.name")
         # Autocommit: transactions are opened by hand. A reader's connection is no read-only one: it may be the first
@@ -376,20 +375,6 @@ class Store:
 
     def _value(self, sql: str) -> Any:
         return self._row(sql)[0]
-
-
-def _lock(path: Path) -> int:
-    """File descriptor that holds the writer's lock until it is closed. The file stays: removing it would race."""
-    descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-        os.close(descriptor)
-        raise ValueError(f"{path} is being written by {holder}: wait until it ends, or use another run.name") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return descriptor
 
 
 def _canonical(value: Any) -> str:

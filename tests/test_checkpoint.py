@@ -80,6 +80,18 @@ def test_the_newest_comes_back_bit_for_bit_and_training_goes_on_as_if_never_stop
     assert same(tensors(training), at[3])
 
 
+def test_a_checkpoint_before_the_first_update_changes_nothing(tmp_path: Path) -> None:
+    """torch makes the moments that it saves by a step of its own."""
+    undisturbed, saved, loaded = new_training(), new_training(), new_training(seed=1)
+    with Checkpoints(tmp_path, ALONE, keep=3) as checkpoints:
+        checkpoints.save(0, *saved, {"step": 0})
+    with Checkpoints(tmp_path, ALONE, keep=3) as checkpoints:
+        checkpoints.load_latest(*loaded)
+    for training in (undisturbed, saved, loaded):
+        advance(training)
+    assert same(tensors(saved), tensors(undisturbed)) and same(tensors(loaded), tensors(undisturbed))
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     let, begun, real = threading.Event(), threading.Event(), checkpoint._hash
 
@@ -209,6 +221,32 @@ def test_the_last_n_and_the_best_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["best", "step_000004", "step_000008", "step_000010"]
     # of steps 7 and 8, although the training was stopped between them
     assert json.loads((tmp_path / "step_000008" / "state.json").read_text())["best"]["mean"] == pytest.approx(0.675)
+
+
+@pytest.mark.parametrize("best", ["", "reward"])
+@pytest.mark.parametrize(
+    "harm", [flip, Path.unlink, lambda file: file.write_bytes(b"\xff[]")], ids=["flip", "lost", "cut"]
+)
+def test_an_older_one_that_is_damaged_stops_nothing(tmp_path: Path, harm: Callable[[Path], object], best: str) -> None:
+    with Checkpoints(tmp_path, ALONE, keep=2, best=best) as checkpoints:
+        for step, value in enumerate((0.9, 0.5, 0.7), 1):
+            checkpoints.measure({"reward": value})
+            checkpoints.save(step, *new_training(), {"step": step})
+            checkpoints.wait()
+            if step == 1:
+                harm(tmp_path / "step_000001" / "state.json")
+    assert names(tmp_path)[-2:] == ["step_000002", "step_000003"]
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder, ALONE, keep=1) as checkpoints:
+        (folder / "step_000001.tmp").mkdir()  # as if it were being written
+        with pytest.raises(ValueError, match=r"checkpoints is being written by process \d+ on .*another run.name"):
+            Checkpoints(folder, ALONE, keep=1)
+        assert (folder / "step_000001.tmp").is_dir()
+        checkpoints.save(1, *new_training(), {"step": 1})
+    assert load(folder)[0] == 1
 
 
 def test_of_a_metric_to_be_small_the_smallest_is_the_best(tmp_path: Path) -> None:

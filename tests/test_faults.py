@@ -138,13 +138,17 @@ def test_a_rank_dies_and_torchrun_goes_on_then_one_rank_finishes_what_two_began(
 def test_steps_without_an_update_leave_everything_as_it_was(
     prepared: Path, tiny_model: Path, judged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Step 2 has a loss that is not a number, in step 5 the judge is silent: no parameter and no moment moves, the rest trains."""
+    """In step 2 the log-probs are not numbers, in step 5 the judge is silent: no parameter and no moment moves, the rest trains."""
     folder = copy_of(prepared, tmp_path)
     seen: list[list[torch.Tensor]] = []
     under_way = 0
-    real_loss, real_judge = loop.policy_loss, sampler.judge_sampled
+    real_judge = sampler.judge_sampled
 
     class Watched(loop.Trainer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.policy.register_forward_hook(lambda *call: call[-1] * float("nan") if under_way == 2 else None)
+
         def train_step(self) -> loop.Metrics:
             nonlocal under_way
             under_way = self.step + 1
@@ -156,10 +160,6 @@ def test_steps_without_an_update_leave_everything_as_it_was(
 
     request = Request(tokens=(1, 2), sampling=Sampling(1), n=1, stop_ids=(), seed=0, cache_key="x")
 
-    def broken_loss(*arguments: Any) -> Any:
-        loss, metrics = real_loss(*arguments)
-        return (loss * float("nan") if under_way == 2 else loss), metrics
-
     def silent(sampled: list[SampledAction], judge: Judge) -> list[Judgement]:
         judgements = real_judge(sampled, judge)
         if under_way != 5:
@@ -170,7 +170,6 @@ def test_steps_without_an_update_leave_everything_as_it_was(
         ]
 
     monkeypatch.setattr(build, "Trainer", Watched)
-    monkeypatch.setattr(loop, "policy_loss", broken_loss)
     monkeypatch.setattr(sampler, "judge_sampled", silent)
     more = (
         "training.steps=6",

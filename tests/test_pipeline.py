@@ -411,16 +411,21 @@ def test_an_engine_of_another_model_stops_training_before_anything_is_learned(
             trainers.append(self)
             super().train()
 
+    wrong = float("nan")
+
     def lower(*arguments: object) -> list[SampledAction]:
-        """The engine's log-probs are those of another model: too low by 1."""
+        """The engine's log-probs are not numbers, or those of another model: too low by 1."""
         return [
-            replace(one, completion=replace(one.completion, logprobs=[p - 1 for p in one.completion.logprobs]))
+            replace(one, completion=replace(one.completion, logprobs=[p - wrong for p in one.completion.logprobs]))
             for one in sample_actions(*arguments)
         ]
 
     monkeypatch.setattr(sampler, "sample_actions", lower)
     monkeypatch.setattr(build, "Trainer", Kept)
     arguments = ["train", *overrides(folder, tiny_model, judged, "training.steps=1")]
+    assert cli.main(arguments) == 1
+    assert "the rollout engine's log-probs differ from the trainer's by nan a token" in capsys.readouterr().err
+    wrong = 1.0
     assert cli.main(arguments) == 1
     shown = capsys.readouterr().err
     assert "training step 1: the rollout engine's log-probs differ from the trainer's by 1 a token" in shown

@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,12 +33,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from swirl_fast.config import KEEP_BEST
+from swirl_fast.lock import lock
 from swirl_fast.policy import Policy
-from swirl_fast.training.parallel import Ranks
+from swirl_fast.training.parallel import TIMEOUT, Ranks
 
 BEST = "best"  # a link to the checkpoint that `keep_best` keeps
 _MANIFEST, _STATE, _TEMPORARY = "manifest.json", "state.json", ".tmp"
-_TIMEOUT = timedelta(hours=2)  # ranks that wrote their part wait so long for those with a slower disk
 
 
 class Checkpoints:
@@ -47,20 +46,30 @@ class Checkpoints:
 
     keep: so many of the newest stay. best: name of a metric (config.KEEP_BEST) or "": the checkpoint with the best mean of it over
     the steps since the one before stays too, and `folder/best` links to it. Every method is collective.
+
+    Raises ValueError when another training writes there, or not all ranks see the folder.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int, best: str = "", asynchronous: bool = True) -> None:
         self.folder, self.step, self.seconds = folder, -1, 0.0  # the newest one's step; how long the last write took
         self._ranks, self._keep, self._best, self._asynchronous = ranks, keep, best, asynchronous
-        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if ranks.distributed else None
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if ranks.distributed else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[float] | None = None
         self._window: list[float] = []  # the metric `best` since the last scheduled checkpoint
         warnings.filterwarnings(
             "ignore", message="torch.distributed is disabled"
         )  # DCP's; in one process as it should be
+        self._lock, problem = -1, ""
         if ranks.main:
             folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock = lock(folder)
+            except ValueError as error:
+                problem = str(error)
+        if problem := ranks.gather(problem)[0]:
+            raise ValueError(problem)
+        if ranks.main:
             for left in folder.glob(f"*{_TEMPORARY}"):  # of a process that was killed while it wrote or removed one
                 _remove(left)
         ranks.barrier()
@@ -96,7 +105,13 @@ class Checkpoints:
             writing.mkdir()
         self._ranks.barrier()
         start = time.monotonic()
+        begun = bool(optimizer.state)
         model_state, optimizer_state = get_state_dict(policy, optimizer)
+        if not begun:
+            # It makes the missing moments by a step with learning rate 0, which would count: the first real one is not the second.
+            for moments in optimizer.state.values():
+                moments["step"].zero_()
+            model_state, optimizer_state = get_state_dict(policy, optimizer)
         written = dcp.async_save(  # copies before it returns
             {"model": model_state, "optimizer": optimizer_state},
             checkpoint_id=writing,
@@ -190,7 +205,7 @@ class Checkpoints:
             try:
                 hashes = {name: digest for one in of_ranks for name, digest in one.items()}
                 self._publish(writing, target, hashes, state)
-            except OSError as error:
+            except Exception as error:  # the other ranks wait for it
                 problem = str(error)
         problem = self._gather(problem)[0]
         if problem:
@@ -209,7 +224,6 @@ class Checkpoints:
         (writing / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True))
         for path in (writing / _STATE, writing / _MANIFEST, writing):
             _fsync(path)
-        _remove(target)
         writing.rename(target)
         _fsync(self.folder)
         kept = checkpoints(self.folder)
@@ -244,6 +258,8 @@ class Checkpoints:
             warnings.warn(str(late), stacklevel=2)  # and not in the place of the error that ends the training
         finally:
             self._thread.shutdown()
+            if self._lock >= 0:
+                os.close(self._lock)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -252,12 +268,16 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def best_of(paths: list[Path], metric: str) -> Path | None:
-    """The checkpoint with the best mean of the metric, of equals the newest; None when none has it."""
+    """The checkpoint with the best mean of the metric, of equals the newest; None when none has it. One whose state cannot be read
+    has none."""
     means: dict[Path, float] = {}
-    for path in paths:
-        mark = json.loads((path / _STATE).read_text()).get(BEST, {}) if (path / _STATE).is_file() else {}
-        if metric and mark.get("metric") == metric and mark["mean"] is not None:
-            means[path] = KEEP_BEST[metric] * mark["mean"]
+    for path in paths if metric else ():
+        try:
+            mark = json.loads((path / _STATE).read_text())[BEST]
+            if mark["metric"] == metric and mark["mean"] is not None:
+                means[path] = KEEP_BEST[metric] * mark["mean"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
     return max(means, key=lambda path: (means[path], _step(path)), default=None)
 
 

@@ -353,7 +353,9 @@ class Trainer:
                 metrics.append(part)
                 losses.append(loss.detach())
                 if first:
-                    gap_N = torch.where(batch.weight_N != 0, (logp_N.detach() - batch.engine_logp_N).abs(), 0.0)
+                    # A log-prob that the policy has no number for is no fault of the engine's: its loss is no number either.
+                    counted_N = (batch.weight_N != 0) & logp_N.detach().isfinite()
+                    gap_N = torch.where(counted_N, (logp_N.detach() - batch.engine_logp_N).abs(), 0.0)
                     gap_max = gap_N.max() if len(gap_N) else gap_N.sum()
                     nll = -torch.where(batch.weight_N != 0, logp_N.detach(), 0.0).sum()
                     shown.append(torch.stack([loss.detach(), gap_N.sum(), gap_max, nll]).double())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,10 @@ from swirl_fast.config import ConfigError, TrainingConfig
 from swirl_fast.policy import Policy
 
 T = TypeVar("T")
+
+# Ranks wait so long for one whose server hangs and is started again, or whose disk is slow. nccl's own 10 minutes are less than a request
+# may take (engine.timeout). A rank that dies does not take that long: torchrun ends the others.
+TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def start() -> Ranks:
             # prefix they would find the addresses of dead ones. On several machines the numbers of restarts may differ.
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 

@@ -1,0 +1,23 @@
+"""One process writes to a file or folder of a run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+
+def lock(path: Path) -> int:
+    """File descriptor that holds the lock on writing to `path` until it is closed, or the process ends. The file PATH.lock stays:
+    removing it would race. Raises ValueError when another process holds it."""
+    descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+        os.close(descriptor)
+        raise ValueError(f"{path} is being written by {holder}: wait until it ends, or use another run.name") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return descriptor
