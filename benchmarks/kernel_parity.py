@@ -211,6 +211,7 @@ def table() -> list[Case]:
         add(op, "bits under permutation and repacking", permuted_segments, op, dtypes=TWO)
     for family in FAMILIES:
         add("policy", f"a comb of {family}", comb_of_a_model, family)
+    add("policy", "a comb of qwen2 with liger-kernel", comb_of_a_model, "qwen2", liger=True)
     for op in STANDARD:
         add(op, "backward from a second thread", second_thread, op, dtypes=TWO)
         add(op, "bits over repeats", repeated, op)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_parity_measure import Run
+from benchmarks.kernel_parity_measure import NotRun, Run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from benchmarks.step_training_ways import Case
 
@@ -20,12 +21,19 @@ FAMILIES = ("llama", "gemma2")  # tied and plain; soft-caps, sliding windows and
 COARSER = 1.5  # how much more than one row at a time may a comb be off in 16 bits: both round the same operations
 
 
-def comb_of_a_model(run: Run, family: str) -> None:
+def comb_of_a_model(run: Run, family: str, liger: bool = False) -> None:
     """Log-probs and the gradient of every parameter. In float32 against float64; in 16 bits (autocast) the error of the comb against
-    that of separate rows, which holds for any model, however many roundings it has."""
+    that of separate rows, which holds for any model, however many roundings it has. liger: the comb's model with liger-kernel's
+    layers, which replace those of all models of the family in this process."""
+    if liger and run.device != "cuda":
+        raise NotRun("needs a GPU")
+    if liger and importlib.util.find_spec("liger_kernel") is None:
+        raise NotRun("liger-kernel is not installed")
     from benchmarks.step_training_ways import Shape, make_case
     from swirl_fast.comb import pack
+    from swirl_fast.config import TrainingConfig
     from swirl_fast.policy import PackedRow, Policy
+    from swirl_fast.training.layers import prepare
 
     model = _model(family).to(run.device)
     shape = Shape(prompt=9, action=3, result=5) if run.small else Shape(prompt=150, action=40, result=61)
@@ -36,7 +44,9 @@ def comb_of_a_model(run: Run, family: str) -> None:
 
     model.zero_grad(set_to_none=True)
     comb = pack([case.branch])
-    logp_N = Policy(model, autocast=autocast)(PackedRow.of(comb, run.device))
+    policy = Policy(model, autocast=autocast)
+    prepare(policy, TrainingConfig(liger=liger))
+    logp_N = policy(PackedRow.of(comb, run.device))
     weight_N = case.weight_A[torch.from_numpy(np.repeat(comb.indices_A, np.diff(comb.offsets))).long()]
     (-(weight_N.to(run.device) * logp_N).sum()).backward()
     order = torch.from_numpy(np.argsort(comb.indices_A))
@@ -58,7 +68,7 @@ def comb_of_a_model(run: Run, family: str) -> None:
 
 def _model(family: str) -> PreTrainedModel:
     """Random weights, large enough that attention is far from uniform; the same on every call."""
-    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
     shape = {
         "hidden_size": 96,
@@ -78,7 +88,10 @@ def _model(family: str) -> PreTrainedModel:
         "final_logit_softcapping": 6.0,
         "query_pre_attn_scalar": 64,
     }
-    config = Gemma2Config(**shape, **capped) if family == "gemma2" else LlamaConfig(**shape)
+    if family == "gemma2":
+        config: PreTrainedConfig = Gemma2Config(**shape, **capped)
+    else:
+        config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**shape)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
