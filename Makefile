@@ -44,5 +44,10 @@ lint: install
 gpu-check:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check --out benchmarks/results
 
+# The trainer itself on such a machine, in .venv with the torch that pip takes for it.
+.PHONY: test-gpu
+test-gpu: install
+	$(BIN)/python -m pytest tests/gpu
+
 clean:
 	rm -rf .venv .venv-sglang build *.egg-info kernels/*.egg-info
