@@ -21,6 +21,7 @@ _STAGES = {
     "judge": "a process verdict on every step",
     "filter": "keep trajectories, write MosaicML shards",
     "train": "step-wise RL on the shards; may be started by torchrun",
+    "export": "the weights of a checkpoint, such as the best one, as a Hugging Face folder",
     "evaluate": "held-out questions, by the base or the trained model",
     "report": "one HTML file about the run",
     "run": "all of it, base -> trained",
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
                 "--out", metavar="FILE", help="of --against (default: agreement.json in the run's folder)"
             )
             stage.add_argument("--count", type=int, default=200, metavar="N", help="of --export-steps (default: 200)")
+        if name == "export":
+            stage.add_argument("--checkpoint", default="best", metavar="best|step_N", help="which (default: best)")
+            stage.add_argument("--out", metavar="FOLDER", help="default: model-CHECKPOINT in the run's folder")
         if name == "evaluate":
             stage.add_argument(
                 "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
@@ -82,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from swirl_fast import stages  # torch and transformers load here, after the config has been checked
 
         _quiet_transformers()
-        if options.stage == "evaluate":
+        if options.stage == "export":
+            stages.export(config, options.checkpoint, options.out)
+        elif options.stage == "evaluate":
             if options.of == "base":
                 stages.evaluate(config, options.name or "base")
             elif options.of == "trained":

@@ -26,7 +26,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ class Manifest:
 
     fingerprint: JSON object that names what the samples were made with. verdicts: verdict -> number of steps.
     longest_state: {"id": trajectory, "tokens": number}, of the state of its last step. stop_ids: last tokens of the
-    well-formed actions, ascending: what ended a turn where the samples were made.
+    well-formed actions, ascending: what ended a turn where the samples were made. longest_path: as longest_state, with the
+    action; empty in older folders.
     files: name -> {"bytes": size, "xxh64": hex digest}, of every file but the manifest.
     """
 
@@ -77,6 +78,7 @@ class Manifest:
     longest_state: dict[str, Any]
     stop_ids: list[int]
     files: dict[str, dict[str, Any]]
+    longest_path: dict[str, Any] = field(default_factory=dict)
 
     @property
     def content_hash(self) -> str:
@@ -132,6 +134,7 @@ def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, A
     verdicts: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     longest: dict[str, Any] = {"id": "", "tokens": -1}
+    longest_path = dict(longest)
     stop_ids: set[int] = set()
     try:
         for sample in samples:
@@ -146,6 +149,8 @@ def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, A
             totals["action_tokens"] += len(encoded["logprobs"])
             if (state := trajectory.steps[-1].start) > longest["tokens"]:
                 longest = {"id": trajectory.id, "tokens": state}
+            if (path := trajectory.steps[-1].end) > longest_path["tokens"]:
+                longest_path = {"id": trajectory.id, "tokens": path}
             # A well-formed action was not cut off, so it ends with the stop token of the tokenizer that sampled it.
             stop_ids |= {
                 trajectory.tokens[step.end - 1] for step in trajectory.steps if step.action.kind != "malformed"
@@ -164,6 +169,7 @@ def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, A
         action_tokens=totals["action_tokens"],
         verdicts={verdict.value: verdicts[verdict.value] for verdict in Verdict},
         longest_state=longest,
+        longest_path=longest_path,
         stop_ids=sorted(stop_ids),
         files={name: {"bytes": (folder / name).stat().st_size, "xxh64": digest(folder / name)} for name in names},
     )

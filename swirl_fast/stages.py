@@ -191,6 +191,18 @@ def train(config: Config) -> None:
         stop()
 
 
+def export(config: Config, checkpoint: str, out: str | None = None) -> None:
+    """Writes the weights of a checkpoint (`best`, `step_000020`) to a Hugging Face folder, by default runs/NAME/model-CHECKPOINT."""
+    from swirl_fast.training.build import export_checkpoint
+    from swirl_fast.training.parallel import start, stop
+
+    ranks = start()
+    try:
+        export_checkpoint(config, ranks, checkpoint, Path(out or config.folder / f"model-{checkpoint}"))
+    finally:
+        stop()
+
+
 def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str, Any]:
     """Evaluates `model.path`, or the Hugging Face folder `weights`, under a name. Returns the summary.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,8 @@ def test_sft_is_cross_entropy_on_the_recorded_actions(
     norm, nll = naive_gradient(tiny_model, [(t, [1 / states] * t.num_steps) for t in recorded])
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert row["nll"] == pytest.approx(nll, rel=1e-5)
-    assert row["states"] == row["actions"] == states and row["reward"] != row["reward"], "nothing is rewarded"
+    assert row["states"] == row["actions"] == states and math.isnan(row["reward"]), "nothing is rewarded"
+    assert math.isnan(row["entropy"]), "nothing is sampled"
     assert row["tokens_computed"] < sum(len(t.tokens) for t in recorded), "prompts of one question are shared"
     assert (collected / "sft" / "model" / "model.safetensors").is_file()
 

@@ -17,6 +17,7 @@ import torch
 from test_pipeline import command, copy_of, environment, kill_when, overrides, weights
 
 from swirl_fast import cli
+from swirl_fast.config import ConfigError
 from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.judges.judge import Judge, Judgement, Verdict
 from swirl_fast.training import build, interrupt, loop, sampler
@@ -224,3 +225,56 @@ def test_a_time_limit_that_has_passed_starts_no_step(
     assert cli.main(["train", *late]) == interrupt.EXIT_RESUMABLE
     assert "training.time_limit=0.0001 minutes: stopped at step 0 of 10" in capsys.readouterr().err
     assert not read_metrics(folder / "r") and not checkpoints(folder)
+
+
+def test_a_judge_that_refuses_later_is_no_fault_of_the_settings_and_costs_no_finished_step(
+    prepared: Path, tiny_model: Path, judged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With lag, batch 3 fails beside step 2: step 2 and its checkpoint count."""
+    folder = copy_of(prepared, tmp_path)
+    real, calls = sampler.judge_sampled, itertools.count(1)
+
+    def refused(*arguments: Any) -> list[Judgement]:
+        if next(calls) == 3:
+            raise ConfigError("judge.model.url: the server answers 404")
+        return real(*arguments)
+
+    monkeypatch.setattr(sampler, "judge_sampled", refused)
+    lagging = ("training.lag=1", "algorithm.importance_cap=2", "engine.own_process=true", "training.checkpoint_every=2")
+    assert cli.main(["train", *arguments(folder, tiny_model, judged, *lagging)]) == 1
+    assert [row["step"] for row in read_metrics(folder / "r")] == [1, 2] and checkpoints(folder) == ["step_000002"]
+
+
+def test_a_checkpoint_is_exported_and_settings_of_a_later_version_do_not_hinder(
+    prepared: Path, tiny_model: Path, judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint from before a setting existed goes on with its default, and is done when it is done."""
+    folder = copy_of(prepared, tmp_path)
+    more = (
+        "training.steps=2",
+        "training.checkpoint_every=1",
+        "training.keep_best=reward",
+        "training.keep_checkpoints=2",
+    )
+    stage = arguments(folder, tiny_model, judged, *more, "training.kl_warning=1e-9")
+    with pytest.warns(
+        UserWarning, match="training step 2: the KL to the reference is .* above training.kl_warning=1e-09"
+    ):
+        assert cli.main(["train", *stage]) == 0
+    assert cli.main(["export", *stage, "--checkpoint", "step_000002"]) == 0
+    exported, final = folder / "r" / "model-step_000002", folder / "r" / "model"
+    assert (exported / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+    assert cli.main(["export", *stage, "--checkpoint", "step_000002"]) == 2
+    assert "is already there" in capsys.readouterr().err
+    assert cli.main(["export", *stage]) == 0 and (folder / "r" / "model-best" / "tokenizer.json").is_file()
+    assert cli.main(["export", *stage, "--checkpoint", "step_7"]) == 1
+    assert "is no checkpoint; those in" in capsys.readouterr().err
+
+    marker = json.loads((final / "trained.json").read_text())
+    for section, key in (("training", "lag_after"), ("algorithm", "importance_level")):
+        del marker[section][key]
+    (final / "trained.json").write_text(json.dumps(marker))
+    assert cli.main(["train", *stage]) == 0 and "is trained to step 2 already" in capsys.readouterr().out
+    (final / "trained.json").write_text(json.dumps(marker | {"seed": 1}))
+    assert cli.main(["train", *stage, "training.lag_after=1"]) == 2
+    assert "training.lag_after was 0, is 1 now" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from swirl_fast.config import ConfigError, load
 from swirl_fast.engines.engine import Completion
 from swirl_fast.objective import policy_loss
 from swirl_fast.policy import PackedRow, Policy, model_size
+from swirl_fast.shards import Manifest
 from swirl_fast.training import totals as totals_module
 from swirl_fast.training.loop import MicroBatch, Trainer, check_budget
 from swirl_fast.training.rollout import SampledAction
@@ -279,16 +280,25 @@ def test_idle_ranks_run_empty_micro_batches() -> None:
 
 
 def test_settings_that_cannot_hold_the_longest_path_are_refused() -> None:
-    """The longest state has 17 tokens; with 8 more the path has 25, of which 24 are computed."""
+    """The longest state has 17 tokens; with 8 more the path has 25, of which 24 are computed. A recorded action makes it 30 tokens."""
+    longest = {"longest_state": {"id": "long", "tokens": 17}, "longest_path": {"id": "other", "tokens": 30}}
+    manifest = Manifest({}, 2, 2, 60, 20, {}, stop_ids=[], files={}, **longest)
 
     def check(context: int, *overrides: str) -> None:
-        check_budget(load(None, ["training.max_action_tokens=8", *overrides]), "long", 17, context)
+        check_budget(load(None, ["training.max_action_tokens=8", *overrides]), manifest, context)
 
     check(25, "training.token_budget=24", "training.max_path_tokens=25")
+    check(30, "algorithm.name=sft", "training.token_budget=29", "training.max_path_tokens=30")
     for key, overrides, context in (
         ("training.token_budget=23.*long has a state of 17.*at least 24", ("training.token_budget=23",), 512),
         ("training.max_path_tokens=24.*at least 25", ("training.max_path_tokens=24",), 512),
         ("training.max_action_tokens=8.*context of 24", (), 24),
+        (
+            "training.token_budget=28.*other has 30 tokens.*at least 29",
+            ("algorithm.name=sft", "training.token_budget=28"),
+            512,
+        ),
+        ("collect.max_steps=.*other has 30 tokens.*context of 29", ("algorithm.name=sft",), 29),
     ):
         with pytest.raises(ConfigError, match=key):
             check(context, *overrides)

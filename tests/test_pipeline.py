@@ -295,18 +295,25 @@ def test_a_batch_that_is_sampled_beside_the_training_is_one_update_old_and_never
 def test_the_first_batches_are_drawn_on_policy_when_asked_for(
     collected: Path, tiny_model: Path, judged: str, tmp_path: Path
 ) -> None:
-    """training.lag_after=2: three batches of the policy that learns from them, then lag."""
-    folder = copy_of(collected, tmp_path)
+    """training.lag_after=2: three batches of the policy that learns from them, then lag; on two ranks as on one."""
+    folder, other = copy_of(collected, tmp_path / "one"), copy_of(collected, tmp_path / "two")
     lagging = [
         "training.lag=1",
         "training.lag_after=2",
         "algorithm.importance_cap=2",
         "algorithm.importance_level=action",
     ]
-    start(["train", *overrides(folder, tiny_model, judged, *lagging, "engine.own_process=true", "engine.threads=1")])
+    own = ["engine.own_process=true", "engine.threads=1"]
+    start(["train", *overrides(folder, tiny_model, judged, *lagging, *own)])
     rows = read_metrics(folder / "r")
     assert [row["step"] for row in rows if row["engine_gap_mean"] < 1e-5] == [1, 2, 3]
     assert [row["step"] for row in rows if row["seconds_hidden"] > 0] == list(range(3, STEPS))
+    start(["train", *overrides(other, tiny_model, judged, *lagging, *own)], ranks=2)
+    for one, two in zip(rows, read_metrics(other / "r"), strict=True):
+        for key in ("reward", "actions", "action_tokens"):
+            assert two[key] == pytest.approx(one[key], abs=1e-12), key
+        for key in ("loss", "grad_norm", "engine_gap_mean"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
 
 
 def test_training_goes_on_from_uploaded_shards_as_from_its_own(
@@ -349,6 +356,9 @@ def test_two_ranks_equal_one(collected: Path, trained: Path, tiny_model: Path, j
             assert two[key] == pytest.approx(one[key], abs=1e-12), key
         for key in ("loss", "grad_norm", "entropy", "process_label"):
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
+        for kind in ("computed", "effective"):
+            name = f"tokens_{kind}_per_second"
+            assert two[name] > 0 and two[f"{name}_per_rank"] == pytest.approx(two[name] / 2)
     wanted, found = weights(trained), weights(folder)
     assert wanted.keys() == found.keys()
     for name, tensor in wanted.items():

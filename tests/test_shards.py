@@ -73,6 +73,7 @@ def test_what_is_written_comes_back(thirteen: Path) -> None:
     trajectories = [sample.trajectory for sample in samples]
     longest = max(trajectories, key=lambda trajectory: trajectory.steps[-1].start)
     assert manifest.longest_state == {"id": longest.id, "tokens": len(longest.state(longest.num_steps - 1))}
+    assert manifest.longest_path["tokens"] == max(t.steps[-1].end for t in trajectories)
     ends = {t.tokens[step.end - 1] for t in trajectories for step in t.steps if step.action.kind != "malformed"}
     assert manifest.stop_ids == sorted(ends) and len(ends) < manifest.steps
     for sample in read_trajectories(thirteen):

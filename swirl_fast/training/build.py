@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines import load_engine
 from swirl_fast.judges import load_judge
-from swirl_fast.model import DTYPES, load_config, load_model, load_tokenizer, model_fingerprint
+from swirl_fast.model import DTYPES, load_config, load_model, load_tokenizer
 from swirl_fast.policy import Policy
 from swirl_fast.rendering import Renderer
 from swirl_fast.shard_store import open_shards
@@ -19,58 +19,15 @@ from swirl_fast.shard_stream import TrajectoryStream
 from swirl_fast.tasks import load_task
 from swirl_fast.tools import open_tools
 from swirl_fast.training import layers, metrics, parallel, sharded_weights
+from swirl_fast.training.checkpoint import load_weights
 from swirl_fast.training.export import export
 from swirl_fast.training.loop import Trainer, check_budget
 from swirl_fast.training.memory import GIB, estimate
 from swirl_fast.training.outcomes import Outcomes
 from swirl_fast.training.parallel import Ranks
+from swirl_fast.training.settings import completed, difference, model_settings, settings_of
 
 _MARKER = "trained.json"
-
-
-def settings_of(config: Config, judge_id: str) -> dict[str, object]:
-    """What a checkpoint's further course depends on; what may change on resuming (its length, its saving and its guards) is left out."""
-    training = asdict(config.training)
-    if config.training.schedule == "constant":
-        del training["steps"]  # a cosine depends on where it ends
-    for name in (
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_best",
-        "async_checkpoints",
-        "time_limit",
-        "max_skipped_steps",
-        "kl_warning",
-        "tensorboard",
-        "wandb",
-        "peak_tflops",
-        "token_budget",
-        "max_path_tokens",
-        "activation_checkpointing",
-        "max_engine_gap",
-        "shards",  # the stream compares their contents
-        "shards_cache",
-        "shards_cache_limit",
-        "bad_shards",  # which ones are skipped is in the stream's state
-        "prefetch",
-        "shard_size",
-        "shard_accumulated_gradients",
-        "compile",
-        "liger",
-        "flash_attention",
-        "reference_offload",
-    ):
-        del training[name]
-    outcome = {"max_steps": config.collect.max_steps, "search": asdict(config.search), "tasks": asdict(config.tasks)}
-    return {
-        "model": asdict(config.model) | {"weights": model_fingerprint(config.model)},
-        "engine_dtype": config.engine.dtype,
-        "judge": judge_id,
-        "algorithm": asdict(config.algorithm),
-        **({"outcome": outcome} if config.algorithm.reward == "outcome" else {}),
-        "training": training,
-        "seed": config.run.seed,
-    }
 
 
 def open_stream(config: Config, ranks: Ranks) -> TrajectoryStream:
@@ -152,7 +109,7 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
     tools_by_task = {task.name: task.tools}
     settings = settings_of(config, load_judge(config.judge, tools_by_task, probe=False, tasks=[task]).id)
     marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings}
-    if (target / _MARKER).is_file() and json.loads((target / _MARKER).read_text()) == marker:
+    if (target / _MARKER).is_file() and completed(json.loads((target / _MARKER).read_text()), marker) == marker:
         if ranks.main:
             print(f"train: {target} is trained to step {training.steps} already")
         return
@@ -177,8 +134,7 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
         engine = load_engine(config, ranks.device, ranks=ranks)
         stack.callback(engine.close)
     max_context = engine.max_context if engine else load_config(config.model).get_text_config().max_position_embeddings
-    longest = stream.manifest.longest_state
-    check_budget(config, longest["id"], longest["tokens"], max_context)
+    check_budget(config, stream.manifest, max_context)
     outcomes = None
     if engine is not None and config.algorithm.reward == "outcome":
         tools = stack.enter_context(open_tools(task.tools, config.search, task.passages()))
@@ -197,3 +153,21 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
     ranks.barrier()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> None:
+    """Writes the weights of `checkpoints/NAME` (best, step_000020) to `target`, a Hugging Face folder. Collective.
+
+    Raises ConfigError when the checkpoint is of another model or `target` is there already, ValueError when it is not there or damaged.
+    """
+    if target.exists():
+        raise ConfigError(f"--out {target}: is already there; remove it, or name another folder")
+    policy = make_policy(config, ranks)
+    source = config.folder / "checkpoints" / name
+    state = load_weights(source, policy)
+    recorded, model = state["settings"]["model"], model_settings(config)
+    if completed({"model": recorded}, {"model": model})["model"] != model:
+        raise ConfigError(f"model.path: {source} was trained from another model: {difference(recorded, model)}")
+    export(target, policy, load_tokenizer(config.model), ranks)
+    if ranks.main:
+        print(f"export: {target} holds the weights of {source.resolve().name}, to be evaluated with --of {target}")

@@ -30,7 +30,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from swirl_fast.config import KEEP_BEST
 from swirl_fast.lock import lock
@@ -279,6 +284,20 @@ def best_of(paths: list[Path], metric: str) -> Path | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return max(means, key=lambda path: (means[path], _step(path)), default=None)
+
+
+def load_weights(path: Path, policy: Policy | torch.nn.Module) -> dict[str, Any]:
+    """Restores the model alone from one checkpoint and returns its state. Collective. Raises ValueError when it is not there or damaged."""
+    if not path.is_dir():
+        there = ", ".join(one.name for one in checkpoints(path.parent)) or "none"
+        raise ValueError(f"{path} is no checkpoint; those in {path.parent}: {there}")
+    if (problem := damage(path)) is not None:
+        raise ValueError(f"checkpoint {path} is damaged: {problem}")
+    weights = get_model_state_dict(policy)
+    dcp.load({"model": weights}, checkpoint_id=path, no_dist=not dist.is_initialized())
+    set_model_state_dict(policy, weights)
+    state: dict[str, Any] = json.loads((path / _STATE).read_text())
+    return state
 
 
 def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:

@@ -40,6 +40,7 @@ from swirl_fast.objective import (
 from swirl_fast.policy import PackedRow, Policy, model_size
 from swirl_fast.rendering import Renderer
 from swirl_fast.shard_stream import TrajectoryStream
+from swirl_fast.shards import Manifest
 from swirl_fast.training import weight_sync
 from swirl_fast.training.checkpoint import Checkpoints
 from swirl_fast.training.guards import Guards
@@ -49,6 +50,7 @@ from swirl_fast.training.outcomes import Outcomes
 from swirl_fast.training.parallel import Ranks, set_gradient_sync
 from swirl_fast.training.rollout import SampledAction, to_actions, to_branches
 from swirl_fast.training.sampler import SampledBatch, Sampler
+from swirl_fast.training.settings import completed, difference
 from swirl_fast.training.totals import Totals
 from swirl_fast.training.utilization import peak_flops, peak_memory, utilization
 from swirl_fast.trajectory import Trajectory
@@ -101,7 +103,7 @@ class Trainer:
         renderer: Renderer,
         tools: tuple[str, ...],
         stream: TrajectoryStream,
-        settings: dict[str, object],
+        settings: dict[str, Any],
         outcomes: Outcomes | None = None,
     ) -> None:
         self.settings = settings  # a checkpoint of other settings is refused
@@ -142,7 +144,7 @@ class Trainer:
                 self.stream.load_state_dict(restored["stream"])
                 self.guards.load_state_dict(restored.get("guards", {}))
             self._sync_weights()
-            due = False
+            begun, due = self.step, False
             with MetricsLog(folder, self.step, self.ranks.main, training, self.settings) as log:
                 while self.step < training.steps:
                     if reason := interrupts.reason(reserve=checkpoints.seconds):
@@ -153,7 +155,13 @@ class Trainer:
                             f"{reason}: stopped at step {self.step} of {training.steps}, start it again to go on"
                         )
                     start = time.monotonic()
-                    metrics = self.train_step()
+                    try:
+                        metrics = self.train_step()
+                    except ConfigError as error:
+                        if self.step == begun:
+                            raise
+                        # of a judge's server that now refuses, say: the settings were right when the training began
+                        raise RuntimeError(f"training step {self.step + 1}: {error}") from error
                     log.write(metrics)
                     if not self.guards.skipped:
                         checkpoints.measure(metrics)
@@ -175,9 +183,9 @@ class Trainer:
 
     def _check_restored(self, state: dict[str, Any]) -> None:
         steps = self.config.training.steps
-        if state["settings"] != self.settings:
+        if (recorded := completed(state["settings"], self.settings)) != self.settings:
             raise ConfigError(
-                f"{self.checkpoints} was trained with other settings: {_difference(state['settings'], self.settings)}. "
+                f"{self.checkpoints} was trained with other settings: {difference(recorded, self.settings)}. "
                 "Go back to them, or use another run.name"
             )
         if state["step"] > steps:
@@ -420,7 +428,7 @@ class Trainer:
             "loss": s["loss"],
             "nll": s["nll"] / tokens,
             "kl": s["kl"] / tokens,
-            "entropy": s["surprisal"] / max(s["generated_tokens"], 1.0),
+            "entropy": s["surprisal"] / max(s["generated_tokens"], 1.0) if self.engine is not None else math.nan,
             "clip_fraction": s["clipped"] / max(s["clip_tokens"], 1.0),
             "ratio_max": ratio_max,
             "grad_norm": grad_norm,
@@ -434,8 +442,11 @@ class Trainer:
             "action_tokens": s["generated_tokens"],
             "tokens_computed": s["computed_tokens"],
             "tokens_effective": s["effective_tokens"],
-            "tokens_computed_per_second": s["computed_tokens"] / seconds,
-            "tokens_effective_per_second": s["effective_tokens"] / seconds,
+            **{
+                f"tokens_{kind}_per_second{of}": s[f"{kind}_tokens"] / seconds / ranks
+                for kind in ("computed", "effective")
+                for of, ranks in (("", 1), ("_per_rank", self.ranks.size))
+            },
             "rank_imbalance": imbalance,
             "tflops": work / busy / 1e12 if busy else 0.0,
             **utilization(work, busy, seconds, self.peak, self.ranks.size),
@@ -460,40 +471,28 @@ def learning_rate(config: Config, step: int) -> float:
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def check_budget(config: Config, trajectory: str, tokens: int, max_context: int) -> None:
-    """Raises ConfigError, before any work, when the longest recorded state, `tokens` long, with a longest action fits neither a
-    micro-batch nor the longest path allowed nor the context. trajectory: its id. Recorded actions (algorithm.name=sft) are as long as
-    they are, so of the one at that state a single token is counted."""
+def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:
+    """Raises ConfigError, before any work, when the longest recorded state with a longest action, or for algorithm.name=sft with the
+    recorded one, fits neither a micro-batch nor the longest path allowed nor the context."""
     training = config.training
-    state = f"trajectory {trajectory} has a state of {tokens} tokens"
-    recorded = config.algorithm.name == "sft"
-    longest = 1 if recorded else training.max_action_tokens
-    path = tokens + longest
+    if config.algorithm.name == "sft" and manifest.longest_path:
+        path = manifest.longest_path["tokens"]
+        what = f"trajectory {manifest.longest_path['id']} has {path} tokens up to its last action"
+        key = f"collect.max_steps={config.collect.max_steps}"
+    else:
+        longest = 1 if config.algorithm.name == "sft" else training.max_action_tokens
+        path = manifest.longest_state["tokens"] + longest
+        what = f"trajectory {manifest.longest_state['id']} has a state of {path - longest} tokens, and actions may have {longest}"
+        key = f"training.max_action_tokens={longest}"
     if path - 1 > training.token_budget:  # an action's last token is not computed
-        raise ConfigError(
-            f"training.token_budget={training.token_budget}: {state}, and actions may have {longest}; set it to at "
-            f"least {path - 1}"
-        )
+        raise ConfigError(f"training.token_budget={training.token_budget}: {what}; set it to at least {path - 1}")
     if training.max_path_tokens and path > training.max_path_tokens:
         raise ConfigError(
-            f"training.max_path_tokens={training.max_path_tokens}: {state}, and actions may have {longest}; set it to "
-            f"at least {path}, or to 0 for the model's context of {max_context}"
+            f"training.max_path_tokens={training.max_path_tokens}: {what}; set it to at least {path}, or to 0 for the model's context of "
+            f"{max_context}"
         )
     if path > max_context:
-        key = f"collect.max_steps={config.collect.max_steps}" if recorded else f"training.max_action_tokens={longest}"
-        raise ConfigError(f"{key}: {state}; together this exceeds the model's context of {max_context}")
-
-
-def _difference(old: Any, new: Any, key: str = "") -> str:
-    """The leaves in which two nested dicts differ, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = (
-            _difference(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))
-            for k in sorted({*old, *new})
-            if old.get(k) != new.get(k)
-        )
-        return "; ".join(parts)
-    return f"{key} was {old!r}, is {new!r} now"
+        raise ConfigError(f"{key}: {what}; together this exceeds the model's context of {max_context}")
 
 
 def _empty_comb() -> Comb:

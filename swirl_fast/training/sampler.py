@@ -83,12 +83,16 @@ class Sampler:
         self._coming = self._thread.submit(self._sample)
 
     def wait(self) -> float:
-        """Until the engine and the judge are idle. Returns how many of the coming batch's seconds ran beside the training."""
+        """Until the engine and the judge are idle. Returns how many of the coming batch's seconds ran beside the training.
+
+        What went wrong with that batch is raised when it is taken: the update that ran beside it counts.
+        """
         if self._coming is None:
             return 0.0
         start = time.perf_counter()
-        seconds = self._coming.result().seconds
-        return max(0.0, seconds - (time.perf_counter() - start))
+        if self._coming.exception() is not None:
+            return 0.0
+        return max(0.0, self._coming.result().seconds - (time.perf_counter() - start))
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's state behind the batches taken: one that is coming is sampled again after a restart."""
