@@ -187,7 +187,8 @@ class AlgorithmConfig:
 class TrainingConfig:
     steps: int = 10  # batches of sampled actions
     trajectories_per_step: int = 8  # over all ranks; every state of each is trained on
-    lag: int = 0  # 1: the next batch is sampled and judged, by the policy one update before, while this one trains
+    # 1: the next batch is sampled and judged, by the policy one update before, while this one trains; the engine must be another process
+    lag: int = 0
     lag_after: int = (
         0  # with lag=1: so many batches more than the first are drawn on policy; early updates move it most
     )
@@ -274,7 +275,7 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        return Path(self.run.folder) / self.run.name
+        return Path(self.run.folder).expanduser() / self.run.name
 
     @property
     def store(self) -> Path:

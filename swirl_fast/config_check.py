@@ -206,6 +206,12 @@ def _check_algorithm(config: Config, values: _Values) -> None:
             "algorithm.updates_per_batch",
             f"{a.name} has no clip against its own drift; use algorithm.name=ppo to reuse a batch",
         )
+    if a.name == "sft" and a.importance_cap:
+        # Of worked solutions the recorded log-probs are 0: every token would be scaled by its own probability.
+        fail(
+            "algorithm.importance_cap",
+            "algorithm.name=sft imitates recorded actions as they are, there is no sampler to correct for; use 0",
+        )
     if a.name in ("rloo", "grpo", "ppo") and t.samples_per_state < 2:
         fail(
             "training.samples_per_state",
@@ -245,6 +251,13 @@ def _check_training(config: Config, values: _Values) -> None:
         fail("training.wandb", "must be the name of a project: at most 128 characters, none of / \\ # ? % :")
     if t.keep_best:
         values.one_of("training.keep_best", tuple(KEEP_BEST))
+        if config.algorithm.name == "sft":
+            fail(
+                "training.keep_best",
+                "algorithm.name=sft draws no actions, so nothing tells which checkpoint's are best; leave it empty",
+            )
+        if t.keep_best == "process_label" and config.algorithm.reward == "outcome":
+            fail("training.keep_best", "algorithm.reward=outcome asks no process judge; use reward or malformed")
     if len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
         fail("training.betas", "must be two numbers in [0, 1)")
     values.one_of("training.schedule", ("constant", "cosine"))
@@ -254,6 +267,13 @@ def _check_training(config: Config, values: _Values) -> None:
         fail(
             "training.lag",
             "actions drawn by an older policy need importance weights: set algorithm.importance_cap, e.g. to 2",
+        )
+    if t.lag and config.engine.kind == "local" and not config.engine.own_process:
+        # Two threads of one process share its interpreter, and on a GPU its stream: stale actions, and hardly a second saved.
+        fail(
+            "training.lag",
+            "engine.kind=local generates in the trainer's process, where little of it would run beside the training; set "
+            "engine.own_process=true, or engine.kind=sglang",
         )
     values.one_of("training.bad_shards", ("stop", "skip"))
     if t.shards_cache_limit and not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", t.shards_cache_limit.lower()):

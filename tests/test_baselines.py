@@ -163,6 +163,7 @@ def test_a_trajectory_counts_once_whatever_its_length() -> None:
         ("algorithm.reward=outcome", "algorithm.reward=outcome"),
         ("training.lag=1", "training.lag=1"),
         ("algorithm.updates_per_batch=2", "algorithm.updates_per_batch=2"),
+        ("algorithm.importance_level=action", "algorithm.importance_cap=2"),
     ],
 )
 def test_sft_refuses_what_it_cannot_do(override: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:

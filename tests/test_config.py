@@ -98,6 +98,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("training.lag_after=-1", ["training.lag_after=-1", "at least 0"]),
         ("algorithm.importance_level=action", ["algorithm.importance_level=action", "algorithm.importance_cap"]),
         ("algorithm.importance_level=sequence", ["algorithm.importance_level", "sequence", "token", "action"]),
+        ("algorithm={name: sft, importance_cap: 2}", ["algorithm.importance_cap=2.0", "algorithm.name=sft", "use 0"]),
     ],
 )
 def test_bad_values_name_key_value_and_remedy(override: str, parts: list[str]) -> None:
@@ -105,6 +106,39 @@ def test_bad_values_name_key_value_and_remedy(override: str, parts: list[str]) -
         load(None, [override])
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "algorithm", "why"),
+    [
+        ("process_label", "algorithm.reward=outcome", "asks no process judge"),
+        ("process_label", "algorithm.name=sft", "draws no actions"),
+        ("reward", "algorithm.name=sft", "draws no actions"),
+        ("malformed", "algorithm.name=sft", "draws no actions"),
+    ],
+)
+def test_a_best_checkpoint_needs_a_metric_that_is_measured(metric: str, algorithm: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"training.keep_best={metric}: {algorithm} {why}"):
+        load(None, [f"training.keep_best={metric}", algorithm])
+
+
+@pytest.mark.parametrize("metric", ["reward", "malformed"])
+def test_fresh_trajectories_have_a_best_checkpoint(metric: str) -> None:
+    load(None, [f"training.keep_best={metric}", "algorithm.reward=outcome"])
+
+
+def test_sampling_beside_the_training_needs_an_engine_of_its_own() -> None:
+    lagging = ["training.lag=1", "algorithm.importance_cap=2"]
+    for engine in ("engine.own_process=true", "engine.kind=sglang"):
+        load(None, [*lagging, engine])
+    with pytest.raises(ConfigError, match="training.lag=1: engine.kind=local generates.*engine.own_process=true"):
+        load(None, lagging)
+
+
+def test_a_folder_in_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load(None, ["run.folder=~/runs", "run.name=x"])
+    assert config.folder == Path("/home/somebody/runs/x") and config.store == config.folder / "trajectories.db"
 
 
 def test_an_offloaded_reference_needs_a_reference() -> None:
