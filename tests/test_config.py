@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,31 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     file.write_text("training: {steps: 3, learning_rate: 1e-5}\n")
     config = load(file, ["training.steps=4"])
     assert (config.training.steps, config.training.learning_rate) == (4, 1e-5)
+
+
+def test_an_empty_table_drops_what_was_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("tasks: {dataset: gsm_symbolic, options: {difficulty: 2.0, lines: 3}, limit: 7}\n")
+
+    def options(*overrides: str) -> dict[str, Any]:
+        config = load(file, overrides)
+        assert config.tasks.limit == 7, "only the table of free keys is emptied"
+        return config.tasks.options
+
+    assert options() == {"difficulty": 2.0, "lines": 3}
+    assert options("tasks.options={lines: 4}") == {"difficulty": 2.0, "lines": 4}
+    assert options("tasks.options={}") == options("tasks={options: {}}") == {}
+    assert options("tasks.options={}", "tasks.options.a=1", "tasks.options.b=2") == {"a": 1, "b": 2}
+    assert options("tasks.options.a=1", "tasks.options={}", "tasks.options.b=2", "training.steps=3") == {"b": 2}
+    assert options("tasks={}", "training={}")["lines"] == 3, "a section is no such table"
+    environment = load(None, ["engine.launch.environment={A: b}", "engine.launch.environment={}"]).engine.launch
+    assert environment.environment == {}
+    file.write_text("tasks: {options: {}, dataset: gsm_symbolic}\n")
+    assert load(file).tasks.options == {}
+    with pytest.raises(ConfigError, match=r"training.step \(command line\): unknown key"):
+        load(file, ["tasks.options={}", "training.step=3"])
+    with pytest.raises(ConfigError, match="tasks"):
+        load(file, ["tasks=3"])
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,12 @@ def test_where_a_question_asks_for_rounding_its_own_scorer_decides() -> None:
         ("!", {}, "tasks.dataset=!: .* no such dataset"),
         ("caesar_cipher", {}, "tasks.dataset=caesar_cipher: its answers are not all numbers"),
         ("base_conversion", {}, "tasks.dataset=base_conversion: its answers are not all numbers"),
-        ("chain_sum", {"terms": 2}, "tasks.options.terms=2: .* accepts min_terms, max_terms, .*allow_negation$"),
+        ("chain_sum", {"terms": 2}, "tasks.options.terms=2: .* accepts min_terms, max_terms, .*allow_negation; "),
+        (
+            "gsm_symbolic",
+            {"min_terms": 3},
+            "gsm_symbolic has no such option; .*; tasks.options={} drops those of another",
+        ),
         ("chain_sum", {"min_terms": 0}, "tasks.options=.*min_terms must be positive"),
         ("chain_sum", {"min_terms": "a"}, "tasks.options=.*refused by chain_sum"),
         ("chain_sum", {"max_digits": 2.5}, "tasks.options=.*2.5.*chain_sum"),

@@ -84,7 +84,7 @@ class ReasoningGym:
             if option not in accepted:
                 raise ConfigError(
                     f"tasks.options.{option}={self._options[option]}: {self.name} has no such option; "
-                    f"it accepts {', '.join(accepted)}"
+                    f"it accepts {', '.join(accepted)}; tasks.options={{}} drops those of another dataset"
                 )
 
     def _generator(self, seed: int) -> Any:
