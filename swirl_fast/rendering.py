@@ -20,6 +20,9 @@ from swirl_fast.tasks.task import Example
 from swirl_fast.tools.tool import Tool
 
 Message = dict[str, str]
+READY = (
+    "configs/chat_templates/chatml.jinja is one for models with the tokens <|im_start|> and <|im_end|>, such as Qwen3"
+)
 
 
 def instructions(tools: Sequence[Tool], max_steps: int) -> str:
@@ -68,7 +71,7 @@ class Renderer:
         if self.stop_id not in tokenizer.get_added_vocab().values():
             raise ValueError(
                 f"the chat template of {name} does not end an assistant's turn with a special token (it continues with {before!r}), "
-                "so generation would not know where to stop; set model.chat_template to one that does"
+                f"so generation would not know where to stop; set model.chat_template to one that does ({READY})"
             )
         self._end_of_turn = tokenizer.convert_ids_to_tokens(self.stop_id)
         self._before = before.removeprefix(self._end_of_turn)
@@ -138,7 +141,7 @@ class Renderer:
                 )
                 raise ValueError(
                     f"the chat template of {self._name} rewrites earlier turns: after one more turn, {start[max(0, at - 20) : at + 40]!r} "
-                    f"has become {longer[max(0, at - 20) : at + 40]!r}. Set model.chat_template to a template that only appends"
+                    f"has become {longer[max(0, at - 20) : at + 40]!r}. Set model.chat_template to a template that only appends; {READY}"
                 )
             before, after = longer[len(start) :].split(observation)
             found.add((before, after))
@@ -146,6 +149,6 @@ class Renderer:
         if len(found) != 1:
             raise ValueError(
                 f"the chat template of {self._name} renders the same turn differently at different places: {sorted(found)}. "
-                "Set model.chat_template to a template that only appends"
+                f"Set model.chat_template to a template that only appends; {READY}"
             )
         return found.pop()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +24,7 @@ DROPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1].lstrip('\n') if not loop.last else m.content }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+CHATML = (Path(__file__).parent.parent / "configs" / "chat_templates" / "chatml.jinja").read_text()
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 NUMBERS_TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ loop.index }}\n{% endfor %}"
@@ -38,7 +42,7 @@ TOKENIZER = tokenizer()
 RENDERER = Renderer(TOKENIZER)
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GEMMA])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GEMMA, CHATML])
 def test_tokens_of_a_trajectory_decode_to_the_rendered_conversation(template: str) -> None:
     renderer = Renderer(tokenizer(template))
     calculator = Calculator()
@@ -87,6 +91,27 @@ def test_a_template_without_system_role_gets_the_instructions_in_the_first_turn(
         [{"role": "system", "content": "RULES"}, {"role": "user", "content": "Q"}]
     )
     assert "user\nRULES\n\nQ" in TOKENIZER.decode(tokens)
+
+
+def test_the_shipped_template_is_plain_chatml() -> None:
+    renderer = Renderer(tokenizer(CHATML))
+    turns = [
+        ("system", "be brief"),
+        ("user", " 2 + 3 =\n"),
+        ("assistant", "<think>\nx\n</think>\n\n5"),
+        ("user", "and?"),
+    ]
+    tokens = renderer.prompt([{"role": role, "content": content} for role, content in turns])
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    assert renderer.tokenizer.decode(tokens) == f"{text}<|im_start|>assistant\n"
+    assert renderer.stop_id == renderer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_refusal_names_a_template_that_is_there_and_would_do() -> None:
+    with pytest.raises(ValueError) as caught:
+        Renderer(tokenizer(DROPS_THINKING))
+    (named,) = re.findall(r"configs/\S+\.jinja", str(caught.value))
+    Renderer(tokenizer((Path(__file__).parent.parent / named).read_text()))
 
 
 @pytest.mark.parametrize(
