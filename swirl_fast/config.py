@@ -284,9 +284,9 @@ class Config:
         return Path(self.collect.store).expanduser() if self.collect.store else self.folder / "trajectories.db"
 
 
-def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path | None = None, overrides: Sequence[str] = (), files: bool = True) -> Config:
     """Defaults, then the YAML file, then `section.key=value` overrides; checked. Tables are merged key by key, but for `{}`: it empties a
-    table of free keys, such as `tasks.options`.
+    table of free keys, such as `tasks.options`. files: whether those that the settings name must be there.
 
     Raises ConfigError for a missing or unreadable file, an unknown key, a wrong type or an impossible value.
     """
@@ -322,7 +322,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
             merged = _merge(merged, layer, "command line")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config), "OmegaConf.to_object builds the structured type"
-    check(config)
+    check(config, files)
     return config
 
 

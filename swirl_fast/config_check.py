@@ -36,10 +36,12 @@ class ConfigError(ValueError):
     """A setting that cannot work: names the key, the value and the remedy."""
 
 
-def check(config: Config) -> None:
-    """Raises ConfigError for values that can be told impossible without loading anything."""
+def check(config: Config, files: bool = True) -> None:
+    """Raises ConfigError for values that can be told impossible without loading anything. files: also for files that are not there."""
     values = _Values(config)
     _check_data(config, values)
+    if files:
+        _check_files(config, values)
     _check_engine(config, values)
     _check_stages(config, values)
     _check_algorithm(config, values)
@@ -83,13 +85,6 @@ def _check_data(config: Config, values: _Values) -> None:
     values.one_of("tasks.kind", TASKS)
     if config.tasks.kind != "reasoning_gym" and not config.tasks.path:
         fail("tasks.path", f"tasks.kind={config.tasks.kind} needs the path of a data file in its official format")
-    for key in ("tasks.path", "tasks.eval_path"):
-        value = values[key]
-        if value and (value.startswith((".", "/", "~")) or value.endswith((".json", ".jsonl"))):
-            if not Path(value).expanduser().is_file():
-                fail(key, "no such file")
-    if config.model.chat_template and not Path(config.model.chat_template).is_file():
-        fail("model.chat_template", "no such file; give the path of a Jinja template")
     values.at_least(0, "tasks.limit", "tasks.eval_limit", "tasks.examples")
     s = config.search
     values.at_least(1, "search.top_k", "search.passage_chars", "search.batch")
@@ -97,8 +92,19 @@ def _check_data(config: Config, values: _Values) -> None:
     values.one_of("search.index", ("flat", "fp16", "hnsw"))
     if s.kind == "dense" and not s.model:
         fail("search.model", "search.kind=dense needs a sentence-transformers folder or a Hugging Face name")
-    if s.model and s.model.startswith((".", "/", "~")) and not Path(s.model).expanduser().is_dir():
-        fail("search.model", "no such folder")
+
+
+def _check_files(config: Config, values: _Values) -> None:
+    for key in ("tasks.path", "tasks.eval_path"):
+        value = values[key]
+        if value and (value.startswith((".", "/", "~")) or value.endswith((".json", ".jsonl"))):
+            if not Path(value).expanduser().is_file():
+                values.fail(key, "no such file")
+    if config.model.chat_template and not Path(config.model.chat_template).is_file():
+        values.fail("model.chat_template", "no such file; give the path of a Jinja template")
+    model = config.search.model
+    if model and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        values.fail("search.model", "no such folder")
 
 
 def _check_engine(config: Config, values: _Values) -> None:

@@ -14,7 +14,11 @@ from swirl_fast.config import Config, ConfigError, check, dump, load
 def test_shipped_configs_load(path: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     data.write_text("[]")
-    load(path, [f"tasks.path={data}"])
+    config = load(path, [f"tasks.path={data}"])
+    if config.tasks.kind != "reasoning_gym":
+        with pytest.raises(ConfigError, match="tasks.path=.*: no such file"):
+            load(path)
+    load(path, files=False)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -196,6 +200,13 @@ def test_bad_files(tmp_path: Path) -> None:
 )
 def test_servers_that_can_be(override: str) -> None:
     load(None, [override])
+
+
+@pytest.mark.parametrize("setting", ["tasks.path=a.json", "model.chat_template=a.jinja", "search.model=./a"])
+def test_files_may_be_left_unchecked(setting: str) -> None:
+    load(None, [setting], files=False)
+    with pytest.raises(ConfigError, match=f"{setting}: no such"):
+        load(None, [setting])
 
 
 def test_defaults_are_possible() -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from swirl_fast.comb import Branch, SampledState, pack
 from swirl_fast.config import load
 from swirl_fast.policy import PackedRow, Policy
-from swirl_fast.training import layers, parallel
+from swirl_fast.training import layers, memory, parallel
 from swirl_fast.training.memory import estimate
 from swirl_fast.training.parallel import Ranks
 
@@ -191,3 +191,15 @@ def test_what_settings_change() -> None:
     ]
     assert saved[0] == 8192 * 32 * 2 * 4096 and saved == sorted(saved)
     assert saved[1] == pytest.approx((saved[0] + saved[2]) / 2)
+
+
+def test_the_command_needs_no_file_but_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    SHAPES["eight_gpus_llama3_8b_hotpotqa"].save_pretrained(tmp_path)
+    model = [f"model.path={tmp_path}", "model.dtype=bfloat16"]
+    for config in sorted(CONFIGS.glob("*.yaml")):
+        assert memory.main(["--config", str(config), "--ranks", "8", *model]) == 0, "its data file is not there"
+    assert capsys.readouterr().out.count("GiB a rank: parameters 3.7") == len(list(CONFIGS.glob("*.yaml")))
+    assert memory.main(["training.token_budget=0", *model]) == 2
+    assert "training.token_budget=0: must be at least 1" in capsys.readouterr().err
+    assert memory.main([f"model.path={tmp_path / 'none'}"]) == 2
+    assert "no such folder" in capsys.readouterr().err

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from swirl_fast.config import Config, load
+from swirl_fast.config import Config, ConfigError, load
 from swirl_fast.model import DTYPES, load_config
 from swirl_fast.training.parallel import layers_of
 
@@ -113,11 +115,21 @@ def _activations(
     return saved, working + (whole if kinds[-1] else 0)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the estimate. Exit codes as the stages have them: 2 for a config that cannot work."""
     parser = argparse.ArgumentParser(description="Estimated memory of training, in GiB a rank.")
     parser.add_argument("--config")
-    parser.add_argument("--ranks", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=0, help="of torchrun, on all machines; 0: one process without it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args()
-    settings = load(options.config, options.overrides)
-    print(estimate(load_config(settings.model), settings, options.ranks))
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load(options.config, options.overrides, files=False)  # none is read
+        print(estimate(load_config(config.model), config, options.ranks))
+    except ConfigError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
