@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,16 @@ from swirl_fast.training.parallel import Ranks
 
 # As published in the config.json of each model.
 SHAPES: dict[str, PreTrainedConfig] = {
-    "one_gpu_qwen2.5_1.5b_gsm8k": transformers.Qwen2Config(
+    "qwen2.5-0.5b": transformers.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-1.5b": transformers.Qwen2Config(
         vocab_size=151936,
         hidden_size=1536,
         intermediate_size=8960,
@@ -35,7 +45,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
-    "eight_gpus_llama3_8b_hotpotqa": transformers.LlamaConfig(
+    "llama3-8b": transformers.LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
@@ -43,7 +53,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
         num_attention_heads=32,
         num_key_value_heads=8,
     ),
-    "gemma2_27b_hotpotqa": transformers.Gemma2Config(
+    "gemma2-27b": transformers.Gemma2Config(
         vocab_size=256000,
         hidden_size=4608,
         intermediate_size=36864,
@@ -53,19 +63,34 @@ SHAPES: dict[str, PreTrainedConfig] = {
         head_dim=128,
     ),
 }
-RANKS = {"one_gpu_qwen2.5_1.5b_gsm8k": 0, "eight_gpus_llama3_8b_hotpotqa": 8, "gemma2_27b_hotpotqa": 32}
-PARAMETERS = {"one_gpu_qwen2.5_1.5b_gsm8k": 1.54, "eight_gpus_llama3_8b_hotpotqa": 8.03, "gemma2_27b_hotpotqa": 27.23}
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_numbers_in_a_config_are_the_estimate(name: str, tmp_path: Path) -> None:
-    data = tmp_path / "data.json"
-    data.write_text("[]")
-    file = CONFIGS / f"{name}.yaml"
-    found = estimate(SHAPES[name], load(file, [f"tasks.path={data}"]), RANKS[name])
-    assert found.kept["optimizer"] / 8 * max(RANKS[name], 1) / 1e9 == pytest.approx(PARAMETERS[name], abs=0.01)
+@pytest.mark.parametrize(
+    ("name", "shape", "ranks", "billions"),
+    [
+        ("one_gpu_qwen2.5_1.5b_gsm8k", "qwen2.5-1.5b", 0, 1.54),
+        ("one_gpu_qwen2.5_1.5b_gsm8k", "qwen2.5-0.5b", 0, 0.49),
+        ("eight_gpus_llama3_8b_hotpotqa", "llama3-8b", 4, 8.03),
+        ("gemma2_27b_hotpotqa", "gemma2-27b", 16, 27.23),
+    ],
+)
+def test_the_numbers_in_a_config_are_the_estimate(name: str, shape: str, ranks: int, billions: float) -> None:
+    file = ROOT / "configs" / f"{name}.yaml"
+    config = load(file, files=False)
+    found = estimate(SHAPES[shape], config, ranks)
+    assert found.kept["optimizer"] / 8 * max(ranks, 1) / 1e9 == pytest.approx(billions, abs=0.01)
     assert f"\n#   {found}\n" in file.read_text(), f"write into {file.name}: {found}"
+    # these are for GPUs: the servers and, under torchrun, the trainer's ranks of a machine have the 8 GPUs for themselves
+    launch = config.engine.launch
+    assert config.engine.kind == "sglang"
+    if ranks:
+        text = file.read_text()
+        here = int(re.findall(r"--nproc-per-node (\d+)", text)[0])
+        machines = int((re.findall(r"--nnodes (\d+)", text) or ["1"])[0])
+        assert here * machines == ranks and f"--ranks {ranks} " in text
+        assert len(launch.gpus) == launch.servers * launch.gpus_per_server
+        assert sorted([*range(here), *launch.gpus]) == list(range(8))
 
 
 class Allocated(TorchDispatchMode):
@@ -169,7 +194,7 @@ def test_under_fsdp(mode: str, dtype: str, one_rank: None) -> None:
 
 
 def test_what_settings_change() -> None:
-    shape = SHAPES["eight_gpus_llama3_8b_hotpotqa"]
+    shape = SHAPES["llama3-8b"]
 
     def parts(*overrides: str, ranks: int = 8) -> dict[str, float]:
         found = estimate(shape, load(None, [*overrides, "model.dtype=bfloat16"]), ranks)
@@ -183,6 +208,10 @@ def test_what_settings_change() -> None:
     assert "reference" not in parts("training.reference_offload=true") and "reference" not in parts(
         "algorithm.kl_coef=0"
     )
+    rollouts = {"rollout weights", "rollout cache"}
+    assert plain["rollout weights"] == 4 * count and rollouts <= plain.keys()
+    for elsewhere in ("engine.kind=sglang", "algorithm.name=sft"):  # in the servers' processes; nothing is sampled
+        assert plain.keys() - parts(elsewhere).keys() == rollouts
     assert parts("training.shard_size=4")["parameters"] == 4 * count / 4 == parts(ranks=4)["parameters"]
     alone = parts(ranks=0)
     assert alone["parameters"] == 4 * count and alone["reference"] == 4 * count and alone["cast weights"] == 2 * count
@@ -194,11 +223,11 @@ def test_what_settings_change() -> None:
 
 
 def test_the_command_needs_no_file_but_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    SHAPES["eight_gpus_llama3_8b_hotpotqa"].save_pretrained(tmp_path)
+    SHAPES["llama3-8b"].save_pretrained(tmp_path)
     model = [f"model.path={tmp_path}", "model.dtype=bfloat16"]
-    for config in sorted(CONFIGS.glob("*.yaml")):
+    for config in sorted((ROOT / "configs").glob("*.yaml")):
         assert memory.main(["--config", str(config), "--ranks", "8", *model]) == 0, "its data file is not there"
-    assert capsys.readouterr().out.count("GiB a rank: parameters 3.7") == len(list(CONFIGS.glob("*.yaml")))
+    assert capsys.readouterr().out.count("GiB a rank: parameters 3.7") == len(list((ROOT / "configs").glob("*.yaml")))
     assert memory.main(["training.token_budget=0", *model]) == 2
     assert "training.token_budget=0: must be at least 1" in capsys.readouterr().err
     assert memory.main([f"model.path={tmp_path / 'none'}"]) == 2

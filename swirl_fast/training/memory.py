@@ -7,7 +7,8 @@ S ranks that share one copy; c bytes of the compute type, r of the residual stre
 the hidden state, of all query heads, of all key/value heads, of the gated MLP.
 
 Not in it: the allocator's fragmentation, CUDA's context (about 1 GiB), nccl's buffers; and what compiled layers or liger-kernel
-save. Experts count as many as a token visits.
+save. Experts count as many as a token visits. SGLang's servers are other processes: on a GPU that one shares with the trainer it takes
+engine.launch.memory_fraction of what is free when it starts, and some GiB for its own work.
 """
 
 from __future__ import annotations
@@ -63,12 +64,13 @@ def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> 
     kept = {"parameters": 4.0 * count / shared, "gradients": 4.0 * count / shared, "optimizer": 8.0 * count / shared}
     if config.algorithm.kl_coef > 0 and not training.reference_offload:
         kept["reference"] = float((c if distributed else 4) * count) / shared
-    kept["rollout weights"] = float(engine * count)
     text = model_config.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
-    kept["rollout cache"] = 2.0 * len(layers) * kv * engine * config.engine.cache_tokens
+    if config.engine.kind == "local" and config.algorithm.name != "sft":  # which samples nothing
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+        kept["rollout weights"] = float(engine * count)
+        kept["rollout cache"] = 2.0 * len(layers) * kv * engine * config.engine.cache_tokens
 
     step = {}
     if distributed:
