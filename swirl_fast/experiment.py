@@ -20,9 +20,9 @@
 
 A cell is one arm with one seed. Cells whose settings up to the collection agree share one collection. A finished cell is one file,
 cells/ARM-SEED-DIGEST.json, all that the summary and the report need, and is not done again; the digest is that of its settings, so that a
-changed experiment does what changed. A filter that keeps just what another arm's keeps would give the same training, so that arm's
-numbers are taken (`same_as` in the file). The same command started twice, also on other machines with the same folder, shares the work: a
-cell belongs to whoever holds the lock in its run's folder.
+changed experiment does what changed. A filter that keeps just what another arm's keeps would give the same training, so that
+arm's numbers are taken (`same_as` in the file). The same command started twice, also on other machines with the same folder, shares the
+work: a cell belongs to whoever holds the lock in its run's folder.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ConfigError(f"{path}: must hold the keys {', '.join(KEYS)}")
     if unknown := sorted(set(map(str, spec)) - set(KEYS)):
         raise fail(unknown[0], f"unknown key; an experiment has {', '.join(KEYS)}")
-    name, folder = spec.get("name") or path.stem, Path(spec.get("folder") or "runs")
+    name, folder = spec.get("name") or path.stem, Path(spec.get("folder") or "runs").expanduser()
     if not isinstance(name, str) or "/" in name or name.startswith("."):
         raise fail("name", f"{name!r} is no plain folder name")
     seeds = spec.get("seeds", [0])
@@ -171,8 +171,8 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
             raise ConfigError(f"{path}, arm {arm}: {error}") from None
         cell = _cell(arm, seed, trained, config, evaluated)
         cells.append(replace(cell, start=start.name) if start else cell)
-    results = path.parent / spec["results"] if spec.get("results") else folder / name
-    summary = path.parent / spec["summary"] if spec.get("summary") else results / "summary.json"
+    results = path.parent / Path(spec["results"]).expanduser() if spec.get("results") else folder / name
+    summary = path.parent / Path(spec["summary"]).expanduser() if spec.get("summary") else results / "summary.json"
     return Experiment(name, results, summary, tuple(seeds), tuple(cells), tuple(compare) or (last, first), keep)  # type: ignore[arg-type]
 
 
@@ -266,19 +266,20 @@ def run_experiment(experiment: Experiment) -> list[str]:
         path = experiment.path(cell)
         if path.is_file():
             continue
-        with _claimed(cell.config.folder / "lock", wait=False) as mine:
-            if not mine or path.is_file():
-                continue
-            print(f"experiment {experiment.name}: {number} of {len(experiment.cells)}, {cell.arm}, seed {cell.seed}")
-            try:
-                result = _run_cell(experiment, cell)
-            except (ValueError, RuntimeError, FloatingPointError) as error:
-                failed[cell.name] = str(error)
-                print(f"experiment {experiment.name}: {cell.arm}, seed {cell.seed}: {error}")
-                continue
-            stages.write_json(path, result)
-            _clean(experiment, cell)
-    write_outputs(experiment)
+        try:
+            with _claimed(cell.config.folder / "lock", wait=False) as mine:
+                if not mine or path.is_file():
+                    continue
+                print(
+                    f"experiment {experiment.name}: {number} of {len(experiment.cells)}, {cell.arm}, seed {cell.seed}"
+                )
+                stages.write_json(path, _run_cell(experiment, cell))
+                _clean(experiment, cell)
+        except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:
+            failed[cell.name] = str(error)
+            print(f"experiment {experiment.name}: {cell.arm}, seed {cell.seed}: {error}")
+    if experiment.done():
+        write_outputs(experiment)
     return [
         f"{cell.arm}, seed {cell.seed}: {failed.get(cell.name, 'is being done elsewhere, or was interrupted there')}"
         for cell in experiment.cells
@@ -287,13 +288,16 @@ def run_experiment(experiment: Experiment) -> list[str]:
 
 
 def write_outputs(experiment: Experiment) -> None:
-    """summary.json, report.html and the table on the screen, from the cells that are done."""
+    """summary.json, report.html and the table on the screen, from the cells that are done. Raises ValueError when none is."""
     from swirl_fast.experiment_summary import summarise, table
     from swirl_fast.report.experiment import write_experiment_report
 
     results = experiment.done()
     if not results:
-        return
+        raise ValueError(
+            f"experiment {experiment.name}: none of its {len(experiment.cells)} cells is done in {experiment.results / 'cells'}, so "
+            "there is nothing to report; start it without --report"
+        )
     summary = summarise(experiment.arms, experiment.evaluations, experiment.seeds, experiment.compare, results)
     stages.write_json(experiment.summary, summary)
     report = write_experiment_report(experiment.results, experiment.name, summary, results)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from swirl_fast import cli, stages
-from swirl_fast.config import ConfigError
+from swirl_fast.config import Config, ConfigError
 from swirl_fast.experiment import read_experiment
 from swirl_fast.experiment_summary import summarise, table
 from swirl_fast.report.experiment import write_experiment_report
@@ -164,6 +164,41 @@ def test_a_cell_that_fails_does_not_stop_the_others(
     summary = json.loads((tmp_path / "e" / "summary.json").read_text())
     assert code == 1 and list(summary["arms"]) == ["base"]
     assert "not done: strict, seed 0: " in shown.err and "filter process kept 0" in shown.err
+
+
+def test_a_disk_that_fails_stops_one_cell_alone(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = stages.evaluate
+
+    def full(config: Config, *more: Any) -> dict[str, Any]:
+        if config.run.name.startswith("first"):
+            raise OSError(28, "No space left on device")
+        return evaluate(config, *more)
+
+    monkeypatch.setattr(stages, "evaluate", full)
+    arms = {"first": {"train": False}, "second": {"train": False, "collect.max_steps": 2}}
+    path = write(tmp_path, tiny_model, arms=arms, seeds=[0], evaluations={"in_domain": {}}, compare=["second", "first"])
+    assert cli.main(["experiment", str(path), "tasks.eval_limit=2"]) == 1
+    assert "not done: first, seed 0: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "e" / "summary.json").read_text())["arms"]) == ["second"]
+
+
+def test_a_report_of_nothing_says_so(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, tiny_model)
+    assert cli.main(["experiment", "--report", str(path)]) == 1
+    assert f"none of its 8 cells is done in {tmp_path / 'e' / 'cells'}" in capsys.readouterr().err
+    assert not (tmp_path / "e" / "summary.json").exists()
+
+
+def test_folders_in_the_home_of_the_user(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    path = write(tmp_path, tiny_model, summary="~/e.json")
+    path.write_text(path.read_text().replace(f"folder: {tmp_path}\n", "folder: ~/runs\n"))
+    experiment = read_experiment(path)
+    assert experiment.results == Path("/home/somebody/runs/e") and experiment.summary == Path("/home/somebody/e.json")
+    assert {cell.config.folder.parent for cell in experiment.cells} == {experiment.results}
+    assert all(experiment.results in cell.config.store.parents for cell in experiment.cells)
 
 
 def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> None:
