@@ -20,7 +20,8 @@
 
 A cell is one arm with one seed. Cells whose settings up to the collection agree share one collection. A finished cell is one file,
 cells/ARM-SEED-DIGEST.json, all that the summary and the report need, and is not done again; the digest is that of its settings, so that a
-changed experiment does what changed. A filter that keeps just what another arm's keeps would give the same training, so that
+changed experiment does what changed. Settings name models and data files by their paths: the file keeps hashes of what lay there, and
+where that has changed the experiment is refused. A filter that keeps just what another arm's keeps would give the same training, so that
 arm's numbers are taken (`same_as` in the file). The same command started twice, also on other machines with the same folder, shares the
 work: a cell belongs to whoever holds the lock in its run's folder.
 """
@@ -43,6 +44,7 @@ import yaml
 
 from swirl_fast import stages
 from swirl_fast.config import Config, ConfigError, load
+from swirl_fast.experiment_inputs import changed, inputs
 from swirl_fast.shards import read_manifest
 from swirl_fast.training.metrics import read_metrics
 
@@ -81,6 +83,11 @@ class Cell:
     def model(self) -> Path:
         """What it ends with."""
         return self.config.folder / "model"
+
+    @property
+    def configs(self) -> list[Config]:
+        """Of all that is done for it."""
+        return [*([self.config] if self.trained else []), *self.evaluations.values()]
 
     @property
     def name(self) -> str:
@@ -259,8 +266,10 @@ def _digest(value: Any) -> str:
 def run_experiment(experiment: Experiment) -> list[str]:
     """Does the cells that are not done and not being done elsewhere, then writes summary.json and report.html.
 
-    A cell that fails does not stop the others. Returns what is missing, a line a cell, empty when all are done.
+    A cell that fails does not stop the others. Returns what is missing, a line a cell, empty when all are done. Raises ConfigError, before
+    any work, when a finished cell was made of a model or a data file that has changed since.
     """
+    _check_inputs(experiment)
     failed: dict[str, str] = {}
     for number, cell in enumerate(experiment.cells, 1):
         path = experiment.path(cell)
@@ -285,6 +294,22 @@ def run_experiment(experiment: Experiment) -> list[str]:
         for cell in experiment.cells
         if not experiment.path(cell).is_file()
     ]
+
+
+def _check_inputs(experiment: Experiment) -> None:
+    """Cells that were done before their files kept this have no `inputs`: nothing is known about them."""
+    finished = experiment.done()
+    now = inputs(one for cell in experiment.cells if (cell.arm, cell.seed) in finished for one in cell.configs)
+    stale: dict[str, list[str]] = {}
+    for (arm, seed), result in finished.items():
+        for path in changed(result.get("inputs", {}), now):
+            stale.setdefault(path, []).append(f"{arm}, seed {seed}")
+    if stale:
+        listed = "; ".join(f"{path} has changed since {' and '.join(cells)}" for path, cells in stale.items())
+        raise ConfigError(
+            f"experiment {experiment.name}: {listed}: what is done is in {experiment.results / 'cells'} and could not be compared with "
+            "what is done now. Put back what was there, or give the experiment another name (and other results)"
+        )
 
 
 def write_outputs(experiment: Experiment) -> None:
@@ -312,6 +337,7 @@ def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
             if not (start.model / "config.json").is_file():  # another process failed, or only its numbers were kept
                 _collect_and_filter(start)
                 stages.train(start.config)
+    result["inputs"] = inputs(cell.configs)
     if cell.trained:
         _collect_and_filter(cell)
         result["filter"] = json.loads((cell.config.folder / "filter.json").read_text())

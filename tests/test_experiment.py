@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
+from task_files import write_lines
 
 from swirl_fast import cli, stages
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.experiment import read_experiment
+from swirl_fast.experiment_inputs import changed
 from swirl_fast.experiment_summary import summarise, table
 from swirl_fast.report.experiment import write_experiment_report
 
@@ -189,6 +192,44 @@ def test_a_report_of_nothing_says_so(tmp_path: Path, tiny_model: Path, capsys: p
     assert cli.main(["experiment", "--report", str(path)]) == 1
     assert f"none of its 8 cells is done in {tmp_path / 'e' / 'cells'}" in capsys.readouterr().err
     assert not (tmp_path / "e" / "summary.json").exists()
+
+
+def test_finished_cells_of_another_model_or_data_file_are_not_mixed_with_new_ones(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = tmp_path / "model", tmp_path / "d.jsonl"
+    shutil.copytree(tiny_model, model)
+    rows = [{"question": f"What is {n} + 1?", "answer": f"It is #### {n + 1}"} for n in range(4)]
+    write_lines(data, rows)
+    words = {"tasks": {"kind": "gsm8k", "path": str(data), "eval_path": str(data), "options": {}}}
+    more = {"arms": {"base": {"train": False}}, "evaluations": {"in_domain": {}, "words": words}, "compare": []}
+    path = write(tmp_path, model, seeds=[0], **more)
+    arguments = ["experiment", str(path), "tasks.eval_limit=2"]
+    assert cli.main(arguments) == 0
+    (file,) = (tmp_path / "e" / "cells").glob("*.json")
+    cell = json.loads(file.read_text())
+    assert cell["inputs"].keys() == {str(model), str(data)}
+    weights = load_file(model / "model.safetensors")
+    write_lines(data, rows[::-1])
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+    write(tmp_path, model, seeds=[0, 1], **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "evaluate", lambda *_: pytest.fail("a cell was done all the same"))
+        assert cli.main(arguments) == 2
+    shown = capsys.readouterr().err
+    for input_ in (model, data):
+        assert f"{input_} has changed since base, seed 0" in shown
+    assert "another name" in shown
+    # one from before inputs were kept is taken as it is
+    del cell["inputs"]
+    file.write_text(json.dumps(cell))
+    assert cli.main(arguments) == 0
+    assert json.loads((tmp_path / "e" / "summary.json").read_text())["complete"]
+
+
+def test_what_is_not_there_any_more_is_no_difference() -> None:
+    assert changed({"a": "1", "b": "2", "gone": "3"}, {"a": "1", "b": "9", "new": "4"}) == ["b"]
 
 
 def test_folders_in_the_home_of_the_user(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
