@@ -119,7 +119,9 @@ def _activations(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the estimate. Exit codes as the stages have them: 2 for a config that cannot work."""
-    parser = argparse.ArgumentParser(description="Estimated memory of training, in GiB a rank.")
+    parser = argparse.ArgumentParser(
+        "swirl_fast.training.memory", description="Estimated memory of training, in GiB a rank."
+    )
     parser.add_argument("--config")
     parser.add_argument("--ranks", type=int, default=0, help="of torchrun, on all machines; 0: one process without it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
