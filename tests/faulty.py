@@ -3,6 +3,7 @@
 FAULTS: STEP:RANK:KIND,…; each happens once, in the middle of that step, between its rollout and its update:
     kill    SIGKILL to the rank itself            write   the same, while it writes the step's checkpoint
     term    SIGTERM to the rank itself            agent   SIGTERM to torchrun, which passes it on to every rank
+    group   SIGTERM to all processes of the rank's session, which must be its own
 FOLDER remembers what has happened, and gets the ids of the trajectories of every step: STEP-RANK.json.
 """
 
@@ -51,6 +52,9 @@ def judge_sampled(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
     if due("term", now):
         os.kill(os.getpid(), signal.SIGTERM)
+    if due("group", now):
+        assert os.getsid(0) == os.getpid(), "others would be ended too"
+        os.killpg(os.getpid(), signal.SIGTERM)
     if due("agent", now):
         os.kill(os.getppid(), signal.SIGTERM)
         while not noted.is_set():
@@ -69,7 +73,8 @@ def hash_of(file: Path) -> str:
     return real_hash(file)
 
 
-loop.Trainer.train_step = train_step  # type: ignore[method-assign]
-sampler.sample_actions, sampler.judge_sampled = sample_actions, judge_sampled
-checkpoint._hash, interrupt.Interrupts._note = hash_of, note  # type: ignore[method-assign]
-sys.exit(cli.main(sys.argv[3:]))
+if __name__ == "__main__":  # the engine's process imports this file too
+    loop.Trainer.train_step = train_step  # type: ignore[method-assign]
+    sampler.sample_actions, sampler.judge_sampled = sample_actions, judge_sampled
+    checkpoint._hash, interrupt.Interrupts._note = hash_of, note  # type: ignore[method-assign]
+    sys.exit(cli.main(sys.argv[3:]))

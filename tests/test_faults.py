@@ -60,7 +60,12 @@ def faulty(
         start = command(ranks=ranks)[:-2] + ["--max-restarts", str(restarts)]
     script = str(Path(__file__).with_name("faulty.py"))
     return subprocess.run(
-        [*start, script, str(folder), faults, *stage], env=environment(), capture_output=True, text=True, timeout=100
+        [*start, script, str(folder), faults, *stage],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        start_new_session="group" in faults,
     )
 
 
@@ -102,6 +107,22 @@ def test_killed_told_to_stop_and_killed_while_it_writes_a_checkpoint(
     assert done.returncode == 0, done.stderr
     assert checkpoints(folder) == ["step_000006", "step_000010"]
     assert_same_bits(folder, straight)
+
+
+def test_told_to_stop_together_with_the_process_of_its_engine(
+    prepared: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    """torchrun and Slurm signal whole groups; the step under way still updates the engine's weights."""
+    folder = copy_of(prepared, tmp_path)
+    beside = ("engine.own_process=true", "engine.threads=1", "training.lag=1", "algorithm.importance_cap=2")
+    stage = ["train", *arguments(folder, tiny_model, judged, *beside)]
+    told = faulty(folder, "4:0:group", stage)
+    assert told.returncode == interrupt.EXIT_RESUMABLE, told.stderr
+    (stopped,) = checkpoints(folder)
+    assert (folder / "4:0:group").exists() and f"SIGTERM: stopped at step {int(stopped[5:])} of 10" in told.stderr
+    done = faulty(folder, "none", stage)
+    assert done.returncode == 0, done.stderr
+    assert checkpoints(folder) == [stopped, "step_000010"] and (folder / "r" / "model").exists()
 
 
 def test_a_rank_dies_and_torchrun_goes_on_then_one_rank_finishes_what_two_began(
