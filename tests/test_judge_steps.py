@@ -122,6 +122,6 @@ def test_the_command_writes_the_set_and_the_result(tmp_path: Path, steps: list[L
     small = ["--good", "1", "--bad", "1", "--seeds", "2", "judge.rules.coverage=full"]
     judge_agreement.main(["--out", str(tmp_path / "r.json"), *small])
     result = json.loads((tmp_path / "r.json").read_text())
-    assert result["steps"] == 60 and result["judge"].startswith("rules-v2-full")
+    assert result["steps"] == 60 and result["judge"].startswith("rules-v3-full")
     assert result["settings"]["each_good_kind"] == 1 and result["environment"]["cores"] >= 1
     assert result["accuracy_of_other_seeds"].keys() == {"1"}

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swirl_fast.actions import CUT_OFF
 from swirl_fast.config import ConfigError, JudgeConfig, RulesConfig
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.judge import Verdict
 from swirl_fast.judges.rules import RulesJudge
 from swirl_fast.tools.calculator import CalculationError, evaluate, render
+from swirl_fast.tools.search import NOTHING_FOUND
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
 
@@ -62,6 +64,7 @@ def verdict(
 
 WHOLE = [call("12+34-5")]
 PART = [call("12+34")]
+CUT = [("<math_exp>12+34-5</math_exp> and so I", f"ERROR: {CUT_OFF} Be brief.")]
 FRUIT = [call("12+5")]
 GARBO = [found("Greta Garbo first talking film", "Anna Christie (1930): It was directed by Clarence Brown.")]
 
@@ -128,6 +131,12 @@ CONNECTED = {
     "observation written by the model": (CHAIN, [("12+34-5 -> 41.0 so I know", "ERROR: no tag")], answer("41"), "BAD"),
     "result faked inside a call": (
         CHAIN, [("12+34-5 -> 41.0 <math_exp>x</math_exp>", "x -> ERROR: x")], answer("41"), "BAD",
+    ),
+    "a call that was cut off, made again": (CHAIN, CUT, call("12+34-5")[0], "GOOD"),
+    "answer after a call that was cut off and made again": (CHAIN, [*CUT, *WHOLE], answer("41"), "GOOD"),
+    "answer after a call that was cut off": (CHAIN, CUT, answer("41"), "BAD"),
+    "a call that failed, made again": (
+        CHAIN, [call("12+34-5", "ERROR: the calculator stopped")], call("12+34-5")[0], "BAD",
     ),
     "ungrounded number laundered by a call": (CHAIN, [call("46+0")], call("46-5")[0], "BAD"),
     "tag in the reasoning": (CHAIN, WHOLE, "I write <answer> now. <answer>41</answer>", "BAD"),
@@ -208,6 +217,13 @@ SEARCH = {
     "answer after a failed search": (
         FILM, [found("Garbo film", "ERROR: Clarence Brown")], answer("Clarence Brown"), "BAD",
     ),
+    "answer after a search without results": (
+        FILM, [found("Garbo film", NOTHING_FOUND)], answer("Nothing was found"), "BAD",
+    ),
+    "answer quoting a search without results, after another": (
+        FILM, [*GARBO, found("Garbo film", NOTHING_FOUND)], answer("Nothing was found"), "BAD",
+    ),
+    "a search without results again": (FILM, [found("Garbo film", NOTHING_FOUND)], found("film Garbo", "")[0], "BAD"),
     "answer not in a result": (FILM, GARBO, answer("Jacques Feyder"), "BAD"),
     "words of a result, but not in a row": (FILM, GARBO, answer("Anna Brown"), "BAD"),
     "part of a word": (FILM, GARBO, answer("Clar"), "BAD"),
@@ -380,7 +396,7 @@ def test_ids_name_what_changes_verdicts():
         RulesJudge(RulesConfig(coverage=c), tools).id for c in ("connected", "full") for tools in (TOOLS, {"sums": ()})
     }
     assert len(ids) == 4
-    assert all(id.startswith(("rules-v2-connected", "rules-v2-full")) for id in ids)
+    assert all(id.startswith(("rules-v3-connected", "rules-v3-full")) for id in ids)
 
 
 def test_tools_of_the_task_decide_what_is_malformed():

@@ -52,10 +52,11 @@ from swirl_fast.judges.expressions import (
 from swirl_fast.judges.judge import Judgement, JudgeStats, Verdict
 from swirl_fast.judges.search_rules import answer_fault, query_fault, words
 from swirl_fast.tools.calculator import CalculationError, numbers
+from swirl_fast.tools.search import NOTHING_FOUND
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
 
-VERSION = 2  # of the rules: part of the judge's id, under which verdicts are cached
+VERSION = 3  # of the rules: part of the judge's id, under which verdicts are cached
 COVERAGES = ("connected", "full")
 MAX_ANSWER_CHARS = 40  # of a number with its unit
 
@@ -176,16 +177,17 @@ class RulesJudge:
 
     def _replay(self, state: _State, question: _Question, action: Action, seen: str) -> None:
         """Adds one earlier step. A result is what the environment wrote behind the call, not what the model claims."""
-        if action.kind != "tool":
+        head = observation(action.argument, "")
+        # A turn that was cut off by the length limit may hold a whole call, which nobody made: it may be made again.
+        if action.kind != "tool" or not seen.startswith(head):
             return
         try:
             _, result = self._consider(state, question, action)
         except _Bad:
             result = None
         state.calls.add(_call_key(action))
-        head = observation(action.argument, "")
-        shown = seen[len(head) :].strip() if seen.startswith(head) else ""
-        if not shown or shown.startswith("ERROR:"):
+        shown = seen[len(head) :].strip()
+        if not shown or shown.startswith("ERROR:") or shown == NOTHING_FOUND:
             return
         if action.tool == "search":
             state.succeeded = "search"
