@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from swirl_fast.config import ConfigError, EndpointConfig, JudgeConfig
 from swirl_fast.judges import load_judge
 from swirl_fast.judges import model as model_module
-from swirl_fast.judges.judge import Verdict
+from swirl_fast.judges.judge import Refusal, Verdict
 from swirl_fast.judges.model import GivenAnswer, ModelJudge, answer_prompt, conversation, read_verdict, step_prompt
 from swirl_fast.trajectory import StepView
 
@@ -263,6 +263,61 @@ def test_a_refusal_ends_the_waiting_of_the_others():
         with pytest.raises(ConfigError, match="no such key"):
             judge.judge([step("wait"), step("go")])
         assert time.monotonic() - started < 10
+
+
+def test_verdicts_given_before_a_refusal_come_with_it():
+    """Also of those that were under way; they were paid for."""
+    steps = [step(f"<math_exp>{i}+1</math_exp>") for i in range(8)]
+    with serving(lambda _, n: completion("VERDICT: GOOD") if n < 3 else (401, b"gone"), concurrency=1) as (_, judge):
+        with pytest.raises(Refusal, match="gone") as error:
+            judge.judge([*steps, steps[0]])
+    answered = error.value.answered
+    assert len(answered) == 9 and answered[8] == answered[0]
+    assert sum(one is not None and one.verdict is GOOD for one in answered[:8]) == 3 and answered.count(None) >= 5
+
+    def respond(request, _):
+        if "slow" in prompt_of(request):
+            time.sleep(0.6)
+            return completion("VERDICT: BAD")
+        time.sleep(0.2)
+        return 401, b"gone"
+
+    with serving(respond, concurrency=2) as (_, judge), pytest.raises(Refusal) as error:
+        judge.judge([step("go"), step("slow")])
+    assert [one and one.verdict for one in error.value.answered] == [None, BAD]
+    given_answers = [GivenAnswer("How much?", ("10",), answer) for answer in (None, "slow", "go")]
+    with serving(respond, concurrency=2) as (_, judge), pytest.raises(Refusal, match="401") as error:
+        judge.judge_answers(given_answers)
+    assert [one and one.reason for one in error.value.answered] == ["no answer was given", None, None]
+
+
+@pytest.mark.parametrize("failure", ["hang", (503, b"loading")])
+def test_a_call_gives_up_when_nothing_is_answered(failure):
+    """Each prompt costs its time-outs; the next call asks anew."""
+    well = threading.Event()
+    steps = [step(f"<math_exp>{i}+1</math_exp>") for i in range(40)]
+    settings = {"timeout": 0.3, "retries": 1, "concurrency": 2}
+    with serving(lambda *_: completion("VERDICT: GOOD") if well.is_set() else failure, **settings) as (endpoint, judge):
+        judged = judge.judge(steps)
+        assert [one.verdict for one in judged] == [UNKNOWN] * 40
+        given_up = [one.reason for one in judged if "given up" in one.reason]
+        assert 40 - len(given_up) in (model_module.GIVE_UP, model_module.GIVE_UP + 1)
+        why = "time-out after 0.3 s" if failure == "hang" else "HTTP 503: loading"
+        assert all(f"since {model_module.GIVE_UP} prompts failed and none was answered" in one for one in given_up)
+        assert all(why in one for one in given_up)
+        assert len(endpoint.requests) <= 2 * (model_module.GIVE_UP + 2)
+        well.set()
+        assert {one.verdict for one in judge.judge(steps)} == {GOOD}
+
+
+def test_an_endpoint_that_answers_now_and_then_is_asked_to_the_end():
+    steps = [step(f"<math_exp>{i}+1</math_exp>") for i in range(12)]
+    with serving(lambda _, n: completion("well…") if n == 1 else (500, b"no"), retries=0, concurrency=1) as (
+        endpoint,
+        judge,
+    ):
+        assert {one.verdict for one in judge.judge(steps)} == {UNKNOWN}
+    assert len(endpoint.requests) == 12, "an answer without a verdict is an answer"
 
 
 def test_a_prompt_the_endpoint_refuses_is_unknown_but_settings_it_refuses_fail_the_check():

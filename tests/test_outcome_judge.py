@@ -68,6 +68,26 @@ def test_verdicts_are_kept_by_content_and_unknown_ones_asked_anew(tmp_path: Path
     assert "run judge again" in keep(trajectories[2:3], {}, outcomes, "outcome").remedy()
 
 
+def test_what_was_answered_before_the_key_was_refused_is_kept(tmp_path: Path) -> None:
+    question = Question("q", "sums", "How much are 5 and 5?", ("10", "ten"))
+    trajectories = [trajectory(str(number), question, f"${number}") for number in range(6)]
+    refusing = True
+
+    def withdrawn(request, number):
+        """The check and two answers, then no more."""
+        return (401, b"no more credit") if refusing and number > 2 else completion("VERDICT: NO")
+
+    with serving(withdrawn) as (endpoint, _), Store(tmp_path / "t.db") as store:
+        config = EndpointConfig(url=endpoint.url, model="judge-1", retries=0, concurrency=1)
+        with pytest.raises(ConfigError, match="no more credit"):
+            judge_outcomes(config, store, trajectories, {"q": question})
+        assert store.counts().verdicts == 2
+        refusing, asked = False, len(endpoint.requests)
+        judge_outcomes(config, store, trajectories, {"q": question})
+        assert len(endpoint.requests) == asked + 1 + 4, "the check, and the answers that are left"
+        assert set(read_outcomes(config, store, trajectories, {"q": question}).values()) == {False}
+
+
 def test_what_a_verdict_depends_on_is_in_its_key() -> None:
     one = GivenAnswer("How much?", ("10",), "$10")
     others = [GivenAnswer("How many?", ("10",), "$10"), GivenAnswer("How much?", ("10", "x"), "$10")]

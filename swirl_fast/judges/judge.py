@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Protocol
 
 from swirl_fast.actions import Action
+from swirl_fast.config import ConfigError
 from swirl_fast.trajectory import StepView
 
 
@@ -29,6 +30,14 @@ class JudgeStats:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of these, not computed again by the endpoint
+
+
+class Refusal(ConfigError):
+    """The judge's endpoint refuses to go on, as when a key is withdrawn. answered: one a step, in order; None where there is no verdict."""
+
+    def __init__(self, message: str, answered: Sequence[Judgement | None] = ()) -> None:
+        super().__init__(message)
+        self.answered = list(answered)
 
 
 class Judge(Protocol):

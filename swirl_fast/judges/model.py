@@ -37,7 +37,7 @@ import numpy as np
 
 from swirl_fast.actions import TOOL_TAGS
 from swirl_fast.config import ConfigError, EndpointConfig
-from swirl_fast.judges.judge import Judgement, JudgeStats, Verdict
+from swirl_fast.judges.judge import Judgement, JudgeStats, Refusal, Verdict
 from swirl_fast.prefix_order import Group, warm_order
 from swirl_fast.trajectory import StepView
 
@@ -45,6 +45,7 @@ from swirl_fast.trajectory import StepView
 PROMPT_VERSION = 2
 ANSWER_PROMPT_VERSION = 1
 BACKOFF = 0.5  # seconds before the second try, doubled for each further one, times a random factor in [0.5, 1.5)
+GIVE_UP = 4  # prompts that fail all their tries, none being answered, after which a call asks about no more
 MAX_WAIT = 30.0  # seconds between two tries, also where the server's Retry-After asks for more
 MAX_REASON_CHARS = 600
 SHARED_CHARS = 1500  # prompts that share less, beside the preface, are not worth waiting for each other
@@ -139,6 +140,31 @@ class _Refused(Exception):
         self.status = status
 
 
+class _Call:
+    """What the requests of one call of the judge know of each other. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()  # the others neither start nor go on waiting
+        self.reason = ""  # of the prompts that are not asked then
+        self._lock = threading.Lock()
+        self._failed = 0
+        self._answered = False
+
+    def answered(self) -> None:
+        self._answered = True
+
+    def failed(self, reason: str) -> None:
+        """All tries of a prompt failed. An endpoint that hangs takes `retries + 1` time-outs a prompt: hours for a whole call."""
+        with self._lock:
+            self._failed += 1
+            if self._failed >= GIVE_UP and not self._answered and not self.stopped.is_set():
+                self.stop(f"given up, since {self._failed} prompts failed and none was answered; one of them: {reason}")
+
+    def stop(self, reason: str) -> None:
+        self.reason = reason
+        self.stopped.set()
+
+
 class _Failed(Exception):
     """A try that failed, and may succeed another time. wait: seconds the server asked for."""
 
@@ -191,7 +217,8 @@ class ModelJudge:
         """One judgement a step, in order; equal steps are asked about once.
 
         UNKNOWN, with the reason, where the endpoint fails `config.retries` times more, cuts the reply off or ends it
-        without a verdict. Raises ConfigError when the endpoint refuses the key, the path or the model (401, 403, 404).
+        without a verdict; and for all that are left when GIVE_UP prompts failed and none was answered. Raises Refusal, which
+        is a ConfigError, when the endpoint refuses the key, the path or the model (401, 403, 404).
         """
         return self._ask_all([step_prompt(step, self._tools.get(step.task, ())) for step in steps], _STEP_VERDICTS)
 
@@ -199,16 +226,23 @@ class ModelJudge:
         """Outcome judge: GOOD where an answer agrees with the key, BAD where not or none was given. Else as `judge`."""
         prompts = [answer_prompt(one) for one in given]
         asked = [prompt for prompt, one in zip(prompts, given, strict=True) if one.answer is not None]
-        judged = iter(self._ask_all(asked, _ANSWER_VERDICTS))
         none = Judgement(Verdict.BAD, "no answer was given")
-        return [none if one.answer is None else next(judged) for one in given]
+
+        def of_all(judged: Sequence[Any]) -> list[Any]:
+            rest = iter(judged)
+            return [none if one.answer is None else next(rest) for one in given]
+
+        try:
+            return of_all(self._ask_all(asked, _ANSWER_VERDICTS))
+        except Refusal as error:
+            raise Refusal(str(error), of_all(error.answered)) from None
 
     def check(self) -> None:
         """Asks the endpoint for a few tokens. Raises ConfigError with the remedy when that does not work."""
         try:
-            self._complete("Reply with the one word: ready", threading.Event(), max_tokens=16)
+            self._complete("Reply with the one word: ready", _Call(), max_tokens=16)
         except _Refused as error:
-            raise self._refusal(error) from None
+            raise ConfigError(self._refusal(error)) from None
         except _Failed as error:
             raise ConfigError(
                 f"the judge's endpoint {self._url} does not answer: {error}. Is a server running there "
@@ -227,12 +261,12 @@ class ModelJudge:
         letters = [np.frombuffer(prompt.encode("utf-32-le"), np.uint32) for prompt in unique]
         groups = warm_order(letters, [1] * len(unique), [0] * len(unique), SHARED_CHARS)
         found: dict[str, Judgement] = {}
-        stop = threading.Event()
+        call = _Call()
         pool = ThreadPoolExecutor(max(1, min(self._config.concurrency, len(unique))), "judge")
         pending: dict[Future[Judgement], tuple[int, Group | None]] = {}  # the request, and who waits for it
 
         def ask(number: int, then: Group | None = None) -> None:
-            pending[pool.submit(self._ask, unique[number], verdicts, stop)] = (number, then)
+            pending[pool.submit(self._ask, unique[number], verdicts, call)] = (number, then)
 
         def begin(group: Group) -> None:
             if group.warm is not None:
@@ -253,8 +287,15 @@ class ModelJudge:
                             ask(other)
                         for later in then.later:
                             begin(later)
+        except _Refused as error:
+            pool.shutdown(cancel_futures=True)
+            for future, (number, _) in pending.items():  # those that were under way
+                if not future.cancelled() and future.exception() is None:
+                    found[unique[number]] = future.result()
+            known = {prompt: one for prompt, one in found.items() if one.verdict is not Verdict.UNKNOWN}
+            raise Refusal(self._refusal(error), [known.get(prompt) for prompt in prompts]) from None
         finally:
-            stop.set()
+            call.stop("the call was broken off")
             pool.shutdown(cancel_futures=True)
         return [found[prompt] for prompt in prompts]
 
@@ -270,36 +311,40 @@ class ModelJudge:
                         self._stats.prompt_tokens + prompt, self._stats.cached_tokens + (cached or 0)
                     )
 
-    def _ask(self, prompt: str, verdicts: dict[str, Verdict], stop: threading.Event) -> Judgement:
+    def _ask(self, prompt: str, verdicts: dict[str, Verdict], call: _Call) -> Judgement:
+        """Raises _Refused for what is not about the prompt."""
         try:
-            reply, finish = self._complete(prompt, stop, self._config.max_tokens)
+            reply, finish = self._complete(prompt, call, self._config.max_tokens)
         except _Failed as error:
+            call.failed(str(error))
             return Judgement(Verdict.UNKNOWN, str(error))
         except _Refused as error:
             if error.status in _ABOUT_CONTENT:
+                call.answered()
                 return Judgement(Verdict.UNKNOWN, f"the endpoint refused this prompt: {error}")
-            stop.set()  # the others neither start nor go on waiting
-            raise self._refusal(error) from None
+            call.stop("stopped after the endpoint refused another request")
+            raise
+        call.answered()
         if finish == "length":
             return Judgement(
                 Verdict.UNKNOWN, f"the reply was cut off at {self._config.max_tokens} tokens (judge.model.max_tokens)"
             )
         return read_verdict(reply, verdicts)
 
-    def _complete(self, prompt: str, stop: threading.Event, max_tokens: int) -> tuple[str, str]:
+    def _complete(self, prompt: str, call: _Call, max_tokens: int) -> tuple[str, str]:
         """(text, finish reason) of one completion. Raises _Failed when all tries failed, _Refused."""
         tries = 1 + max(0, self._config.retries)
         last = ""
         for attempt in range(tries):
-            if stop.is_set():
-                raise _Failed("stopped after the endpoint refused another request")
+            if call.stopped.is_set():
+                raise _Failed(call.reason)
             try:
                 return self._try(prompt, max_tokens)
             except _Failed as error:
                 last, wait = str(error), error.wait
             if attempt + 1 < tries:
                 backoff = BACKOFF * 2**attempt * random.uniform(0.5, 1.5)
-                stop.wait(min(MAX_WAIT, max(backoff, wait or 0.0)))
+                call.stopped.wait(min(MAX_WAIT, max(backoff, wait or 0.0)))
         raise _Failed(f"no reply in {tries} tries, the last: {last}")
 
     def _try(self, prompt: str, max_tokens: int) -> tuple[str, str]:
@@ -339,14 +384,14 @@ class ModelJudge:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _Failed(f"the body is no chat completion ({type(error).__name__}): {text[:200]}") from None
 
-    def _refusal(self, error: _Refused) -> ConfigError:
+    def _refusal(self, error: _Refused) -> str:
         config = self._config
         remedy = {
             401: f"put a valid key into the environment variable {config.api_key_env}",
             403: f"put a key with access to {config.model!r} into the environment variable {config.api_key_env}",
             404: f"check judge.model.url, which usually ends in /v1, and judge.model.model={config.model!r}",
         }.get(error.status, "check judge.model.url, judge.model.model and the other settings under judge.model")
-        return ConfigError(f"the judge's endpoint {self._url} refuses: {error}. Remedy: {remedy}")
+        return f"the judge's endpoint {self._url} refuses: {error}. Remedy: {remedy}"
 
 
 def conversation(step: StepView, tools: Collection[str] = ()) -> str:

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 
 from swirl_fast.config import EndpointConfig
 from swirl_fast.judges.judge import Verdict
+from swirl_fast.judges.kept import judge_missing
 from swirl_fast.judges.model import GivenAnswer, ModelJudge
 from swirl_fast.store import Store
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Trajectory
-
-CHUNK = 256  # answers judged between two writes
 
 
 def judge_outcomes(
@@ -26,13 +25,9 @@ def judge_outcomes(
     judge = ModelJudge(config)
     try:
         given = {one.content_hash(): one for one in _given(trajectories, questions).values()}
-        missing = store.missing(judge.outcome_id, given)
-        if missing:
+        if store.missing(judge.outcome_id, given):
             judge.check()
-        for at in range(0, len(missing), CHUNK):
-            keys = missing[at : at + CHUNK]
-            judgements = judge.judge_answers([given[key] for key in keys])
-            store.add_verdicts(judge.outcome_id, dict(zip(keys, judgements, strict=True)))
+        judge_missing(store, judge.outcome_id, given, judge.judge_answers)
     finally:
         judge.close()
 
