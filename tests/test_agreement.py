@@ -164,3 +164,12 @@ def test_a_file_without_any_label_is_refused(tmp_path: Path, capsys: pytest.Capt
     write_labels(tmp_path / "l.jsonl", [step])
     assert cli.main(["judge", "--against", str(tmp_path / "l.jsonl"), f"run.folder={tmp_path}"]) == 2
     assert "none of its 1 lines has a label yet" in capsys.readouterr().err
+
+
+def test_a_judge_that_needs_solutions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labelled steps bring none, of whatever task they are."""
+    arguments = ["judge", "--against", str(labels(tmp_path)), f"run.folder={tmp_path}", "judge.kind=reference"]
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "labelled steps (judge --against) come without any; use judge.kind=rules or model" in told
+    assert "gsm8k" not in told

@@ -33,6 +33,11 @@ def load_judge(
             judge.check()
         return judge
     if config.kind == "reference":
+        if not tasks:
+            raise ConfigError(
+                "judge.kind=reference is shown the worked solutions of a run's own questions, and labelled steps (judge --against) "
+                "come without any; use judge.kind=rules or model"
+            )
         splits: tuple[Split, ...] = ("train", "eval")
         asked = [(task, question) for task in tasks for split in splits for question in task.questions(split)]
         solutions = {question.text: task.solution(question) for task, question in asked}
