@@ -17,6 +17,7 @@ from swirl_fast.judges import load_judge
 from swirl_fast.judges import model as model_module
 from swirl_fast.judges.judge import Refusal, Verdict
 from swirl_fast.judges.model import GivenAnswer, ModelJudge, answer_prompt, conversation, read_verdict, step_prompt
+from swirl_fast.loopback import is_loopback
 from swirl_fast.trajectory import StepView
 
 GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
@@ -99,7 +100,11 @@ class Endpoint:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(
+        "HTTP_PROXY", "http://127.0.0.1:9"
+    )  # nobody listens there: a server on this machine is asked directly
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(model_module, "BACKOFF", 0.01)
 
@@ -318,6 +323,32 @@ def test_an_endpoint_that_answers_now_and_then_is_asked_to_the_end():
     ):
         assert {one.verdict for one in judge.judge(steps)} == {UNKNOWN}
     assert len(endpoint.requests) == 12, "an answer without a verdict is an answer"
+
+
+def test_an_endpoint_elsewhere_is_asked_through_the_proxy(monkeypatch):
+    with serving(lambda *_: completion("VERDICT: GOOD")) as (proxy, _):
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        judge = ModelJudge(EndpointConfig(url="http://judge.example/v1", model="judge-1", retries=0))
+        assert judge.judge([step()])[0].verdict is GOOD
+        judge.close()
+    assert proxy.paths == ["http://judge.example/v1/chat/completions"]
+
+
+@pytest.mark.parametrize(
+    ("url", "here"),
+    [
+        ("http://127.0.0.1:1/v1", True),
+        ("http://127.8.8.8", True),
+        ("https://localhost:30000", True),
+        ("http://[::1]:30000", True),
+        ("http://0.0.0.0:30000", True),
+        ("http://10.0.0.2:30000", False),
+        ("https://localhost.example", False),
+        ("https://api.example/v1", False),
+    ],
+)
+def test_what_this_machine_is_called(url, here):
+    assert is_loopback(url) is here
 
 
 def test_a_prompt_the_endpoint_refuses_is_unknown_but_settings_it_refuses_fail_the_check():

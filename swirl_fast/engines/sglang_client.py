@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import httpx
 
 from swirl_fast.engines.engine import Completion, EngineError, Request
+from swirl_fast.loopback import is_loopback
 
 CONNECT_TIMEOUT = 10.0  # seconds
 CONTROL_TIMEOUT = 60.0  # seconds for questions that a healthy server answers at once
@@ -43,14 +44,15 @@ class ServerInfo:
 
 
 class Client:
-    """url: without a path. key: sent as a bearer token; empty: none."""
+    """url: without a path. key: sent as a bearer token; empty: none. direct: ask it without a proxy of the environment, as always on this
+    machine."""
 
-    def __init__(self, url: str, key: str, timeout: float) -> None:
+    def __init__(self, url: str, key: str, timeout: float, direct: bool = False) -> None:
         self.url = url.rstrip("/")
         self._timeout = timeout
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._http = httpx.AsyncClient(headers=headers, limits=limits)
+        self._http = httpx.AsyncClient(headers=headers, limits=limits, trust_env=not (direct or is_loopback(url)))
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -82,8 +82,9 @@ class Servers:
         self._turn = int(os.environ.get("LOCAL_RANK", "0"))  # processes that share servers begin with different ones
         key = os.environ.get(config.api_key_env, "").strip()
         self.all: list[Server] = []
+        direct = not config.urls  # started by a command of ours, on this node
         if urls:
-            self.all = [Server(Client(url, key, config.timeout), Slots(config.max_sequences)) for url in urls]
+            self.all = [Server(Client(url, key, config.timeout, direct), Slots(config.max_sequences)) for url in urls]
         else:
             port = config.launch.port
             for number in range(config.launch.servers):
@@ -92,7 +93,7 @@ class Servers:
                 process = ServerProcess(
                     config.launch, number, port, config.dtype, config.max_sequences, seed, key, log, claim
                 )
-                client = Client(process.url, key, config.timeout)
+                client = Client(process.url, key, config.timeout, direct)
                 self.all.append(Server(client, Slots(config.max_sequences), process))
                 port += 1
 

@@ -38,6 +38,7 @@ import numpy as np
 from swirl_fast.actions import TOOL_TAGS
 from swirl_fast.config import ConfigError, EndpointConfig
 from swirl_fast.judges.judge import Judgement, JudgeStats, Refusal, Verdict
+from swirl_fast.loopback import is_loopback
 from swirl_fast.prefix_order import Group, warm_order
 from swirl_fast.trajectory import StepView
 
@@ -200,6 +201,7 @@ class ModelJudge:
         self._client = httpx.Client(
             headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
             timeout=config.timeout,
+            trust_env=not is_loopback(config.url),
             limits=httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
         )
         self._tools = {task: tuple(sorted(set(tools))) for task, tools in sorted((tools_by_task or {}).items())}

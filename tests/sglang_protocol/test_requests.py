@@ -19,8 +19,10 @@ from cases import (
 from fake_sglang import FIELDS
 from transformers import AutoModelForCausalLM
 
+from swirl_fast.config import EngineConfig
 from swirl_fast.engines.engine import EngineError, Request, Sampling
-from swirl_fast.engines.sglang_client import AnswerError
+from swirl_fast.engines.sglang_client import AnswerError, Client
+from swirl_fast.engines.sglang_servers import Servers
 
 # --- one request ---
 
@@ -149,6 +151,20 @@ def test_the_key(serve, attach, monkeypatch: pytest.MonkeyPatch) -> None:
     server.fake.misbehave("/generate", "401")
     with pytest.raises(EngineError, match="engine.api_key_env"):
         engine.generate([request()])
+
+
+def test_a_proxy_of_the_environment_is_for_servers_elsewhere(serve, attach, model: Path, monkeypatch) -> None:
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    assert_from(attach(serve()).generate(MANY), MANY, original(model), 0)
+    elsewhere = "http://10.0.0.2:30000"
+    assert Client(elsewhere, "", 1.0)._http.trust_env
+    assert not Client(elsewhere, "", 1.0, direct=True)._http.trust_env
+    for attached in (True, False):
+        config = EngineConfig(urls=[elsewhere] if attached else [])
+        servers = Servers(config, Path("unused"), "", "", 0, leader=False, urls=[elsewhere])
+        assert servers.all[0].client._http.trust_env == attached, "what a command of ours started is asked directly"
 
 
 @pytest.mark.parametrize("path", ["/model_info", "/server_info", "/v1/models"])
