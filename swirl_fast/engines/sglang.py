@@ -92,7 +92,7 @@ class SGLangEngine:
                     self._start,
                 )
                 if urls:
-                    self._run(gather(self._own_weights(server, str(weights)) for server in self._servers.all))
+                    self._own_weights(weights)
         except BaseException:
             self.close()
             raise
@@ -176,21 +176,42 @@ class SGLangEngine:
         """The name that these weights have on the servers."""
         return f"{self._label}:{self._version if version is None else version}"
 
-    async def _own_weights(self, server: Server, weights: str) -> None:
-        """An attached server may hold anybody's weights: it reads ours, unless it was started with them and is untouched."""
-        info = server.info
-        assert info is not None and self._updater is not None
+    def _own_weights(self, weights: Path) -> None:
+        """Attached servers may hold anybody's weights, or those of the run before it was stopped: they are given ours, unless they were
+        started with them and are untouched."""
+        updater, servers = self._updater, self._servers.all
+        assert updater is not None
+        ours = self._run(gather(self._holds(server, str(weights)) for server in servers))
+        others = [server for server, own in zip(servers, ours, strict=True) if not own]
+        if not others:
+            return
+        if updater.pushes:
+            took = updater.give(self._tag())
+        else:
+            took = self._run(self._servers.each(others, lambda server: updater.load(server, str(weights), self._tag())))
+        for server in others:
+            if server not in took:
+                assert server.info is not None
+                way = "" if updater.pushes else ", or make the folder visible to it"
+                raise EngineError(
+                    f"{server.url} serves {server.info.model_path} (weights {server.info.weight_version!r}) and cannot take those of "
+                    f"{weights}: {server.out}. Start it with that --model-path{way}"
+                )
+
+    async def _holds(self, server: Server, weights: str) -> bool:
+        """Whether the server has our weights; then also under our name, and it answers."""
+        info, control = server.info, server.client.control
+        assert info is not None
         try:
             if info.weight_version == "default" and info.model_path == weights:
-                body = {"new_version": self._tag(), "abort_all_requests": False}
-                await server.client.control("/update_weight_version", body, 60.0)
-            elif info.weight_version != self._tag():
-                await self._updater.load(server, weights, self._tag())
+                await control("/update_weight_version", {"new_version": self._tag(), "abort_all_requests": False}, 60.0)
+            elif info.weight_version == self._tag():
+                await control("/continue_generation", {}, 60.0)  # it is paused where the command before was killed
+            else:
+                return False
         except (ServerFailure, ValueError) as error:
-            raise EngineError(
-                f"{server.url} serves {info.model_path} (weights {info.weight_version!r}) and cannot load {weights}: {error}. "
-                "Start it with that --model-path, or make the folder visible to it"
-            ) from None
+            raise EngineError(f"engine.urls: {error}. Start the server again, or leave it out") from None
+        return True
 
     def _check(self, i: int, request: Request) -> None:
         """Raises ValueError for what can be told impossible here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable
@@ -24,6 +25,7 @@ from swirl_fast.engines.sglang_weights import (
     Snapshot,
     buckets,
     check,
+    read,
     shapes_of,
     shared,
     tied_names,
@@ -68,13 +70,28 @@ class WeightUpdater:
         if snapshot is not None:
             snapshot.prune()
 
+    @property
+    def pushes(self) -> bool:
+        """Whether weights are sent to the servers, which then need not see any folder of ours."""
+        return self._config.method != "disk" and bool(self._shapes)
+
+    def give(self, tag: str) -> list[Server]:
+        """Sends the weights of the model's own folder to all servers. Returns those that took them; EngineError as `update`."""
+        stream = buckets(read(self._source), int(self._config.bucket_mb * 2**20), self._dtype)
+        return self._push(stream, tag, None)
+
     async def load(self, server: Server, path: str, tag: str) -> None:
-        """Makes a server read a folder, and looks that it did."""
-        timeout = self._config.timeout
-        await server.client.control("/pause_generation", {"mode": "retract"}, timeout)
-        body = {"model_path": path, "weight_version": tag, "flush_cache": True}
-        await server.client.control("/update_weights_from_disk", body, timeout)
-        await server.client.control("/continue_generation", {}, timeout)
+        """Makes a server read a folder, and looks that it did. A server that cannot goes on with the weights it has."""
+        control, timeout = server.client.control, self._config.timeout
+        try:
+            await control("/pause_generation", {"mode": "retract"}, timeout)
+            body = {"model_path": path, "weight_version": tag, "flush_cache": True}
+            await control("/update_weights_from_disk", body, timeout)
+        except BaseException:
+            with contextlib.suppress(ServerFailure, EngineError, ValueError):
+                await control("/continue_generation", {}, min(timeout, CONTROL_TIMEOUT))
+            raise
+        await control("/continue_generation", {}, timeout)
         await self._verify(server, tag)
 
     def close(self) -> None:
@@ -116,6 +133,8 @@ class WeightUpdater:
             raise
 
     async def _begin(self, server: Server) -> None:
+        """From here on the server has a name that nobody asks for: half an update must never pass for the weights before, not even when
+        this command is killed and started again."""
         timeout = self._config.timeout
         await server.client.control("/pause_generation", {"mode": "retract"}, timeout)
         try:
@@ -123,16 +142,19 @@ class WeightUpdater:
         except ServerFailure:
             await self._abandon(server)
             await server.client.exists("/begin_weight_update", {}, timeout)
+        await self._rename(server, f"{self._servers.tag}, being updated")
 
     async def _end(self, server: Server, tag: str) -> None:
         timeout = self._config.timeout
         await server.client.exists("/end_weight_update", {}, timeout)
         await server.client.control("/flush_cache", {}, timeout)
-        await server.client.control(
-            "/update_weight_version", {"new_version": tag, "abort_all_requests": False}, timeout
-        )
+        await self._rename(server, tag)
         await server.client.control("/continue_generation", {}, timeout)
         await self._verify(server, tag)
+
+    async def _rename(self, server: Server, tag: str) -> None:
+        body = {"new_version": tag, "abort_all_requests": False}
+        await server.client.control("/update_weight_version", body, self._config.timeout)
 
     async def _undo(self, server: Server) -> None:
         """Nobody knows what a server holds after half an update: it reads the weights before, or is taken out."""

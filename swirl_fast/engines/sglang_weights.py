@@ -56,6 +56,16 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a Hugging Face folder's safetensors files, one at a time."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():
+                yield name, opened.get_tensor(name)
+
+
 def check(
     named: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], tied: frozenset[str]
 ) -> list[tuple[str, Tensor]]:

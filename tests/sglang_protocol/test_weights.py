@@ -60,6 +60,56 @@ def test_a_server_that_cannot_read_the_folder_is_an_error_that_names_both(serve,
     with pytest.raises(EngineError) as error:
         attach(server, sync={"timeout": 1.0})
     assert server.url in str(error.value) and str(model) in str(error.value) and "--model-path" in str(error.value)
+    assert not server.fake.paused, "somebody else may use it"
+
+
+def test_a_server_that_a_killed_command_left_paused(serve, attach, model: Path) -> None:
+    server = serve(weight_version="swirl:0")
+    server.fake.paused = True
+    assert_from(attach(server).generate(MANY), MANY, original(model), 0)
+
+
+@pytest.mark.parametrize("method", ["tensor", "distributed"])
+def test_a_run_that_goes_on_sends_its_weights_to_servers_that_see_no_folder_of_ours(
+    attach, model: Path, method: str
+) -> None:
+    """They hold the last version before the stop, and a command begins with the first."""
+    with spawned(model) as (url, _):
+        sync = {"method": method, "timeout": 20.0, "snapshot": False, "bucket_mb": 0.02}
+        first = attach(url, sync=sync)
+        new = changed(model, 2.0)
+        first.update_weights(new, 57)
+        first.close()
+        ask(url, "/misbehave", {"path": "/update_weights_from_disk", "how": "refuse", "times": -1})
+        again = attach(url, sync=sync)
+        assert ask(url, "/log")["fingerprint"] == original(model)
+        assert_from(again.generate(MANY), MANY, original(model), 0)
+        again.update_weights(new, 57)
+        assert_from(again.generate(MANY), MANY, weights_of(new), 57)
+
+
+@pytest.mark.parametrize("path", ["/update_weights_from_tensor", "/begin_weight_update", "/update_weight_version"])
+def test_a_server_that_does_not_take_the_first_weights_is_an_error(serve, attach, model: Path, path: str) -> None:
+    good, bad = serve(weight_version="swirl:57"), serve(weight_version="swirl:57")
+    bad.fake.misbehave(path, "refuse", -1)
+    with pytest.raises(EngineError, match=f"{bad.url} serves .*'swirl:57'.* cannot take those of .*told to refuse"):
+        attach(good, bad, sync={"method": "tensor"})
+
+
+def test_half_an_update_never_passes_for_the_weights_before(
+    serve, attach, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to the next command, when the server could not read those again."""
+    server, sync = serve(), {"method": "tensor", "bucket_mb": 0.01}
+    engine = attach(server, sync=sync)
+    server.fake.misbehave("/update_weights_from_disk", "refuse", -1)
+    new = changed(model, 2.0)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(sglang_weights, "whole", fails_at(len(new) - 1))
+        engine.update_weights(new, 1)
+    assert server.fake.fingerprint not in (original(model), weights_of(new))
+    assert server.fake.weight_version != "swirl:0" and not server.fake.paused
+    assert_from(attach(server, sync=sync).generate(MANY), MANY, original(model), 0)
 
 
 # --- weights ---
@@ -205,7 +255,7 @@ def test_a_server_that_fails_in_an_update_is_mended(
     assert_from(engine.generate(MANY), MANY, weights_of(new), 2)
     if method == "tensor":
         assert len(bad.fake.of("/update_weights_from_tensor")) == len(good.fake.of("/update_weights_from_tensor")) - (
-            path == "/pause_generation"
+            path in ("/pause_generation", "/update_weight_version")
         ), "nothing of the failure is left: it takes part in the next update"
 
 
