@@ -116,6 +116,12 @@ class ServerProcess:
             first = self.number * c.gpus_per_server
             numbers = (c.gpus or range(first + c.gpus_per_server))[first : first + c.gpus_per_server]
             names = visible.split(",") if visible else None
+            if names and max(numbers) >= len(names):
+                raise EngineError(
+                    f"CUDA_VISIBLE_DEVICES={visible} shows {len(names)} GPUs, and server {self.number} needs number {max(numbers)} of "
+                    f"them, counted from 0 (engine.launch.servers={c.servers}, gpus_per_server={c.gpus_per_server}, gpus={c.gpus}): "
+                    "start fewer servers, or show more GPUs"
+                )
             own["CUDA_VISIBLE_DEVICES"] = ",".join(names[n] if names else str(n) for n in numbers)
         else:
             own |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from cases import (
     FAKE,
     MANY,
@@ -29,6 +30,7 @@ from cases import (
     weights_of,
 )
 
+from swirl_fast.config import LaunchConfig
 from swirl_fast.engines import sglang_launch, sglang_weights
 from swirl_fast.engines.engine import EngineError
 from swirl_fast.engines.sglang import SGLangEngine
@@ -237,6 +239,33 @@ def test_one_of_two_that_does_not_come_up_ends_the_other_too(launch, tmp_path: P
 def test_an_interpreter_that_is_not_there(launch) -> None:
     with pytest.raises(EngineError, match="/no/such/python"):
         launch(launch={"python": "/no/such/python", "servers": 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"servers": 3}, ["6", "7", None]),
+        ({"servers": 1, "gpus_per_server": 3}, [None]),
+        ({"gpus": [1, 2]}, ["7", None]),
+    ],
+)
+def test_gpus_that_are_not_shown_to_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, shown: list[str | None]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    config = LaunchConfig(**settings)
+    for number, wanted in enumerate(shown):
+        process = sglang_launch.ServerProcess(config, number, 1, "float32", 1, 0, "", tmp_path / "log")
+        if wanted is not None:
+            assert process.environment()["CUDA_VISIBLE_DEVICES"] == wanted
+            continue
+        with pytest.raises(
+            EngineError, match="CUDA_VISIBLE_DEVICES=6,7 shows 2 GPUs, .* needs number 2 of them"
+        ) as error:
+            process.environment()
+        for key in ("engine.launch.servers", "gpus_per_server", f"gpus={config.gpus}"):
+            assert key in str(error.value)
 
 
 @pytest.mark.parametrize("end", ["polite", "deaf", "killed"])
