@@ -1,14 +1,19 @@
 """Stage 1: the policy answers questions with real tools, many trajectories side by side, every step kept as it is taken.
 
-Used by `collect` (sampled, several trajectories a question) and `evaluate` (the same loop, held-out questions, greedy or sampled).
+Used by `collect` (sampled, several trajectories a question) and `evaluate` (the same loop, held-out questions, greedy or sampled). The
+fingerprint says what the trajectories of a store were made with, so that others are never mixed with them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from swirl_fast.actions import Action, parse
+from swirl_fast.config import Config
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
@@ -21,6 +26,64 @@ from swirl_fast.trajectory import Finish, Step, Trajectory
 def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
     """The ids a collection is made of; a store may hold more, from a time when more were asked for."""
     return [f"{question.id}/{k}" for question in questions for k in range(trajectories_per_question)]
+
+
+PROBE = "Probe: how many of 1,234 naïve “tokens” are 56.78 % of {x}?\n"  # digits, signs and letters that tokenizers split differently
+LATER = ("prompt",)  # keys of a fingerprint that earlier versions did not write
+
+
+def fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
+    """What the trajectories of a store depend on, beside the prompt (`prompt_hash`); the number of questions may grow."""
+    from swirl_fast.model import model_fingerprint
+
+    tasks = asdict(config.tasks)
+    for name in ("limit", "eval_limit"):
+        del tasks[name]
+    search: dict[str, Any] = {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars}
+    if config.search.kind == "dense":
+        from swirl_fast.tools.search_dense import folder_hash, model_folder
+
+        search |= {name: getattr(config.search, name) for name in ("kind", "query_prefix", "passage_prefix", "index")}
+        assert config.search.model, "refused by the check of the config"
+        search["model"] = f"{config.search.model} {folder_hash(model_folder(config.search.model))}"
+    return {
+        "model": model_fingerprint(config.model),
+        "chat_template": config.model.chat_template,
+        "engine_dtype": config.engine.dtype,
+        "tasks": tasks,
+        "search": search,
+        "sampling": asdict(sampling),
+        "max_steps": config.collect.max_steps,
+        **({"source": config.collect.source} if config.collect.source != "policy" else {}),
+        "seed": config.run.seed,
+    }
+
+
+def prompt_hash(renderer: Renderer, prompt: Callable[[str], list[int]]) -> str:
+    """Hex digest of the tokens that a probe question and an observation become: of the chat template, the tokenizer, the wording of the
+    instructions and the worked examples, none of which the settings name by their contents."""
+    tokens = [prompt(PROBE), renderer.observation(PROBE, stopped=False)]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+
+
+def known(stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """`wanted` as far as the fingerprint `stored` can tell. What an earlier version did not write down is no difference: its stores
+    could not be gone on with."""
+    from swirl_fast.model import NO_SAFETENSORS
+
+    if not isinstance(stored, dict):
+        return dict(wanted)
+    found = {key: value for key, value in wanted.items() if key in stored or key not in LATER}
+    for key in ("model", "weights"):
+        old, new = stored.get(key), found.get(key)
+        if isinstance(old, str) and isinstance(new, str) and old.endswith(NO_SAFETENSORS):
+            found[key] = old if new.rpartition(" ")[0] == old.rpartition(" ")[0] else new
+    return found
+
+
+def check_made_with(store: Store, key: str, wanted: Mapping[str, Any]) -> None:
+    """Remembers the fingerprint under `key` the first time. Raises ValueError, naming what differs, for a store of another one."""
+    store.check_meta(key, known(store.meta().get(key), wanted))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NO_SAFETENSORS = "ef46db3751d8e999"  # xxh64 of nothing: what earlier versions wrote down for weights in .bin files
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DATELESS = "{% macro strftime_now(format) %}1 January 2000{% endmacro %}"
 
 
 def cache_folder() -> Path:
@@ -62,6 +64,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"model.path={config.path}: the tokenizer has no chat template; use an instruct model or set model.chat_template"
         )
+    return tokenizer
+
+
+def dateless(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same tokenizer, with a fixed day in place of today's where its chat template writes the date, as Llama-3's do: what is hashed
+    must not change at midnight. The macro hides transformers' global function of that name."""
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "strftime_now" in template:
+        tokenizer.chat_template = _DATELESS + template
     return tokenizer
 
 
@@ -116,12 +127,12 @@ def model_fingerprint(config: ModelConfig) -> str:
 
 
 def weights_hash(folder: Path) -> str:
-    """Hex digest over the safetensors of a folder: of each its name, its size, and 8 MiB at either end (all of a 54 GB model would
-    take a minute)."""
+    """Hex digest over the safetensors of a folder, or else its pytorch_model*.bin: of each its name, its size, and 8 MiB at either end
+    (all of a 54 GB model would take a minute)."""
     import xxhash
 
     digest = xxhash.xxh64()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:

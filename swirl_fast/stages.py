@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from swirl_fast import evaluate as evaluation
-from swirl_fast.collect import Collector, trajectory_ids
+from swirl_fast.collect import Collector, check_made_with, fingerprint, known, prompt_hash, trajectory_ids
 from swirl_fast.config import Config, ConfigError, dump
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.filtering import keep
@@ -52,7 +52,7 @@ def collect(config: Config) -> None:
     )
     count = config.collect.trajectories_per_question
     with Store(config.store) as store:
-        store.check_meta("collection", _fingerprint(config, sampling))
+        check_made_with(store, "collection", _made_with(config, task, task.tools, sampling))
         seed = seed_of(config.run.seed, "collect")
         if config.collect.source == "solutions":
             trajectories = _demonstrate(config, task, questions, store)
@@ -223,7 +223,8 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     settings = config.evaluate
     length = settings.max_action_tokens or config.collect.max_action_tokens
     sampling = Sampling(length, settings.temperature)
-    wanted = _fingerprint(config, sampling) | {
+    offered = task.tools if settings.use_tools else ()
+    wanted = _made_with(config, task, offered, sampling) | {
         "weights": weights and weights_hash(Path(weights)),
         "use_tools": settings.use_tools,
     }
@@ -233,10 +234,9 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
         _save_config(config)
     start = time.perf_counter()
     with _judge(config, _tools_of(task), task=task) as judge, Store(folder / f"{name}.db") as store:
-        store.check_meta("evaluation", wanted)
+        check_made_with(store, "evaluation", wanted)
         spent = store.meta().get("seconds", 0.0)
         seed = seed_of(config.run.seed, "evaluate")
-        offered = task.tools if settings.use_tools else ()
         what = f"evaluate {name}"
         trajectories = _roll_out(
             config, task, offered, questions, settings.samples, sampling, store, seed, what, weights
@@ -383,6 +383,27 @@ def _prompt(config: Config, task: Task, renderer: Renderer, tools: Mapping[str, 
     return lambda question: renderer.prompt(conversation(question, offered, config.collect.max_steps, examples))
 
 
+def _made_with(config: Config, task: Task, offered: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    """The fingerprint of a collection or an evaluation, with a hash of what `_prompt` makes of a probe."""
+    from swirl_fast.model import dateless, load_tokenizer
+
+    renderer = Renderer(dateless(load_tokenizer(config.model)), config.model.path)
+    prompt = _prompt(config, task, renderer, _described(offered))
+    return fingerprint(config, sampling) | {"prompt": prompt_hash(renderer, prompt)}
+
+
+def _described(offered: Sequence[str]) -> dict[str, Any]:
+    """The tools' classes, which have name and description: a prompt needs no index, which may take minutes to build."""
+    from swirl_fast.tools.calculator import Calculator
+
+    described: dict[str, Any] = {"calculator": Calculator}
+    if "search" in offered:
+        from swirl_fast.tools.search import Search
+
+        described["search"] = Search
+    return {name: tool for name, tool in described.items() if name in offered}
+
+
 def _demonstrate(config: Config, task: Task, questions: Sequence[Question], store: Store) -> list[Trajectory]:
     """Fills the store from worked solutions."""
     from swirl_fast.demonstrations import demonstrations
@@ -393,8 +414,11 @@ def _demonstrate(config: Config, task: Task, questions: Sequence[Question], stor
     with open_tools(task.tools, config.search, task.passages()) as tools:
         prompt = _prompt(config, task, renderer, tools)
         written = list(demonstrations(task, questions, tools, renderer, prompt, config.collect.max_steps))
-    store.record(written)
-    return written
+    there = {
+        one.id for one in store.trajectories()
+    }  # a template that writes today's date gives them another prompt by now
+    store.record(one for one in written if one.id not in there)
+    return _finished(store, [one.id for one in written])
 
 
 def _finished(store: Store, wanted: Sequence[str]) -> list[Trajectory]:
@@ -450,33 +474,6 @@ def _bar(what: str, total: int, unit: str, done: int = 0) -> tqdm:
     return tqdm(desc=what, total=total, initial=done, unit=unit, disable=None, leave=False)
 
 
-def _fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
-    """What the trajectories of a store depend on; the number of questions may grow."""
-    from swirl_fast.model import model_fingerprint
-
-    tasks = asdict(config.tasks)
-    for name in ("limit", "eval_limit"):
-        del tasks[name]
-    search: dict[str, Any] = {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars}
-    if config.search.kind == "dense":
-        from swirl_fast.tools.search_dense import folder_hash, model_folder
-
-        search |= {name: getattr(config.search, name) for name in ("kind", "query_prefix", "passage_prefix", "index")}
-        assert config.search.model, "refused by the check of the config"
-        search["model"] = f"{config.search.model} {folder_hash(model_folder(config.search.model))}"
-    return {
-        "model": model_fingerprint(config.model),
-        "chat_template": config.model.chat_template,
-        "engine_dtype": config.engine.dtype,
-        "tasks": tasks,
-        "search": search,
-        "sampling": asdict(sampling),
-        "max_steps": config.collect.max_steps,
-        **({"source": config.collect.source} if config.collect.source != "policy" else {}),
-        "seed": config.run.seed,
-    }
-
-
 def _set_aside(folder: Path, name: str, wanted: dict[str, Any]) -> None:
     """Renames the files of an evaluation of other weights or settings to NAME-K, so that a longer training is evaluated anew and
     nothing is lost."""
@@ -484,7 +481,8 @@ def _set_aside(folder: Path, name: str, wanted: dict[str, Any]) -> None:
     if not path.is_file():
         return
     with Store(path, writable=False) as store:
-        if store.meta().get("evaluation", wanted) == json.loads(json.dumps(wanted)):
+        stored = store.meta().get("evaluation")
+        if stored is None or stored == json.loads(json.dumps(known(stored, wanted))):
             return
     k = next(k for k in range(1, 10_000) if not (folder / f"{name}-{k}.db").exists())
     for file in folder.glob(f"{name}.*"):

@@ -22,10 +22,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import CHAT_TEMPLATE
 from task_files import write_lines
 
 from swirl_fast import cli
+from swirl_fast.collect import check_made_with
 from swirl_fast.config import load as load_config
+from swirl_fast.model import NO_SAFETENSORS, weights_hash
 from swirl_fast.objective import policy_loss
 from swirl_fast.shards import read_trajectories
 from swirl_fast.store import Store
@@ -565,3 +568,53 @@ def test_a_budget_below_the_longest_trunk_is_refused_before_any_work(
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "training.token_budget=64" in done.stderr and "at least" in done.stderr
     assert not (folder / "r" / "checkpoints").exists()
+
+
+def test_another_prompt_is_another_collection_and_one_from_before_the_hash_goes_on(
+    tiny_model: Path, judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The contents of the template, not its path; a fingerprint that does not tell is no difference."""
+    template = tmp_path / "template.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    few = (f"model.chat_template={template}", "tasks.limit=1", "tasks.eval_limit=1")
+    arguments = overrides(tmp_path, tiny_model, judged, *few, "collect.trajectories_per_question=1")
+    assert cli.main(["collect", *arguments]) == 0 and cli.main(["evaluate", *arguments, "--of", "base"]) == 0
+    assert cli.main(["collect", *arguments]) == 0 and cli.main(["evaluate", *arguments, "--of", "base"]) == 0
+    evaluations = tmp_path / "r" / "evaluations"
+    assert sorted(path.name for path in evaluations.glob("*.json")) == ["base.json"]
+    template.write_text(CHAT_TEMPLATE.replace("\n{{ m.content", "\n\n{{ m.content"))
+    assert cli.main(["collect", *arguments]) == 1
+    assert "was made with another collection: prompt was '" in capsys.readouterr().err
+    stores = {"collection": tmp_path / "r" / "trajectories.db", "evaluation": evaluations / "base.db"}
+    for key, path in stores.items():
+        with Store(path) as store:
+            store.set_meta(key, {name: value for name, value in store.meta()[key].items() if name != "prompt"})
+    assert cli.main(["collect", *arguments]) == 0 and cli.main(["evaluate", *arguments, "--of", "base"]) == 0
+    assert sorted(path.name for path in evaluations.glob("*.json")) == ["base.json"]
+    assert cli.main(["collect", *arguments, "collect.temperature=0.5"]) == 1
+    assert "sampling was" in capsys.readouterr().err
+
+
+def test_weights_in_bin_files_are_hashed_and_an_older_fingerprint_of_them_is_no_difference(tmp_path: Path) -> None:
+    assert weights_hash(tmp_path) == NO_SAFETENSORS
+    (tmp_path / "training_args.bin").write_bytes(b"x")
+    assert weights_hash(tmp_path) == NO_SAFETENSORS
+    (tmp_path / "pytorch_model.bin").write_bytes(b"one")
+    one = weights_hash(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"two")
+    two = weights_hash(tmp_path)
+    assert len({NO_SAFETENSORS, one, two}) == 3
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    beside = weights_hash(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert beside == weights_hash(tmp_path) != two
+    with Store(tmp_path / "t.db") as store:
+        before = {"model": f"models/a {NO_SAFETENSORS}", "weights": NO_SAFETENSORS}
+        check_made_with(store, "evaluation", before)
+        check_made_with(store, "evaluation", {"model": f"models/a {one}", "weights": two})
+        for other in ({"model": f"models/b {one}", "weights": two}, {"model": f"models/a {one}", "weights": None}):
+            with pytest.raises(ValueError, match="another evaluation"):
+                check_made_with(store, "evaluation", other)
+        check_made_with(store, "later", {"model": f"models/a {one}"})
+        with pytest.raises(ValueError, match="another later"):
+            check_made_with(store, "later", {"model": f"models/a {two}"})

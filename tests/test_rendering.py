@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import CHAT_TEMPLATE, train_tokenizer
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
+from swirl_fast.collect import prompt_hash
+from swirl_fast.model import dateless
 from swirl_fast.rendering import Renderer, conversation
 from swirl_fast.tasks.task import Example
 from swirl_fast.tools.calculator import Calculator
@@ -125,3 +129,27 @@ def test_a_refusal_names_a_template_that_is_there_and_would_do() -> None:
 def test_other_templates_are_refused_by_name(template: str, why: str) -> None:
     with pytest.raises(ValueError, match=f"chat template of the-model.*{why}"):
         Renderer(tokenizer(template), "the-model")
+
+
+def test_the_hash_of_the_prompt_sees_template_and_wording_but_not_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(day: int, template: str, examples: tuple[Example, ...] = (), steps: int = 3) -> tuple[str, str]:
+        """The hash, and what collect would really render."""
+
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+                return datetime.datetime(2026, 11, day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+        rendered = Renderer(tokenizer(template)).prompt(conversation("Q", [], steps, examples))
+        renderer = Renderer(dateless(tokenizer(template)))
+        hashed = prompt_hash(renderer, lambda question: renderer.prompt(conversation(question, [], steps, examples)))
+        return hashed, TOKENIZER.decode(rendered)
+
+    dated = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %B %Y') }}. {% endif %}" + CHAT_TEMPLATE
+    (first, one), (second, other) = on(1, dated), on(2, dated)
+    assert one.startswith("Today is 01 November 2026") and other.startswith("Today is 02 November 2026")
+    assert first == second
+    hashes = [first, on(1, CHAT_TEMPLATE)[0], on(1, CHAT_TEMPLATE.replace("\n{{ m.content", " {{ m.content"))[0]]
+    hashes.append(on(1, CHAT_TEMPLATE, (Example("1 + 1 =", ("<answer>2</answer>",), ()),))[0])
+    assert len(set(hashes)) == 4

@@ -12,9 +12,9 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from small_models import SENTENCE_WORDS, sentence_model
 
+from swirl_fast.collect import fingerprint
 from swirl_fast.config import ConfigError, SearchConfig, load
 from swirl_fast.engines.engine import Sampling
-from swirl_fast.stages import _fingerprint
 from swirl_fast.tools import search_dense
 from swirl_fast.tools.search import NOTHING_FOUND, Search, load_search
 from swirl_fast.tools.search_dense import Dense, folder_hash, model_folder
@@ -229,7 +229,7 @@ def test_a_collection_depends_on_what_changes_results(model: Path, tmp_path: Pat
     dense = ["search.kind=dense", f"search.model={model}"]
 
     def search(*overrides: str) -> dict[str, object]:
-        found = _fingerprint(load(overrides=["model.path=some/name", *overrides]), sampling)
+        found = fingerprint(load(overrides=["model.path=some/name", *overrides]), sampling)
         return json.loads(json.dumps(found))["search"]
 
     assert search() == {"top_k": 1, "passage_chars": 1200}  # as in stores from before there was another kind
