@@ -6,15 +6,51 @@ the questions as units; for a mean of values in [0, 1] that are not all 0 or 1 t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from swirl_fast.behaviour import Behaviour, behaviour_metrics
+from swirl_fast.collect import known
+from swirl_fast.config import ConfigError
 from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.store import Store
 from swirl_fast.tasks.scoring import interval
 from swirl_fast.tasks.task import Question, Task
 from swirl_fast.trajectory import Trajectory
+
+FILES = ("db", "db-wal", "db-shm", "db.lock", "json", "yaml")  # of the evaluation NAME: evaluations/NAME.db and so on
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for a name of an evaluation that is no plain file name."""
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(
+            f"--name {name}: must be a plain file name, e.g. --name {name.strip('./').replace('/', '-') or 'other'}"
+        )
+
+
+def set_aside(folder: Path, name: str, wanted: Mapping[str, Any]) -> None:
+    """Renames the files of an evaluation of other weights or settings to NAME-K, so that a longer training is evaluated anew and
+    nothing is lost. wanted: the fingerprint of the evaluation that is about to begin."""
+    path = folder / f"{name}.db"
+    if not path.is_file():
+        return
+    with Store(path, writable=False) as store:
+        stored = store.meta().get("evaluation")
+        if stored is None or stored == json.loads(json.dumps(known(stored, wanted))):
+            return
+    k = next(k for k in range(1, 10_000) if not (folder / f"{name}-{k}.db").exists())
+    _rename(folder, name, f"{name}-{k}")
+    print(f"evaluate: the evaluation {name} was of other weights or settings; it is kept as {name}-{k}")
+
+
+def _rename(folder: Path, old: str, new: str) -> None:
+    for ending in FILES:
+        if (file := folder / f"{old}.{ending}").exists():
+            file.rename(folder / f"{new}.{ending}")
 
 
 def summarise(

@@ -26,6 +26,7 @@ from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NO_SAFETENSORS = "ef46db3751d8e999"  # xxh64 of nothing: what earlier versions wrote down for weights in .bin files
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _DATELESS = "{% macro strftime_now(format) %}1 January 2000{% endmacro %}"
 
 
@@ -74,6 +75,24 @@ def dateless(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if isinstance(template, str) and "strftime_now" in template:
         tokenizer.chat_template = _DATELESS + template
     return tokenizer
+
+
+def check_weights_folder(config: ModelConfig, folder: str) -> None:
+    """Raises ConfigError for a folder whose weights cannot be evaluated in place of model.path's: without a config.json, or with a
+    tokenizer of another vocabulary, whose prompts would mean something else to these weights."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(
+            f"--of {folder}: no folder with a config.json; give base, trained, or a folder that save_pretrained wrote (for a name on the "
+            f"Hugging Face hub: model.path={folder} --of base --name NAME)"
+        )
+    if not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+        return
+    own, others = load_tokenizer(config).get_vocab(), AutoTokenizer.from_pretrained(folder).get_vocab()
+    if own != others:
+        raise ConfigError(
+            f"--of {folder}: its tokenizer has another vocabulary ({len(others)} tokens) than that of model.path={config.path} "
+            f"({len(own)} tokens), which the prompts are made with; use model.path={folder} --of base --name {Path(folder).resolve().name}"
+        )
 
 
 def load_model(config: ModelConfig, dtype: str, weights: str | None = None) -> PreTrainedModel:

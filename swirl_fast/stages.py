@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from swirl_fast import evaluate as evaluation
-from swirl_fast.collect import Collector, check_made_with, fingerprint, known, prompt_hash, trajectory_ids
+from swirl_fast.collect import Collector, check_made_with, fingerprint, prompt_hash, trajectory_ids
 from swirl_fast.config import Config, ConfigError, dump
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.filtering import keep
@@ -207,10 +207,14 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     """Evaluates `model.path`, or the Hugging Face folder `weights`, under a name. Returns the summary.
 
     The task need not be the run's: the run's config.yaml stays, that of the evaluation lies beside its results. Raises
-    ConfigError for a name that an evaluation of another task has.
+    ConfigError for a name that an evaluation of another task has or that is none, and for a folder whose weights cannot be asked with
+    model.path's tokenizer.
     """
-    from swirl_fast.model import weights_hash
+    from swirl_fast.model import check_weights_folder, weights_hash
 
+    evaluation.check_name(name)
+    if weights is not None:
+        check_weights_folder(config.model, weights)
     task = _task(config)
     folder = config.folder / "evaluations"
     other = (_read_json(folder / f"{name}.json") or {}).get("task", task.name)
@@ -228,7 +232,7 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
         "weights": weights and weights_hash(Path(weights)),
         "use_tools": settings.use_tools,
     }
-    _set_aside(folder, name, wanted)
+    evaluation.set_aside(folder, name, wanted)
     _save_config(config, folder / f"{name}.yaml")
     if not (config.folder / "config.yaml").is_file():
         _save_config(config)
@@ -472,22 +476,6 @@ def _engine(config: Config, weights: str | None) -> Iterator[Engine]:
 def _bar(what: str, total: int, unit: str, done: int = 0) -> tqdm:
     """A progress bar on a terminal, nothing elsewhere."""
     return tqdm(desc=what, total=total, initial=done, unit=unit, disable=None, leave=False)
-
-
-def _set_aside(folder: Path, name: str, wanted: dict[str, Any]) -> None:
-    """Renames the files of an evaluation of other weights or settings to NAME-K, so that a longer training is evaluated anew and
-    nothing is lost."""
-    path = folder / f"{name}.db"
-    if not path.is_file():
-        return
-    with Store(path, writable=False) as store:
-        stored = store.meta().get("evaluation")
-        if stored is None or stored == json.loads(json.dumps(known(stored, wanted))):
-            return
-    k = next(k for k in range(1, 10_000) if not (folder / f"{name}-{k}.db").exists())
-    for file in folder.glob(f"{name}.*"):
-        file.rename(folder / file.name.replace(name, f"{name}-{k}", 1))
-    print(f"evaluate: the evaluation {name} was of other weights or settings; it is kept as {name}-{k}")
 
 
 def _save_config(config: Config, path: Path | None = None) -> None:

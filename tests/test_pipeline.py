@@ -22,12 +22,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import CHAT_TEMPLATE
+from small_models import CHAT_TEMPLATE, train_tokenizer
 from task_files import write_lines
 
 from swirl_fast import cli
 from swirl_fast.collect import check_made_with
 from swirl_fast.config import load as load_config
+from swirl_fast.evaluate import FILES, set_aside
 from swirl_fast.model import NO_SAFETENSORS, weights_hash
 from swirl_fast.objective import policy_loss
 from swirl_fast.shards import read_trajectories
@@ -618,3 +619,38 @@ def test_weights_in_bin_files_are_hashed_and_an_older_fingerprint_of_them_is_no_
         check_made_with(store, "later", {"model": f"models/a {one}"})
         with pytest.raises(ValueError, match="another later"):
             check_made_with(store, "later", {"model": f"models/a {two}"})
+
+
+def test_weights_that_model_path_cannot_ask_are_refused_before_anything_is_written(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", *overrides(tmp_path / "runs", tiny_model), "--of"]
+    assert cli.main([*arguments, str(tmp_path / "typo")]) == 2
+    shown = capsys.readouterr().err
+    assert f"--of {tmp_path / 'typo'}: no folder with a config.json" in shown and "base, trained" in shown
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    train_tokenizer(["quite another text, of which other words are made"] * 3).save_pretrained(other)
+    assert cli.main([*arguments, str(other)]) == 2
+    assert f"use model.path={other} --of base --name other" in capsys.readouterr().err
+    for name in ("a/b", ".hidden"):
+        assert cli.main([*arguments, str(tiny_model), "--name", name]) == 2
+        assert f"--name {name}: must be a plain file name" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_evaluation_is_set_aside_with_its_own_files_alone(tmp_path: Path) -> None:
+    for name in ("llama-3", "llama-3.1-8b"):
+        with Store(tmp_path / f"{name}.db") as store:
+            store.set_meta("evaluation", {"weights": "one"})
+        for ending in ("json", "yaml"):
+            (tmp_path / f"{name}.{ending}").write_text(name)
+    other = {path.name: path.read_bytes() for path in tmp_path.glob("llama-3.1-8b.*")}
+    set_aside(tmp_path, "llama-3", {"weights": "one"})
+    assert not list(tmp_path.glob("llama-3-1.*"))
+    set_aside(tmp_path, "llama-3", {"weights": "two"})
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("llama-3.1-8b.*")} == other
+    assert (tmp_path / "llama-3-1.json").read_text() == (tmp_path / "llama-3-1.yaml").read_text() == "llama-3"
+    with Store(tmp_path / "llama-3-1.db", writable=False) as store:
+        assert store.meta() == {"evaluation": {"weights": "one"}}
+    assert not [ending for ending in FILES if (tmp_path / f"llama-3.{ending}").exists()]
