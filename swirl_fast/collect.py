@@ -66,7 +66,7 @@ def prompt_hash(renderer: Renderer, prompt: Callable[[str], list[int]]) -> str:
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
-def known(stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def as_told(stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """`wanted` as far as the fingerprint `stored` can tell. What an earlier version did not write down is no difference: its stores
     could not be gone on with."""
     from swirl_fast.model import NO_SAFETENSORS
@@ -83,7 +83,7 @@ def known(stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_made_with(store: Store, key: str, wanted: Mapping[str, Any]) -> None:
     """Remembers the fingerprint under `key` the first time. Raises ValueError, naming what differs, for a store of another one."""
-    store.check_meta(key, known(store.meta().get(key), wanted))
+    store.check_meta(key, as_told(store.meta().get(key), wanted))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from swirl_fast.behaviour import Behaviour, behaviour_metrics
-from swirl_fast.collect import known
+from swirl_fast.collect import as_told
 from swirl_fast.config import ConfigError
 from swirl_fast.judges.judge import Judgement, Verdict
 from swirl_fast.store import Store
@@ -32,19 +33,47 @@ def check_name(name: str) -> None:
         )
 
 
-def set_aside(folder: Path, name: str, wanted: Mapping[str, Any]) -> None:
+def make_room(folder: Path, name: str, wanted: Mapping[str, Any]) -> None:
     """Renames the files of an evaluation of other weights or settings to NAME-K, so that a longer training is evaluated anew and
-    nothing is lost. wanted: the fingerprint of the evaluation that is about to begin."""
+    nothing is lost; one that was renamed so before, and is the wanted one, becomes NAME again.
+
+    wanted: the fingerprint of the evaluation that is about to begin.
+    """
     path = folder / f"{name}.db"
-    if not path.is_file():
+    stored = _fingerprint(path)
+    if path.is_file() and (stored is None or stored == _plain(as_told(stored, wanted))):
         return
-    with Store(path, writable=False) as store:
-        stored = store.meta().get("evaluation")
-        if stored is None or stored == json.loads(json.dumps(known(stored, wanted))):
-            return
-    k = next(k for k in range(1, 10_000) if not (folder / f"{name}-{k}.db").exists())
-    _rename(folder, name, f"{name}-{k}")
-    print(f"evaluate: the evaluation {name} was of other weights or settings; it is kept as {name}-{k}")
+    if path.is_file():
+        k = next(k for k in range(1, 10_000) if not (folder / f"{name}-{k}.db").exists())
+        _rename(folder, name, f"{name}-{k}")
+        print(f"evaluate: the evaluation {name} was of other weights or settings; it is kept as {name}-{k}")
+    for earlier in sorted(folder.glob("*-*.db")):
+        if re.fullmatch(re.escape(name) + r"-\d+", earlier.stem) and _fingerprint(earlier) == _plain(wanted):
+            if _name_in(earlier.with_name(f"{earlier.stem}.json")) == name:  # and not the name that was asked for
+                _rename(folder, earlier.stem, name)
+                print(f"evaluate: {earlier.stem} was of these weights and settings; it is the evaluation {name} again")
+                return
+
+
+def _fingerprint(path: Path) -> Any:
+    """None for a file that is not there, or that the writer will have something to say about."""
+    try:
+        with Store(path, writable=False) as store:
+            return store.meta().get("evaluation")
+    except ValueError:
+        return None
+
+
+def _name_in(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())["name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value))
 
 
 def _rename(folder: Path, old: str, new: str) -> None:

@@ -42,17 +42,16 @@ JUDGE_CHUNK = 256  # steps judged between two writes
 
 
 def collect(config: Config) -> None:
-    _save_config(config)
     task = _task(config)
-    questions = task.questions("train")
-    if not questions:
-        raise ConfigError(f"tasks.path={config.tasks.path}: every row is also held out; give another tasks.eval_path")
-    sampling = Sampling(
-        config.collect.max_action_tokens, config.collect.temperature, config.collect.top_p, config.collect.top_k
-    )
+    questions, sampling, made_with = _collection(config, task)
     count = config.collect.trajectories_per_question
     with Store(config.store) as store:
-        check_made_with(store, "collection", _made_with(config, task, task.tools, sampling))
+        check_made_with(store, "collection", made_with)
+        store.add_questions(questions)
+        if not list(
+            (config.folder / "checkpoints").glob("step_*")
+        ):  # else it is train's, which may refuse these settings
+            _save_config(config)
         seed = seed_of(config.run.seed, "collect")
         if config.collect.source == "solutions":
             trajectories = _demonstrate(config, task, questions, store)
@@ -180,13 +179,21 @@ def filter(config: Config) -> None:
 def train(config: Config) -> None:
     """Under torchrun, one call a rank."""
     from swirl_fast.training.build import run_training
+    from swirl_fast.training.metrics import read_metrics
     from swirl_fast.training.parallel import start, stop
 
     ranks = start()
+    saved = config.folder / "config.yaml"
+    before, steps = saved.read_text() if saved.is_file() else None, len(read_metrics(config.folder))
     try:
         if ranks.main:
             _save_config(config)
         run_training(config, ranks)
+    except ValueError:
+        # Refused, by a checkpoint of other settings for one: what lies there was made with the settings from before.
+        if ranks.main and before is not None and len(read_metrics(config.folder)) <= steps:
+            saved.write_text(before)
+        raise
     finally:
         stop()
 
@@ -232,13 +239,15 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
         "weights": weights and weights_hash(Path(weights)),
         "use_tools": settings.use_tools,
     }
-    evaluation.set_aside(folder, name, wanted)
-    _save_config(config, folder / f"{name}.yaml")
-    if not (config.folder / "config.yaml").is_file():
-        _save_config(config)
     start = time.perf_counter()
-    with _judge(config, _tools_of(task), task=task) as judge, Store(folder / f"{name}.db") as store:
+    with contextlib.ExitStack() as stack:
+        judge = stack.enter_context(_judge(config, _tools_of(task), task=task))
+        evaluation.make_room(folder, name, wanted)  # not before the judge is there: it may fail
+        store = stack.enter_context(Store(folder / f"{name}.db"))
         check_made_with(store, "evaluation", wanted)
+        _save_config(config, folder / f"{name}.yaml")
+        if not (config.folder / "config.yaml").is_file():
+            _save_config(config)
         spent = store.meta().get("seconds", 0.0)
         seed = seed_of(config.run.seed, "evaluate")
         what = f"evaluate {name}"
@@ -285,6 +294,7 @@ def run(config: Config) -> None:
     """Every stage in order, then the table base -> trained and summary.json."""
     start = time.perf_counter()
     previous = _read_json(config.folder / "summary.json")
+    _check_collection(config)  # before the evaluation sets an earlier one aside
     base = evaluate(config, "base")
     collect(config)
     judge(config)
@@ -423,6 +433,30 @@ def _demonstrate(config: Config, task: Task, questions: Sequence[Question], stor
     }  # a template that writes today's date gives them another prompt by now
     store.record(one for one in written if one.id not in there)
     return _finished(store, [one.id for one in written])
+
+
+def _collection(config: Config, task: Task) -> tuple[Sequence[Question], Sampling, dict[str, Any]]:
+    """The questions, how they are answered, and the fingerprint of the collection. Raises ConfigError without a question."""
+    questions = task.questions("train")
+    if not questions:
+        raise ConfigError(f"tasks.path={config.tasks.path}: every row is also held out; give another tasks.eval_path")
+    of = config.collect
+    sampling = Sampling(of.max_action_tokens, of.temperature, of.top_p, of.top_k)
+    return questions, sampling, _made_with(config, task, task.tools, sampling)
+
+
+def _check_collection(config: Config) -> None:
+    """Raises what `collect` would raise for these settings, and writes nothing."""
+    made_with = _collection(config, _task(config))[-1]
+    if not config.store.is_file():
+        return
+    try:
+        store = Store(config.store, writable=False)
+    except ValueError:  # empty, after a kill, or none of ours: collect says so
+        return
+    with store:
+        if "collection" in store.meta():
+            check_made_with(store, "collection", made_with)
 
 
 def _finished(store: Store, wanted: Sequence[str]) -> list[Trajectory]:

@@ -28,7 +28,7 @@ from task_files import write_lines
 from swirl_fast import cli
 from swirl_fast.collect import check_made_with
 from swirl_fast.config import load as load_config
-from swirl_fast.evaluate import FILES, set_aside
+from swirl_fast.evaluate import FILES, make_room
 from swirl_fast.model import NO_SAFETENSORS, weights_hash
 from swirl_fast.objective import policy_loss
 from swirl_fast.shards import read_trajectories
@@ -646,11 +646,64 @@ def test_an_evaluation_is_set_aside_with_its_own_files_alone(tmp_path: Path) -> 
         for ending in ("json", "yaml"):
             (tmp_path / f"{name}.{ending}").write_text(name)
     other = {path.name: path.read_bytes() for path in tmp_path.glob("llama-3.1-8b.*")}
-    set_aside(tmp_path, "llama-3", {"weights": "one"})
+    make_room(tmp_path, "llama-3", {"weights": "one"})
     assert not list(tmp_path.glob("llama-3-1.*"))
-    set_aside(tmp_path, "llama-3", {"weights": "two"})
+    make_room(tmp_path, "llama-3", {"weights": "two"})
     assert {path.name: path.read_bytes() for path in tmp_path.glob("llama-3.1-8b.*")} == other
     assert (tmp_path / "llama-3-1.json").read_text() == (tmp_path / "llama-3-1.yaml").read_text() == "llama-3"
     with Store(tmp_path / "llama-3-1.db", writable=False) as store:
         assert store.meta() == {"evaluation": {"weights": "one"}}
     assert not [ending for ending in FILES if (tmp_path / f"llama-3.{ending}").exists()]
+
+
+def test_a_command_that_is_refused_leaves_what_is_finished(
+    trained: Path, tiny_model: Path, judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(trained, tmp_path)
+    arguments = overrides(folder, tiny_model, judged, "tasks.eval_limit=2")
+    assert cli.main(["evaluate", *arguments, "--of", "base"]) == 0
+
+    def files() -> dict[str, bytes]:
+        """Without locks and SQLite's own, which a reader may leave."""
+        kept = (path for path in (folder / "r").rglob("*") if path.suffix in (".yaml", ".json", ".db", ".jsonl"))
+        return {str(path): path.read_bytes() for path in kept if path.is_file()}
+
+    before = files()
+    for stage, stray, code, message in (
+        ("run", ["evaluate.temperature=0.7", "collect.temperature=0.5"], 1, "was made with another collection"),
+        ("collect", ["collect.max_steps=2"], 1, "was made with another collection: max_steps was 3, is 2 now"),
+        ("train", ["training.learning_rate=2e-3"], 2, "training.learning_rate was 0.001, is 0.002 now"),
+    ):
+        assert cli.main([stage, *arguments, *stray]) == code
+        assert message in capsys.readouterr().err
+        assert files() == before, f"{stage} {stray}"
+    config = (folder / "r" / "config.yaml").read_bytes()
+    assert cli.main(["run", *arguments, "training.learning_rate=2e-3"]) == 2
+    assert "training.learning_rate was 0.001, is 0.002 now" in capsys.readouterr().err
+    assert (folder / "r" / "config.yaml").read_bytes() == config
+    before = files()
+    nobody = "judge={kind: model, model: {url: 'http://127.0.0.1:9/v1', retries: 0}}"
+    assert cli.main(["evaluate", *arguments, nobody, "evaluate.temperature=0.7", "--of", "base"]) == 2
+    assert "does not answer" in capsys.readouterr().err and files() == before
+
+
+def test_an_evaluation_that_was_set_aside_comes_back_when_it_is_asked_for_again(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", *overrides(tmp_path, tiny_model, "tasks.eval_limit=2"), "--of", "base", "--name"]
+    evaluations = tmp_path / "r" / "evaluations"
+    assert cli.main([*arguments, "one"]) == 0 and cli.main([*arguments, "one-2"]) == 0
+    greedy = (evaluations / "one.json").read_bytes()
+    assert cli.main([*arguments, "one", "evaluate.temperature=0.7"]) == 0
+    assert (evaluations / "one-1.json").read_bytes() == greedy != (evaluations / "one.json").read_bytes()
+    sampled = json.loads((evaluations / "one.json").read_text())
+    capsys.readouterr()
+    assert cli.main([*arguments, "one"]) == 0
+    shown = capsys.readouterr().out
+    assert "one-1 was of these weights and settings; it is the evaluation one again" in shown
+    assert "tokens generated" not in shown
+    again, expected = json.loads((evaluations / "one.json").read_text()), json.loads(greedy)
+    assert again | {"seconds": 0} == expected | {"seconds": 0}
+    assert json.loads((evaluations / "one-3.json").read_text()) == sampled
+    assert json.loads((evaluations / "one-2.json").read_text())["name"] == "one-2", "asked for by this name"
+    assert not list(evaluations.glob("one-1.*"))
