@@ -91,7 +91,8 @@ def summarise(
 ) -> dict[str, Any]:
     """JSON-able numbers of one evaluation; judgements: trajectory id -> one a step. outcomes: of the outcome judge, None for UNKNOWN.
 
-    process_label: share of GOOD among the steps with a verdict, averaged within, then across trajectories (paper, section 4).
+    process_label: share of GOOD among the steps with a verdict, averaged within, then across trajectories (paper, section 4); None, as its
+    interval, where no step has one. unknown: steps without a verdict.
     malformed: share of all steps. answered: share of trajectories with an answer. action_length … repeated: see
     behaviour.behaviour_metrics; None for nothing to average.
     """
@@ -146,14 +147,13 @@ def by_question(
     found: dict[str, dict[str, float | None]] = {}
     for id_, own in groups.items():
         numbers = summarise(task, [asked[id_]], own, judgements)
-        judged = numbers["unknown"] < sum(t.num_steps for t in own)
-        label = numbers["process_label"] if judged else None
-        found[id_] = {"accuracy": numbers["accuracy"], "f1": numbers["f1"], "process_label": label}
+        found[id_] = {key: numbers[key] for key in ("accuracy", "f1", "process_label")}
     return found
 
 
 def _judged_accuracy(trajectories: Sequence[Trajectory], outcomes: Mapping[str, bool | None]) -> dict[str, Any]:
-    """Share of right answers by the outcome judge: no answer is wrong, an answer it gave no verdict on is left out and counted."""
+    """Share of right answers by the outcome judge: no answer is wrong, an answer it gave no verdict on is left out and counted. None where
+    nothing is left."""
     values = {
         t.id: float(outcomes.get(t.id, False) or False) for t in trajectories if outcomes.get(t.id, False) is not None
     }
@@ -161,31 +161,42 @@ def _judged_accuracy(trajectories: Sequence[Trajectory], outcomes: Mapping[str, 
     return {"judge_accuracy": mean, "judge_accuracy_interval": ends, "unknown_answers": len(trajectories) - len(values)}
 
 
-def _mean(trajectories: Sequence[Trajectory], values: Mapping[str, float]) -> tuple[float, list[float]]:
-    """Mean over questions of the mean over a question's trajectories, and its interval; trajectories without a value are left out."""
+def _mean(
+    trajectories: Sequence[Trajectory], values: Mapping[str, float]
+) -> tuple[float, list[float]] | tuple[None, None]:
+    """Mean over questions of the mean over a question's trajectories, and its interval; trajectories without a value are left out, and
+    where none has one there is no mean."""
     by_question: dict[str, list[float]] = {}
     for trajectory in trajectories:
         if trajectory.id in values:
             by_question.setdefault(trajectory.question_id, []).append(values[trajectory.id])
     means = [sum(own) / len(own) for own in by_question.values()]
     if not means:
-        return 0.0, [0.0, 1.0]
+        return None, None
     return sum(means) / len(means), list(interval(sum(means), len(means)))
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Evaluations side by side, as text: the ends of 95 % intervals in brackets."""
+    """Evaluations side by side, as text: the ends of 95 % intervals in brackets, a dash where there is nothing to average, and the
+    numbers of steps and answers that their judges gave no verdict on."""
 
     def share(row: Mapping[str, Any], key: str) -> str:
+        if row.get(key) is None:
+            return f"{'–':>6}"
         low, high = row[f"{key}_interval"]
         return f"{row[key]:6.1%} [{low:.1%}, {high:.1%}]"
 
+    answers = any("judge_accuracy" in row for row in rows.values())  # judged by an outcome judge
+    head = f"{'':12}{'accuracy':26}" + (f"{'by the judge':26}{'unknown':>9}  " if answers else "")
     lines = [
-        f"{'':12}{'accuracy':26}{'mean process label':26}{'malformed':>10}{'repeated':>10}{'steps':>7}{'questions':>11}"
+        f"{head}{'mean process label':26}{'unknown':>9}{'malformed':>11}{'repeated':>10}{'steps':>7}{'questions':>11}"
     ]
     for name, row in rows.items():
+        line = f"{name:12}{share(row, 'accuracy'):26}"
+        if answers:
+            line += f"{share(row, 'judge_accuracy'):26}{row.get('unknown_answers', '–'):>9}  "
         lines.append(
-            f"{name:12}{share(row, 'accuracy'):26}{share(row, 'process_label'):26}"
-            f"{row['malformed']:10.1%}{row['repeated'] or 0:10.1%}{row['steps']:7.2f}{row['questions']:11d}"
+            f"{line}{share(row, 'process_label'):26}{row['unknown']:9d}{row['malformed']:11.1%}{row['repeated'] or 0:10.1%}"
+            f"{row['steps']:7.2f}{row['questions']:11d}"
         )
     return "\n".join(lines)

@@ -301,10 +301,18 @@ def run(config: Config) -> None:
     filter(config)
     train(config)
     trained = evaluate_trained(config)
-    keys = ("accuracy", "accuracy_interval", "process_label", "process_label_interval", "malformed", "questions")
+    keys = (
+        "accuracy",
+        "accuracy_interval",
+        "process_label",
+        "process_label_interval",
+        "unknown",
+        "malformed",
+        "questions",
+    )
     rows = {"base": {key: base[key] for key in keys}, "trained": {key: trained[key] for key in keys}}
     seconds = time.perf_counter() - start
-    if previous is not None and {name: previous.get(name) for name in rows} == rows:
+    if previous is not None and all(rows[name] | previous.get(name, {"none": 0}) == rows[name] for name in rows):
         seconds = previous["seconds"]  # nothing was done anew: the time it took stands
     write_json(config.folder / "summary.json", {**rows, "seconds": seconds})
     report(config)

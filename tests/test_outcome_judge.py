@@ -11,7 +11,7 @@ from swirl_fast import cli
 from swirl_fast.actions import parse
 from swirl_fast.collect import trajectory_ids
 from swirl_fast.config import ConfigError, EndpointConfig, load
-from swirl_fast.evaluate import summarise
+from swirl_fast.evaluate import by_question, summarise, table
 from swirl_fast.filtering import keep
 from swirl_fast.judges.judge import Judgement, Verdict
 from swirl_fast.judges.model import GivenAnswer
@@ -145,6 +145,29 @@ def test_evaluation_tells_the_judged_accuracy_beside_the_exact_one() -> None:
     assert judged["unknown_answers"] == 1 and judged["accuracy"] == plain["accuracy"]
     low, high = judged["judge_accuracy_interval"]
     assert low < 0.5 < high
+    silent = summarise(task, questions, made[:3], judgements, dict.fromkeys("012"))
+    assert silent["judge_accuracy"] is silent["judge_accuracy_interval"] is None and silent["unknown_answers"] == 3
+    head, line, other = table({"judged": judged, "silent": silent}).splitlines()
+    assert head.split() == (
+        "accuracy by the judge unknown mean process label unknown malformed repeated steps questions".split()
+    )
+    assert " 50.0% [" in line and re.search(r"–  +3 +100.0% \[", other) and len(line) == len(other) == len(head)
+    assert "by the judge" not in table({"plain": plain})
+
+
+def test_a_judge_without_a_verdict_gives_no_label_rather_than_none_good() -> None:
+    config = load(None, ["tasks.limit=1", "tasks.eval_limit=2"])
+    task = load_task(config.tasks, 0)
+    questions = task.questions("eval")
+    made = [trajectory(str(i), question, "1") for i, question in enumerate(questions)]
+    unknown = {t.id: [Judgement(Verdict.UNKNOWN, "")] for t in made}
+    summary = summarise(task, questions, made, unknown)
+    assert summary["process_label"] is summary["process_label_interval"] is None and summary["unknown"] == 2
+    assert [one["process_label"] for one in by_question(task, questions, made, unknown).values()] == [None, None]
+    head, line = table({"base": summary}).splitlines()
+    assert re.search(r"\] +– +2 +0\.0%", line) and len(line) == len(head)
+    bad = summarise(task, questions, made, {t.id: [Judgement(Verdict.BAD, "")] for t in made})
+    assert bad["process_label"] == 0.0 and bad["unknown"] == 0
 
 
 @pytest.mark.parametrize("key", ["filter.outcome", "evaluate.outcome"])

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swirl_fast import __version__
+from swirl_fast import __version__, report
 from swirl_fast.actions import parse
 from swirl_fast.behaviour import Behaviour, behaviour_metrics
 from swirl_fast.config import Config, TasksConfig, TrainingConfig, dump
@@ -410,6 +410,18 @@ def test_interval_of_a_change_is_newcombes() -> None:
     assert worse.one("span", "worse")
     same = page(headline(Run(Path("."), evaluations={"base": evaluations["base"], "trained": evaluations["base"]})))
     assert same.one("tr", "first").all("td")[2].text.endswith("may be chance")
+
+
+def test_an_evaluation_without_a_verdict_has_no_label_and_no_change() -> None:
+    some = {"accuracy": 0.5, "accuracy_interval": [0.2, 0.8], "questions": 8}
+    some |= {"process_label": 0.5, "process_label_interval": [0.2, 0.8], "unknown": 0, "unknown_answers": 3}
+    silent = some | {"process_label": None, "process_label_interval": None, "unknown": 16}
+    run = Run(Path("."), evaluations={"base": some, "trained": silent})
+    rows = {row.one("th").children[0]: row.all("td") for row in page(headline(run)).one("tbody").all("tr")}
+    assert [cell.text for cell in rows["Mean process label"][1:]] == ["–", ""]
+    assert [cell.text for cell in rows["Steps without a verdict"]] == ["0", "16", "+16"]
+    assert [cell.text for cell in rows["Answers without a verdict"]] == ["3", "3", "+0"]
+    assert "process label" not in report._lede(run)
 
 
 def test_evaluations_on_different_tasks_are_told_apart_and_not_subtracted() -> None:

@@ -26,6 +26,7 @@ ROWS = (
     ("action_length_bad", "Length of BAD steps", "", 0, "tokens"),
     ("steps", "Steps", "", 0, "a trajectory"),
     ("unknown", "Steps without a verdict", "", 0, "left out of the process label"),
+    ("unknown_answers", "Answers without a verdict", "", 0, "left out of the accuracy by the judge"),
     ("questions", "Questions", "", None, "held out from training"),
     ("trajectories", "Trajectories", "", None, "evaluated"),
     ("temperature", "Temperature", "", None, ""),
