@@ -57,6 +57,11 @@ class Selection:
     def total(self) -> int:
         return len(self.kept) + sum(self.dropped.values())
 
+    @property
+    def undecided(self) -> int:
+        """Trajectories that a verdict is missing for."""
+        return self.dropped["unknown_step"] + self.dropped["unknown_outcome"]
+
     def survivors(self) -> list[tuple[str, int]]:
         """Rows of the survivor table: what was asked, and how many trajectories are left after it."""
         rows, left = [("collected", self.total)], self.total
@@ -116,6 +121,29 @@ def keep(
     kept = subset(passed, max_trajectories, seed) if max_trajectories else tuple(passed)
     dropped["over_limit"] = len(passed) - len(kept)
     return Selection(kind, kept, {reason: dropped[reason] for reason in REASONS})
+
+
+def judged_enough(
+    selection: Selection, trajectories: Iterable[Trajectory], judgements: Mapping[str, Sequence[Judgement]]
+) -> bool:
+    """Whether that nothing passed is what the judges said, and not their silence.
+
+    Of n trajectories that a judge ruled out none passed, so that at 95 % fewer than 3 in n do (the rule of three); of u without a verdict
+    less than one is then expected to pass as long as u <= n / 3. One that is BAD for a malformed step counts on neither side: no judge
+    is asked about it.
+    """
+    ruled_out = selection.dropped["wrong_answer"]
+    if selection.kind in ("process", "process_and_outcome"):
+        ruled_out += sum(
+            any(
+                judgement.verdict is Verdict.BAD and step.action.kind != "malformed"
+                for step, judgement in zip(trajectory.steps, judgements[trajectory.id], strict=True)
+            )
+            for trajectory in trajectories
+        )
+    if selection.kind == "process_and_outcome":
+        ruled_out += selection.dropped["no_answer"]  # all its steps were judged
+    return 3 * selection.undecided <= ruled_out
 
 
 def _reason(

@@ -23,7 +23,7 @@ from swirl_fast import evaluate as evaluation
 from swirl_fast.collect import Collector, check_made_with, fingerprint, prompt_hash, trajectory_ids
 from swirl_fast.config import Config, ConfigError, dump
 from swirl_fast.engines.engine import Engine, Sampling
-from swirl_fast.filtering import keep
+from swirl_fast.filtering import judged_enough, keep
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.agreement import agreement, describe
 from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_malformed
@@ -39,6 +39,8 @@ from swirl_fast.tools.tool import Tool
 from swirl_fast.trajectory import StepView, Trajectory
 
 JUDGE_CHUNK = 256  # steps judged between two writes
+NOT_JUDGED = Judgement(Verdict.UNKNOWN, "not judged yet: run the judge stage")
+SAME_JUDGE = "run judge with the same judge.* settings"
 
 
 def collect(config: Config) -> None:
@@ -65,7 +67,7 @@ def judge(config: Config) -> None:
     task = _task(config)
     Store(config.store, writable=False).close()  # says so when nothing was collected yet
     with _judge(config, _tools_of(task), task=task) as judge, Store(config.store) as store:
-        trajectories = _collected(config, task, store)
+        trajectories = _collected(config, task, store, "judge")
         _judge_steps(judge, store, trajectories, "judge")
         judgements = judgements_of(judge, store, trajectories)
         stats = judge.stats()
@@ -120,7 +122,7 @@ def export_steps(config: Config, path: str, count: int) -> None:
     """Steps of a run, drawn at random, into a file for people to label."""
     task = _task(config)
     with Store(config.store, writable=False) as store:
-        trajectories = _collected(config, task, store)
+        trajectories = _collected(config, task, store, "judge")
     if Path(path).exists():
         raise ConfigError(f"--export-steps {path}: the file is there already, perhaps with labels; name another one")
     written = write_labels(path, steps_to_label(trajectories, task.tools, count, config.run.seed))
@@ -137,7 +139,7 @@ def filter(config: Config) -> None:
         _judge(config, _tools_of(task), probe=False, task=task) as judge,
         Store(config.store, writable=False) as store,
     ):
-        trajectories = _collected(config, task, store)
+        trajectories = _collected(config, task, store, "filter")
         judgements = judgements_of(judge, store, trajectories)
         collection = store.meta().get("collection", {})
         if config.filter.outcome == "judge":
@@ -150,7 +152,19 @@ def filter(config: Config) -> None:
             }
     limit, seed = config.filter.max_trajectories, config.run.seed
     selection = keep(trajectories, judgements, outcomes, config.filter.kind, max_trajectories=limit, seed=seed)  # type: ignore[arg-type]
+    silent = sum(one is NOT_JUDGED for own in judgements.values() for one in own)
+    if silent and "process" in config.filter.kind:
+        asked = sum(step.action.kind != "malformed" for t in trajectories for step in t.steps)
+        lack = f"{silent} of {asked} well-formed steps have no verdict by the judge {judge.id}"
+        if not selection.kept:
+            raise ValueError(f"{selection.describe()}; but {lack}: {SAME_JUDGE}")
+        print(f"filter: {lack}, and their trajectories are left out: {SAME_JUDGE} to have them too")
     if not selection.kept and config.filter.when_empty == "none":
+        if not judged_enough(selection, trajectories, judgements):
+            raise ValueError(
+                f"filter.when_empty=none: {selection.describe()}; too many have no verdict to say that the judge turned all down: "
+                f"{SAME_JUDGE}, which asks about them anew, or use filter.kind=none"
+            )
         print(f"filter: {selection.describe()}; filter.when_empty=none, so all finished trajectories are used")
         selection = keep(trajectories, judgements, outcomes, "none", max_trajectories=limit, seed=seed)
     kept = set(selection.kept)
@@ -322,14 +336,13 @@ def run(config: Config) -> None:
 
 
 def judgements_of(judge: Judge, store: Store, trajectories: Sequence[Trajectory]) -> dict[str, list[Judgement]]:
-    """Trajectory id -> one judgement a step; UNKNOWN where the judge was not asked yet."""
-    not_judged = Judgement(Verdict.UNKNOWN, "not judged yet: run the judge stage")
+    """Trajectory id -> one judgement a step; NOT_JUDGED where the judge was not asked yet."""
     found: dict[str, list[Judgement]] = {}
     for trajectory in trajectories:
         hashes = [view.content_hash() for view in trajectory.views()]
         stored = store.verdicts(judge.id, hashes)
         found[trajectory.id] = [
-            judge_malformed(step.action) if step.action.kind == "malformed" else stored.get(key, not_judged)
+            judge_malformed(step.action) if step.action.kind == "malformed" else stored.get(key, NOT_JUDGED)
             for step, key in zip(trajectory.steps, hashes, strict=True)
         ]
     return found
@@ -472,9 +485,19 @@ def _finished(store: Store, wanted: Sequence[str]) -> list[Trajectory]:
     return [by_id[id_] for id_ in wanted if id_ in by_id]
 
 
-def _collected(config: Config, task: Task, store: Store) -> list[Trajectory]:
-    """The finished trajectories of the questions and the number a question that the config asks for."""
-    return _finished(store, trajectory_ids(task.questions("train"), config.collect.trajectories_per_question))
+def _collected(config: Config, task: Task, store: Store, what: str) -> list[Trajectory]:
+    """The finished trajectories of the questions and the number a question that the config asks for; says so where some are missing."""
+    wanted = trajectory_ids(task.questions("train"), config.collect.trajectories_per_question)
+    found = _finished(store, wanted)
+    missing = set(wanted) - {one.id for one in found}
+    if config.collect.source == "solutions":  # questions without a solution that can be written down have no trajectory
+        missing &= {one.id for one in store.trajectories(finished=False)}
+    if missing:
+        print(
+            f"{what}: {len(missing)} of {len(missing) + len(found)} trajectories are not collected yet, and are left out: run collect with "
+            "the same settings to its end"
+        )
+    return found
 
 
 def _tools_of(task: Task) -> dict[str, Sequence[str]]:

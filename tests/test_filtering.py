@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swirl_fast.actions import Action
-from swirl_fast.filtering import REASONS, keep, subset
+from swirl_fast.filtering import REASONS, judged_enough, keep, subset
 from swirl_fast.judges.judge import Judgement, Verdict
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
@@ -148,3 +148,45 @@ def test_the_limit_counts_what_it_drops() -> None:
     selection = keep(TRAJECTORIES, JUDGEMENTS, OUTCOMES, "none", max_trajectories=4, seed=1)
     assert len(selection.kept) == 4 and selection.dropped["over_limit"] == 2
     assert keep(TRAJECTORIES, JUDGEMENTS, OUTCOMES, "none", max_trajectories=4, seed=1) == selection
+
+
+@pytest.mark.parametrize(
+    ("kind", "letters", "outcome", "enough"),
+    [
+        ("process", "B B B U", True, True),
+        ("process", "B B U", True, False),  # a third of those with a verdict is the most
+        ("process", "U U U", True, False),  # the endpoint was down
+        ("process", "GGU GB", True, False),
+        ("process", "M M MU M U", True, False),  # M: malformed, which no judge is asked about
+        ("process", "M M MU M", True, True),  # nothing that a judge could say would let one pass
+        ("process", "MB MB MB U", True, True),
+        ("outcome", "G G G", False, True),
+        ("outcome", "G", None, False),
+        ("process_and_outcome", "G G G U", False, True),
+        ("process_and_outcome", "G G U", False, False),
+        ("process_and_outcome", "B B B G", None, True),
+        ("process_and_outcome", "B G", None, False),
+    ],
+)
+def test_nothing_passed_is_a_result_only_where_the_judge_answered(
+    kind, letters: str, outcome: bool | None, enough: bool
+) -> None:
+    trajectories, judgements = [], {}
+    for i, own in enumerate(letters.split()):
+        one = make(f"t{i}", f"q{i}", len(own), True)
+        for step, letter in zip(one.steps, own, strict=True):
+            if letter == "M":
+                step.action = Action("malformed", error="no tag")
+        trajectories.append(one)
+        judgements[one.id] = judged(own.replace("M", "B"))
+    selection = keep(trajectories, judgements, {one.id: outcome for one in trajectories}, kind)
+    assert not selection.kept
+    assert judged_enough(selection, trajectories, judgements) is enough
+
+
+def test_without_an_answer_the_steps_were_judged_all_the_same() -> None:
+    trajectories = [make(f"t{i}", "q", 1, answer=False) for i in range(4)]
+    judgements = {one.id: judged("G") for one in trajectories[:3]} | {"t3": judged("U")}
+    assert judged_enough(keep(trajectories, judgements, {}, "process_and_outcome"), trajectories, judgements)
+    judgements["t2"] = judged("U")
+    assert not judged_enough(keep(trajectories, judgements, {}, "process_and_outcome"), trajectories, judgements)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,49 @@ def test_the_settings_are_checked(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}=model: must be one of exact, judge"):
         load(None, [f"{key}=model"])
     load(None, [f"{key}=judge", "judge.model.url=http://127.0.0.1:1/v1"])
+
+
+def test_filter_does_not_take_missing_verdicts_for_bad_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """filter.when_empty=none, after no judge, after another one, after one that is silent, and after one that turns all down."""
+    run = collected(tmp_path, "filter.kind=process", "filter.when_empty=none")
+    reply = "That is hard to say."
+    with serving(lambda request, _: completion(reply)) as (endpoint, _):
+        model = [f"judge={{kind: model, model: {{url: '{endpoint.url}', model: judge-1}}}}"]
+        for more, judge in (([], "rules-"), (model, "model-judge-1-")):
+            assert cli.main(["filter", *run, *more]) == 1
+            shown = capsys.readouterr().err
+            assert re.search(f"4 of 4 well-formed steps have no verdict by the judge {judge}", shown)
+            assert "run judge with the same judge.* settings" in shown
+            assert cli.main(["judge", *run, *more]) == 0
+        assert cli.main(["filter", *run, *model]) == 1
+        assert (
+            "filter.when_empty=none: filter process kept 0 of 4 trajectories: 4 with an UNKNOWN"
+            in capsys.readouterr().err
+        )
+        assert not (tmp_path / "r" / "shards").exists()
+        reply = "VERDICT: BAD"
+        assert cli.main(["judge", *run, *model]) == 0 and cli.main(["filter", *run, *model]) == 0
+        assert "filter.when_empty=none, so all finished trajectories are used" in capsys.readouterr().out
+        assert json.loads((tmp_path / "r" / "filter.json").read_text())["kept"] == 4
+
+
+def test_what_is_not_judged_or_not_collected_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = collected(tmp_path, "filter.kind=process")
+    store = tmp_path / "r" / "trajectories.db"
+    with serving(lambda *_: completion("VERDICT: GOOD")) as (endpoint, _):
+        run.append(f"judge={{kind: model, model: {{url: '{endpoint.url}', model: judge-1}}}}")
+        assert cli.main(["judge", *run]) == 0
+        assert "not collected" not in capsys.readouterr().out
+        with sqlite3.connect(store) as db:
+            db.execute("DELETE FROM verdicts WHERE content_hash = (SELECT min(content_hash) FROM verdicts)")
+        assert cli.main(["filter", *run]) == 0
+        shown = capsys.readouterr().out
+        assert "filter: 1 of 4 well-formed steps have no verdict by the judge model-judge-1-" in shown
+        assert "not collected" not in shown and "kept 3 of 4" in shown
+        more = [*run, "collect.trajectories_per_question=2", "collect.temperature=0.5"]
+        for stage in ("judge", "filter"):
+            assert cli.main([stage, *more]) == 0
+            told = f"{stage}: 4 of 8 trajectories are not collected yet, and are left out: run collect"
+            assert told in capsys.readouterr().out
+            assert cli.main([stage, *more, "collect.source=solutions"]) == 0
+            assert "not collected" not in capsys.readouterr().out, "no trajectory of these was ever begun"
