@@ -39,6 +39,8 @@ from swirl_fast.tools.tool import Tool
 from swirl_fast.trajectory import StepView, Trajectory
 
 JUDGE_CHUNK = 256  # steps judged between two writes
+SILENT_CHUNK = 8  # so many steps at a time without any reply from an endpoint are its fault, not theirs
+NO_REPLY = "no reply in "  # how the reason of ModelJudge begins when all tries failed
 NOT_JUDGED = Judgement(Verdict.UNKNOWN, "not judged yet: run the judge stage")
 SAME_JUDGE = "run judge with the same judge.* settings"
 
@@ -360,13 +362,22 @@ def _judge_steps(judge: Judge, store: Store, trajectories: Sequence[Trajectory],
 
 
 def _judge_missing(judge: Judge, store: Store, steps: Mapping[str, StepView], what: str) -> None:
-    """steps: content hash -> step."""
+    """steps: content hash -> step. Raises RuntimeError when an endpoint has stopped answering; verdicts until then are kept."""
     missing = store.missing(judge.id, steps)
+    before = store.verdicts(
+        judge.id, missing
+    )  # UNKNOWN: steps that got no reply another time may be the reason themselves
     with _bar(what, len(missing), "step") as bar:
         for at in range(0, len(missing), JUDGE_CHUNK):
             keys = missing[at : at + JUDGE_CHUNK]
             judgements = judge.judge([steps[key] for key in keys])
             store.add_verdicts(judge.id, dict(zip(keys, judgements, strict=True)))
+            silent = all(one.verdict is Verdict.UNKNOWN and one.reason.startswith(NO_REPLY) for one in judgements)
+            if silent and sum(key not in before for key in keys) >= SILENT_CHUNK:
+                raise RuntimeError(
+                    f"{what}: the judge {judge.id} replied to none of {len(keys)} steps: {judgements[-1].reason}. Verdicts until then are "
+                    "kept; start it again when the endpoint at judge.model.url answers, or raise judge.model.timeout"
+                )
             bar.update(len(keys))
 
 

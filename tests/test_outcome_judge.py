@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_model_judge import completion, prompt_of, serving, surroundings  # noqa: F401  (a fixture)
 
-from swirl_fast import cli
+from swirl_fast import cli, stages
 from swirl_fast.actions import parse
 from swirl_fast.collect import trajectory_ids
 from swirl_fast.config import ConfigError, EndpointConfig, load
@@ -224,3 +224,52 @@ def test_what_is_not_judged_or_not_collected_is_told(tmp_path: Path, capsys: pyt
             assert told in capsys.readouterr().out
             assert cli.main([stage, *more, "collect.source=solutions"]) == 0
             assert "not collected" not in capsys.readouterr().out, "no trajectory of these was ever begun"
+
+
+def test_an_endpoint_that_dies_stops_the_stage_and_earlier_verdicts_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of 8 steps: the first is answered, the second is not, the third is never asked."""
+    monkeypatch.setattr(stages, "JUDGE_CHUNK", 8)
+    run = [f"run.folder={tmp_path}", "run.name=r", "tasks.limit=30", "tasks.eval_limit=1"]
+    run.append("collect.trajectories_per_question=1")
+    config = load(None, run)
+    questions = load_task(config.tasks, config.run.seed).questions("train")
+    made = [trajectory(f"{question.id}/0", question, f"{i}") for i, question in enumerate(questions)]
+    for one in made[24:]:  # these are BAD without the judge
+        one.steps[0].action = parse("no tag", ["calculator"])
+        one.finish = Finish.STEP_LIMIT
+    with Store(tmp_path / "r" / "trajectories.db") as store:
+        store.add_questions(questions)
+        store.record(made)
+
+    def dying(request, number):
+        return completion("VERDICT: GOOD") if number <= 8 else (503, b"out of memory")
+
+    with serving(dying) as (endpoint, _):
+        run.append(f"judge={{kind: model, model: {{url: '{endpoint.url}', model: judge-1, retries: 0}}}}")
+        assert cli.main(["judge", *run]) == 1
+        assert len(endpoint.requests) == 17, "the check and two chunks"
+    shown = capsys.readouterr().err
+    assert "replied to none of 8 steps: no reply in 1 tries, the last: HTTP 503: out of memory" in shown
+    assert "judge.model.url" in shown
+    with Store(tmp_path / "r" / "trajectories.db", writable=False) as store:
+        assert (store.counts().verdicts, store.counts().unknown) == (16, 8)
+
+    def choosy(request, number):
+        """Alive, but the steps that got no reply get none again: they must not end every later run as well."""
+        return (503, b"too long") if 1 <= number <= 8 else completion("VERDICT: GOOD")
+
+    with serving(choosy) as (endpoint, _):
+        run[-1] = f"judge={{kind: model, model: {{url: '{endpoint.url}', model: judge-1, retries: 0}}}}"
+        assert cli.main(["judge", *run]) == 0
+    assert "judge: 30 steps by model-judge-1-" in (shown := capsys.readouterr().out)
+    assert "16 GOOD, 6 BAD, 8 UNKNOWN" in shown
+
+
+def test_replies_without_a_verdict_stop_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "SILENT_CHUNK", 4)
+    run = collected(tmp_path)
+    with serving(lambda *_: completion("I cannot say.")) as (endpoint, _):
+        run.append(f"judge={{kind: model, model: {{url: '{endpoint.url}', model: judge-1}}}}")
+        assert cli.main(["judge", *run]) == 0
