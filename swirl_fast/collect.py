@@ -15,12 +15,15 @@ from typing import Any
 from swirl_fast.actions import Action, parse
 from swirl_fast.config import Config
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
-from swirl_fast.rendering import Renderer
+from swirl_fast.rendering import Renderer, conversation
 from swirl_fast.seeds import seed_of
 from swirl_fast.store import Store
-from swirl_fast.tasks.task import Question
+from swirl_fast.tasks.task import Question, Task
 from swirl_fast.tools.tool import Tool, observation
 from swirl_fast.trajectory import Finish, Step, Trajectory
+
+PROBE = "Probe: how many of 1,234 naïve “tokens” are 56.78 % of {x}?\n"  # tokenizers split these differently
+LATER = ("prompt",)  # keys of a fingerprint that earlier versions did not write
 
 
 def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
@@ -28,8 +31,11 @@ def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int
     return [f"{question.id}/{k}" for question in questions for k in range(trajectories_per_question)]
 
 
-PROBE = "Probe: how many of 1,234 naïve “tokens” are 56.78 % of {x}?\n"  # digits, signs and letters that tokenizers split differently
-LATER = ("prompt",)  # keys of a fingerprint that earlier versions did not write
+def prompt_of(config: Config, task: Task, renderer: Renderer, tools: Mapping[str, Tool]) -> Callable[[str], list[int]]:
+    """Question -> token ids of s_1. Without tools the worked examples, which call them, are left out."""
+    examples = task.examples[: config.tasks.examples] if tools else ()
+    offered = list(tools.values())
+    return lambda question: renderer.prompt(conversation(question, offered, config.collect.max_steps, examples))
 
 
 def fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
@@ -64,6 +70,27 @@ def prompt_hash(renderer: Renderer, prompt: Callable[[str], list[int]]) -> str:
     instructions and the worked examples, none of which the settings name by their contents."""
     tokens = [prompt(PROBE), renderer.observation(PROBE, stopped=False)]
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+
+
+def made_with(config: Config, task: Task, offered: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    """The fingerprint of a collection or an evaluation, with a hash of what `prompt_of` makes of a probe."""
+    from swirl_fast.model import dateless, load_tokenizer
+
+    renderer = Renderer(dateless(load_tokenizer(config.model)), config.model.path)
+    prompt = prompt_of(config, task, renderer, _described(offered))
+    return fingerprint(config, sampling) | {"prompt": prompt_hash(renderer, prompt)}
+
+
+def _described(offered: Sequence[str]) -> dict[str, Any]:
+    """The tools' classes, which have name and description: a prompt needs no index, which may take minutes to build."""
+    from swirl_fast.tools.calculator import Calculator
+
+    described: dict[str, Any] = {"calculator": Calculator}
+    if "search" in offered:
+        from swirl_fast.tools.search import Search
+
+        described["search"] = Search
+    return {name: tool for name, tool in described.items() if name in offered}
 
 
 def as_told(stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from swirl_fast import evaluate as evaluation
-from swirl_fast.collect import Collector, check_made_with, fingerprint, prompt_hash, trajectory_ids
+from swirl_fast.collect import Collector, check_made_with, made_with, prompt_of, trajectory_ids
 from swirl_fast.config import Config, ConfigError, dump
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.filtering import judged_enough, keep
@@ -29,13 +29,12 @@ from swirl_fast.judges.agreement import agreement, describe
 from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_malformed
 from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
 from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
-from swirl_fast.rendering import Renderer, conversation
+from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
 from swirl_fast.store import Store
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question, Task
 from swirl_fast.tools import open_tools
-from swirl_fast.tools.tool import Tool
 from swirl_fast.trajectory import StepView, Trajectory
 
 JUDGE_CHUNK = 256  # steps judged between two writes
@@ -47,14 +46,13 @@ SAME_JUDGE = "run judge with the same judge.* settings"
 
 def collect(config: Config) -> None:
     task = _task(config)
-    questions, sampling, made_with = _collection(config, task)
+    questions, sampling, wanted = _collection(config, task)
     count = config.collect.trajectories_per_question
     with Store(config.store) as store:
-        check_made_with(store, "collection", made_with)
+        check_made_with(store, "collection", wanted)
         store.add_questions(questions)
-        if not list(
-            (config.folder / "checkpoints").glob("step_*")
-        ):  # else it is train's, which may refuse these settings
+        # With a checkpoint there it is train's, which may refuse these settings.
+        if not any((config.folder / "checkpoints").glob("step_*")):
             _save_config(config)
         seed = seed_of(config.run.seed, "collect")
         if config.collect.source == "solutions":
@@ -233,7 +231,7 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     ConfigError for a name that an evaluation of another task has or that is none, and for a folder whose weights cannot be asked with
     model.path's tokenizer.
     """
-    from swirl_fast.model import check_weights_folder, weights_hash
+    from swirl_fast.model import check_weights_folder, resolve, weights_hash
 
     evaluation.check_name(name)
     if weights is not None:
@@ -251,8 +249,10 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     length = settings.max_action_tokens or config.collect.max_action_tokens
     sampling = Sampling(length, settings.temperature)
     offered = task.tools if settings.use_tools else ()
-    wanted = _made_with(config, task, offered, sampling) | {
-        "weights": weights and weights_hash(Path(weights)),
+    source = Path(weights or resolve(config.model.path))
+    evaluated = weights_hash(source) if source.is_dir() else None
+    wanted = made_with(config, task, offered, sampling) | {
+        "weights": weights and evaluated,
         "use_tools": settings.use_tools,
     }
     start = time.perf_counter()
@@ -281,8 +281,10 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     summary = {
         "name": name,
         "model": weights or config.model.path,
+        "weights": evaluated,
         "task": task.name,
         "judge": judge.id,
+        **({"outcome_judge": outcome_judge_id(config.judge.model)} if settings.outcome == "judge" else {}),
         "temperature": settings.temperature,
         **evaluation.summarise(task, questions, trajectories, judgements, outcomes),
         "seconds": seconds,
@@ -406,7 +408,7 @@ def _roll_out(
         return found
     renderer = Renderer(load_tokenizer(config.model), config.model.path)
     with open_tools(offered, config.search, task.passages()) as tools, _engine(config, weights) as engine:
-        prompt = _prompt(config, task, renderer, tools)
+        prompt = prompt_of(config, task, renderer, tools)
         collector = Collector(
             engine, renderer, tools, prompt, sampling, config.collect.max_steps, config.collect.batch, seed
         )
@@ -422,34 +424,6 @@ def _roll_out(
     return _finished(store, wanted)
 
 
-def _prompt(config: Config, task: Task, renderer: Renderer, tools: Mapping[str, Tool]) -> Callable[[str], list[int]]:
-    """Question -> token ids of s_1. Without tools the worked examples, which call them, are left out."""
-    examples = task.examples[: config.tasks.examples] if tools else ()
-    offered = list(tools.values())
-    return lambda question: renderer.prompt(conversation(question, offered, config.collect.max_steps, examples))
-
-
-def _made_with(config: Config, task: Task, offered: Sequence[str], sampling: Sampling) -> dict[str, Any]:
-    """The fingerprint of a collection or an evaluation, with a hash of what `_prompt` makes of a probe."""
-    from swirl_fast.model import dateless, load_tokenizer
-
-    renderer = Renderer(dateless(load_tokenizer(config.model)), config.model.path)
-    prompt = _prompt(config, task, renderer, _described(offered))
-    return fingerprint(config, sampling) | {"prompt": prompt_hash(renderer, prompt)}
-
-
-def _described(offered: Sequence[str]) -> dict[str, Any]:
-    """The tools' classes, which have name and description: a prompt needs no index, which may take minutes to build."""
-    from swirl_fast.tools.calculator import Calculator
-
-    described: dict[str, Any] = {"calculator": Calculator}
-    if "search" in offered:
-        from swirl_fast.tools.search import Search
-
-        described["search"] = Search
-    return {name: tool for name, tool in described.items() if name in offered}
-
-
 def _demonstrate(config: Config, task: Task, questions: Sequence[Question], store: Store) -> list[Trajectory]:
     """Fills the store from worked solutions."""
     from swirl_fast.demonstrations import demonstrations
@@ -458,11 +432,10 @@ def _demonstrate(config: Config, task: Task, questions: Sequence[Question], stor
     store.add_questions(questions)
     renderer = Renderer(load_tokenizer(config.model), config.model.path)
     with open_tools(task.tools, config.search, task.passages()) as tools:
-        prompt = _prompt(config, task, renderer, tools)
+        prompt = prompt_of(config, task, renderer, tools)
         written = list(demonstrations(task, questions, tools, renderer, prompt, config.collect.max_steps))
-    there = {
-        one.id for one in store.trajectories()
-    }  # a template that writes today's date gives them another prompt by now
+    # Not again: a template that writes today's date gives them another prompt by now.
+    there = {one.id for one in store.trajectories()}
     store.record(one for one in written if one.id not in there)
     return _finished(store, [one.id for one in written])
 
@@ -474,12 +447,12 @@ def _collection(config: Config, task: Task) -> tuple[Sequence[Question], Samplin
         raise ConfigError(f"tasks.path={config.tasks.path}: every row is also held out; give another tasks.eval_path")
     of = config.collect
     sampling = Sampling(of.max_action_tokens, of.temperature, of.top_p, of.top_k)
-    return questions, sampling, _made_with(config, task, task.tools, sampling)
+    return questions, sampling, made_with(config, task, task.tools, sampling)
 
 
 def _check_collection(config: Config) -> None:
     """Raises what `collect` would raise for these settings, and writes nothing."""
-    made_with = _collection(config, _task(config))[-1]
+    wanted = _collection(config, _task(config))[-1]
     if not config.store.is_file():
         return
     try:
@@ -488,7 +461,7 @@ def _check_collection(config: Config) -> None:
         return
     with store:
         if "collection" in store.meta():
-            check_made_with(store, "collection", made_with)
+            check_made_with(store, "collection", wanted)
 
 
 def _finished(store: Store, wanted: Sequence[str]) -> list[Trajectory]:

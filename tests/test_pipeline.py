@@ -183,6 +183,8 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
         full = json.loads((folder / "evaluations" / f"{name}.json").read_text())
         assert {key: full[key] for key in summary[name]} == summary[name]
         assert 0 <= full["judge_accuracy"] <= full["answered"] and full["unknown_answers"] < 6
+        assert full["weights"] == weights_hash(tiny_model if name == "base" else folder / "model")
+        assert full["outcome_judge"].startswith("outcome-")
         with Store(folder / "evaluations" / f"{name}.db", writable=False) as store:
             lengths = [step.end - step.start for t in store.trajectories() for step in t.steps]
         assert full["action_length"] == pytest.approx(sum(lengths) / len(lengths))

@@ -22,6 +22,7 @@ from swirl_fast.config import Config, TasksConfig, TrainingConfig, dump
 from swirl_fast.evaluate import summarise
 from swirl_fast.filtering import keep
 from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.model import weights_hash
 from swirl_fast.report import charts, markup, reading, write_report
 from swirl_fast.report.charts import Series, lines, stacked
 from swirl_fast.report.curves import MAX_POINTS, curves
@@ -433,6 +434,71 @@ def test_evaluations_on_different_tasks_are_told_apart_and_not_subtracted() -> N
     assert heads == ["basegsm8k", "trainedmusique"]
 
 
+PAIR = {
+    name: {"accuracy": 0.5, "accuracy_interval": [0.3, 0.7], "task": "gsm8k", "questions": 2, "temperature": 0.0}
+    | {"process_label": 0.5, "process_label_interval": [0.3, 0.7], "judge": "rules-v1", "judge_accuracy": 0.4}
+    | {"by_question": {"q1": {"accuracy": 1.0}, "q2": {"accuracy": 0.0}}}
+    for name in ("base", "trained")
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"temperature": 0.7}, "their temperatures are 0.0 and 0.7"),
+        ({"questions": 3}, "they were asked different questions (2 and 3 of them)"),
+        (
+            {"by_question": {"q1": {"accuracy": 1.0}, "<q3>": {"accuracy": 0.0}}},
+            "they were asked different questions (2 and 2 of them)",
+        ),
+        ({"by_question": None}, ""),  # of an earlier version
+        ({"task": "<musique>"}, "they are on different tasks, gsm8k and <musique>"),
+    ],
+)
+def test_only_what_can_be_compared_is_subtracted(changes: dict, reason: str) -> None:
+    run = Run(Path("."), evaluations={"base": PAIR["base"], "trained": PAIR["trained"] | changes})
+    root = page(headline(run))
+    assert [cell.text.startswith("change") for cell in root.one("thead").all("th")] == [False, False] + [True] * (
+        not reason
+    )
+    told = [note.text for note in root.all("p", "note") if "not compared" in note.text]
+    assert told == ([f"base and trained are not compared: {reason}."] if reason else [])
+    assert bool(report._lede(run)) == (not reason)
+
+
+def test_labels_of_two_judges_are_not_subtracted() -> None:
+    trained = PAIR["trained"] | {"judge": "rules-v2", "accuracy": 0.7, "process_label": 0.9}
+    run = Run(Path("."), evaluations={"base": PAIR["base"], "trained": trained})
+    root = page(headline(run))
+    change = {row.one("th").children[0]: row.all("td")[2].text for row in root.one("tbody").all("tr")}
+    assert change["Accuracy"].startswith("+20.0 points") and change["Mean process label"] == ""
+    assert change["Accuracy by the judge"].startswith("+0.0 points"), "its judge is another one, and not told"
+    assert "had not the same process judge: what depends on it" in root.text and "outcome judge:" not in root.text
+    assert "accuracy went from" in report._lede(run) and "label" not in report._lede(run)
+    outcome = {name: PAIR[name] | {"outcome_judge": name} for name in PAIR}
+    root = page(headline(Run(Path("."), evaluations=outcome)))
+    change = {row.one("th").children[0]: row.all("td")[2].text for row in root.one("tbody").all("tr")}
+    assert change["Accuracy by the judge"] == "" and change["Mean process label"].startswith("+0.0 points")
+    assert "had not the same outcome judge" in root.text
+
+
+def test_an_evaluation_that_training_has_left_behind_is_named(copy: Path) -> None:
+    (copy / "model").mkdir()
+    (copy / "model" / "config.json").write_text("{}")
+    weights = copy / "model" / "model.safetensors"
+    weights.write_bytes(b"one")
+    path = copy / "evaluations" / "trained.json"
+    one = json.loads(path.read_text()) | {"model": f"moved/{copy.name}/model", "weights": weights_hash(copy / "model")}
+    path.write_text(json.dumps(one))
+    assert not written(copy).all(kind="missing")
+    weights.write_bytes(b"two")
+    (item,) = written(copy).one(kind="missing").all("li")
+    assert "other weights by now than the evaluation trained" in item.text
+    path.write_text(json.dumps(one | {"model": "models/other"}))
+    assert not written(copy).all(kind="missing")
+
+
 def test_survivors_are_those_of_the_filter(run: Made) -> None:
     table = written(run.folder).one("table", "survivors")
     rows = [(row.one("th").text, int(row.one("data").attributes["value"])) for row in table.one("tbody").all("tr")]
@@ -676,6 +742,23 @@ def test_answers_are_compared_as_the_task_does() -> None:
     )
 
 
+def test_an_answer_that_the_task_counted_as_right_is_called_so(tmp_path: Path) -> None:
+    """power_function accepts three digits, which no comparison of numbers does."""
+    answers = {"rounded": "0.00321", "wrong": "0.00421", "unscored": "0.0032098", "sampled": "7"}
+    questions = [Question(id_, "power_function", f"{id_}?", ("0.0032098",)) for id_ in answers]
+    trajectories = [
+        make_trajectory(question, 0, [f"<answer>{answers[question.id]}</answer>"], Finish.ANSWER)
+        for question in questions
+    ]
+    (tmp_path / "evaluations").mkdir()
+    make_store(tmp_path / "evaluations" / "base.db", questions, trajectories)
+    scores = {"rounded": 1.0, "wrong": 0.0, "sampled": 0.5}
+    rows = {id_: {"accuracy": accuracy} for id_, accuracy in scores.items()}
+    (tmp_path / "evaluations" / "base.json").write_text(json.dumps({"judge": JUDGE, "by_question": rows}))
+    matches = {a.one("h4").text.split()[1]: a.attributes["data-match"] for a in written(tmp_path).all("article")}
+    assert matches == {"rounded/0": "right", "wrong/0": "wrong", "unscored/0": "right", "sampled/0": "wrong"}
+
+
 def test_long_texts_are_cut_in_the_middle_with_a_note(tmp_path: Path) -> None:
     question = Question("q", "gsm8k", "Why? " * 5000, ("1",))
     text = "".join(f"{i:05d} " for i in range(10_000)) + "<answer>1</answer>"
@@ -816,3 +899,14 @@ def test_without_evaluations_the_verdicts_of_the_busiest_judge_are_shown(run: Ma
     article = next(a for a in written(copy).all("article") if a.one("h4").text == f"collected {id_}")
     expected = [one.verdict.value if one else "not judged" for one in judgements]
     assert [badge.text for badge in article.all(kind="badge")] == expected
+
+
+def test_collected_verdicts_are_those_of_the_judge_that_the_filter_asked(run: Made, copy: Path) -> None:
+    described = json.loads((copy / "filter.json").read_text())
+    (copy / "filter.json").write_text(json.dumps(described | {"judge": "another-judge"}))
+    reasons: dict[str, set[str]] = {}
+    for article in written(copy).all("article"):
+        own = {reason.text for reason in article.all(kind="reason") if "malformed" not in reason.text}
+        reasons.setdefault(article.one("h4").text.split()[0], set()).update(own)
+    assert reasons["collected"] == {"Judge not this one"}
+    assert reasons["base"] and "Judge not this one" not in reasons["base"] | reasons["trained"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from swirl_fast.report import reading
 from swirl_fast.report.curves import curves
 from swirl_fast.report.headline import headline
-from swirl_fast.report.inputs import Run, load
+from swirl_fast.report.inputs import Run, by_question, load
 from swirl_fast.report.markup import escape, is_number, show
 from swirl_fast.report.page import page
 
@@ -63,9 +63,10 @@ def _lede(run: Run) -> str:
     if run.compared is None:
         return ""
     base, trained = run.compared
+    labels = [] if run.judges_differ("judge") else [("process_label", "the mean process label")]
     parts = [
         f"{name} went from {show(base[key], '%')} to {show(trained[key], '%')}"
-        for key, name in (("accuracy", "accuracy"), ("process_label", "the mean process label"))
+        for key, name in [("accuracy", "accuracy"), *labels]
         if is_number(base.get(key)) and is_number(trained.get(key))
     ]
     if not parts:
@@ -125,7 +126,7 @@ def _survivors(run: Run) -> str:
 def _trajectories(run: Run) -> str:
     folder, collected = run.folder / "evaluations", run.store
     stores = {
-        name: (folder / f"{name}.db", one.get("judge"))
+        name: (folder / f"{name}.db", one.get("judge"), by_question(one, "accuracy"))
         for name, one in run.evaluations.items()
         if (folder / f"{name}.db").is_file()
     }

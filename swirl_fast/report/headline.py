@@ -32,6 +32,10 @@ ROWS = (
     ("temperature", "Temperature", "", None, ""),
     ("seconds", "Time", "s", None, ""),
 )
+JUDGED = {  # what a judge's verdicts are in -> which judge
+    **dict.fromkeys(("process_label", "unknown", "action_length_good", "action_length_bad"), "judge"),
+    **dict.fromkeys(("judge_accuracy", "unknown_answers"), "outcome_judge"),
+}
 REPEATS = {"f1": "accuracy", "trajectories": "questions"}  # rows left out where they equal another one
 
 INTERVALS = (
@@ -41,7 +45,7 @@ INTERVALS = (
 
 
 def headline(run: Run) -> str:
-    """The table of all evaluations; with base and trained among them, a column for the change between these two."""
+    """The table of all evaluations; with base and trained among them that can be compared, a column for the change between these two."""
     evaluations, pair = run.evaluations, run.compared
     if not evaluations:
         return "<p>No evaluation is finished yet.</p>\n"
@@ -53,7 +57,8 @@ def headline(run: Run) -> str:
             continue
         cells = "".join(f"<td>{_cell(one, key, unit)}</td>" for one in evaluations.values())
         if pair:
-            cells += f"<td>{_change(*pair, key, unit, direction)}</td>"
+            differ = key in JUDGED and run.judges_differ(JUDGED[key])
+            cells += f"<td>{'' if differ else _change(*pair, key, unit, direction)}</td>"
         first = ' class="first"' if key in ("accuracy", "process_label") else ""
         rows.append(f'<tr{first}><th scope="row">{name}<small>{explanation}</small></th>{cells}</tr>\n')
     several = len({one.get("task") for one in evaluations.values()}) > 1
@@ -72,7 +77,19 @@ def headline(run: Run) -> str:
         '<div class="headline wide" tabindex="0" role="region" aria-label="Evaluations"><table>\n'
         f"<caption>Evaluations on held-out questions</caption>\n<thead><tr><td></td>{head}</tr></thead>\n"
         f"<tbody>\n{''.join(rows)}</tbody></table></div>\n"
-        f'<p class="note">{INTERVALS}</p>\n<p class="note">Weights – {models}.{judged}</p>\n'
+        f'{_why_not(run)}<p class="note">{INTERVALS}</p>\n<p class="note">Weights – {models}.{judged}</p>\n'
+    )
+
+
+def _why_not(run: Run) -> str:
+    """Why a difference is not shown."""
+    if run.incomparable:
+        return f'<p class="note">base and trained are not compared: {escape(run.incomparable)}.</p>\n'
+    names = {"judge": "process judge", "outcome_judge": "outcome judge"}
+    differ = [name for key, name in names.items() if run.compared and run.judges_differ(key)]
+    return "".join(
+        f'<p class="note">base and trained had not the same {name}: what depends on it is not compared.</p>\n'
+        for name in differ
     )
 
 

@@ -49,16 +49,43 @@ class Run:
 
     @property
     def compared(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The two evaluations whose difference is shown: base and trained; None unless both are there, on one task."""
+        """The two evaluations whose difference is shown: base and trained; None unless both are there and can be compared."""
         base, trained = self.evaluations.get("base"), self.evaluations.get("trained")
-        if base is None or trained is None or base.get("task") != trained.get("task"):
-            return None
-        return base, trained
+        return None if base is None or trained is None or self.incomparable else (base, trained)
+
+    @property
+    def incomparable(self) -> str:
+        """Why the difference of base and trained would say nothing, as text; empty where it does, or one of them is not there."""
+        base, trained = self.evaluations.get("base"), self.evaluations.get("trained")
+        if base is None or trained is None:
+            return ""
+        if base.get("task") != trained.get("task"):
+            return f"they are on different tasks, {base.get('task')} and {trained.get('task')}"
+        asked = [set(by_question(one, "accuracy")) for one in (base, trained)]
+        numbers = [one.get("questions") for one in (base, trained)]
+        if (all(asked) and asked[0] != asked[1]) or numbers[0] != numbers[1]:
+            return f"they were asked different questions ({numbers[0]} and {numbers[1]} of them)"
+        if base.get("temperature") != trained.get("temperature"):
+            return f"their temperatures are {base.get('temperature')} and {trained.get('temperature')}"
+        return ""
+
+    def judges_differ(self, key: str) -> bool:
+        """Whether base and trained were judged by two judges, so that their labels cannot be compared. key: judge | outcome_judge."""
+        judges = [self.evaluations[name].get(key) for name in ("base", "trained") if name in self.evaluations]
+        return len({str(judge) for judge in judges if judge is not None}) > 1
 
     @property
     def judge_id(self) -> str | None:
-        """The judge of this run's evaluations, which is that of its collected trajectories as well."""
-        return next((one["judge"] for one in self.evaluations.values() if "judge" in one), None)
+        """The judge of the collected trajectories: that of the filter; before there is one, that of the evaluations."""
+        named = [one.get("judge") for one in (self.filter or {}, *self.evaluations.values())]
+        return next((judge for judge in named if isinstance(judge, str)), None)
+
+
+def by_question(evaluation: dict[str, Any], key: str) -> dict[str, float]:
+    """Question id -> its number, where there is one."""
+    rows = evaluation.get("by_question")
+    found = {id_: row.get(key) for id_, row in rows.items() if isinstance(row, dict)} if isinstance(rows, dict) else {}
+    return {id_: number for id_, number in found.items() if is_number(number)}
 
 
 def load(folder: Path) -> Run:
@@ -90,7 +117,27 @@ def load(folder: Path) -> Run:
         run.problems.append(
             f"training stands at step {step} of {wanted:,}: <code>swirl-fast train</code> goes on from there"
         )
+    run.problems += _outdated(run)
     return run
+
+
+def _outdated(run: Run) -> list[str]:
+    """Evaluations of the run's own model/ that a longer training has left behind."""
+    model = run.folder / "model"
+    if not (model / "config.json").is_file():
+        return []
+    from swirl_fast.model import weights_hash  # loads torch
+
+    now, found = weights_hash(model), []
+    for name, one in run.evaluations.items():
+        of, before = Path(str(one.get("model"))), one.get("weights")
+        own = (of.parent.name, of.name) == (run.folder.resolve().name, "model")  # the folder above may have moved
+        if own and isinstance(before, str) and before != now:
+            found.append(
+                f"<code>model/</code> has other weights by now than the evaluation {escape(name)} was made with: "
+                f"<code>swirl-fast evaluate --of trained --name {escape(name)}</code> evaluates these"
+            )
+    return found
 
 
 def _json(run: Run, name: str) -> dict[str, Any] | None:

@@ -31,18 +31,23 @@ MATCHES = {True: "= gold", False: "≠ gold", None: "no answer"}
 
 @dataclass(frozen=True)
 class Reading:
-    """judgements: one a step, None for a step the judge was not asked about."""
+    """judgements: one a step, None for a step the judge was not asked about. right: as the task scored the answer, None where no
+    evaluation has written that down."""
 
     trajectory: Trajectory
     gold: tuple[str, ...]
     judgements: tuple[Judgement | None, ...]
+    right: bool | None = None
 
     @property
     def matches(self) -> bool | None:
-        """Whether the answer equals a gold answer; None without an answer."""
+        """Whether the answer equals a gold answer; None without an answer. Some tasks accept a rounded number, which only they can tell:
+        the score of an evaluation goes before the comparison here."""
         answer = self.trajectory.answer
         if answer is None:
             return None
+        if self.right is not None:
+            return self.right
         score = score_text if self.trajectory.task in TEXT_ANSWERS else score_number
         return score(answer, self.gold).exact_match == 1.0
 
@@ -65,8 +70,9 @@ class Reading:
         return (*sorted(set(self.verdicts)), MATCHES[self.matches], FINISHES[self.trajectory.finish])
 
 
-def read(path: Path, judge_id: str | None) -> Iterator[Reading]:
-    """Every trajectory of a store with its verdicts by `judge_id`, None: by the judge with most verdicts there.
+def read(path: Path, judge_id: str | None, scores: Mapping[str, float] | None = None) -> Iterator[Reading]:
+    """Every trajectory of a store with its verdicts by `judge_id`, None: by the judge with most verdicts there. scores: question id ->
+    mean accuracy of its trajectories; 1 and 0 tell each of them.
     Raises ValueError for a file that is no store of ours."""
     with Store(path, writable=False) as store:
         judge_id = judge_id or _main_judge(path)
@@ -77,7 +83,8 @@ def read(path: Path, judge_id: str | None) -> Iterator[Reading]:
             judgements = tuple(
                 _judgement(step, stored.get(key)) for step, key in zip(trajectory.steps, hashes, strict=True)
             )
-            yield Reading(trajectory, gold[trajectory.question_id], judgements)
+            right = {1.0: True, 0.0: False}.get((scores or {}).get(trajectory.question_id, 0.5))
+            yield Reading(trajectory, gold[trajectory.question_id], judgements, right)
 
 
 def _judgement(step: Step, stored: Judgement | None) -> Judgement | None:
@@ -113,21 +120,21 @@ def collected(path: Path, judge_id: str | None) -> tuple[str, int, int]:
     return "".join(_block({"collected": reading}) for reading in shown), len(shown), len(kinds)
 
 
-def evaluated(stores: Mapping[str, tuple[Path, str | None]]) -> tuple[str, int, int]:
+def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]]) -> tuple[str, int, int]:
     """(HTML, shown, total) of the evaluations' trajectories, those of one question side by side; stores: name ->
-    (path, judge id).
+    (path, judge id, question id -> accuracy).
 
     Sample k of a question has the same id in every evaluation, so ids pair what belongs together.
     """
     kinds: dict[str, tuple[str, ...]] = {}
-    for name, (path, judge_id) in stores.items():
-        for reading in read(path, judge_id):
+    for name, store in stores.items():
+        for reading in read(*store):
             id_ = reading.trajectory.id
             kinds[id_] = (*kinds.get(id_, ()), name, *reading.kind)
     chosen = sample(kinds, SAMPLE)
     rows: dict[str, dict[str, Reading]] = {}
-    for name, (path, judge_id) in stores.items():
-        for reading in read(path, judge_id):
+    for name, store in stores.items():
+        for reading in read(*store):
             if reading.trajectory.id in chosen:
                 rows.setdefault(reading.trajectory.id, {})[name] = reading
     return "".join(map(_block, rows.values())), len(rows), len(kinds)
