@@ -709,3 +709,24 @@ def test_an_evaluation_that_was_set_aside_comes_back_when_it_is_asked_for_again(
     assert json.loads((evaluations / "one-3.json").read_text()) == sampled
     assert json.loads((evaluations / "one-2.json").read_text())["name"] == "one-2", "asked for by this name"
     assert not list(evaluations.glob("one-1.*"))
+
+
+def test_a_full_disk_is_an_error_with_the_file_and_collect_goes_on_when_there_is_room(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["collect", *overrides(tmp_path, tiny_model, "tasks.limit=4")]
+    real = Store._open
+
+    def small(self: Store) -> None:
+        """The file may grow by four pages: SQLite fails then as it does on a full disk."""
+        real(self)
+        pages = self._value("PRAGMA page_count")
+        self._db.execute(f"PRAGMA max_page_count = {pages + 4}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_open", small)
+        assert cli.main(arguments) == 1
+    shown = capsys.readouterr().err
+    assert f"{tmp_path / 'r' / 'trajectories.db'}: database or disk is full. What was written before is kept" in shown
+    assert cli.main(arguments) == 0
+    assert "12 trajectories of 4 questions" in capsys.readouterr().out
