@@ -27,7 +27,8 @@ from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.filtering import judged_enough, keep
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.agreement import agreement, describe
-from swirl_fast.judges.judge import Judge, Judgement, Verdict, judge_malformed
+from swirl_fast.judges.judge import NO_REPLY, Judge, Judgement, Verdict, judge_malformed
+from swirl_fast.judges.kept import judge_missing
 from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
 from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
 from swirl_fast.rendering import Renderer
@@ -38,9 +39,7 @@ from swirl_fast.tasks.task import Question, Task
 from swirl_fast.tools import open_tools
 from swirl_fast.trajectory import StepView, Trajectory
 
-JUDGE_CHUNK = 256  # steps judged between two writes
 SILENT_CHUNK = 8  # so many steps at a time without any reply from an endpoint are its fault, not theirs
-NO_REPLY = "no reply in "  # how the reason of ModelJudge begins when all tries failed
 NOT_JUDGED = Judgement(Verdict.UNKNOWN, "not judged yet: run the judge stage")
 SAME_JUDGE = "run judge with the same judge.* settings"
 
@@ -371,17 +370,17 @@ def _judge_missing(judge: Judge, store: Store, steps: Mapping[str, StepView], wh
         judge.id, missing
     )  # UNKNOWN: steps that got no reply another time may be the reason themselves
     with _bar(what, len(missing), "step") as bar:
-        for at in range(0, len(missing), JUDGE_CHUNK):
-            keys = missing[at : at + JUDGE_CHUNK]
-            judgements = judge.judge([steps[key] for key in keys])
-            store.add_verdicts(judge.id, dict(zip(keys, judgements, strict=True)))
+
+        def written(keys: list[str], judgements: Sequence[Judgement]) -> None:
+            bar.update(len(keys))
             silent = all(one.verdict is Verdict.UNKNOWN and one.reason.startswith(NO_REPLY) for one in judgements)
             if silent and sum(key not in before for key in keys) >= SILENT_CHUNK:
                 raise RuntimeError(
                     f"{what}: the judge {judge.id} replied to none of {len(keys)} steps: {judgements[-1].reason}. Verdicts until then are "
                     "kept; start it again when the endpoint at judge.model.url answers, or raise judge.model.timeout"
                 )
-            bar.update(len(keys))
+
+        judge_missing(store, judge.id, steps, judge.judge, written)
 
 
 def _roll_out(

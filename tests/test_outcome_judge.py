@@ -14,6 +14,7 @@ from swirl_fast.collect import trajectory_ids
 from swirl_fast.config import ConfigError, EndpointConfig, load
 from swirl_fast.evaluate import by_question, summarise, table
 from swirl_fast.filtering import keep
+from swirl_fast.judges import kept
 from swirl_fast.judges.judge import Judgement, Verdict
 from swirl_fast.judges.model import GivenAnswer
 from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
@@ -230,7 +231,7 @@ def test_an_endpoint_that_dies_stops_the_stage_and_earlier_verdicts_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks of 8 steps: the first is answered, the second is not, the third is never asked."""
-    monkeypatch.setattr(stages, "JUDGE_CHUNK", 8)
+    monkeypatch.setattr(kept, "CHUNK", 8)
     run = [f"run.folder={tmp_path}", "run.name=r", "tasks.limit=30", "tasks.eval_limit=1"]
     run.append("collect.trajectories_per_question=1")
     config = load(None, run)
@@ -249,16 +250,19 @@ def test_an_endpoint_that_dies_stops_the_stage_and_earlier_verdicts_are_kept(
     with serving(dying) as (endpoint, _):
         run.append(f"judge={{kind: model, model: {{url: '{endpoint.url}', model: judge-1, retries: 0}}}}")
         assert cli.main(["judge", *run]) == 1
-        assert len(endpoint.requests) == 17, "the check and two chunks"
+        assert 13 <= len(endpoint.requests) <= 17, (
+            "the check and two chunks, of which the second is given up after 4 failures"
+        )
     shown = capsys.readouterr().err
-    assert "replied to none of 8 steps: no reply in 1 tries, the last: HTTP 503: out of memory" in shown
+    assert re.search("replied to none of 8 steps: no reply.* in 1 tries, the last: HTTP 503: out of memory", shown)
     assert "judge.model.url" in shown
     with Store(tmp_path / "r" / "trajectories.db", writable=False) as store:
         assert (store.counts().verdicts, store.counts().unknown) == (16, 8)
 
     def choosy(request, number):
         """Alive, but the steps that got no reply get none again: they must not end every later run as well."""
-        return (503, b"too long") if 1 <= number <= 8 else completion("VERDICT: GOOD")
+        silent = any(question.text in prompt_of(request) for question in questions[8:16])
+        return (503, b"too long") if silent else completion("VERDICT: GOOD")
 
     with serving(choosy) as (endpoint, _):
         run[-1] = f"judge={{kind: model, model: {{url: '{endpoint.url}', model: judge-1, retries: 0}}}}"

@@ -24,6 +24,9 @@ class Judgement:
     reason: str
 
 
+NO_REPLY = "no reply"  # how the reason of an UNKNOWN begins when an endpoint did not answer
+
+
 @dataclass(frozen=True)
 class JudgeStats:
     """Tokens since the judge was made; 0 where none are read, or where the endpoint does not tell."""

@@ -17,9 +17,9 @@ def judge_missing(
     judge_id: str,
     asked: Mapping[str, T],
     ask: Callable[[list[T]], Sequence[Judgement]],
-    done: Callable[[int], object] = lambda count: None,
+    done: Callable[[list[str], Sequence[Judgement]], object] = lambda keys, judgements: None,
 ) -> None:
-    """asked: content hash -> a step, or an answer. ask: as Judge.judge. done: called with the size of each chunk that was written.
+    """asked: content hash -> a step, or an answer. ask: as Judge.judge. done: called with each chunk when it is written.
 
     A Refusal comes through when what was answered before it is written: those verdicts were paid for.
     """
@@ -33,4 +33,4 @@ def judge_missing(
             store.add_verdicts(judge_id, {key: one for key, one in answered if one is not None})
             raise
         store.add_verdicts(judge_id, dict(zip(keys, judgements, strict=True)))
-        done(len(keys))
+        done(keys, judgements)

@@ -37,7 +37,7 @@ import numpy as np
 
 from swirl_fast.actions import TOOL_TAGS
 from swirl_fast.config import ConfigError, EndpointConfig
-from swirl_fast.judges.judge import Judgement, JudgeStats, Refusal, Verdict
+from swirl_fast.judges.judge import NO_REPLY, Judgement, JudgeStats, Refusal, Verdict
 from swirl_fast.loopback import is_loopback
 from swirl_fast.prefix_order import Group, warm_order
 from swirl_fast.trajectory import StepView
@@ -159,7 +159,9 @@ class _Call:
         with self._lock:
             self._failed += 1
             if self._failed >= GIVE_UP and not self._answered and not self.stopped.is_set():
-                self.stop(f"given up, since {self._failed} prompts failed and none was answered; one of them: {reason}")
+                self.stop(
+                    f"{NO_REPLY}: given up, since {self._failed} prompts failed and none was answered; one of them: {reason}"
+                )
 
     def stop(self, reason: str) -> None:
         self.reason = reason
@@ -347,7 +349,7 @@ class ModelJudge:
             if attempt + 1 < tries:
                 backoff = BACKOFF * 2**attempt * random.uniform(0.5, 1.5)
                 call.stopped.wait(min(MAX_WAIT, max(backoff, wait or 0.0)))
-        raise _Failed(f"no reply in {tries} tries, the last: {last}")
+        raise _Failed(f"{NO_REPLY} in {tries} tries, the last: {last}")
 
     def _try(self, prompt: str, max_tokens: int) -> tuple[str, str]:
         request: dict[str, Any] = {
