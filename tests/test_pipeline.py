@@ -585,7 +585,7 @@ def test_another_prompt_is_another_collection_and_one_from_before_the_hash_goes_
     assert cli.main(["collect", *arguments]) == 0 and cli.main(["evaluate", *arguments, "--of", "base"]) == 0
     evaluations = tmp_path / "r" / "evaluations"
     assert sorted(path.name for path in evaluations.glob("*.json")) == ["base.json"]
-    template.write_text(CHAT_TEMPLATE.replace("\n{{ m.content", "\n\n{{ m.content"))
+    template.write_text(CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"))
     assert cli.main(["collect", *arguments]) == 1
     assert "was made with another collection: prompt was '" in capsys.readouterr().err
     stores = {"collection": tmp_path / "r" / "trajectories.db", "evaluation": evaluations / "base.db"}

@@ -150,6 +150,6 @@ def test_the_hash_of_the_prompt_sees_template_and_wording_but_not_the_day(monkey
     (first, one), (second, other) = on(1, dated), on(2, dated)
     assert one.startswith("Today is 01 November 2026") and other.startswith("Today is 02 November 2026")
     assert first == second
-    hashes = [first, on(1, CHAT_TEMPLATE)[0], on(1, CHAT_TEMPLATE.replace("\n{{ m.content", " {{ m.content"))[0]]
+    hashes = [first, on(1, CHAT_TEMPLATE)[0], on(1, CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"))[0]]
     hashes.append(on(1, CHAT_TEMPLATE, (Example("1 + 1 =", ("<answer>2</answer>",), ()),))[0])
     assert len(set(hashes)) == 4
