@@ -401,7 +401,7 @@ def test_headline_shows_the_numbers_of_the_evaluations(run: Made) -> None:
 def test_interval_of_a_change_is_newcombes() -> None:
     """56 of 70 against 48 of 80: 0.0524 to 0.3339 (Newcombe 1998, Statistics in Medicine 17, table II, method 10)."""
     evaluations = {
-        name: {"accuracy": right / n, "accuracy_interval": list(interval(right, n)), "questions": n}
+        name: {"accuracy": right / n, "accuracy_interval": list(interval(right, n))}
         for name, right, n in (("base", 48, 80), ("trained", 56, 70))
     }
     change = page(headline(Run(Path("."), evaluations=evaluations))).one("tr", "first").all("td")[2]
