@@ -88,7 +88,7 @@ class SGLangEngine:
                     config.weight_sync,
                     weights,
                     self._dtype,
-                    Path(config.weight_sync.folder or folder / "weights"),
+                    Path(config.weight_sync.folder or folder / "weights").expanduser(),
                     self._start,
                 )
                 if urls:
