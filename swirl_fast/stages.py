@@ -27,8 +27,8 @@ from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.filtering import judged_enough, keep
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.agreement import agreement, describe
-from swirl_fast.judges.judge import NO_REPLY, Judge, Judgement, Verdict, judge_malformed
-from swirl_fast.judges.kept import judge_missing
+from swirl_fast.judges.judge import Judge, Verdict
+from swirl_fast.judges.kept import NOT_JUDGED, judge_steps, judge_views, judgements_of
 from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
 from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
 from swirl_fast.rendering import Renderer
@@ -37,10 +37,8 @@ from swirl_fast.store import Store
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question, Task
 from swirl_fast.tools import open_tools
-from swirl_fast.trajectory import StepView, Trajectory
+from swirl_fast.trajectory import Trajectory
 
-SILENT_CHUNK = 8  # so many steps at a time without any reply from an endpoint are its fault, not theirs
-NOT_JUDGED = Judgement(Verdict.UNKNOWN, "not judged yet: run the judge stage")
 SAME_JUDGE = "run judge with the same judge.* settings"
 
 
@@ -68,7 +66,7 @@ def judge(config: Config) -> None:
     Store(config.store, writable=False).close()  # says so when nothing was collected yet
     with _judge(config, _tools_of(task), task=task) as judge, _store(config.store) as store:
         trajectories = _collected(config, task, store, "judge")
-        _judge_steps(judge, store, trajectories, "judge")
+        judge_steps(judge, store, trajectories, "judge")
         judgements = judgements_of(judge, store, trajectories)
         stats = judge.stats()
         if config.filter.outcome == "judge" and "outcome" in config.filter.kind:
@@ -99,7 +97,7 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
         _store(config.folder / "agreement.db") as store,
     ):
         keys = [step.view.content_hash() for step in labelled]
-        _judge_missing(judge, store, {key: one.view for key, one in zip(keys, labelled, strict=True)}, "judge")
+        judge_views(judge, store, {key: one.view for key, one in zip(keys, labelled, strict=True)}, "judge")
         stored = store.verdicts(judge.id, keys)
         judgements = [stored[key] for key in keys]
     report = {
@@ -270,7 +268,7 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
         trajectories = _roll_out(
             config, task, offered, questions, settings.samples, sampling, store, seed, what, weights
         )
-        _judge_steps(judge, store, trajectories, f"judge {name}")
+        judge_steps(judge, store, trajectories, f"judge {name}")
         judgements = judgements_of(judge, store, trajectories)
         outcomes = None
         if settings.outcome == "judge":
@@ -337,50 +335,6 @@ def run(config: Config) -> None:
     print(
         f"\n{evaluation.table({'base': base, 'trained': trained})}\n\n{config.folder / 'summary.json'}  ({seconds:.0f} s)"
     )
-
-
-def judgements_of(judge: Judge, store: Store, trajectories: Sequence[Trajectory]) -> dict[str, list[Judgement]]:
-    """Trajectory id -> one judgement a step; NOT_JUDGED where the judge was not asked yet."""
-    found: dict[str, list[Judgement]] = {}
-    for trajectory in trajectories:
-        hashes = [view.content_hash() for view in trajectory.views()]
-        stored = store.verdicts(judge.id, hashes)
-        found[trajectory.id] = [
-            judge_malformed(step.action) if step.action.kind == "malformed" else stored.get(key, NOT_JUDGED)
-            for step, key in zip(trajectory.steps, hashes, strict=True)
-        ]
-    return found
-
-
-def _judge_steps(judge: Judge, store: Store, trajectories: Sequence[Trajectory], what: str) -> None:
-    """Asks the judge about every well-formed step without a verdict, and keeps the answers chunk by chunk."""
-    steps = {
-        view.content_hash(): view
-        for trajectory in trajectories
-        for view, step in zip(trajectory.views(), trajectory.steps, strict=True)
-        if step.action.kind != "malformed"
-    }
-    _judge_missing(judge, store, steps, what)
-
-
-def _judge_missing(judge: Judge, store: Store, steps: Mapping[str, StepView], what: str) -> None:
-    """steps: content hash -> step. Raises RuntimeError when an endpoint has stopped answering; verdicts until then are kept."""
-    missing = store.missing(judge.id, steps)
-    before = store.verdicts(
-        judge.id, missing
-    )  # UNKNOWN: steps that got no reply another time may be the reason themselves
-    with _bar(what, len(missing), "step") as bar:
-
-        def written(keys: list[str], judgements: Sequence[Judgement]) -> None:
-            bar.update(len(keys))
-            silent = all(one.verdict is Verdict.UNKNOWN and one.reason.startswith(NO_REPLY) for one in judgements)
-            if silent and sum(key not in before for key in keys) >= SILENT_CHUNK:
-                raise RuntimeError(
-                    f"{what}: the judge {judge.id} replied to none of {len(keys)} steps: {judgements[-1].reason}. Verdicts until then are "
-                    "kept; start it again when the endpoint at judge.model.url answers, or raise judge.model.timeout"
-                )
-
-        judge_missing(store, judge.id, steps, judge.judge, written)
 
 
 def _roll_out(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_model_judge import completion, prompt_of, serving, surroundings  # noqa: F401  (a fixture)
 
-from swirl_fast import cli, stages
+from swirl_fast import cli
 from swirl_fast.actions import parse
 from swirl_fast.collect import trajectory_ids
 from swirl_fast.config import ConfigError, EndpointConfig, load
@@ -272,7 +272,7 @@ def test_an_endpoint_that_dies_stops_the_stage_and_earlier_verdicts_are_kept(
 
 
 def test_replies_without_a_verdict_stop_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "SILENT_CHUNK", 4)
+    monkeypatch.setattr(kept, "SILENT_CHUNK", 4)
     run = collected(tmp_path)
     with serving(lambda *_: completion("I cannot say.")) as (endpoint, _):
         run.append(f"judge={{kind: model, model: {{url: '{endpoint.url}', model: judge-1}}}}")
