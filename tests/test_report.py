@@ -216,6 +216,7 @@ def metrics_row(step: int, **changes: float) -> dict[str, float]:
         **{"importance_truncated": 0.0, "skipped_samples": 0.0, "memory_gib": 2.5},
         **{"action_tokens": 4000.0, "tokens_computed": 5000.0 + step, "tokens_effective": 24000.0 + step},
         **{"tokens_computed_per_second": 200.0 + step, "tokens_effective_per_second": 1000.0 + 3 * step, "tflops": 0.3},
+        **{"tokens_computed_per_second_per_rank": 100.0, "tokens_effective_per_second_per_rank": 500.0},
         **{"cache_hit_rate": 0.8, "cache_hit_rate_of_possible": 0.9, "judge_cache_hit_rate": 0.7},
         **{"seconds": 20.0 + step, "seconds_hidden": 0.0, "seconds_data": 0.01, "seconds_rollout": 10.0 + step},
         **{"seconds_judge": 0.02, "seconds_forward_backward": 7.0, "seconds_optimizer": 1.5},

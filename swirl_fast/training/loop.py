@@ -442,11 +442,10 @@ class Trainer:
             "action_tokens": s["generated_tokens"],
             "tokens_computed": s["computed_tokens"],
             "tokens_effective": s["effective_tokens"],
-            **{
-                f"tokens_{kind}_per_second{of}": s[f"{kind}_tokens"] / seconds / ranks
-                for kind in ("computed", "effective")
-                for of, ranks in (("", 1), ("_per_rank", self.ranks.size))
-            },
+            "tokens_computed_per_second": s["computed_tokens"] / seconds,
+            "tokens_effective_per_second": s["effective_tokens"] / seconds,
+            "tokens_computed_per_second_per_rank": s["computed_tokens"] / seconds / self.ranks.size,
+            "tokens_effective_per_second_per_rank": s["effective_tokens"] / seconds / self.ranks.size,
             "rank_imbalance": imbalance,
             "tflops": work / busy / 1e12 if busy else 0.0,
             **utilization(work, busy, seconds, self.peak, self.ranks.size),
