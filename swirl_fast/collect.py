@@ -96,16 +96,9 @@ def _described(offered: Sequence[str]) -> dict[str, Any]:
 def as_told(stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """`wanted` as far as the fingerprint `stored` can tell. What an earlier version did not write down is no difference: its stores
     could not be gone on with."""
-    from swirl_fast.model import NO_SAFETENSORS
-
     if not isinstance(stored, dict):
         return dict(wanted)
-    found = {key: value for key, value in wanted.items() if key in stored or key not in LATER}
-    for key in ("model", "weights"):
-        old, new = stored.get(key), found.get(key)
-        if isinstance(old, str) and isinstance(new, str) and old.endswith(NO_SAFETENSORS):
-            found[key] = old if new.rpartition(" ")[0] == old.rpartition(" ")[0] else new
-    return found
+    return {key: value for key, value in wanted.items() if key in stored or key not in LATER}
 
 
 def check_made_with(store: Store, key: str, wanted: Mapping[str, Any]) -> None:

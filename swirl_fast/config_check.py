@@ -100,7 +100,7 @@ def _check_files(config: Config, values: _Values) -> None:
         if value and (value.startswith((".", "/", "~")) or value.endswith((".json", ".jsonl"))):
             if not Path(value).expanduser().is_file():
                 values.fail(key, "no such file")
-    if config.model.chat_template and not Path(config.model.chat_template).is_file():
+    if config.model.chat_template and not Path(config.model.chat_template).expanduser().is_file():
         values.fail("model.chat_template", "no such file; give the path of a Jinja template")
     model = config.search.model
     if model and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():

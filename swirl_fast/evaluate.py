@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from swirl_fast.behaviour import Behaviour, behaviour_metrics
 from swirl_fast.collect import as_told
 from swirl_fast.config import ConfigError
+from swirl_fast.files import lock
 from swirl_fast.judges.judge import Judgement, Verdict
 from swirl_fast.store import Store
 from swirl_fast.tasks.scoring import interval
@@ -45,7 +47,11 @@ def make_room(folder: Path, name: str, wanted: Mapping[str, Any]) -> None:
         return
     if path.is_file():
         k = next(k for k in range(1, 10_000) if not (folder / f"{name}-{k}.db").exists())
-        _rename(folder, name, f"{name}-{k}")
+        held = lock(path)  # not away from under a command that writes there
+        try:
+            _rename(folder, name, f"{name}-{k}")
+        finally:
+            os.close(held)
         print(f"evaluate: the evaluation {name} was of other weights or settings; it is kept as {name}-{k}")
     for earlier in sorted(folder.glob("*-*.db")):
         if re.fullmatch(re.escape(name) + r"-\d+", earlier.stem) and _fingerprint(earlier) == _plain(wanted):
@@ -187,12 +193,13 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{row[key]:6.1%} [{low:.1%}, {high:.1%}]"
 
     answers = any("judge_accuracy" in row for row in rows.values())  # judged by an outcome judge
-    head = f"{'':12}{'accuracy':26}" + (f"{'by the judge':26}{'unknown':>9}  " if answers else "")
+    width = max(12, *(len(name) + 2 for name in rows))
+    head = f"{'':{width}}{'accuracy':26}" + (f"{'by the judge':26}{'unknown':>9}  " if answers else "")
     lines = [
         f"{head}{'mean process label':26}{'unknown':>9}{'malformed':>11}{'repeated':>10}{'steps':>7}{'questions':>11}"
     ]
     for name, row in rows.items():
-        line = f"{name:12}{share(row, 'accuracy'):26}"
+        line = f"{name:{width}}{share(row, 'accuracy'):26}"
         if answers:
             line += f"{share(row, 'judge_accuracy'):26}{row.get('unknown_answers', '–'):>9}  "
         lines.append(

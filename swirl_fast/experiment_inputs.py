@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import xxhash
-
 from swirl_fast.config import Config, ConfigError
+from swirl_fast.files import digest
 from swirl_fast.model import model_fingerprint
+from swirl_fast.tools.search_dense import folder_hash, model_folder
 
 
 def inputs(configs: Iterable[Config]) -> dict[str, str]:
@@ -24,20 +25,15 @@ def inputs(configs: Iterable[Config]) -> dict[str, str]:
                 name = path
             if name != path:
                 found[path] = name.removeprefix(f"{path} ")
+        if config.search.kind == "dense" and config.search.model and config.search.model not in found:
+            with contextlib.suppress(ConfigError):
+                found[config.search.model] = folder_hash(model_folder(config.search.model))
         for file in (config.tasks.path, config.tasks.eval_path, config.model.chat_template):
             if file and file not in found and Path(file).expanduser().is_file():
-                found[file] = _hash(Path(file).expanduser())
+                found[file] = digest(Path(file).expanduser())
     return found
 
 
 def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The paths where something else lies now. One that only one side knows is no difference."""
     return [path for path, digest in recorded.items() if now.get(path, digest) != digest]
-
-
-def _hash(file: Path) -> str:
-    digest = xxhash.xxh64()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

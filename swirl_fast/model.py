@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NO_SAFETENSORS = "ef46db3751d8e999"  # xxh64 of nothing: what earlier versions wrote down for weights in .bin files
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _DATELESS = "{% macro strftime_now(format) %}1 January 2000{% endmacro %}"
@@ -60,7 +59,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     with named_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if config.chat_template:
-        tokenizer.chat_template = Path(config.chat_template).read_text()
+        tokenizer.chat_template = Path(config.chat_template).expanduser().read_text()
     if not tokenizer.chat_template:
         raise ConfigError(
             f"model.path={config.path}: the tokenizer has no chat template; use an instruct model or set model.chat_template"

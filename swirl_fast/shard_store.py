@@ -27,7 +27,8 @@ from urllib.parse import urlparse
 
 from filelock import FileLock
 
-from swirl_fast.shards import MANIFEST, REMEDY, Manifest, damage, fsync, parse_manifest, read_manifest, streaming
+from swirl_fast.files import fsync
+from swirl_fast.shards import MANIFEST, REMEDY, Manifest, damage, parse_manifest, read_manifest, streaming
 
 INDEX = "index.json"
 TRIES = 4  # downloads of one file before giving up

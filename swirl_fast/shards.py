@@ -34,6 +34,7 @@ import numpy as np
 import xxhash
 
 from swirl_fast.actions import Action
+from swirl_fast.files import digest, fsync
 from swirl_fast.filtering import Selection
 from swirl_fast.judges.judge import Verdict
 from swirl_fast.trajectory import Finish, Step, Trajectory
@@ -281,22 +282,6 @@ def _difference(folder: Path, manifest: Manifest) -> str | None:
 def _rename(source: Path, target: Path) -> None:
     os.rename(source, target)
     fsync(target.parent)
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def digest(path: Path) -> str:
-    state = xxhash.xxh64()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
 
 
 def _canonical(value: Any) -> bytes:

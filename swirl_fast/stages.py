@@ -28,7 +28,7 @@ from swirl_fast.filtering import judged_enough, keep
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.agreement import agreement, describe
 from swirl_fast.judges.judge import Judge, Verdict
-from swirl_fast.judges.kept import NOT_JUDGED, judge_steps, judge_views, judgements_of
+from swirl_fast.judges.kept import NOT_JUDGED, judge_missing, judge_steps, judgements_of
 from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
 from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
 from swirl_fast.rendering import Renderer
@@ -97,7 +97,8 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
         _store(config.folder / "agreement.db") as store,
     ):
         keys = [step.view.content_hash() for step in labelled]
-        judge_views(judge, store, {key: one.view for key, one in zip(keys, labelled, strict=True)}, "judge")
+        views = {key: one.view for key, one in zip(keys, labelled, strict=True)}
+        judge_missing(store, judge.id, views, judge.judge, "judge")
         stored = store.verdicts(judge.id, keys)
         judgements = [stored[key] for key in keys]
     report = {
@@ -191,21 +192,12 @@ def filter(config: Config) -> None:
 def train(config: Config) -> None:
     """Under torchrun, one call a rank."""
     from swirl_fast.training.build import run_training
-    from swirl_fast.training.metrics import read_metrics
     from swirl_fast.training.parallel import start, stop
 
     ranks = start()
-    saved = config.folder / "config.yaml"
-    before, steps = saved.read_text() if saved.is_file() else None, len(read_metrics(config.folder))
     try:
-        if ranks.main:
-            _save_config(config)
-        run_training(config, ranks)
-    except ValueError:
-        # Refused, by a checkpoint of other settings for one: what lies there was made with the settings from before.
-        if ranks.main and before is not None and len(read_metrics(config.folder)) <= steps:
-            saved.write_text(before)
-        raise
+        # not before the settings are accepted: what lies there may have been made with others
+        run_training(config, ranks, lambda: _save_config(config))
     finally:
         stop()
 

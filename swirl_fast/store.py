@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from swirl_fast.actions import Action
+from swirl_fast.files import lock
 from swirl_fast.judges.judge import Judgement, Verdict
-from swirl_fast.lock import lock
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
@@ -100,6 +100,9 @@ class Store:
         self._db.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
         try:
             self._open()
+        except sqlite3.OperationalError:  # a full disk, say: no fault of the file's
+            self.close()
+            raise
         except sqlite3.DatabaseError as error:
             self.close()
             raise ValueError(f"{self.path} is no readable store ({error}): use another run.name") from error

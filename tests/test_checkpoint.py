@@ -93,14 +93,14 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(tmp_path: Path) ->
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    let, begun, real = threading.Event(), threading.Event(), checkpoint._hash
+    let, begun, real = threading.Event(), threading.Event(), checkpoint.digest
 
     def slow(file: Path) -> str:
         begun.set()
         assert let.wait(60)
         return real(file)
 
-    monkeypatch.setattr(checkpoint, "_hash", slow)
+    monkeypatch.setattr(checkpoint, "digest", slow)
     training = new_training()
     with Checkpoints(tmp_path, ALONE, keep=2) as checkpoints:
         advance(training)
@@ -260,14 +260,14 @@ def test_of_a_metric_to_be_small_the_smallest_is_the_best(tmp_path: Path) -> Non
 def test_a_write_that_fails_stops_training_and_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training, real = new_training(), checkpoint._hash
+    training, real = new_training(), checkpoint.digest
 
     def full(file: Path) -> str:
         if "step_000002" in str(file):
             raise OSError(28, "No space left on device")
         return real(file)
 
-    monkeypatch.setattr(checkpoint, "_hash", full)
+    monkeypatch.setattr(checkpoint, "digest", full)
     with Checkpoints(tmp_path, ALONE, keep=1) as checkpoints:
         checkpoints.save(1, *training, {"step": 1})
         checkpoints.save(2, *training, {"step": 2})

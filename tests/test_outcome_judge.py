@@ -254,10 +254,13 @@ def test_an_endpoint_that_dies_stops_the_stage_and_earlier_verdicts_are_kept(
             "the check and two chunks, of which the second is given up after 4 failures"
         )
     shown = capsys.readouterr().err
-    assert re.search("replied to none of 8 steps: no reply.* in 1 tries, the last: HTTP 503: out of memory", shown)
+    assert re.search("replied to none of 8 prompts: no reply.* in 1 tries, the last: HTTP 503: out of memory", shown)
     assert "judge.model.url" in shown
     with Store(tmp_path / "r" / "trajectories.db", writable=False) as store:
-        assert (store.counts().verdicts, store.counts().unknown) == (16, 8)
+        asked = store.counts().unknown
+        assert store.counts().verdicts == 8 + asked and 4 <= asked <= 8, (
+            "what was given up was not asked, and is no verdict"
+        )
 
     def choosy(request, number):
         """Alive, but the steps that got no reply get none again: they must not end every later run as well."""
@@ -269,6 +272,29 @@ def test_an_endpoint_that_dies_stops_the_stage_and_earlier_verdicts_are_kept(
         assert cli.main(["judge", *run]) == 0
     assert "judge: 30 steps by model-judge-1-" in (shown := capsys.readouterr().out)
     assert "16 GOOD, 6 BAD, 8 UNKNOWN" in shown
+
+
+def test_a_dead_endpoint_stops_every_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The check is answered and nothing else: prompts that were given up unasked do not count as asked in vain the next time."""
+    run = [f"run.folder={tmp_path}", "run.name=r", "tasks.limit=40", "tasks.eval_limit=1"]
+    run.append("collect.trajectories_per_question=1")
+    config = load(None, run)
+    questions = load_task(config.tasks, config.run.seed).questions("train")
+    with Store(tmp_path / "r" / "trajectories.db") as store:
+        store.add_questions(questions)
+        store.record(trajectory(f"{question.id}/0", question, f"{i}") for i, question in enumerate(questions))
+    ready = "Reply with the one word: ready"
+
+    def dead(request, number):
+        return completion("ready") if prompt_of(request) == ready else (503, b"gone")
+
+    with serving(dead) as (endpoint, _):
+        run.append(
+            f"judge={{kind: model, model: {{url: '{endpoint.url}', model: judge-1, retries: 0, concurrency: 4}}}}"
+        )
+        for _ in range(3):
+            assert cli.main(["judge", *run]) == 1
+            assert "replied to none of 40 prompts" in capsys.readouterr().err
 
 
 def test_replies_without_a_verdict_stop_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

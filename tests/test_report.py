@@ -498,6 +498,11 @@ def test_an_evaluation_that_training_has_left_behind_is_named(copy: Path) -> Non
     assert "other weights by now than the evaluation trained" in item.text
     path.write_text(json.dumps(one | {"model": "models/other"}))
     assert not written(copy).all(kind="missing")
+    path.write_text(json.dumps(one | {"weights": None}))
+    path.with_name("trained-1.json").write_text(
+        json.dumps(one)
+    )  # set aside: it is of the weights from before by design
+    assert not written(copy).all(kind="missing")
 
 
 def test_survivors_are_those_of_the_filter(run: Made) -> None:

@@ -49,7 +49,7 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _files(folder):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():
                 shapes[name] = tuple(opened.get_slice(name).get_shape())
@@ -60,10 +60,18 @@ def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The weights of a Hugging Face folder's safetensors files, one at a time."""
     from safetensors import safe_open
 
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _files(folder):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():
                 yield name, opened.get_tensor(name)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those of the index where there is one: some folders hold the weights a second time, under other names."""
+    index = folder / _INDEX
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def check(

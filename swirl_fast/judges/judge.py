@@ -25,6 +25,7 @@ class Judgement:
 
 
 NO_REPLY = "no reply"  # how the reason of an UNKNOWN begins when an endpoint did not answer
+GIVEN_UP = "no reply: given up"  # and when it was not asked, or not as often as it should have been
 
 
 @dataclass(frozen=True)

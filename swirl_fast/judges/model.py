@@ -37,7 +37,7 @@ import numpy as np
 
 from swirl_fast.actions import TOOL_TAGS
 from swirl_fast.config import ConfigError, EndpointConfig
-from swirl_fast.judges.judge import NO_REPLY, Judgement, JudgeStats, Refusal, Verdict
+from swirl_fast.judges.judge import GIVEN_UP, NO_REPLY, Judgement, JudgeStats, Refusal, Verdict
 from swirl_fast.loopback import is_loopback
 from swirl_fast.prefix_order import Group, warm_order
 from swirl_fast.trajectory import StepView
@@ -160,7 +160,7 @@ class _Call:
             self._failed += 1
             if self._failed >= GIVE_UP and not self._answered and not self.stopped.is_set():
                 self.stop(
-                    f"{NO_REPLY}: given up, since {self._failed} prompts failed and none was answered; one of them: {reason}"
+                    f"{GIVEN_UP}, since {self._failed} prompts failed and none was answered; one of them: {reason}"
                 )
 
     def stop(self, reason: str) -> None:

@@ -27,7 +27,7 @@ def judge_outcomes(
         given = {one.content_hash(): one for one in _given(trajectories, questions).values()}
         if store.missing(judge.outcome_id, given):
             judge.check()
-        judge_missing(store, judge.outcome_id, given, judge.judge_answers)
+        judge_missing(store, judge.outcome_id, given, judge.judge_answers, "judge answers")
     finally:
         judge.close()
 

@@ -132,7 +132,8 @@ def _outdated(run: Run) -> list[str]:
     for name, one in run.evaluations.items():
         of, before = Path(str(one.get("model"))), one.get("weights")
         own = (of.parent.name, of.name) == (run.folder.resolve().name, "model")  # the folder above may have moved
-        if own and isinstance(before, str) and before != now:
+        aside = one.get("name") != name  # renamed when a longer training was evaluated
+        if own and not aside and isinstance(before, str) and before != now:
             found.append(
                 f"<code>model/</code> has other weights by now than the evaluation {escape(name)} was made with: "
                 f"<code>swirl-fast evaluate --of trained --name {escape(name)}</code> evaluates these"

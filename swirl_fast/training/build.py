@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from swirl_fast.shard_stream import TrajectoryStream
 from swirl_fast.tasks import load_task
 from swirl_fast.tools import open_tools
 from swirl_fast.training import layers, metrics, parallel, sharded_weights
-from swirl_fast.training.checkpoint import load_weights
+from swirl_fast.training.checkpoint import load_weights, recorded_state
 from swirl_fast.training.export import export
 from swirl_fast.training.loop import Trainer, check_budget
 from swirl_fast.training.memory import GIB, estimate
@@ -91,13 +92,16 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
     return policy
 
 
-def run_training(config: Config, ranks: Ranks) -> None:
-    """Trains to `training.steps` and writes runs/NAME/model, a Hugging Face folder. Does nothing when that is there already."""
+def run_training(config: Config, ranks: Ranks, accepted: Callable[[], object] = lambda: None) -> None:
+    """Trains to `training.steps` and writes runs/NAME/model, a Hugging Face folder. Does nothing when that is there already.
+
+    accepted: called on rank 0 when nothing in the run's folder speaks against the settings, before the first step.
+    """
     with contextlib.ExitStack() as stack:
-        _run_training(config, ranks, stack)
+        _run_training(config, ranks, accepted, stack)
 
 
-def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> None:
+def _run_training(config: Config, ranks: Ranks, accepted: Callable[[], object], stack: contextlib.ExitStack) -> None:
     training = config.training
     parallel.check(training, ranks)
     metrics.check(training)
@@ -111,6 +115,7 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
     marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings}
     if (target / _MARKER).is_file() and completed(json.loads((target / _MARKER).read_text()), marker) == marker:
         if ranks.main:
+            accepted()
             print(f"train: {target} is trained to step {training.steps} already")
         return
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
@@ -146,7 +151,7 @@ def _run_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> 
     policy = make_policy(config, ranks)
     reference = make_policy(config, ranks, frozen=True) if config.algorithm.kl_coef > 0 else None
     trainer = Trainer(config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings, outcomes)
-    trainer.train()
+    trainer.train(accepted)
     export(target, policy, tokenizer, ranks)
     if ranks.main:
         (target / _MARKER).write_text(json.dumps(marker))
@@ -161,13 +166,14 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> 
     Raises ConfigError when the checkpoint is of another model or `target` is there already, ValueError when it is not there or damaged.
     """
     if target.exists():
-        raise ConfigError(f"--out {target}: is already there; remove it, or name another folder")
-    policy = make_policy(config, ranks)
+        raise ConfigError(f"{target} is already there; remove it, or name another folder with --out")
     source = config.folder / "checkpoints" / name
-    state = load_weights(source, policy)
-    recorded, model = state["settings"]["model"], model_settings(config)
-    if completed({"model": recorded}, {"model": model})["model"] != model:
-        raise ConfigError(f"model.path: {source} was trained from another model: {difference(recorded, model)}")
+    wanted = {"model": model_settings(config)}
+    recorded = completed({"model": recorded_state(source)["settings"]["model"]}, wanted)
+    if recorded != wanted:
+        raise ConfigError(f"{source} was trained from another model: {difference(recorded, wanted)}")
+    policy = make_policy(config, ranks)
+    load_weights(source, policy)
     export(target, policy, load_tokenizer(config.model), ranks)
     if ranks.main:
         print(f"export: {target} holds the weights of {source.resolve().name}, to be evaluated with --of {target}")

@@ -28,7 +28,6 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -38,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from swirl_fast.config import KEEP_BEST
-from swirl_fast.lock import lock
+from swirl_fast.files import digest, fsync, lock
 from swirl_fast.policy import Policy
 from swirl_fast.training.parallel import TIMEOUT, Ranks
 
@@ -201,14 +200,14 @@ class Checkpoints:
             raise RuntimeError(f"{failed}: {error}") from error
         own: dict[str, str] | str
         try:
-            own = {file.name: _hash(file) for file in writing.glob(f"__{self._ranks.rank}_*")}
+            own = {file.name: digest(file) for file in writing.glob(f"__{self._ranks.rank}_*")}
         except OSError as error:
             own = str(error)
         of_ranks = self._gather(own)
         problem = "; ".join(one for one in of_ranks if isinstance(one, str))
         if not problem and self._ranks.main:
             try:
-                hashes = {name: digest for one in of_ranks for name, digest in one.items()}
+                hashes = {name: found for one in of_ranks for name, found in one.items()}
                 self._publish(writing, target, hashes, state)
             except Exception as error:  # the other ranks wait for it
                 problem = str(error)
@@ -225,12 +224,12 @@ class Checkpoints:
                     f"{name}, written by another rank, is not there: {self.folder} must be shared by all machines"
                 )
         (writing / _STATE).write_text(state)
-        hashes |= {name: _hash(writing / name) for name in (".metadata", _STATE)}
+        hashes |= {name: digest(writing / name) for name in (".metadata", _STATE)}
         (writing / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True))
         for path in (writing / _STATE, writing / _MANIFEST, writing):
-            _fsync(path)
+            fsync(path)
         writing.rename(target)
-        _fsync(self.folder)
+        fsync(self.folder)
         kept = checkpoints(self.folder)
         best = best_of(kept, self._best)
         if best is not None:
@@ -286,18 +285,24 @@ def best_of(paths: list[Path], metric: str) -> Path | None:
     return max(means, key=lambda path: (means[path], _step(path)), default=None)
 
 
-def load_weights(path: Path, policy: Policy | torch.nn.Module) -> dict[str, Any]:
-    """Restores the model alone from one checkpoint and returns its state. Collective. Raises ValueError when it is not there or damaged."""
+def recorded_state(path: Path) -> dict[str, Any]:
+    """The state in one checkpoint. Raises ValueError when it is not there or damaged."""
     if not path.is_dir():
         there = ", ".join(one.name for one in checkpoints(path.parent)) or "none"
         raise ValueError(f"{path} is no checkpoint; those in {path.parent}: {there}")
     if (problem := damage(path)) is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
-    weights = get_model_state_dict(policy)
-    dcp.load({"model": weights}, checkpoint_id=path, no_dist=not dist.is_initialized())
-    set_model_state_dict(policy, weights)
     state: dict[str, Any] = json.loads((path / _STATE).read_text())
     return state
+
+
+def load_weights(path: Path, policy: Policy | torch.nn.Module) -> None:
+    """Restores the model alone from a checkpoint. Collective."""
+    weights = get_model_state_dict(policy)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's; as it should be
+        dcp.load({"model": weights}, checkpoint_id=path, no_dist=not dist.is_initialized())
+    set_model_state_dict(policy, weights)
 
 
 def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
@@ -309,7 +314,7 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
         for name in sorted(hashes)[part::parts]:
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _hash(path / name) != hashes[name]:
+            if digest(path / name) != hashes[name]:
                 return f"{name} does not match its hash"
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -327,19 +332,3 @@ def _remove(path: Path) -> None:
     elif path.is_dir():
         doomed = path if path.suffix == _TEMPORARY else path.rename(path.with_name(path.name + _TEMPORARY))
         shutil.rmtree(doomed)
-
-
-def _hash(file: Path) -> str:
-    digest = xxhash.xxh64()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

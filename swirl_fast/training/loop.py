@@ -14,7 +14,7 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,8 +128,10 @@ class Trainer:
         self.checkpoints = config.folder / "checkpoints"
         self.guards = Guards(ranks, training.max_skipped_steps, training.kl_warning, self.checkpoints)
 
-    def train(self) -> None:
-        """Raises interrupt.Resumable, with a checkpoint on disk, when a signal or the time limit stops it before `training.steps`."""
+    def train(self, accepted: Callable[[], object] = lambda: None) -> None:
+        """accepted: called on rank 0 when no checkpoint speaks against the settings.
+
+        Raises interrupt.Resumable, with a checkpoint on disk, when a signal or the time limit stops it before `training.steps`."""
         training, folder = self.config.training, self.config.folder
         with (
             contextlib.closing(self.sampler),
@@ -139,6 +141,8 @@ class Trainer:
             ) as checkpoints,
         ):
             restored = checkpoints.load_latest(self.policy, self.optimizer, self._check_restored)
+            if self.ranks.main:
+                accepted()
             if restored is not None:
                 self.step = restored["step"]
                 self.stream.load_state_dict(restored["stream"])

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from swirl_fast.collect import Collector
+from swirl_fast.collect import Collector, prompt_of
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.judges.judge import Judgement, Verdict
-from swirl_fast.rendering import Renderer, conversation
+from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
 from swirl_fast.tasks.task import Task
 from swirl_fast.tools.tool import Tool
@@ -28,12 +28,7 @@ class Outcomes:
         training, limit = config.training, config.collect.max_steps
         self._count, self._task = training.samples_per_state, task
         self._questions = {question.id: question for question in task.questions("train")}
-        examples = task.examples[: config.tasks.examples]
-
-        def prompt(question: str) -> list[int]:
-            return renderer.prompt(conversation(question, list(tools.values()), limit, examples))
-
-        self._prompt = prompt
+        self._prompt = prompt = prompt_of(config, task, renderer, tools)
         longest = min(training.token_budget, training.max_path_tokens or training.token_budget)
         sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
         seed = seed_of(config.run.seed, "outcomes")

@@ -1,4 +1,4 @@
-"""One process writes to a file or folder of a run."""
+"""Files of a run: written by one process at a time, hashed, and on disk before they get their name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,26 @@ import fcntl
 import os
 import socket
 from pathlib import Path
+
+import xxhash
+
+
+def digest(path: Path) -> str:
+    """xxh64 of a file, in hex."""
+    state = xxhash.xxh64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def lock(path: Path) -> int:
