@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sqlite3
 import sys
 from collections.abc import Sequence
 
@@ -105,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"swirl-fast {options.stage}: {error}", file=sys.stderr)
         return 2
-    except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError, sqlite3.Error) as error:
+    except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("SWIRL_FAST_TRACEBACK"):
             raise
         print(f"swirl-fast {options.stage}: {error}\n(SWIRL_FAST_TRACEBACK=1 shows where)", file=sys.stderr)

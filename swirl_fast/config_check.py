@@ -138,8 +138,10 @@ def _check_engine(config: Config, values: _Values) -> None:
         )
     values.one_of("engine.weight_sync.method", ("disk", "tensor", "distributed"))
     if engine.urls and sync.method == "tensor":
+        from swirl_fast.loopback import is_loopback  # here, so that a config without servers needs no httpx
+
         for url in engine.urls:
-            if not re.match(r"https?://(127\.|localhost\b|\[::1\])", url):
+            if not is_loopback(url):
                 fail(
                     "engine.weight_sync.method",
                     f"tensors are shared on one node only, and {url} is another; use disk or distributed",

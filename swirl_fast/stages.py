@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -46,7 +45,7 @@ def collect(config: Config) -> None:
     task = _task(config)
     questions, sampling, wanted = _collection(config, task)
     count = config.collect.trajectories_per_question
-    with _store(config.store) as store:
+    with Store(config.store) as store:
         check_made_with(store, "collection", wanted)
         store.add_questions(questions)
         # With a checkpoint there it is train's, which may refuse these settings.
@@ -64,7 +63,7 @@ def collect(config: Config) -> None:
 def judge(config: Config) -> None:
     task = _task(config)
     Store(config.store, writable=False).close()  # says so when nothing was collected yet
-    with _judge(config, _tools_of(task), task=task) as judge, _store(config.store) as store:
+    with _judge(config, _tools_of(task), task=task) as judge, Store(config.store) as store:
         trajectories = _collected(config, task, store, "judge")
         judge_steps(judge, store, trajectories, "judge")
         judgements = judgements_of(judge, store, trajectories)
@@ -94,7 +93,7 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
         )
     with (
         _judge(config, {step.view.task: step.tools for step in labelled}) as judge,
-        _store(config.folder / "agreement.db") as store,
+        Store(config.folder / "agreement.db") as store,
     ):
         keys = [step.view.content_hash() for step in labelled]
         views = {key: one.view for key, one in zip(keys, labelled, strict=True)}
@@ -120,7 +119,7 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
 def export_steps(config: Config, path: str, count: int) -> None:
     """Steps of a run, drawn at random, into a file for people to label."""
     task = _task(config)
-    with _store(config.store, writable=False) as store:
+    with Store(config.store, writable=False) as store:
         trajectories = _collected(config, task, store, "judge")
     if Path(path).exists():
         raise ConfigError(f"--export-steps {path}: the file is there already, perhaps with labels; name another one")
@@ -136,7 +135,7 @@ def filter(config: Config) -> None:
     questions = _by_id(task.questions("train"))
     with (
         _judge(config, _tools_of(task), probe=False, task=task) as judge,
-        _store(config.store, writable=False) as store,
+        Store(config.store, writable=False) as store,
     ):
         trajectories = _collected(config, task, store, "filter")
         judgements = judgements_of(judge, store, trajectories)
@@ -249,7 +248,7 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(_judge(config, _tools_of(task), task=task))
         evaluation.make_room(folder, name, wanted)  # not before the judge is there: it may fail
-        store = stack.enter_context(_store(folder / f"{name}.db"))
+        store = stack.enter_context(Store(folder / f"{name}.db"))
         check_made_with(store, "evaluation", wanted)
         _save_config(config, folder / f"{name}.yaml")
         if not (config.folder / "config.yaml").is_file():
@@ -309,18 +308,11 @@ def run(config: Config) -> None:
     filter(config)
     train(config)
     trained = evaluate_trained(config)
-    keys = (
-        "accuracy",
-        "accuracy_interval",
-        "process_label",
-        "process_label_interval",
-        "unknown",
-        "malformed",
-        "questions",
-    )
+    shares = ("accuracy", "accuracy_interval", "process_label", "process_label_interval")
+    keys = (*shares, "unknown", "malformed", "questions")
     rows = {"base": {key: base[key] for key in keys}, "trained": {key: trained[key] for key in keys}}
     seconds = time.perf_counter() - start
-    if previous is not None and all(rows[name] | previous.get(name, {"none": 0}) == rows[name] for name in rows):
+    if previous is not None and {name: previous.get(name) for name in rows} == rows:
         seconds = previous["seconds"]  # nothing was done anew: the time it took stands
     write_json(config.folder / "summary.json", {**rows, "seconds": seconds})
     report(config)
@@ -466,23 +458,6 @@ def _engine(config: Config, weights: str | None) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
-
-
-@contextlib.contextmanager
-def _store(path: Path, writable: bool = True) -> Iterator[Store]:
-    """Raises RuntimeError, with the name of the file, for what SQLite fails at: its own errors do not tell it."""
-    try:
-        with Store(path, writable=writable) as store:
-            yield store
-    except sqlite3.Error as error:
-        first: BaseException = error
-        while isinstance(
-            first.__context__, sqlite3.Error
-        ):  # a full disk ends the transaction, and ROLLBACK then fails too
-            first = first.__context__
-        raise RuntimeError(
-            f"{path}: {first}. What was written before is kept: see to the disk and its free space, then start it again"
-        ) from first
 
 
 def _bar(what: str, total: int, unit: str, done: int = 0) -> tqdm:

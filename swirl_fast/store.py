@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -82,7 +82,8 @@ class Store:
     writable: take the one writer's place; False: read only, also while another process writes.
 
     Raises ValueError when another process writes, when the file is no store of ours or has another schema, and, for a
-    reader, when there is no file. Use as a context manager, or call `close`. One thread.
+    reader, when there is no file; RuntimeError, with the name of the file, for what SQLite fails at later, such as a full disk. Use as a
+    context manager, or call `close`. One thread.
     """
 
     def __init__(self, path: str | Path, *, writable: bool = True) -> None:
@@ -100,9 +101,9 @@ class Store:
         self._db.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
         try:
             self._open()
-        except sqlite3.OperationalError:  # a full disk, say: no fault of the file's
+        except sqlite3.OperationalError as error:  # no fault of the file's
             self.close()
-            raise
+            self._tell(error)
         except sqlite3.DatabaseError as error:
             self.close()
             raise ValueError(f"{self.path} is no readable store ({error}): use another run.name") from error
@@ -144,8 +145,19 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, sqlite3.Error):
+            self._tell(error)
+
+    def _tell(self, error: sqlite3.Error) -> NoReturn:
+        """The first of the errors: a full disk ends the transaction, and ROLLBACK then fails too."""
+        first = error
+        while isinstance(first.__context__, sqlite3.Error):
+            first = first.__context__
+        raise RuntimeError(
+            f"{self.path}: {first}. What was written before is kept: see to the disk and its free space, then start it again"
+        ) from first
 
     # ---- meta
 

@@ -306,11 +306,13 @@ def test_a_call_gives_up_when_nothing_is_answered(failure):
         judged = judge.judge(steps)
         assert [one.verdict for one in judged] == [UNKNOWN] * 40
         given_up = [one.reason for one in judged if "given up" in one.reason]
-        assert 40 - len(given_up) in (model_module.GIVE_UP, model_module.GIVE_UP + 1)
+        assert 40 - len(given_up) in (model_module.GIVE_UP_AFTER, model_module.GIVE_UP_AFTER + 1)
         why = "time-out after 0.3 s" if failure == "hang" else "HTTP 503: loading"
-        assert all(f"since {model_module.GIVE_UP} prompts failed and none was answered" in one for one in given_up)
+        assert all(
+            f"since {model_module.GIVE_UP_AFTER} prompts failed and none was answered" in one for one in given_up
+        )
         assert all(why in one for one in given_up)
-        assert len(endpoint.requests) <= 2 * (model_module.GIVE_UP + 2)
+        assert len(endpoint.requests) <= 2 * (model_module.GIVE_UP_AFTER + 2)
         well.set()
         assert {one.verdict for one in judge.judge(steps)} == {GOOD}
 

@@ -26,8 +26,9 @@ from swirl_fast.objective import policy_loss
 from swirl_fast.policy import PackedRow, Policy, model_size
 from swirl_fast.shards import Manifest
 from swirl_fast.training import totals as totals_module
-from swirl_fast.training.loop import MicroBatch, Trainer, check_budget
+from swirl_fast.training.loop import MicroBatch, Trainer
 from swirl_fast.training.rollout import SampledAction
+from swirl_fast.training.settings import check_budget
 from swirl_fast.training.totals import Totals
 from swirl_fast.trajectory import Step, StepView, Trajectory
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swirl_fast import cli
 from swirl_fast.comb import Branch, SampledState, pack
-from swirl_fast.config import ConfigError, ModelConfig, TrainingConfig
+from swirl_fast.config import ConfigError, EngineConfig, ModelConfig, TrainingConfig
 from swirl_fast.policy import PackedRow, Policy
 from swirl_fast.training import layers, parallel
 from swirl_fast.training.parallel import Ranks, decoder_layers
@@ -117,6 +117,24 @@ def test_three_steps_are_the_same(ranks: int, variant: str, llama: Path, runs: d
         )
     micro_batches = "accumulated" in variant or variant == "everything"
     assert found["micro_batches"] >= 4 if micro_batches else found["micro_batches"] == 1
+
+
+def test_ranks_wait_longer_than_a_servers_restart_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that hangs, and the start of its server anew, by the settings' own defaults."""
+    for name, value in (
+        ("WORLD_SIZE", "1"),
+        ("RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", str(free_port())),
+    ):
+        monkeypatch.setenv(name, value)
+    parallel.start()
+    try:
+        backend = torch.distributed.group.WORLD._get_backend(CPU)
+        waits, engine = backend.options._timeout.total_seconds(), EngineConfig()
+        assert waits == parallel.TIMEOUT.total_seconds() > engine.timeout + engine.launch.startup_timeout
+    finally:
+        parallel.stop()
 
 
 def test_gradients_are_reduced_once_an_update(runs: dict[tuple[int, str], Run]) -> None:

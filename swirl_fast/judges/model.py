@@ -46,7 +46,7 @@ from swirl_fast.trajectory import StepView
 PROMPT_VERSION = 2
 ANSWER_PROMPT_VERSION = 1
 BACKOFF = 0.5  # seconds before the second try, doubled for each further one, times a random factor in [0.5, 1.5)
-GIVE_UP = 4  # prompts that fail all their tries, none being answered, after which a call asks about no more
+GIVE_UP_AFTER = 4  # prompts that fail all their tries, none being answered, after which a call asks about no more
 MAX_WAIT = 30.0  # seconds between two tries, also where the server's Retry-After asks for more
 MAX_REASON_CHARS = 600
 SHARED_CHARS = 1500  # prompts that share less, beside the preface, are not worth waiting for each other
@@ -158,7 +158,7 @@ class _Call:
         """All tries of a prompt failed. An endpoint that hangs takes `retries + 1` time-outs a prompt: hours for a whole call."""
         with self._lock:
             self._failed += 1
-            if self._failed >= GIVE_UP and not self._answered and not self.stopped.is_set():
+            if self._failed >= GIVE_UP_AFTER and not self._answered and not self.stopped.is_set():
                 self.stop(
                     f"{GIVEN_UP}, since {self._failed} prompts failed and none was answered; one of them: {reason}"
                 )
@@ -221,7 +221,7 @@ class ModelJudge:
         """One judgement a step, in order; equal steps are asked about once.
 
         UNKNOWN, with the reason, where the endpoint fails `config.retries` times more, cuts the reply off or ends it
-        without a verdict; and for all that are left when GIVE_UP prompts failed and none was answered. Raises Refusal, which
+        without a verdict; and for all that are left when GIVE_UP_AFTER prompts failed and none was answered. Raises Refusal, which
         is a ConfigError, when the endpoint refuses the key, the path or the model (401, 403, 404).
         """
         return self._ask_all([step_prompt(step, self._tools.get(step.task, ())) for step in steps], _STEP_VERDICTS)

@@ -22,11 +22,11 @@ from swirl_fast.tools import open_tools
 from swirl_fast.training import layers, metrics, parallel, sharded_weights
 from swirl_fast.training.checkpoint import load_weights, recorded_state
 from swirl_fast.training.export import export
-from swirl_fast.training.loop import Trainer, check_budget
+from swirl_fast.training.loop import Trainer
 from swirl_fast.training.memory import GIB, estimate
 from swirl_fast.training.outcomes import Outcomes
 from swirl_fast.training.parallel import Ranks
-from swirl_fast.training.settings import completed, difference, model_settings, settings_of
+from swirl_fast.training.settings import check_budget, completed, difference, model_settings, settings_of
 
 _MARKER = "trained.json"
 

@@ -209,7 +209,7 @@ class Checkpoints:
             try:
                 hashes = {name: found for one in of_ranks for name, found in one.items()}
                 self._publish(writing, target, hashes, state)
-            except Exception as error:  # the other ranks wait for it
+            except OSError as error:
                 problem = str(error)
         problem = self._gather(problem)[0]
         if problem:

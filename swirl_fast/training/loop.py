@@ -40,7 +40,6 @@ from swirl_fast.objective import (
 from swirl_fast.policy import PackedRow, Policy, model_size
 from swirl_fast.rendering import Renderer
 from swirl_fast.shard_stream import TrajectoryStream
-from swirl_fast.shards import Manifest
 from swirl_fast.training import weight_sync
 from swirl_fast.training.checkpoint import Checkpoints
 from swirl_fast.training.guards import Guards
@@ -363,13 +362,15 @@ class Trainer:
                 )
                 (loss * self.ranks.size).backward()  # FSDP averages gradients over ranks; the loss is a global sum
                 metrics.append(part)
-                losses.append(loss.detach())
+                seen_N = torch.where(batch.weight_N != 0, logp_N.detach(), 0.0)
+                # An importance weight of 0 would hide a log-prob of minus infinity from the loss.
+                losses.append(torch.where(seen_N.isfinite().all(), loss.detach(), math.nan))
                 if first:
-                    # A log-prob that the policy has no number for is no fault of the engine's: its loss is no number either.
-                    counted_N = (batch.weight_N != 0) & logp_N.detach().isfinite()
-                    gap_N = torch.where(counted_N, (logp_N.detach() - batch.engine_logp_N).abs(), 0.0)
+                    # A log-prob that the policy has no number for skips the step, and is no fault of the engine's.
+                    counted_N = (batch.weight_N != 0) & seen_N.isfinite()
+                    gap_N = torch.where(counted_N, (seen_N - batch.engine_logp_N).abs(), 0.0)
                     gap_max = gap_N.max() if len(gap_N) else gap_N.sum()
-                    nll = -torch.where(batch.weight_N != 0, logp_N.detach(), 0.0).sum()
+                    nll = -seen_N.sum()
                     shown.append(torch.stack([loss.detach(), gap_N.sum(), gap_max, nll]).double())
             # Read here and not in the loop: the host would wait for the device after every micro-batch.
             if metrics:
@@ -472,30 +473,6 @@ def learning_rate(config: Config, step: int) -> float:
         return training.learning_rate
     progress = (step - training.warmup_steps) / max(training.steps - training.warmup_steps, 1)
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:
-    """Raises ConfigError, before any work, when the longest recorded state with a longest action, or for algorithm.name=sft with the
-    recorded one, fits neither a micro-batch nor the longest path allowed nor the context."""
-    training = config.training
-    if config.algorithm.name == "sft" and manifest.longest_path:
-        path = manifest.longest_path["tokens"]
-        what = f"trajectory {manifest.longest_path['id']} has {path} tokens up to its last action"
-        key = f"collect.max_steps={config.collect.max_steps}"
-    else:
-        longest = 1 if config.algorithm.name == "sft" else training.max_action_tokens
-        path = manifest.longest_state["tokens"] + longest
-        what = f"trajectory {manifest.longest_state['id']} has a state of {path - longest} tokens, and actions may have {longest}"
-        key = f"training.max_action_tokens={longest}"
-    if path - 1 > training.token_budget:  # an action's last token is not computed
-        raise ConfigError(f"training.token_budget={training.token_budget}: {what}; set it to at least {path - 1}")
-    if training.max_path_tokens and path > training.max_path_tokens:
-        raise ConfigError(
-            f"training.max_path_tokens={training.max_path_tokens}: {what}; set it to at least {path}, or to 0 for the model's context of "
-            f"{max_context}"
-        )
-    if path > max_context:
-        raise ConfigError(f"{key}: {what}; together this exceeds the model's context of {max_context}")
 
 
 def _empty_comb() -> Comb:

@@ -1,12 +1,21 @@
-"""What a training depends on, and whether a checkpoint or a finished model was made with it."""
+"""What a training depends on: whether the recorded trajectories fit, and whether a checkpoint or a finished model was made with it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
-from swirl_fast.config import AlgorithmConfig, Config, ModelConfig, SearchConfig, TasksConfig, TrainingConfig
+from swirl_fast.config import (
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    SearchConfig,
+    TasksConfig,
+    TrainingConfig,
+)
 from swirl_fast.model import model_fingerprint
+from swirl_fast.shards import Manifest
 
 
 def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
@@ -89,3 +98,27 @@ def difference(old: Any, new: Any, key: str = "") -> str:
         )
         return "; ".join(parts)
     return f"{key} was {old!r}, is {new!r} now"
+
+
+def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:
+    """Raises ConfigError, before any work, when the longest recorded state with a longest action, or for algorithm.name=sft with the
+    recorded one, fits neither a micro-batch nor the longest path allowed nor the context."""
+    training = config.training
+    if config.algorithm.name == "sft" and manifest.longest_path:
+        path = manifest.longest_path["tokens"]
+        what = f"trajectory {manifest.longest_path['id']} has {path} tokens up to its last action"
+        key = f"collect.max_steps={config.collect.max_steps}"
+    else:
+        longest = 1 if config.algorithm.name == "sft" else training.max_action_tokens
+        path = manifest.longest_state["tokens"] + longest
+        what = f"trajectory {manifest.longest_state['id']} has a state of {path - longest} tokens, and actions may have {longest}"
+        key = f"training.max_action_tokens={longest}"
+    if path - 1 > training.token_budget:  # an action's last token is not computed
+        raise ConfigError(f"training.token_budget={training.token_budget}: {what}; set it to at least {path - 1}")
+    if training.max_path_tokens and path > training.max_path_tokens:
+        raise ConfigError(
+            f"training.max_path_tokens={training.max_path_tokens}: {what}; set it to at least {path}, or to 0 for the model's context of "
+            f"{max_context}"
+        )
+    if path > max_context:
+        raise ConfigError(f"{key}: {what}; together this exceeds the model's context of {max_context}")
