@@ -2,15 +2,15 @@
 
     python -m benchmarks.overlap --quick --out FILE                                   the method on a small part of the quickstart
     python -m benchmarks.overlap --out benchmarks/results/DATE-overlap.json           the quickstart, three seeds
-    python -m benchmarks.overlap --out FILE training.lag_after=2 training.steps=24    the same with other settings
+    python -m benchmarks.overlap --out FILE training.on_policy_batches=2 training.steps=24    the same with other settings
 
 The same shards are trained on with lag 0 and 1 and several seeds, the local engine in a process of its own, each process with one
-thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one; handing over the weights,
-when both stand still, is neither), how much of it was hidden behind the other, in the steps that lag; hidden_share_of_run: in all of them,
-those before training.lag_after included. reward_mean: over the steps of a run. With lag 1 every batch but the first (and training.lag_after
-more) comes from the policy one update before, which moves the curve by one step; reward_of_policies is the mean over the same policies for
-both, those after 0, 1, 2, … updates, and tells whether an update teaches as much. The differences of the means over seeds are given in
-standard errors.
+thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one; handing over the weights, when both
+stand still, is neither), how much of it was hidden behind the other, in the steps that lag; hidden_share_of_run: in all of them, those
+before training.on_policy_batches included. reward_mean: over the steps of a run. With lag 1 every batch but the first (and
+training.on_policy_batches more) comes from the policy one update before, which moves the curve by one step; reward_of_policies is the
+mean over the same policies for both, those after 0, 1, 2, … updates, and tells whether an update teaches as much. The differences of the
+means over seeds are given in standard errors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from benchmarks.environment import environment
-from swirl_fast.training.metrics import read_metrics
+from swirl_fast.metrics import read_metrics
 
 QUICK = (
     "tasks.limit=8",
@@ -38,7 +38,7 @@ QUICK = (
     "filter.when_empty=none",
     "training.steps=3",
     "training.trajectories_per_step=2",
-    "training.samples_per_state=4",
+    "training.group_size=4",
 )
 SAMPLING = ("seconds_data", "seconds_rollout", "seconds_judge")
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not done:
                 _stage(options, "train", name, [*more, *overrides])
             rows = read_metrics(options.folder / name)
-            after = yaml.safe_load((options.folder / name / "config.yaml").read_text())["training"]["lag_after"]
+            after = yaml.safe_load((options.folder / name / "config.yaml").read_text())["training"]["on_policy_batches"]
             runs.append({"lag": lag, "seed": seed, **measure(rows, lag, after)})
             print(json.dumps({key: value for key, value in runs[-1].items() if key != "steps"}), file=sys.stderr)
     result = {"environment": environment(), "overrides": overrides, "summary": summary(runs), "runs": runs}
@@ -81,23 +81,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(result["summary"], indent=1))
 
 
-def measure(rows: Sequence[dict[str, float]], lag: int, lag_after: int = 0) -> dict[str, Any]:
-    """Of one run's metrics. With lag, batches lag_after and lag_after + 1 come from the same policy."""
+def measure(rows: Sequence[dict[str, float]], lag: int, on_policy_batches: int = 0) -> dict[str, Any]:
+    """Of one run's metrics. With lag, batches on_policy_batches and on_policy_batches + 1 come from the same policy."""
     hidden = shorter = lagging = 0.0
     for i, (row, following) in enumerate(zip(rows, rows[1:], strict=False)):
         sampling = sum(following[name] for name in SAMPLING)
         learning = row["seconds"] - row["seconds_wait_for_rollout"] - row["seconds_weight_sync"]
-        if not lag or i <= lag_after:  # its own batch was sampled in the step
+        if not lag or i <= on_policy_batches:  # its own batch was sampled in the step
             learning -= sum(row[name] for name in SAMPLING)
         hidden += row["seconds_hidden"]
         shorter += min(sampling, learning)
-        lagging += min(sampling, learning) if lag and i >= lag_after else 0.0
+        lagging += min(sampling, learning) if lag and i >= on_policy_batches else 0.0
     return {
         "seconds": sum(row["seconds"] for row in rows),
         "hidden_share": hidden / lagging if lagging else 0.0,
         "hidden_share_of_run": hidden / shorter if shorter else 0.0,
         "reward_mean": _mean_reward(rows),
-        "reward_of_policies": _mean_reward([*rows[:lag_after], *rows[lag_after + 1 :]] if lag else rows[:-1]),
+        "reward_of_policies": _mean_reward(
+            [*rows[:on_policy_batches], *rows[on_policy_batches + 1 :]] if lag else rows[:-1]
+        ),
         "steps": [
             {key: row[key] for key in ("step", "reward", "engine_gap_mean", "seconds", "seconds_hidden", *SAMPLING)}
             for row in rows

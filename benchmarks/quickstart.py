@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from benchmarks.environment import environment
-from swirl_fast.training.metrics import read_metrics
+from swirl_fast.metrics import read_metrics
 
 STEP_KEYS = (
     "step",

@@ -35,9 +35,9 @@ from bm25s.stopwords import STOPWORDS_EN
 from tqdm import tqdm
 
 from swirl_fast.tools.search import Search
-from swirl_fast.tools.search_bm25 import BM25, best, tokenize
-from swirl_fast.tools.search_dense import INDEXES, Dense
-from swirl_fast.tools.search_index import Index
+from swirl_fast.tools.search.bm25 import BM25, best, tokenize
+from swirl_fast.tools.search.dense import INDEXES, Dense
+from swirl_fast.tools.search.index import Index
 
 WORDS = 600_000
 TOP_K = 10

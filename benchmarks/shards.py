@@ -42,12 +42,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from swirl_fast.actions import Action
-from swirl_fast.judges.judge import Verdict
-from swirl_fast.shard_store import ShardCache
-from swirl_fast.shard_stream import TrajectoryStream
-from swirl_fast.shards import StepSample, streaming, verify_shards, write_shards
+from swirl_fast.data.shard_source import ShardCache
+from swirl_fast.data.shards import StepSample, streaming, verify_shards, write_shards
+from swirl_fast.data.stream import TrajectoryStream
+from swirl_fast.formats.tags import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
+from swirl_fast.verdict import Verdict
 
 Batches = Iterator[list[StepSample]]
 

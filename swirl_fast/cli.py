@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from swirl_fast import __version__
 from swirl_fast.config import ConfigError, load
-from swirl_fast.training.interrupt import EXIT_RESUMABLE, Resumable
+from swirl_fast.exits import EXIT_RESUMABLE, Resumable
 
 _STAGES = {
     "collect": "questions -> trajectories, with the real tools",
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _experiment(options: argparse.Namespace) -> int:
-    from swirl_fast.experiment import read_experiment, run_experiment, write_outputs
+    from swirl_fast.experiments.run import read_experiment, run_experiment, write_outputs
 
     experiment = read_experiment(options.file, options.overrides)
     if options.report:

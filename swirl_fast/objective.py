@@ -134,7 +134,7 @@ def policy_loss(
     weight_N: Tensor,
     algorithm: AlgorithmConfig,
     ref_logp_N: Tensor | None = None,
-    engine_logp_N: Tensor | None = None,
+    rollout_logp_N: Tensor | None = None,
     offsets_A: Tensor | None = None,
 ) -> tuple[Tensor, PolicyLossMetrics]:
     """Scalar loss (a sum: weights already hold the global normaliser) and its metrics, which add up. Inputs float32 [N], but for
@@ -143,7 +143,7 @@ def policy_loss(
     reinforce, rloo, grpo, sft: -ratio * A with ratio = exp(logp - old_logp); on policy (old = logp detached) its gradient is
     -A * grad logp. ppo: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A).
     KL: k3 = exp(ref - logp) - (ref - logp) - 1 (Schulman, "Approximating KL divergence"), times algorithm.kl_coef.
-    algorithm.importance_cap: the policy term of each token is weighed by min(exp(old_logp - engine_logp), cap), detached: truncated
+    algorithm.importance_cap: the policy term of each token is weighed by min(exp(old_logp - rollout_logp), cap), detached: truncated
     importance sampling (Yao et al., 2025) for an engine whose numbers are not quite the trainer's. importance_level=action: by that
     of the whole action's probabilities.
     Tokens of weight 0 contribute exactly nothing, whatever their log-probs.
@@ -173,7 +173,7 @@ def policy_loss(
         offsets,
         spec,
         ref_logp=ref_logp_N,
-        behaviour_logp=engine_logp_N if algorithm.importance_cap else None,
+        rollout_logp=rollout_logp_N if algorithm.importance_cap else None,
         weight=weight_N,
     )
 

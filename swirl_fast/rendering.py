@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from swirl_fast.actions import ANSWER_TAG, TOOL_TAGS
+from swirl_fast.formats.tags import ANSWER_TAG, TOOL_TAGS
 from swirl_fast.tasks.task import Example
 from swirl_fast.tools.tool import Tool
 
@@ -73,7 +73,7 @@ class Renderer:
                 f"the chat template of {name} does not end an assistant's turn with a special token (it continues with {before!r}), "
                 f"so generation would not know where to stop; set model.chat_template to one that does ({READY})"
             )
-        self._end_of_turn = tokenizer.convert_ids_to_tokens(self.stop_id)
+        self._end_of_turn = str(tokenizer.convert_ids_to_tokens(self.stop_id))
         self._before = before.removeprefix(self._end_of_turn)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -92,7 +92,9 @@ class Renderer:
         """The text of an action, without its stop token."""
         if tokens and tokens[-1] == self.stop_id:
             tokens = tokens[:-1]
-        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "one sequence decodes to one text"
+        return text
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of the text of an action, without its stop token: of one that was written, not sampled."""
@@ -109,7 +111,9 @@ class Renderer:
         if not self._system_role and messages and messages[0]["role"] == "system":
             system, first, *rest = messages
             messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str), "tokenize=False gives text"
+        return text
 
     def _has_system_role(self) -> bool:
         messages = [{"role": "system", "content": "S-probe"}, {"role": "user", "content": "U-probe"}]

@@ -19,7 +19,7 @@ import json
 from dataclasses import dataclass, field
 from enum import Enum
 
-from swirl_fast.actions import Action
+from swirl_fast.formats.tags import Action
 
 
 class Finish(str, Enum):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Scripts of support/ that tests start find their neighbours here.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 
 import torch
 
@@ -15,7 +20,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 import pytest
-from small_models import SHAPE, train_tokenizer
+from support.endpoints import JudgeServer
+from support.small_models import SHAPE, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -72,3 +78,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def judged() -> Iterator[str]:
+    """The overrides that make the server the judge."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"judge={{kind: model, model: {{url: 'http://127.0.0.1:{server.server_port}/v1'}}}}"
+    server.shutdown()
+    server.server_close()

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PYTHON = """#!/bin/sh
 [ "$1" = -c ] && exit 0
 echo "$@" >> calls

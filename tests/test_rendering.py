@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import datetime
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import CHAT_TEMPLATE, train_tokenizer
+from support.paths import ROOT
+from support.small_models import CHAT_TEMPLATE, train_tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from swirl_fast.collect import prompt_hash
-from swirl_fast.model import dateless
+from swirl_fast.models.load import dateless
 from swirl_fast.rendering import Renderer, conversation
+from swirl_fast.rollouts.collector import prompt_hash
 from swirl_fast.tasks.task import Example
 from swirl_fast.tools.calculator import Calculator
 
@@ -28,7 +28,7 @@ DROPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1].lstrip('\n') if not loop.last else m.content }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CHATML = (Path(__file__).parent.parent / "configs" / "chat_templates" / "chatml.jinja").read_text()
+CHATML = (ROOT / "configs" / "chat_templates" / "chatml.jinja").read_text()
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 NUMBERS_TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ loop.index }}\n{% endfor %}"
@@ -115,7 +115,7 @@ def test_a_refusal_names_a_template_that_is_there_and_would_do() -> None:
     with pytest.raises(ValueError) as caught:
         Renderer(tokenizer(DROPS_THINKING))
     (named,) = re.findall(r"configs/\S+\.jinja", str(caught.value))
-    Renderer(tokenizer((Path(__file__).parent.parent / named).read_text()))
+    Renderer(tokenizer((ROOT / named).read_text()))
 
 
 @pytest.mark.parametrize(

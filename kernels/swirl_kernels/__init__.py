@@ -2,7 +2,7 @@
 
 from swirl_kernels.linear_logprob import linear_logprob, naive_linear_logprob
 from swirl_kernels.policy_loss import naive_policy_loss, policy_loss
-from swirl_kernels.policy_loss_presets import (
+from swirl_kernels.policy_loss.presets import (
     PRESETS,
     PolicyLossPreset,
     loss_counts,
@@ -11,11 +11,11 @@ from swirl_kernels.policy_loss_presets import (
     trl_preset,
     verl_preset,
 )
-from swirl_kernels.policy_loss_spec import PolicyLossMetrics, PolicyLossSpec
+from swirl_kernels.policy_loss.spec import PolicyLossMetrics, PolicyLossSpec
 from swirl_kernels.segment_reduce import naive_segment_reduce, segment_reduce
 from swirl_kernels.selective_logprob import naive_selective_logprob, selective_logprob
-from swirl_kernels.tree import TreePlan, tree_plan
 from swirl_kernels.tree_attention import naive_tree_attention, tree_attention
+from swirl_kernels.tree_attention.plan import TreePlan, tree_plan
 
 __all__ = [
     "PRESETS",

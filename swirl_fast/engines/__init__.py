@@ -11,7 +11,7 @@ from swirl_fast.engines.engine import Engine
 if TYPE_CHECKING:
     import torch
 
-    from swirl_fast.training.parallel import Ranks
+    from swirl_fast.ranks import Ranks
 
 
 def load_engine(
@@ -29,8 +29,8 @@ def load_engine(
         return ProcessEngine(_local, config, device, weights, threads=e.threads)
     if e.kind == "local":
         return _local(config, device, weights)
-    from swirl_fast.engines.sglang import SGLangEngine
-    from swirl_fast.model import local_folder, weights_hash
+    from swirl_fast.engines.sglang.engine import SGLangEngine
+    from swirl_fast.models.load import local_folder, weights_hash
     from swirl_fast.seeds import seed_of
 
     folder = Path(weights) if weights else local_folder(config.model)
@@ -58,8 +58,8 @@ def load_engine(
 
 
 def _local(config: Config, device: torch.device | str, weights: str | None) -> Engine:
-    from swirl_fast.engines.local import LocalEngine
-    from swirl_fast.model import load_model
+    from swirl_fast.engines.local.engine import LocalEngine
+    from swirl_fast.models.load import load_model
 
     e = config.engine
     return LocalEngine(

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-
-from swirl_fast.comb import common_prefix
 
 
 class EngineError(RuntimeError):
@@ -63,7 +59,7 @@ class Completion:
 
 @dataclass
 class EngineStats:
-    """Totals since the engine started."""
+    """StepSums since the engine started."""
 
     requests: int = 0
     prompt_tokens: int = 0  # tokens in all requests
@@ -72,17 +68,6 @@ class EngineStats:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-
-
-def cacheable(prompts: Sequence[Sequence[int] | np.ndarray]) -> int:
-    """How many tokens of prompts that meet a cold cache together an ideal prefix cache would not compute again: the sum of
-    (length - 1) minus the number of distinct prefixes among all `prompt[:-1]`. The last token of a prompt is always
-    computed: its logits are needed. Raises ValueError for an empty prompt."""
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("an empty prompt has no last token; give at least one token")
-    # Sorted, a prefix that came before is one of the neighbour before.
-    contexts = [np.asarray(context, np.int64) for context in sorted(list(prompt[:-1]) for prompt in prompts)]
-    return sum(common_prefix(a, b) for a, b in pairwise(contexts))
 
 
 def whole(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.intervals import wilson
 from swirl_fast.judges.labels import LabelledStep
-from swirl_fast.tasks.scoring import interval
+from swirl_fast.verdict import Judgement, Verdict
 
 GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
 SHOWN = 10  # disagreements that are printed; the file holds all
@@ -53,7 +53,7 @@ def _numbers(pairs: Sequence[tuple[LabelledStep, Judgement]]) -> dict[str, Any]:
         "steps": len(pairs),
         "labelled_good": tp + fn + count[GOOD][UNKNOWN],
         "accuracy": _share(right, known),
-        "accuracy_interval": list(interval(right, known)),
+        "accuracy_interval": list(wilson(right, known)),
         "accuracy_unknown_wrong": _share(right, len(pairs)),
         "precision": _share(tp, tp + fp),
         "recall": _share(tp, tp + fn),

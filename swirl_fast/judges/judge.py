@@ -1,39 +1,17 @@
-"""The protocol of a process judge, and its verdicts."""
+"""The protocol of a process judge."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
-from swirl_fast.actions import Action
 from swirl_fast.config import ConfigError
+from swirl_fast.formats.tags import Action
 from swirl_fast.trajectory import StepView
-
-
-class Verdict(str, Enum):
-    GOOD = "GOOD"
-    BAD = "BAD"
-    UNKNOWN = "UNKNOWN"  # the judge failed or gave no verdict: never a reward, always counted
-
-
-@dataclass(frozen=True)
-class Judgement:
-    verdict: Verdict
-    reason: str
-
+from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
 NO_REPLY = "no reply"  # how the reason of an UNKNOWN begins when an endpoint did not answer
 GIVEN_UP = "no reply: given up"  # and when it was not asked, or not as often as it should have been
-
-
-@dataclass(frozen=True)
-class JudgeStats:
-    """Tokens since the judge was made; 0 where none are read, or where the endpoint does not tell."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # of these, not computed again by the endpoint
 
 
 class Refusal(ConfigError):

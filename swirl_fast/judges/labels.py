@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swirl_fast.actions import TOOL_TAGS, Action, parse
-from swirl_fast.judges.judge import Verdict
+from swirl_fast.formats.tags import TOOL_TAGS, Action, parse
 from swirl_fast.trajectory import StepView, Trajectory
+from swirl_fast.verdict import Verdict
 
 SOURCES = ("human", "rule", "construction")
 KEYS = ("task", "tools", "question", "history", "action_text", "label", "kind", "source")

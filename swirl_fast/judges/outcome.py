@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from swirl_fast.config import EndpointConfig
-from swirl_fast.judges.judge import Verdict
-from swirl_fast.judges.kept import judge_missing
+from swirl_fast.data.store import Store
+from swirl_fast.judges.cached import judge_missing
 from swirl_fast.judges.model import GivenAnswer, ModelJudge
-from swirl_fast.store import Store
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Trajectory
+from swirl_fast.verdict import Verdict
 
 
 def judge_outcomes(

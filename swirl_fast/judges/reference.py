@@ -14,14 +14,14 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
-from swirl_fast.actions import parse
 from swirl_fast.config import ConfigError
-from swirl_fast.judges.expressions import read_calculation
-from swirl_fast.judges.judge import Judgement, JudgeStats, Verdict
+from swirl_fast.formats.tags import parse
+from swirl_fast.judges.rules.calculations import read_calculation
 from swirl_fast.tasks.scoring import number
 from swirl_fast.tools.calculator import CalculationError, numbers
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
+from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
 VERSION = 1  # part of the judge's id, under which verdicts are cached
 

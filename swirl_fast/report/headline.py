@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from swirl_fast.intervals import difference_interval
 from swirl_fast.report.charts import interval_bar
 from swirl_fast.report.inputs import Run
 from swirl_fast.report.markup import escape, is_number, show
@@ -116,10 +116,7 @@ def _cell(evaluation: Mapping[str, Any], key: str, unit: str) -> str:
 
 
 def _change(base: Mapping[str, Any], trained: Mapping[str, Any], key: str, unit: str, direction: int | None) -> str:
-    """The difference, and its 95 % interval where both have one: Newcombe 1998, method 10, from two Wilson intervals.
-
-    low = d - sqrt((p2 - low2)² + (high1 - p1)²), high = d + sqrt((high2 - p2)² + (p1 - low1)²), d = p2 - p1
-    """
+    """The difference, and its 95 % interval where both have one."""
     old, new = base.get(key), trained.get(key)
     if direction is None or not (is_number(old) and is_number(new)):
         return ""
@@ -131,7 +128,6 @@ def _change(base: Mapping[str, Any], trained: Mapping[str, Any], key: str, unit:
     left, right = _interval(base, key), _interval(trained, key)
     if not (left and right):
         return text
-    low = 100 * (difference - math.hypot(new - right[0], left[1] - old))
-    high = 100 * (difference + math.hypot(right[1] - new, old - left[0]))
+    low, high = (100 * end for end in difference_interval(old, left, new, right))
     chance = ", may be chance" if low <= 0 <= high else ""
     return f"{text}<small>95%: {low:+.1f} to {high:+.1f}{chance}</small>"

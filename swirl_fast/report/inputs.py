@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from swirl_fast.metrics import METRICS_FILE, read_metrics
 from swirl_fast.report.markup import escape, is_number, show
-from swirl_fast.training.metrics import METRICS_FILE, read_metrics
 
 STAGES = {  # file -> the command that writes it
     "config.yaml": "run",
@@ -126,7 +126,7 @@ def _outdated(run: Run) -> list[str]:
     model = run.folder / "model"
     if not (model / "config.json").is_file():
         return []
-    from swirl_fast.model import weights_hash  # loads torch
+    from swirl_fast.models.load import weights_hash  # loads torch
 
     now, found = weights_hash(model), []
     for name, one in run.evaluations.items():

@@ -8,7 +8,7 @@ import math
 import re
 from typing import TypeGuard
 
-from swirl_fast.actions import ANSWER_TAG, TOOL_TAGS
+from swirl_fast.formats.tags import ANSWER_TAG, TOOL_TAGS
 
 MAX_CHARS = 4_000  # of one text; three quarters from its beginning, the rest from its end, where the tag stands
 

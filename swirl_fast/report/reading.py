@@ -10,12 +10,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from swirl_fast.judges.judge import Judgement, Verdict
+from swirl_fast.data.store import Store
 from swirl_fast.report.markup import block, escape, short
-from swirl_fast.store import Store
 from swirl_fast.tasks import TEXT_ANSWERS
 from swirl_fast.tasks.scoring import score_number, score_text
 from swirl_fast.trajectory import Finish, Step, Trajectory
+from swirl_fast.verdict import Judgement, Verdict
 
 SAMPLE = 40  # trajectories shown of one store
 

@@ -11,7 +11,6 @@ recall are those of the best gold answer, as in BeerQA's script; 2WikiMultihopQA
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections import Counter
@@ -95,22 +94,3 @@ def _score_normalised(given: str, gold: str, closed: Collection[str]) -> Score:
         return ZERO
     precision, recall = common / len(given_words), common / len(gold_words)
     return Score(float(given == gold), 2 * precision * recall / (precision + recall), precision, recall)
-
-
-def interval(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share: (low, high), both in [0, 1]; (0, 1) for n = 0.
-
-    successes: may be fractional, e.g. a sum of means over samples. Raises ValueError unless 0 <= successes <= n.
-
-    centre ± width = (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964 (Wilson 1927).
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"successes={successes} of n={n}: must be between 0 and n")
-    if n == 0:
-        return 0.0, 1.0
-    z = 1.959963984540054
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)

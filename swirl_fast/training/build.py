@@ -10,23 +10,23 @@ from pathlib import Path
 import torch
 
 from swirl_fast.config import Config, ConfigError
+from swirl_fast.data.shard_source import open_shards
+from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
 from swirl_fast.judges import load_judge
-from swirl_fast.model import DTYPES, load_config, load_model, load_tokenizer
-from swirl_fast.policy import Policy
+from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer
+from swirl_fast.models.policy import Policy
+from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer
-from swirl_fast.shard_store import open_shards
-from swirl_fast.shard_stream import TrajectoryStream
+from swirl_fast.rollouts.whole import WholeRollouts
 from swirl_fast.tasks import load_task
 from swirl_fast.tools import open_tools
-from swirl_fast.training import layers, metrics, parallel, sharded_weights
+from swirl_fast.training import fsdp, layers, metrics_log, sharded_weights
 from swirl_fast.training.checkpoint import load_weights, recorded_state
 from swirl_fast.training.export import export
-from swirl_fast.training.loop import Trainer
 from swirl_fast.training.memory import GIB, estimate
-from swirl_fast.training.outcomes import Outcomes
-from swirl_fast.training.parallel import Ranks
-from swirl_fast.training.settings import check_budget, completed, difference, model_settings, settings_of
+from swirl_fast.training.resume import check_budget, completed, difference, model_settings, settings_of
+from swirl_fast.training.trainer import Trainer
 
 _MARKER = "trained.json"
 
@@ -86,7 +86,7 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
         policy.requires_grad_(False)
     layers.prepare(policy, training)
     offload = frozen and training.reference_offload
-    parallel.shard(policy, ranks, compute, training.shard_size, offload)
+    fsdp.shard(policy, ranks, compute, training.shard_size, offload)
     if weights is not None:
         sharded_weights.fill(policy, weights, torch.device("cpu") if offload else ranks.device)
     return policy
@@ -103,8 +103,8 @@ def run_training(config: Config, ranks: Ranks, accepted: Callable[[], object] = 
 
 def _run_training(config: Config, ranks: Ranks, accepted: Callable[[], object], stack: contextlib.ExitStack) -> None:
     training = config.training
-    parallel.check(training, ranks)
-    metrics.check(training)
+    fsdp.check(training, ranks)
+    metrics_log.check(training)
     layers.check(training, load_config(config.model), ranks.device)
     target = config.folder / "model"
     stream = open_stream(config, ranks)
@@ -143,7 +143,7 @@ def _run_training(config: Config, ranks: Ranks, accepted: Callable[[], object], 
     outcomes = None
     if engine is not None and config.algorithm.reward == "outcome":
         tools = stack.enter_context(open_tools(task.tools, config.search, task.passages()))
-        outcomes = Outcomes(config, task, tools, engine, renderer)
+        outcomes = WholeRollouts(config, task, tools, engine, renderer)
     if ranks.main and ranks.device.type == "cuda":
         there = torch.cuda.get_device_properties(ranks.device).total_memory / GIB
         needed = estimate(load_config(config.model), config, ranks.size if ranks.distributed else 0)

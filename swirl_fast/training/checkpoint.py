@@ -36,10 +36,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from swirl_fast.config import KEEP_BEST
+from swirl_fast.config.check import KEEP_BEST
 from swirl_fast.files import digest, fsync, lock
-from swirl_fast.policy import Policy
-from swirl_fast.training.parallel import TIMEOUT, Ranks
+from swirl_fast.models.policy import Policy
+from swirl_fast.ranks import TIMEOUT, Ranks
 
 BEST = "best"  # a link to the checkpoint that `keep_best` keeps
 _MANIFEST, _STATE, _TEMPORARY = "manifest.json", "state.json", ".tmp"

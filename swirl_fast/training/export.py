@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from swirl_fast.policy import Policy
-from swirl_fast.training.parallel import Ranks, full_parameters
+from swirl_fast.models.policy import Policy
+from swirl_fast.ranks import Ranks
+from swirl_fast.training.fsdp import full_parameters
 from swirl_fast.training.sharded_weights import Unsharded, conversions, persistent_buffers
 
 FILE_BYTES = 4 << 30

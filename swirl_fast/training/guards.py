@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from swirl_fast.training.parallel import Ranks
+from swirl_fast.ranks import Ranks
 
 ENOUGH_TO_TELL = 8  # judged actions without a single verdict: below that it may be the actions
 
 
 @dataclass
-class Counts:
+class GuardCounts:
     """Goes into checkpoints and, where named so, into the metrics."""
 
     skipped_steps: int = 0  # loss or gradient was not finite
@@ -31,7 +31,7 @@ class Guards:
 
     def __init__(self, ranks: Ranks, limit: int, kl_limit: float, folder: Path) -> None:
         self._ranks, self._limit, self._kl_limit, self._folder = ranks, limit, kl_limit, folder
-        self.counts = Counts()
+        self.counts = GuardCounts()
         self.skipped = False  # this step
 
     def begin(self) -> None:
@@ -99,10 +99,10 @@ class Guards:
         return asdict(self.counts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.counts = Counts(**state)
+        self.counts = GuardCounts(**state)
 
     def _skip(self) -> bool:
-        """Counts a step without an update; whether the limit is reached."""
+        """GuardCounts a step without an update; whether the limit is reached."""
         self.skipped = True
         self.counts.in_a_row += 1
         return self.counts.in_a_row >= self._limit

@@ -20,15 +20,10 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from swirl_fast.training.parallel import Ranks
+    from swirl_fast.ranks import Ranks
 
-EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _RECENT = 10  # the next step is taken to be as long as the longest of so many
-
-
-class Resumable(Exception):
-    """The training was stopped in order and goes on from its checkpoint when it is started again."""
 
 
 class Interrupts:

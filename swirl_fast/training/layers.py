@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from swirl_fast.config import ConfigError, TrainingConfig
-from swirl_fast.policy import Policy
-from swirl_fast.training.parallel import decoder_layers
+from swirl_fast.models.policy import Policy
+from swirl_fast.training.fsdp import decoder_layers
 
 
 def check(training: TrainingConfig, model_config: PreTrainedConfig, device: torch.device) -> None:

@@ -23,8 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from swirl_fast.config import Config, ConfigError, load
-from swirl_fast.model import DTYPES, load_config
-from swirl_fast.training.parallel import layers_of
+from swirl_fast.models.load import DTYPES, load_config
+from swirl_fast.training.fsdp import layers_of
 
 GIB = 2**30
 LOGITS_WORKSPACE = 256 << 20  # linear_logprob's default

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from swirl_fast.config import ModelConfig
-from swirl_fast.model import DTYPES, load_config, named_errors, resolve
-from swirl_fast.policy import Policy
+from swirl_fast.models.load import DTYPES, load_config, named_errors, resolve
+from swirl_fast.models.policy import Policy
 
 _ROWS = 1 << 14  # compared at a time
 

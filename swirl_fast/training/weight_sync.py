@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from swirl_fast.engines.engine import Engine
-from swirl_fast.policy import Policy
-from swirl_fast.training.parallel import Ranks
+from swirl_fast.models.policy import Policy
+from swirl_fast.ranks import Ranks
 
 
 def sync(policy: Policy, engine: Engine, version: int, ranks: Ranks) -> None:

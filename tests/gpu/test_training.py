@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import small_models
 import torch
-from parallel_variants import train
-from test_parallel import CPU, read, torchrun
+from support import small_models
+from support.parallel_variants import train
+from support.torchrun import CPU, read, torchrun
 
-from swirl_fast.training.parallel import Ranks
+from swirl_fast.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

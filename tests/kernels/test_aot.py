@@ -16,7 +16,7 @@ import pytest
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from swirl_kernels.aot_case import AotCase  # noqa: E402
+from swirl_kernels.aot.case import AotCase  # noqa: E402
 
 HERE = Path(__file__).parent
 TABLE = HERE.parents[1] / "kernels" / "aot.md"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_logprob_cases import TARGETS, assert_close, inputs, results, rounded, upstream
+from support.linear_logprob_cases import TARGETS, assert_close, inputs, results, rounded, upstream
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import swirl_kernels.linear_logprob_torch as implementation
 from swirl_kernels import linear_logprob, naive_linear_logprob
+from swirl_kernels.linear_logprob import eager as implementation
 
 SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing kept
 

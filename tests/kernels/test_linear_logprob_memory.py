@@ -11,7 +11,7 @@ BOUND = 1.1 * (WORKSPACE + ROWS * SIZE * 4 / 2**20)
 
 PROGRAM = f"""
 import torch
-from benchmarks.step_training_measure import PeakMemory
+from benchmarks.step_training.measure import PeakMemory
 from swirl_kernels import linear_logprob
 
 dtype = torch.DTYPE

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from linear_logprob_cases import assert_close, inputs, results, rounded, upstream
+from support.linear_logprob_cases import assert_close, inputs, results, rounded, upstream
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-import swirl_kernels.linear_logprob_triton as implementation
 from swirl_kernels import linear_logprob, naive_linear_logprob
+from swirl_kernels.linear_logprob import triton as implementation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

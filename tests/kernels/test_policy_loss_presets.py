@@ -69,7 +69,7 @@ class Batch:
             self.offsets,
             preset.spec,
             ref_logp=None if preset.spec.kl == "none" else ref,
-            behaviour_logp=None if preset.spec.correction == "none" else rollout,
+            rollout_logp=None if preset.spec.correction == "none" else rollout,
             weight=preset.weights(self.offsets, totals, mask),
         )
         (gradient,) = torch.autograd.grad(loss, logp)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from test_policy_loss import (
+from support.policy_loss_cases import (
     LENGTHS,
     SPECS,
     assert_close,
@@ -24,7 +24,7 @@ from test_policy_loss import (
 )
 
 from swirl_kernels import PolicyLossSpec, naive_policy_loss, policy_loss
-from swirl_kernels.policy_loss_triton import BLOCK, policy_loss_triton
+from swirl_kernels.policy_loss.triton import BLOCK, policy_loss_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [(torch.float32, 1e-5), (torch.float16, 1e-3)]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SHAPE, train_tokenizer
+from support.paths import ROOT
+from support.small_models import SHAPE, train_tokenizer
 
-ROOT = Path(__file__).parents[2]
 HEADINGS = ("Tree attention", "Linear log-probabilities", "In a TRL GRPO trainer", "As a verl-style loss")
 
 

@@ -21,7 +21,7 @@ OPS = ("sum", "mean", "max")
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "triton":
         triton = pytest.importorskip("triton")
-        from swirl_kernels import segment_reduce_triton
+        from swirl_kernels.segment_reduce import triton as segment_reduce_triton
 
         assert segment_reduce_triton.BLOCK == BLOCK and triton
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", request.param)
@@ -186,7 +186,7 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_gpu_does_not_read_back_comes_out_as_nan() -> None:
     """Called below the checks, which on a CPU refuse these by value. Nothing outside the tensors is touched."""
     pytest.importorskip("triton")
-    from swirl_kernels.segment_reduce_triton import segment_reduce_triton, segment_spread_triton
+    from swirl_kernels.segment_reduce.triton import segment_reduce_triton, segment_spread_triton
 
     x = torch.ones(6, device=DEVICE)
     for bad in ([0, 3, 4], [1, 3, 6], [0, 5, 3, 6], [0, 9, 6], [-1, 6]):

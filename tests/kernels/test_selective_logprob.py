@@ -22,7 +22,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """torch with blocks of few rows, triton with blocks that cut the vocabularies used here."""
     if request.param == "triton":
         pytest.importorskip("triton")
-        import swirl_kernels.selective_logprob_triton as kernels
+        from swirl_kernels.selective_logprob import triton as kernels
 
         monkeypatch.setattr(kernels, "FORWARD_BLOCK", 512)
         monkeypatch.setattr(kernels, "BACKWARD_BLOCK", 256)

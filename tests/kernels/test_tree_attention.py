@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import swirl_kernels.tree as planning
-import swirl_kernels.tree_attention_torch as implementation
 from swirl_kernels import naive_tree_attention, tree_attention, tree_plan
+from swirl_kernels.tree_attention import eager as implementation
+from swirl_kernels.tree_attention import plan as planning
 
 
 def pack(*forest: Any) -> Tensor:

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import swirl_kernels.tree as planning
 from swirl_kernels import naive_tree_attention, tree_attention, tree_plan
+from swirl_kernels.tree_attention import plan as planning
 
 pytest.importorskip("triton")
-import swirl_kernels.tree_attention_triton as implementation  # noqa: E402
-from swirl_kernels.tree_attention_triton import Tiles, configuration  # noqa: E402
-from swirl_kernels.tree_blocks import key_blocks, query_blocks  # noqa: E402
+from swirl_kernels.tree_attention import triton as implementation  # noqa: E402
+from swirl_kernels.tree_attention.blocks import key_blocks, query_blocks  # noqa: E402
+from swirl_kernels.tree_attention.triton import Tiles, configuration  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -7,8 +7,8 @@ from naive.rows import all_actions, separate_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swirl_fast.comb import Branch, Comb, pack
-from swirl_fast.policy import PackedRow, Policy
+from swirl_fast.comb.tree import Comb, Trunk, pack
+from swirl_fast.models.policy import DeviceComb, Policy
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -37,7 +37,7 @@ def assert_same_gradients(wanted: nn.Module, found: nn.Module, tolerance: float,
         assert gap <= max(tolerance * own, noise), f"{name}: gradients differ by {gap:.1e}, their norm is {own:.1e}"
 
 
-def rounding_of(branches: list[Branch], dtype: torch.dtype) -> float:
+def rounding_of(branches: list[Trunk], dtype: torch.dtype) -> float:
     """0, unless nearly all predictions (7 of 8) have seen one token only, once or repeated.
 
     There all values are alike, so the output does not depend on the scores: the gradients of queries and keys are 0, and what is
@@ -47,13 +47,13 @@ def rounding_of(branches: list[Branch], dtype: torch.dtype) -> float:
     return 2 * torch.finfo(dtype).eps if sum(n > 1 for n in seen) <= len(seen) / 8 else 0.0
 
 
-def assert_equal_to_rows(naive: PreTrainedModel, policy: Policy, branches: list[Branch], tolerance: float) -> None:
+def assert_equal_to_rows(naive: PreTrainedModel, policy: Policy, branches: list[Trunk], tolerance: float) -> None:
     """The branches as one comb against one row per action."""
     naive.zero_grad()
     policy.zero_grad()
     wanted = separate_rows(naive, branches, policy.temperature)
     comb = pack(branches)
-    found = by_action(comb, policy(PackedRow.of(comb)))
+    found = by_action(comb, policy(DeviceComb.of(comb)))
     assert found.keys() == wanted.keys()
     for index, logp in wanted.items():
         assert (found[index] - logp).norm() <= tolerance * logp.norm(), f"action {index}"

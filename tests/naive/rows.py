@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from swirl_fast.comb import Branch, Comb, SampledState
+from swirl_fast.comb.tree import Comb, SampledState, Trunk
 
 
 def _dense_attention(
@@ -41,17 +41,17 @@ def _dense_attention(
 AttentionInterface.register("naive", _dense_attention)
 
 
-def all_actions(branches: list[Branch]) -> dict[int, tuple[list[int], list[int]]]:
+def all_actions(branches: list[Trunk]) -> dict[int, tuple[list[int], list[int]]]:
     """Number of an action -> its state and its tokens."""
     return {
-        index: (branch.trunk[: state.length].tolist(), action.tolist())
+        index: (branch.tokens[: state.length].tolist(), action.tolist())
         for branch in branches
         for state in branch.states
         for action, index in zip(state.actions, state.indices, strict=True)
     }
 
 
-def shuffled(branches: list[Branch], seed: int) -> list[Branch]:
+def shuffled(branches: list[Trunk], seed: int) -> list[Trunk]:
     """The same actions in another order of branches, states and samples."""
     draw = random.Random(seed)
 
@@ -64,7 +64,7 @@ def shuffled(branches: list[Branch], seed: int) -> list[Branch]:
         for state in mixed(branch.states):
             pairs = mixed(list(zip(state.actions, state.indices, strict=True)))
             states.append(SampledState(state.length, tuple(a for a, _ in pairs), tuple(i for _, i in pairs)))
-        out.append(Branch(branch.trunk, tuple(states)))
+        out.append(Trunk(branch.tokens, tuple(states)))
     return out
 
 
@@ -74,7 +74,7 @@ def visible(comb: Comb) -> np.ndarray:
     return (i[None, :] <= i[:, None]) & (i[:, None] < comb.subtree_end_T[None, :])
 
 
-def separate_rows(model: PreTrainedModel, branches: list[Branch], temperature: float = 1.0) -> dict[int, torch.Tensor]:
+def separate_rows(model: PreTrainedModel, branches: list[Trunk], temperature: float = 1.0) -> dict[int, torch.Tensor]:
     """Number of an action -> log-probs of its tokens, each from a row of its own: state, then action."""
     logprobs = {}
     for index, (state, action) in all_actions(branches).items():
@@ -84,7 +84,7 @@ def separate_rows(model: PreTrainedModel, branches: list[Branch], temperature: f
     return logprobs
 
 
-def padded_rows(model: PreTrainedModel, branches: list[Branch], temperature: float = 1.0) -> dict[int, torch.Tensor]:
+def padded_rows(model: PreTrainedModel, branches: list[Trunk], temperature: float = 1.0) -> dict[int, torch.Tensor]:
     """The same in one right-padded batch, as a Hugging Face style trainer does it."""
     rows, places = [], []  # padding stands behind every token that counts, so the causal mask hides it
     for index, (state, action) in all_actions(branches).items():

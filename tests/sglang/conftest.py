@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_servers import CONTEXT, HERE, PYTHON, launched, start_engine
-from test_pipeline import judged  # noqa: F401  (a fixture)
+from support.real_servers import CONTEXT, HERE, PYTHON, launched, start_engine
 
-from swirl_fast.engines.sglang import SGLangEngine
+from swirl_fast.engines.sglang.engine import SGLangEngine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

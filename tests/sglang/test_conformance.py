@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_conformance import EngineConformance
-from real_servers import attached, plain, start_engine
+from support.engine_conformance import EngineConformance
+from support.real_servers import attached, plain, start_engine
 from transformers import PreTrainedModel
 
-from swirl_fast.engines.sglang import SGLangEngine
+from swirl_fast.engines.sglang.engine import SGLangEngine
 
 
 @pytest.fixture(scope="module", params=["disk", "tensor", "distributed"])

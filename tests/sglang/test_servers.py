@@ -15,16 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from engine_conformance import assert_hits, check, prompt, update
-from real_servers import GENERATED, Log, attached, launched, plain, start_engine
+from support.engine_conformance import assert_hits, check, prompt, update
+from support.real_servers import GENERATED, Log, attached, launched, plain, start_engine
 from transformers import PreTrainedModel
 
 from swirl_fast.config import load
-from swirl_fast.engines import sglang_servers
-from swirl_fast.engines.engine import Completion, Request, Sampling, cacheable
-from swirl_fast.engines.sglang import SGLangEngine
-from swirl_fast.engines.sglang_client import Client, EngineError
-from swirl_fast.engines.sglang_launch import ServerProcess, claim_port
+from swirl_fast.engines.engine import Completion, Request, Sampling
+from swirl_fast.engines.sglang import servers as sglang_servers
+from swirl_fast.engines.sglang.client import Client, EngineError
+from swirl_fast.engines.sglang.engine import SGLangEngine
+from swirl_fast.engines.sglang.launch import ServerProcess, claim_port
+from swirl_fast.prefixes import cacheable
 
 
 def batch(model: PreTrainedModel, seed: int, trajectories: int = 6) -> list[Request]:

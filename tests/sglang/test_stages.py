@@ -8,21 +8,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine_conformance import assert_hits
-from real_servers import GENERATED, Log, attached, launched
-from test_agreement import labels
-from test_pipeline import overrides, start
+from support.engine_conformance import assert_hits
+from support.labels import labels
+from support.real_servers import GENERATED, Log, attached, launched
+from support.runs import overrides, start
 from transformers import AutoTokenizer
 
 from swirl_fast import cli
 from swirl_fast.config import EndpointConfig
-from swirl_fast.engines.engine import cacheable
-from swirl_fast.engines.sglang import SGLangEngine
-from swirl_fast.judges.judge import Verdict
+from swirl_fast.data.store import Store
+from swirl_fast.engines.sglang.engine import SGLangEngine
 from swirl_fast.judges.model import ModelJudge, step_prompt
-from swirl_fast.store import Store
-from swirl_fast.training.metrics import read_metrics
+from swirl_fast.metrics import read_metrics
+from swirl_fast.prefixes import cacheable
 from swirl_fast.trajectory import StepView
+from swirl_fast.verdict import Verdict
 
 SHORT = ("engine.kind=sglang", "training.steps=2", "engine.weight_sync.method=tensor")
 

@@ -1,0 +1,3 @@
+from benchmarks.kernels import main
+
+main()

@@ -1,0 +1,3 @@
+from benchmarks.rollouts import main
+
+main()

@@ -1,0 +1,3 @@
+from benchmarks.step_training import main
+
+main()

@@ -1,0 +1,5 @@
+import sys
+
+from swirl_kernels.aot import main
+
+sys.exit(main())

@@ -1,0 +1,267 @@
+"""tree_attention in Triton: which tiles, the calls, autograd.
+
+Legend: T packed tokens (keys), Q queries, D head dimension, Hq query heads, Hkv key heads, M queries by N keys a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swirl_kernels.aot.case import AotCase
+from swirl_kernels.tree_attention.blocks import count_tiles, key_blocks, query_blocks, tree_of
+from swirl_kernels.tree_attention.kernels import backward_kv, backward_q, forward
+from swirl_kernels.tree_attention.plan import TreePlan
+
+OPTIONS = ("", "softcap", "window", "softcap window", "query_index")  # what a kernel is compiled for separately
+EDGE = 32  # queries of a masked tile of dK/dV: 64 spill inside it (D = 256 on sm_90: 168 B, 37 loads, 28 stores)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """M queries by N keys, and how the kernel over them is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def configuration(kernel: str, block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """Tiles of `kernel` ("forward", "backward_q", "backward_kv") for a head dimension padded to block_d.
+
+    A plain function of these, so that the bits of a result do not depend on a timing. Chosen for what compiles without
+    spills (`python -m swirl_kernels.aot`) within 227 KB of shared memory on compute capability 9.0 and 10.0 and within
+    99 KB on all others. 64 keys in the walk rather than 128: runs of ancestors are short, and a tile is cut where one
+    begins.
+    """
+    size = 64 if block_d <= 64 else block_d
+    if dtype == torch.float32:
+        return _FP32[kernel, size]
+    if capability not in ((9, 0), (10, 0)):
+        return _SMALL[kernel, size]
+    return _BLACKWELL.get((kernel, size), _LARGE[kernel, size]) if capability == (10, 0) else _LARGE[kernel, size]
+
+
+_LARGE = {
+    ("forward", 64): Tiles(128, 64, 8, 3),
+    ("forward", 128): Tiles(128, 64, 8, 3),
+    ("forward", 256): Tiles(128, 32, 8, 2),
+    ("backward_q", 64): Tiles(128, 64, 8, 3),
+    ("backward_q", 128): Tiles(128, 64, 8, 2),
+    ("backward_q", 256): Tiles(128, 32, 8, 2),
+    ("backward_kv", 64): Tiles(64, 128, 8, 2),
+    ("backward_kv", 128): Tiles(64, 128, 8, 2),
+    ("backward_kv", 256): Tiles(64, 64, 8, 2),
+}
+_BLACKWELL = {("backward_kv", 128): Tiles(64, 64, 8, 2), ("backward_kv", 256): Tiles(64, 64, 8, 1)}
+_SMALL = {
+    ("forward", 64): Tiles(128, 64, 8, 3),
+    ("forward", 128): Tiles(64, 64, 4, 2),
+    ("forward", 256): Tiles(64, 32, 8, 2),
+    ("backward_q", 64): Tiles(64, 32, 4, 3),
+    ("backward_q", 128): Tiles(64, 32, 4, 2),
+    ("backward_q", 256): Tiles(64, 16, 8, 2),
+    ("backward_kv", 64): Tiles(32, 128, 8, 2),
+    ("backward_kv", 128): Tiles(32, 64, 4, 2),
+    ("backward_kv", 256): Tiles(32, 32, 8, 2),
+}
+_FP32 = {  # products on CUDA cores: operands go through registers
+    ("forward", 64): Tiles(32, 32, 4, 1),
+    ("forward", 128): Tiles(16, 32, 8, 1),
+    ("forward", 256): Tiles(16, 16, 8, 1),
+    ("backward_q", 64): Tiles(32, 32, 8, 1),
+    ("backward_q", 128): Tiles(16, 16, 8, 1),
+    ("backward_q", 256): Tiles(16, 16, 8, 1),
+    ("backward_kv", 64): Tiles(32, 32, 8, 1),
+    ("backward_kv", 128): Tiles(32, 32, 8, 1),
+    ("backward_kv", 256): Tiles(16, 16, 8, 1),
+}
+
+
+def tree_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, scale: float, softcap: float | None
+) -> Tensor:
+    """q [Hq, Q, D] in ascending preorder, k and v [Hkv, T, D]; everything checked by the caller. Returns [Hq, Q, D].
+
+    Raises ValueError for D > 256.
+    """
+    if q.shape[2] > 256:
+        raise ValueError(
+            f"the head dimension is {q.shape[2]}, Triton's kernels take up to 256; set SWIRL_KERNELS_BACKEND=torch"
+        )
+    cap = None if softcap is None else float(softcap)  # an int would be a compilation of its own
+    out: Tensor = _TreeAttention.apply(q, k, v, plan, scale, cap)
+    return out
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, plan, scale, softcap):  # type: ignore[no-untyped-def]
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
+        with torch.cuda.device_of(q):
+            out, lse = _run_forward(q, k, v, plan, scale, softcap)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        with torch.cuda.device_of(q):
+            return *_run_backward(dout, q, k, v, out, lse, ctx.plan, ctx.scale, ctx.softcap), None, None, None
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """out [Hq, Q, D] in q's dtype and layout, lse [Hq, Q] in units of log 2."""
+    heads, num_queries, dim = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty(heads, num_queries, dtype=torch.float32, device=q.device)
+    if num_queries == 0:
+        return out, lse
+    tree, tiles, block_d = tree_of(plan), *_tiles("forward", q)
+    counts = query_blocks(plan, tiles.block_m, tiles.block_n)
+    forward[(len(counts), heads)](
+        q, k, v, out, lse, counts, tree.end, tree.parent, tree.run, tree.depth, tree.position, tree.query_depth,
+        *_strides(q, k, v, out), num_queries, heads // k.shape[0], scale, softcap, tree.window,
+        dim, block_d, tiles.block_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _run_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: TreePlan,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes and layouts of q, k, v."""
+    (heads, num_queries, dim), (key_heads, num_keys, _) = q.shape, k.shape
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    if num_queries == 0:
+        return dq, dk.zero_(), dv.zero_()
+    group = heads // key_heads
+    delta = torch.empty_like(lse)
+    tree, tiles, block_d = tree_of(plan), *_tiles("backward_q", q)
+    counts = query_blocks(plan, tiles.block_m, tiles.block_n)
+    backward_q[(len(counts), heads)](
+        dout, q, k, v, out, lse, delta, dq,
+        counts, tree.end, tree.parent, tree.run, tree.depth, tree.position, tree.query_depth,
+        *_strides(dout, q, k, v, out, dq), num_queries, group, scale, softcap, tree.window,
+        dim, block_d, tiles.block_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    tiles, block_d = _tiles("backward_kv", q)
+    edge_m = min(EDGE, tiles.block_m)
+    ranges, shallowest = key_blocks(plan, tiles.block_m, edge_m, tiles.block_n)
+    backward_kv[(len(ranges), key_heads)](
+        dout, q, k, v, lse, delta, dk, dv,
+        ranges, shallowest, tree.end, tree.depth, tree.position, tree.query_depth,
+        *_strides(dout, q, k, v, dk, dv), num_queries, num_keys, group, scale, softcap, tree.window,
+        dim, block_d, tiles.block_m, edge_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of heads and rows, one tensor after the other."""
+    return [x.stride(i) for x in tensors for i in (0, 1)]
+
+
+def _tiles(kernel: str, q: Tensor) -> tuple[Tiles, int]:
+    block_d = max(16, triton.next_power_of_2(q.shape[2]))
+    # The interpreter takes the tiles of an H100.
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    return configuration(kernel, block_d, q.dtype, capability), block_d
+
+
+def aot_cases() -> list[AotCase]:
+    """Every kernel in every shipped configuration."""
+    cases = [_case(count_tiles, None, 0, Tiles(128, 64, 1, 1), option) for option in ("", "window", "query_index")]
+    for kernel in (forward, backward_q, backward_kv):
+        for dim in (64, 128, 256):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                options = OPTIONS if dtype == torch.bfloat16 else OPTIONS[:1]
+                if dtype != torch.float16 or dim == 64:  # fp16 compiles like bf16
+                    cases += [case for option in options for case in _cases(kernel, dtype, dim, option)]
+    return cases
+
+
+def _cases(kernel: Any, dtype: torch.dtype, dim: int, option: str) -> Iterator[AotCase]:
+    """One for all targets that share a configuration."""
+    targets: dict[Tiles, list[int]] = {}
+    for target in (80, 90, 100):
+        tiles = configuration(kernel.fn.__name__, dim, dtype, divmod(target, 10))
+        targets.setdefault(tiles, []).append(target)
+    for tiles, shared_by in targets.items():
+        yield _case(kernel, dtype, dim, tiles, option, tuple(shared_by))
+
+
+def _case(
+    kernel: Any,
+    dtype: torch.dtype | None,
+    dim: int,
+    tiles: Tiles,
+    option: str,
+    targets: tuple[int, ...] = (80, 90, 100),
+) -> AotCase:
+    tensors = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", None: ""}[dtype]
+    kinds = dict.fromkeys(("dout", "q", "k", "v", "out", "dq", "dk", "dv"), tensors)
+    kinds |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    lists = ("counts", "ranges", "end", "parent", "run", "depth", "position", "query_depth", "shallowest")
+    kinds |= dict.fromkeys(lists, "*i32")
+    present = {"softcap": {"softcap"}, "window": {"depth", "query_depth", "shallowest"}, "query_index": {"position"}}
+    optional: set[str] = set().union(*present.values())
+    sizes = {
+        "HEAD_DIM": dim,
+        "BLOCK_D": dim,
+        "BLOCK_M": tiles.block_m,
+        "EDGE_M": min(EDGE, tiles.block_m),
+        "BLOCK_N": tiles.block_n,
+    }
+    names = list(kernel.arg_names)
+    constants = dict.fromkeys(optional.difference(*(present[word] for word in option.split()))) | sizes
+    operation = kernel.fn.__name__
+    words = ["tree_attention", operation, option, *([f"D={dim}", str(dtype)[6:]] if dtype else [])]
+    spill_bytes, spill_reason = _SPILLS.get((operation, option, dim, dtype == torch.float32), (0, ""))
+    return AotCase(
+        name=" ".join(filter(None, words)),
+        kernel=kernel,
+        signature={name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names},
+        constants={name: value for name, value in constants.items() if name in names},
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        targets=targets,
+        tensor_cores=dtype in (torch.bfloat16, torch.float16),
+        aligned=tuple(
+            name
+            for name in names
+            if name not in constants and (name.endswith(("_head", "_row")) or kinds.get(name, "").startswith("*"))
+        ),
+        spill_bytes=spill_bytes,
+        spill_reason=spill_reason,
+    )
+
+
+_OUTSIDE = "none of it inside a loop over tiles"
+_FP32_DQ = "q and dout lie in registers; a full tile on sm_90: 37 loads, 25 stores of 1259 instructions; other tiles spill more"
+_SPILLS = {  # (kernel, option, D, fp32): bytes on the worst target, and where they are used
+    ("backward_q", "", 256, True): (264, _FP32_DQ),
+    ("backward_kv", "", 64, True): (8, _OUTSIDE),
+    ("backward_kv", "", 256, False): (16, _OUTSIDE),
+    ("backward_kv", "query_index", 256, False): (16, _OUTSIDE),
+}

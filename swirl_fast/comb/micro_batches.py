@@ -1,0 +1,201 @@
+"""Cuts a batch of actions into micro-batches under a token budget, and deals these out to ranks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swirl_fast.comb.flops import ONLY_TOKENS, ModelSize, flops
+from swirl_fast.comb.tree import PlacedAction, SampledState, TreeNode, Trunk, grown_tree, preorder
+
+
+@dataclass(frozen=True)
+class MicroBatchPlan:
+    """Branches for one micro-batch. tokens: what `pack` makes of them, exactly. flops: an estimate, in which only neighbouring actions
+    share edges."""
+
+    branches: tuple[Trunk, ...]
+    tokens: int
+    flops: float
+
+
+def micro_batches(
+    branches: Sequence[Trunk],
+    token_budget: int,
+    max_path: int | None = None,
+    ranks: int = 1,
+    size: ModelSize = ONLY_TOKENS,
+) -> list[MicroBatchPlan]:
+    """Splits the actions into groups whose combs have at most `token_budget` tokens; an action without tokens is left out.
+
+    The actions stand in the order of the walk through the whole tree, along the trunk and with the teeth of a state together; a cut
+    before an action repeats the path that it shares with the one before. Of all ways to cut into the fewest groups the one that
+    repeats least is taken. For several ranks the number of groups may grow to the next multiple of `ranks`, which then is used to
+    make the largest group's estimated work small. Depends neither on the order of `branches` nor on chance.
+
+    max_path: longest state with its action, in tokens; None: no limit. Raises ValueError when one is longer, or does not fit into a
+    group of its own.
+    """
+    walk = _Walk.of(branches, size)
+    for action in walk.actions:
+        path = action.state + len(action.tokens)
+        if path - 1 > token_budget or (max_path is not None and path > max_path):
+            what = f"a state of {action.state} tokens with an action of {len(action.tokens)} exceeds training."
+            if path - 1 > token_budget:
+                raise ValueError(f"{what}token_budget={token_budget}; set it to at least {path - 1}")
+            raise ValueError(
+                f"{what}max_path_tokens={max_path} (where that is 0, the model's context); set it to at least {path}"
+            )
+    if not walk.actions:
+        return []
+    limit = float("inf")
+    if ranks > 1:
+        wanted = -(-len(walk.greedy(token_budget, limit)) // ranks) * ranks
+        limit = walk.flops(0, len(walk.actions))
+        low = 0.0
+        for _ in range(24):  # to 1e-7 of the total work
+            middle = (low + limit) / 2
+            if len(walk.greedy(token_budget, middle)) <= wanted:
+                limit = middle
+            else:
+                low = middle
+    cuts = walk.cheapest(token_budget, limit)
+    return [
+        MicroBatchPlan(walk.branches(branches, a, b), walk.tokens(a, b), walk.flops(a, b))
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The actions that predict something, in the order of the walk through their tree.
+
+    shared_A: computed tokens each has in common with the one before it; a stretch of actions [a, b) therefore computes
+    `shared_A[a] + token_sum[b] - token_sum[a]` tokens, and the same holds for work.
+    """
+
+    actions: list[PlacedAction]
+    shared_A: NDArray[np.int64]
+    token_sum: NDArray[np.int64]
+    shared_flops_A: NDArray[np.float64]
+    flops_sum: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, branches: Sequence[Trunk], size: ModelSize) -> _Walk:
+        root, grown = grown_tree(branches)
+        ending: dict[TreeNode, list[PlacedAction]] = {}
+        for action in grown:
+            if len(action.tokens):
+                ending.setdefault(action.node.holding(action.length - 1), []).append(action)
+        actions: list[PlacedAction] = []
+        shared = []
+        low = before = 0  # low: the least depth at which the walk has branched off since the action before
+        for node in preorder(root):
+            low = min(low, node.depth)
+            for action in sorted(ending.get(node, ()), key=lambda action: (action.length, action.index)):
+                actions.append(action)
+                shared.append(min(low, before))
+                low = before = action.length
+        length_A = np.array([action.length for action in actions], np.int64)
+        shared_A = np.array(shared, np.int64)
+        state_A = np.array([action.state for action in actions], np.int64)
+        # targets among the shared tokens are edges of the action before as well, where they lie behind both states
+        both_A = np.maximum(state_A, np.concatenate([state_A[:1], state_A[:-1]]))
+        edges_A = length_A + 1 - state_A - np.maximum(shared_A - both_A, 0)
+        shared_flops_A = _path_flops(shared_A, size)
+        new_A = _path_flops(length_A, size) - shared_flops_A + 6.0 * size.output * edges_A
+        return cls(actions, shared_A, _sums(length_A - shared_A), shared_flops_A, _sums(new_A))
+
+    def tokens(self, a: int, b: int) -> int:
+        return int(self.shared_A[a] + self.token_sum[b] - self.token_sum[a])
+
+    def flops(self, a: int, b: int) -> float:
+        return float(self.shared_flops_A[a] + self.flops_sum[b] - self.flops_sum[a])
+
+    def reach(self, a: int, token_budget: int, limit: float) -> int:
+        """The largest b for which [a, b) stays below the budget and, unless it is a single action, the limit of work."""
+        tokens = self.token_sum[a] + token_budget - self.shared_A[a]
+        work = self.flops_sum[a] + limit - self.shared_flops_A[a]
+        by_tokens = int(np.searchsorted(self.token_sum, tokens, "right")) - 1
+        by_work = int(np.searchsorted(self.flops_sum, work, "right")) - 1
+        return min(by_tokens, max(by_work, a + 1))
+
+    def greedy(self, token_budget: int, limit: float) -> list[int]:
+        """Where the groups end that are filled as far as they go: the fewest possible."""
+        ends = [self.reach(0, token_budget, limit)]
+        while ends[-1] < len(self.actions):
+            ends.append(self.reach(ends[-1], token_budget, limit))
+        return ends
+
+    def cheapest(self, token_budget: int, limit: float) -> list[int]:
+        """The cuts 0, …, A with the fewest groups, and of these the fewest repeated tokens: a shortest path over cuts, in which a
+        later start reaches at least as far (so the starts that still reach are a window, kept with its minima)."""
+        group = 1 << 40  # more than all repeated tokens
+        starts: deque[tuple[int, int, int]] = deque()  # (cost, start, reach), costs ascending
+        best, previous = [0], [0]
+        shared = self.shared_A.tolist()
+        for b in range(1, len(self.actions) + 1):
+            a = b - 1
+            cost = best[a] + group + shared[a]
+            while starts and starts[-1][0] > cost:
+                starts.pop()
+            starts.append((cost, a, self.reach(a, token_budget, limit)))
+            while starts[0][2] < b:
+                starts.popleft()
+            best.append(starts[0][0])
+            previous.append(starts[0][1])
+        cuts = [len(self.actions)]
+        while cuts[-1]:
+            cuts.append(previous[cuts[-1]])
+        return cuts[::-1]
+
+    def branches(self, source: Sequence[Trunk], a: int, b: int) -> tuple[Trunk, ...]:
+        """Those of `source` with the actions [a, b) alone."""
+        kept: dict[int, dict[int, list[PlacedAction]]] = {}
+        for action in self.actions[a:b]:
+            kept.setdefault(action.branch, {}).setdefault(action.state, []).append(action)
+        return tuple(
+            Trunk(
+                source[number].tokens,
+                tuple(
+                    SampledState(length, tuple(one.tokens for one in here), tuple(one.index for one in here))
+                    for length, here in sorted(states.items())
+                ),
+            )
+            for number, states in kept.items()
+        )
+
+
+def _sums(values: NDArray) -> NDArray:
+    return np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
+
+
+def _path_flops(length: NDArray[np.int64], size: ModelSize) -> NDArray[np.float64]:
+    """Work of the first `length` tokens of a path, without its edges."""
+
+    def visible_pairs(window: int | None) -> NDArray[np.float64]:
+        full = length if window is None else np.minimum(length, window)
+        return full * (full + 1) / 2 + (length - full) * float(window or 0)
+
+    return flops(size, length.astype(np.float64), np.zeros(len(length)), visible_pairs)
+
+
+def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Deals jobs to ranks so that all have equally many, up to one, and sums and rounds are alike; deterministic.
+
+    The k-th jobs of all ranks run at the same time (their collectives wait for each other). So the costliest `ranks` jobs make the
+    first round, the next the second, and so on; in each round the costliest job goes to the rank that has least so far.
+    """
+    order = sorted(range(len(costs)), key=lambda job: (-costs[job], job))
+    jobs: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for first in range(0, len(order), ranks):
+        by_load = sorted(range(ranks), key=lambda rank: (load[rank], rank))
+        for rank, job in zip(by_load, order[first : first + ranks], strict=False):
+            jobs[rank].append(job)
+            load[rank] += costs[job]
+    return jobs

@@ -1,0 +1,316 @@
+"""Where shards are read from: a folder in place, or an object store through a local cache.
+
+    ShardFolder   a plain path
+    ShardCache    a URL of any kind that mosaicml-streaming's downloaders know: s3://, gs://, hf://datasets/ORG/NAME, …;
+                  file:// copies from a slow file system in the same way
+
+The library downloads; what it leaves open is done here, because it checks a hash only once, after the file has its final
+name, and not again after a failed try: a shard comes under a temporary name, is compared with the manifest, synced and
+renamed, and only one process a machine does that (a lock file a shard, let go by the kernel when its holder dies). So a
+file in the cache is whole, or was damaged later: each process hashes it once before it reads from it.
+
+Nothing is kept in shared memory, as StreamingDataset would: a killed run leaves files in the cache, which are right, and
+at most a folder NAME.tmp, which the next download of that shard removes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from filelock import FileLock
+
+from swirl_fast.data.shards import MANIFEST, REMEDY, Manifest, damage, parse_manifest, read_manifest, streaming
+from swirl_fast.files import fsync
+
+INDEX = "index.json"
+TRIES = 4  # downloads of one file before giving up
+BACK_OFF = 1.0  # seconds before the second try; twice as long before each further one
+TIMEOUT = 60.0  # seconds, of one download: what the library's downloaders take it for
+PARALLEL = 4  # downloads at a time in one process
+
+PACKAGES = {
+    "s3": "boto3",
+    "gs": "google-cloud-storage",
+    "azure": "azure-storage-blob azure-identity",
+    "azure-dl": "azure-storage-file-datalake azure-identity",
+    "oci": "oci",
+    "sftp": "paramiko",
+    "dbfs": "databricks-sdk",
+    "alipan": "AliPCS-Py",
+}
+
+
+class ShardFolder:
+    """A folder on this machine, or mounted on it, that `write_shards` wrote.
+
+    Raises ValueError when the manifest or the index is missing or damaged.
+    """
+
+    remedy = REMEDY
+    in_place = True  # checking every shard before training copies nothing
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._written = _written(self.folder)
+        self.manifest = read_manifest(self.folder)
+        if (problem := damage(self.folder, INDEX, self.manifest)) is not None:
+            raise ValueError(f"{self.shown(INDEX)} {problem}: {self.remedy}")
+
+    def shown(self, name: str = "") -> str:
+        """What error messages call a file."""
+        return str(self.folder / name)
+
+    def fetch(self, name: str) -> str | None:
+        """Brings a file to `folder`. Returns what is wrong with it, None when it can be read; here by its size alone."""
+        try:
+            size = (self.folder / name).stat().st_size
+        except FileNotFoundError:
+            return "is missing"
+        return None if size == self.manifest.files[name]["bytes"] else damage(self.folder, name, self.manifest)
+
+    def fetch_all(self, names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        """(name, `fetch(name)`) in the order of the names, each as soon as it is known."""
+        return ((name, self.fetch(name)) for name in names)
+
+    def verify_all(self, names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        """As `fetch_all`, after comparing every byte."""
+        return ((name, damage(self.folder, name, self.manifest)) for name in names)
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError when the folder was replaced since it was opened: samples are read from it by name."""
+        if _written(self.folder) != self._written:
+            raise ValueError(f"{self.folder} was replaced while it was being read: start the training anew")
+
+    def close(self) -> None:
+        pass
+
+
+class ShardCache:
+    """A remote folder; its files are copied to `cache`/CONTENT_HASH when they are needed. Many processes may share `cache`.
+
+    limit: bytes of all shards in `cache`; before a download, those used least recently are removed until the new one fits.
+    What is being downloaded by others comes on top. None: no limit.
+
+    Raises ValueError when the manifest or the index is missing or damaged and for a limit below the largest shard, OSError
+    when the store cannot be reached, ImportError naming the package that the kind of URL needs.
+    """
+
+    remedy = "upload the shards anew"
+    in_place = False
+
+    def __init__(self, url: str, cache: str | Path, limit: int | None = None) -> None:
+        self.url, self.limit = url.rstrip("/"), limit
+        self.root = Path(cache).expanduser().absolute()
+        self._downloaders = threading.local()  # clients of object stores may not be shared by threads
+        self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="shards")
+        self._verified: dict[str, tuple[int, int]] = {}  # name -> inode and size of the file that was hashed
+        self.manifest = self._open()
+        self.folder = self.root / self.manifest.content_hash
+        self.folder.mkdir(parents=True, exist_ok=True)
+        largest = max(entry["bytes"] for entry in self.manifest.files.values())
+        if limit is not None and limit < largest:
+            raise ValueError(
+                f"training.shards_cache_limit is {limit} bytes and the largest shard of {self.url} has {largest}: raise it"
+            )
+        if (problem := self.fetch(INDEX)) is not None:
+            raise ValueError(f"{self.shown(INDEX)} {problem}: {self.remedy}")
+
+    def shown(self, name: str = "") -> str:
+        return f"{self.url}/{name}".rstrip("/")
+
+    def fetch(self, name: str) -> str | None:
+        """As ShardFolder's. A file that was whole can be gone the next moment where the cache has a limit: fetch it again.
+
+        Raises OSError when the store cannot be reached.
+        """
+        if self._whole(name):
+            return None
+        with FileLock(self.folder / f".{name}.lock"):
+            if self._whole(name):  # another process has just brought it
+                return None
+            self._make_room(self.manifest.files[name]["bytes"])
+            temporary = self.folder / f"{name}.tmp"
+            try:
+                problem = self._download(name, temporary, self.manifest)
+                if problem is None:
+                    fsync(temporary / name)
+                    self._verified[name] = _identity(temporary / name)
+                    os.replace(temporary / name, self.folder / name)
+                    fsync(self.folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return problem
+
+    def fetch_all(self, names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        names = list(names)
+        return zip(names, self._pool.map(self.fetch, names), strict=True)
+
+    def verify_all(self, names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        return self.fetch_all(names)
+
+    def check_unchanged(self) -> None:
+        """Files of other contents never get into the folder."""
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _open(self) -> Manifest:
+        with tempfile.TemporaryDirectory() as folder:
+            problem = self._download(MANIFEST, Path(folder) / "download", None)
+            if problem is not None:
+                raise ValueError(f"{self.shown(MANIFEST)} {problem}: {self.url} is no complete shard folder")
+            return parse_manifest((Path(folder) / "download" / MANIFEST).read_bytes(), self.shown(MANIFEST))
+
+    def _whole(self, name: str) -> bool:
+        path = self.folder / name
+        try:
+            identity = _identity(path)
+            if self._verified.get(name) != identity:
+                if damage(self.folder, name, self.manifest) is not None:
+                    return False
+                self._verified[name] = identity
+            os.utime(path)  # used now, for _make_room
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _make_room(self, needed: int) -> None:
+        if self.limit is None:
+            return
+        with FileLock(self.root / ".room.lock"):
+            shards = []
+            for path in self.root.glob("*/*.mds"):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue
+                shards.append((status.st_mtime_ns, status.st_size, path))
+            total = needed + sum(size for _, size, _ in shards)
+            for _, size, path in sorted(shards):
+                if total <= self.limit:
+                    break
+                path.unlink(missing_ok=True)
+                total -= size
+
+    def _download(self, name: str, into: Path, manifest: Manifest | None) -> str | None:
+        """Writes `into`/name and compares it with the manifest. Returns what is wrong with the remote file, None if nothing."""
+
+        def attempt() -> Exception | None:
+            shutil.rmtree(into, ignore_errors=True)
+            into.mkdir(parents=True)
+            try:
+                self._downloader().download(f"{self.url.removeprefix('file://')}/{name}", str(into / name), TIMEOUT)
+            except Exception as error:
+                # Another try changes nothing about these; the library raises a kind of its own for each store.
+                if isinstance(error, ImportError) or _not_found(error):
+                    return error
+                raise
+            if manifest is not None and (problem := damage(into, name, manifest)) is not None:
+                raise _Damaged(problem)
+            return None
+
+        try:
+            failed = streaming().util.retry(num_attempts=TRIES, initial_backoff=BACK_OFF, max_jitter=BACK_OFF / 2)(
+                attempt
+            )()
+        except _Damaged as error:
+            return str(error)
+        except Exception as error:
+            raise OSError(
+                f"{self.shown(name)} cannot be downloaded ({type(error).__name__}: {error}); {TRIES} tries. "
+                "Check the address, the credentials and the network, then start again"
+            ) from error
+        if isinstance(failed, ImportError):
+            raise _missing_package(self.url, failed) from failed
+        return None if failed is None else "is missing"
+
+    def _downloader(self) -> Any:
+        if not hasattr(self._downloaders, "one"):
+            self._downloaders.one = streaming().storage.CloudDownloader.get(self.url.removeprefix("file://"))
+        return self._downloaders.one
+
+
+def open_shards(location: str | Path, cache: str | Path, limit: str = "") -> ShardFolder | ShardCache:
+    """location: a path or URL. limit: such as 10gb (2^30 bytes each); empty for none. cache and limit are for URLs."""
+    if not is_url(str(location)):
+        return ShardFolder(location)
+    return ShardCache(str(location), cache, streaming().util.bytes_to_int(limit) if limit else None)
+
+
+def upload_shards(folder: Path, target: str) -> bool:
+    """Copies a shard folder to a URL or another folder, the manifest last. Returns False when it is there already.
+
+    A reader that opens `target` during the upload of other contents over it finds a shard of another hash, and stops.
+
+    Raises OSError when `target` cannot be written, ImportError naming the package that the kind of URL needs.
+    """
+    manifest = read_manifest(folder)
+    target = target.removeprefix("file://").rstrip("/")
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            there = ShardCache(f"file://{target}" if not is_url(target) else target, temporary)
+        except (ValueError, OSError):
+            pass  # nothing there, or nothing whole
+        else:
+            there.close()
+            if there.manifest == manifest:
+                return False
+    try:
+        get = streaming().storage.CloudUploader.get
+        uploader = get((str(folder), target), keep_local=True, retry=TRIES, exist_ok=True)
+        for name in (*sorted(manifest.files), MANIFEST):
+            uploader.upload_file(name)
+    except ImportError as error:
+        raise _missing_package(target, error) from error
+    except Exception as error:  # the library raises a kind of its own for each store
+        raise OSError(
+            f"{target} cannot be written ({type(error).__name__}: {error}): check the address, the credentials and the "
+            f"network, then start again; the shards lie in {folder}"
+        ) from error
+    return True
+
+
+def is_url(location: str) -> bool:
+    return "://" in location or location.startswith("dbfs:/")
+
+
+def _missing_package(url: str, error: ImportError) -> ImportError:
+    package = PACKAGES.get(urlparse(url).scheme, error.name)
+    return ImportError(f"{url} needs a package that is not there ({error}): pip install {package}")
+
+
+class _Damaged(Exception):
+    """What was downloaded is not what the manifest says."""
+
+
+def _not_found(error: Exception) -> bool:
+    """Whether a store said that there is no such file; that it cannot be reached is something else."""
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        return isinstance(error, FileNotFoundError)
+    response = getattr(error, "response", None)
+    codes = [getattr(source, name, None) for source in (error, response) for name in ("code", "status", "status_code")]
+    if isinstance(response, dict):  # botocore
+        codes.append(response.get("Error", {}).get("Code"))
+    return any(str(code) in ("404", "NoSuchKey") for code in codes)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size
+
+
+def _written(folder: Path) -> tuple[int, int] | None:
+    """Tells one writing of a folder from another; None where there is no manifest."""
+    try:
+        status = (folder / MANIFEST).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -1,0 +1,373 @@
+"""runs/NAME/shards/: the kept trajectories as MosaicML (MDS) shards, hashed and verified.
+
+One sample a trajectory, so that no prefix is stored twice:
+
+    tokens     ndarray:int32 (T,)       the whole trunk
+    spans      ndarray:int32 (A, 2)     start and end of every action in it
+    logprobs   ndarray:float32 (n,)     of the tokens of all actions, one action after the other
+    meta       json                     ids, question, texts, actions, observations, verdicts: what a judge needs
+
+The format protects nothing by itself: flipped bytes are read silently, a missing shard ends the epoch early, an
+exception while writing leaves an index that looks complete. Hence manifest.json with size and xxh64 of every file: it
+is written last, into NAME.tmp, which is then renamed, and every shard is compared with it before a sample is read from it.
+
+shard_store.py says where shards are read from (a folder, an object store), shard_stream.py in which order.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from swirl_fast.data.filters import Selection
+from swirl_fast.files import digest, fsync
+from swirl_fast.formats.tags import Action
+from swirl_fast.trajectory import Finish, Step, Trajectory
+from swirl_fast.verdict import Verdict
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+COLUMNS = {"tokens": "ndarray:int32", "spans": "ndarray:int32", "logprobs": "ndarray:float32", "meta": "json"}
+SHARD_BYTES = 1 << 26  # the library's default
+REMEDY = "run filter again, or copy the folder anew"
+
+INSTALL = (
+    "pip install --no-deps mosaicml-streaming==0.13.0 && "
+    'pip install Brotli python-snappy "zstd<2" xxhash pillow "catalogue<3" filelock tqdm'
+)
+
+
+@dataclass
+class StepSample:
+    """A trajectory and the process verdict on each of its steps."""
+
+    trajectory: Trajectory
+    verdicts: list[Verdict]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard folder holds. tokens: of the trunks; action_tokens: of these, sampled ones.
+
+    fingerprint: JSON object that names what the samples were made with. verdicts: verdict -> number of steps.
+    longest_state: {"id": trajectory, "tokens": number}, of the state of its last step. stop_ids: last tokens of the
+    well-formed actions, ascending: what ended a turn where the samples were made. longest_path: as longest_state, with the
+    action; empty in older folders.
+    files: name -> {"bytes": size, "xxh64": hex digest}, of every file but the manifest.
+    """
+
+    fingerprint: dict[str, Any]
+    trajectories: int
+    steps: int
+    tokens: int
+    action_tokens: int
+    verdicts: dict[str, int]
+    longest_state: dict[str, Any]
+    stop_ids: list[int]
+    files: dict[str, dict[str, Any]]
+    longest_path: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def content_hash(self) -> str:
+        """Hex digest of all files: equal on two machines when they hold the same samples in the same order."""
+        return xxhash.xxh64(_canonical(self.files)).hexdigest()
+
+
+# ---- writing
+
+
+def write_shards(
+    folder: str | Path,
+    samples: Iterable[StepSample],
+    *,
+    fingerprint: dict[str, Any],
+    selection: Selection | None = None,
+    replace: bool = False,
+) -> Manifest:
+    """Writes the samples to `folder`, which holds all of them or does not exist, whenever this process is killed.
+
+    fingerprint: JSON object of the settings that made the samples.
+    selection: only for the error message when there is no sample.
+    replace: put the new folder in the place of one with other contents (a reader sees the old one, none, or the new).
+    A folder with the same samples and fingerprint is left alone and its manifest returned.
+
+    Raises ValueError when there is no sample, for a sample that cannot be trained on (no step, no action token,
+    verdicts that do not match, a trajectory that comes twice), when `folder` holds something else and `replace` is
+    False, and when another process is writing there.
+    """
+    folder = Path(os.path.abspath(folder))
+    with _claimed(folder.with_name(folder.name + ".tmp")) as temporary:
+        manifest = _write(temporary, samples, fingerprint)
+        if not manifest.trajectories:
+            if selection is None:
+                raise ValueError(f"no trajectory to write to {folder}")
+            raise ValueError(f"nothing is left to train on: {selection.describe()}. {selection.remedy().capitalize()}")
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed while it replaced the folder
+        if not folder.exists() or not any(folder.iterdir()):
+            _rename(temporary, folder)
+        elif (problem := _difference(folder, manifest)) is not None:
+            if not replace:
+                raise ValueError(f"{folder} {problem}: write with replace=True, or use another run.name")
+            _rename(folder, old)
+            _rename(temporary, folder)
+            shutil.rmtree(old)
+    return manifest
+
+
+def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, Any]) -> Manifest:
+    writer = streaming().MDSWriter(columns=COLUMNS, out=str(folder), size_limit=SHARD_BYTES)
+    ids: set[str] = set()
+    verdicts: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    longest: dict[str, Any] = {"id": "", "tokens": -1}
+    longest_path = dict(longest)
+    stop_ids: set[int] = set()
+    try:
+        for sample in samples:
+            trajectory = sample.trajectory
+            encoded = _encode(sample)
+            if trajectory.id in ids:
+                raise ValueError(f"trajectory {trajectory.id!r} comes twice")
+            ids.add(trajectory.id)
+            verdicts.update(verdict.value for verdict in sample.verdicts)
+            totals["steps"] += trajectory.num_steps
+            totals["tokens"] += len(trajectory.tokens)
+            totals["action_tokens"] += len(encoded["logprobs"])
+            if (state := trajectory.steps[-1].start) > longest["tokens"]:
+                longest = {"id": trajectory.id, "tokens": state}
+            if (path := trajectory.steps[-1].end) > longest_path["tokens"]:
+                longest_path = {"id": trajectory.id, "tokens": path}
+            # A well-formed action was not cut off, so it ends with the stop token of the tokenizer that sampled it.
+            stop_ids |= {
+                trajectory.tokens[step.end - 1] for step in trajectory.steps if step.action.kind != "malformed"
+            }
+            writer.write(encoded)
+    except BaseException:
+        writer.cancel_future_jobs()  # `finish`, which leaving the writer's own context would call, writes an index
+        raise
+    writer.finish()
+    names = sorted(path.name for path in folder.iterdir())
+    manifest = Manifest(
+        fingerprint=json.loads(_canonical(fingerprint)),
+        trajectories=len(ids),
+        steps=totals["steps"],
+        tokens=totals["tokens"],
+        action_tokens=totals["action_tokens"],
+        verdicts={verdict.value: verdicts[verdict.value] for verdict in Verdict},
+        longest_state=longest,
+        longest_path=longest_path,
+        stop_ids=sorted(stop_ids),
+        files={name: {"bytes": (folder / name).stat().st_size, "xxh64": digest(folder / name)} for name in names},
+    )
+    body = {"format": FORMAT, **asdict(manifest)}
+    text = json.dumps({**body, "xxh64": xxhash.xxh64(_canonical(body)).hexdigest()}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    for written in (*(folder / name for name in names), folder / MANIFEST, folder):
+        fsync(written)
+    return manifest
+
+
+def _encode(sample: StepSample) -> dict[str, Any]:
+    trajectory = sample.trajectory
+    trajectory.check()
+    steps = trajectory.steps
+    logprobs = [logprob for step in steps for logprob in step.logprobs]
+    if not logprobs:
+        raise ValueError(f"trajectory {trajectory.id!r} has {len(steps)} steps without a single token: filter it out")
+    if len(sample.verdicts) != len(steps):
+        raise ValueError(f"trajectory {trajectory.id!r} has {len(steps)} steps and {len(sample.verdicts)} verdicts")
+    meta = {
+        "id": trajectory.id,
+        "question_id": trajectory.question_id,
+        "task": trajectory.task,
+        "question": trajectory.question,
+        "seed": trajectory.seed,
+        "prompt_length": trajectory.prompt_length,
+        "finish": trajectory.finish,
+        "steps": [
+            {
+                "text": step.text,
+                "action": asdict(step.action),
+                "observation": step.observation,
+                "policy_version": step.policy_version,
+                "verdict": verdict,
+            }
+            for step, verdict in zip(steps, sample.verdicts, strict=True)
+        ],
+    }
+    return {
+        "tokens": np.asarray(trajectory.tokens, np.int32),
+        "spans": np.asarray([(step.start, step.end) for step in steps], np.int32),
+        "logprobs": np.asarray(logprobs, np.float32),
+        "meta": meta,
+    }
+
+
+def decode(encoded: dict[str, Any]) -> StepSample:
+    meta, logprobs = encoded["meta"], encoded["logprobs"].tolist()
+    steps, at = [], 0
+    for (start, end), step in zip(encoded["spans"].tolist(), meta["steps"], strict=True):
+        own, at = logprobs[at : at + end - start], at + end - start
+        action = Action(**step["action"])
+        steps.append(Step(start, end, step["text"], action, own, step["policy_version"], step["observation"]))
+    trajectory = Trajectory(
+        id=meta["id"],
+        question_id=meta["question_id"],
+        task=meta["task"],
+        question=meta["question"],
+        seed=meta["seed"],
+        prompt_length=meta["prompt_length"],
+        tokens=encoded["tokens"].tolist(),
+        steps=steps,
+        finish=Finish(meta["finish"]) if meta["finish"] else None,
+    )
+    return StepSample(trajectory, [Verdict(step["verdict"]) for step in meta["steps"]])
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[Path]:
+    """An empty folder of our own, cleared of what a killed writer left; removed afterwards unless it was renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel when this process ends
+            ours = os.path.samestat(os.fstat(lock), os.stat(folder))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise ValueError(f"another process is writing to {folder}: wait until it ends")
+        for path in folder.iterdir():
+            path.unlink()
+        try:
+            yield folder
+        finally:
+            if folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder)):
+                shutil.rmtree(folder)
+    finally:
+        os.close(lock)
+
+
+def _difference(folder: Path, manifest: Manifest) -> str | None:
+    """What keeps the existing folder from being used in the place of a new one, None when nothing does."""
+    try:
+        existing = verify_shards(folder)
+    except ValueError as error:
+        return f"is there and damaged ({error})"
+    if existing.fingerprint != manifest.fingerprint:
+        old, new = existing.fingerprint, manifest.fingerprint
+        names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+        changes = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r} now" for name in names)
+        return f"was written with other settings ({changes})"
+    if existing.files != manifest.files:
+        return f"holds {existing.trajectories} other trajectories (the new ones are {manifest.trajectories})"
+    return None
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.rename(source, target)
+    fsync(target.parent)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+# ---- reading
+
+
+def verify_shards(folder: str | Path) -> Manifest:
+    """Reads every byte once and compares it with the manifest (several GB/s from the page cache).
+
+    Raises ValueError naming the file that is missing, too many, of another size or of other contents.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        if (problem := damage(folder, name, manifest)) is not None:
+            raise ValueError(f"{folder / name} {problem}: {REMEDY}")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ValueError for a folder without an intact manifest, and for one with shards that are not in it."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: {folder} is no complete shard folder, {REMEDY}")
+    manifest = parse_manifest(path.read_bytes(), str(path))
+    for file in sorted(folder.glob("*.mds")):
+        if file.name not in manifest.files:
+            raise ValueError(f"{file} is not in {MANIFEST}: {folder} has been mixed with another, {REMEDY}")
+    return manifest
+
+
+def parse_manifest(text: bytes, shown: str) -> Manifest:
+    """shown: what error messages call it. Raises ValueError when it is not intact or of another format."""
+    try:
+        body = json.loads(text)
+        written = body.pop("xxh64")
+        intact = xxhash.xxh64(_canonical(body)).hexdigest() == written
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{shown} is damaged: {REMEDY}")
+    if (version := body.pop("format", None)) != FORMAT:
+        raise ValueError(f"{shown} has format {version}, this swirl-fast reads format {FORMAT}: run filter again")
+    return Manifest(**body)
+
+
+def damage(folder: Path, name: str, manifest: Manifest) -> str | None:
+    """What is wrong with a file of the manifest, in words that follow its name; None when it is whole."""
+    expected = manifest.files[name]
+    try:
+        if (size := (folder / name).stat().st_size) != expected["bytes"]:
+            return f"has {size} bytes instead of {expected['bytes']}"
+        if (found := digest(folder / name)) != expected["xxh64"]:
+            return f"is damaged (xxh64 {found} instead of {expected['xxh64']})"
+    except FileNotFoundError:
+        return "is missing"
+    return None
+
+
+def read_trajectories(folder: str | Path) -> Iterator[StepSample]:
+    """Every sample, in the order written, after the folder was verified (`verify_shards`)."""
+    verify_shards(folder)
+    reader = streaming().LocalDataset(str(folder))
+    for i in range(len(reader)):
+        yield decode(reader[i])
+
+
+def streaming() -> Any:
+    """`streaming.base` of mosaicml-streaming: the only place where the library comes in (MDSWriter, LocalDataset, and
+    in `storage` its downloaders and uploaders).
+
+    The package's own `__init__` imports vision data sets and so torchvision, which nothing here needs: an empty package
+    stands in for it during the import.
+    """
+    if "streaming.base" in sys.modules:
+        return sys.modules["streaming.base"]
+    spec = importlib.util.find_spec("streaming")
+    if spec is None:
+        raise ImportError(f"mosaicml-streaming is not installed: {INSTALL}")
+    sys.modules["streaming"] = importlib.util.module_from_spec(spec)
+    try:
+        return importlib.import_module("streaming.base")
+    except ImportError as error:
+        raise ImportError(f"mosaicml-streaming cannot be imported ({error}): {INSTALL}") from error
+    finally:
+        del sys.modules["streaming"]

@@ -1,0 +1,411 @@
+"""runs/NAME/trajectories.db: questions, trajectories, steps and verdicts, safe against being killed at any moment.
+
+    questions ──< trajectories (prompt tokens, finish) ──< steps (action, log-probs, tokens behind the step before)
+    verdicts (judge id, hash of what the judge saw)        meta (fingerprints of what produced the rows)
+
+SQLite in WAL mode. Every method writes in one transaction, so a SIGKILL loses at most the call in flight; what is there
+already is recognised and not written twice, so a rerun doubles nothing. synchronous=FULL extends the promise to a power
+failure: one fsync a round of a batch of trajectories is nothing beside the generation of that round.
+
+One process writes, any number read meanwhile. The writer holds a flock on trajectories.db.lock, which the kernel lets
+go when the process ends, however it ends. Left out: several writers, and file systems without working locks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from swirl_fast.files import lock
+from swirl_fast.formats.tags import Action
+from swirl_fast.tasks.task import Question
+from swirl_fast.trajectory import Finish, Step, Trajectory
+from swirl_fast.verdict import Judgement, Verdict
+
+SCHEMA = 1
+APPLICATION_ID = 0x5357524C  # "SWRL" in the header of the file: tells our databases from others
+CHUNK = 256  # trajectories read in one transaction
+
+TABLES = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE questions (
+        position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, task TEXT NOT NULL, text TEXT NOT NULL,
+        answers TEXT NOT NULL -- JSON list
+    )""",
+    """CREATE TABLE trajectories (
+        number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, question_id TEXT NOT NULL REFERENCES questions(id),
+        seed TEXT NOT NULL, -- decimal: Python integers may exceed 64 bits
+        prompt BLOB NOT NULL, -- little-endian int32
+        finish TEXT
+    )""",
+    """CREATE TABLE steps (
+        trajectory INTEGER NOT NULL REFERENCES trajectories(number), i INTEGER NOT NULL,
+        start INTEGER NOT NULL, stop INTEGER NOT NULL, text TEXT NOT NULL,
+        kind TEXT NOT NULL, tool TEXT, argument TEXT NOT NULL, error TEXT NOT NULL,
+        observation TEXT, policy_version INTEGER NOT NULL,
+        tokens BLOB NOT NULL, -- little-endian int32: everything behind the step before
+        logprobs BLOB NOT NULL, -- little-endian float32
+        PRIMARY KEY (trajectory, i)
+    )""",
+    """CREATE TABLE verdicts (
+        judge_id TEXT NOT NULL, content_hash TEXT NOT NULL, verdict TEXT NOT NULL, reason TEXT NOT NULL,
+        PRIMARY KEY (judge_id, content_hash)
+    ) WITHOUT ROWID""",
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """tokens: all tokens of all trajectories, prompts included. unknown: how many of the verdicts are UNKNOWN."""
+
+    questions: int
+    trajectories: int
+    finished: int
+    steps: int
+    tokens: int
+    verdicts: int
+    unknown: int
+
+
+class Store:
+    """Opens, or creates, the database at `path`.
+
+    writable: take the one writer's place; False: read only, also while another process writes.
+
+    Raises ValueError when another process writes, when the file is no store of ours or has another schema, and, for a
+    reader, when there is no file; RuntimeError, with the name of the file, for what SQLite fails at later, such as a full disk. Use as a
+    context manager, or call `close`. One thread.
+    """
+
+    def __init__(self, path: str | Path, *, writable: bool = True) -> None:
+        self.path = Path(path)
+        self.writable = writable
+        self._lock: int | None = None
+        if writable:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path)
+        elif not self.path.is_file():
+            raise ValueError(f"{self.path} does not exist: collect first, or check run.folder and run.name")
+        # Autocommit: transactions are opened by hand. A reader's connection is no read-only one: it may be the first
+        # after a killed writer, and then recovers the log; `_transaction` keeps it from writing anything else.
+        self._db = sqlite3.connect(self.path, isolation_level=None, timeout=60.0)
+        self._db.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
+        try:
+            self._open()
+        except sqlite3.OperationalError as error:  # no fault of the file's
+            self.close()
+            self._tell(error)
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise ValueError(f"{self.path} is no readable store ({error}): use another run.name") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        db = self._db
+        version, application = self._value("PRAGMA user_version"), self._value("PRAGMA application_id")
+        empty = not self._value("SELECT count(*) FROM sqlite_master")
+        if not empty and application != APPLICATION_ID:
+            raise ValueError(f"{self.path} is a database of another program: use another run.name")
+        if not empty and version != SCHEMA:
+            raise ValueError(
+                f"{self.path} has schema {version}, this version of swirl-fast reads and writes schema {SCHEMA}: "
+                "use the version that wrote it, or another run.name"
+            )
+        if empty and not self.writable:
+            raise ValueError(f"{self.path} is empty: collect trajectories first")
+        db.execute("PRAGMA foreign_keys = ON")
+        if not self.writable:
+            return
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        if empty:
+            with self._transaction():
+                for table in TABLES:
+                    db.execute(table)
+                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    def close(self) -> None:
+        self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close()
+        if isinstance(error, sqlite3.Error):
+            self._tell(error)
+
+    def _tell(self, error: sqlite3.Error) -> NoReturn:
+        """The first of the errors: a full disk ends the transaction, and ROLLBACK then fails too."""
+        first = error
+        while isinstance(first.__context__, sqlite3.Error):
+            first = first.__context__
+        raise RuntimeError(
+            f"{self.path}: {first}. What was written before is kept: see to the disk and its free space, then start it again"
+        ) from first
+
+    # ---- meta
+
+    def meta(self) -> dict[str, Any]:
+        return {key: json.loads(value) for key, value in self._db.execute("SELECT key, value FROM meta ORDER BY key")}
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Remembers a JSON value under `key`, in place of the one before."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, _canonical(value)))
+
+    def check_meta(self, key: str, value: Any) -> None:
+        """Remembers a JSON value the first time. Raises ValueError when another one was remembered, naming what
+        differs: the rows of this store were made with other settings."""
+        stored = self.meta()
+        if key not in stored:
+            self.set_meta(key, value)
+            return
+        old, new = stored[key], json.loads(_canonical(value))
+        if old == new:
+            return
+        if isinstance(old, dict) and isinstance(new, dict):
+            names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+            difference = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r} now" for name in names)
+        else:
+            difference = f"it was {old!r}, is {new!r} now"
+        raise ValueError(
+            f"{self.path} was made with another {key}: {difference}. Go back to what it was or use another run.name"
+        )
+
+    # ---- questions
+
+    def add_questions(self, questions: Iterable[Question]) -> None:
+        """Adds those that are not there yet. Raises ValueError for a question that is there with other contents; then
+        nothing is added."""
+        with self._transaction():
+            for question in questions:
+                row = (question.task, question.text, json.dumps(question.answers))
+                stored = self._row("SELECT task, text, answers FROM questions WHERE id = ?", question.id)
+                if stored is None:
+                    self._db.execute(
+                        "INSERT INTO questions (id, task, text, answers) VALUES (?, ?, CAST(? AS TEXT), ?)",
+                        (question.id, row[0], _utf8(row[1]), row[2]),
+                    )
+                elif stored != row:
+                    raise ValueError(
+                        f"{self.path}: question {question.id!r} was {stored} and is {row} now: "
+                        "the task's data have changed, use another run.name"
+                    )
+
+    def questions(self) -> list[Question]:
+        """In the order in which they were added."""
+        rows = self._db.execute("SELECT id, task, text, answers FROM questions ORDER BY position")
+        return [Question(id_, task, text, tuple(json.loads(answers))) for id_, task, text, answers in rows]
+
+    # ---- trajectories
+
+    def record(self, trajectories: Iterable[Trajectory]) -> None:
+        """Writes all that is new in these trajectories in one transaction: themselves, steps, finish.
+
+        Call it with a new trajectory when its prompt stands, and after every round with the trajectories that took a
+        step: an action goes in together with its observation's tokens. What was recorded before stays as it is;
+        recording the same again writes nothing.
+
+        Raises ValueError, and writes nothing, for a trajectory that is not a continuation of the recorded one, fails
+        `Trajectory.check`, has new tokens without a new step, or whose question is not in the store. Log-probs are kept
+        as float32, token ids as int32.
+        """
+        given = list(trajectories)
+        with self._transaction():
+            for trajectory in given:
+                self._record(trajectory)
+
+    def _record(self, trajectory: Trajectory) -> None:
+        trajectory.check()
+        name = f"{self.path}: trajectory {trajectory.id!r}"
+        tokens, steps = trajectory.tokens, trajectory.steps
+        prompt = _int32(tokens[: trajectory.prompt_length])
+        finish = trajectory.finish.value if trajectory.finish else None
+        head = (trajectory.question_id, str(trajectory.seed), prompt)
+        question = self._row("SELECT task, text FROM questions WHERE id = ?", trajectory.question_id)
+        if question != (trajectory.task, trajectory.question):
+            known = "is not in the store" if question is None else f"is {question} in the store"
+            raise ValueError(f"{name}: question {trajectory.question_id!r} {known}: add_questions comes first")
+
+        select = "SELECT number, finish, question_id, seed, prompt FROM trajectories WHERE id = ?"
+        row = self._row(select, trajectory.id)
+        if row is None:
+            insert = "INSERT INTO trajectories (id, question_id, seed, prompt) VALUES (?, ?, ?, ?)"
+            number, stored_finish = self._db.execute(insert, (trajectory.id, *head)).lastrowid, None
+        else:
+            number, stored_finish, *stored_head = row
+            if tuple(stored_head) != head:
+                raise ValueError(f"{name} is recorded with another question, seed or prompt")
+        select = "SELECT count(*), ifnull(sum(length(tokens)), 0) FROM steps WHERE trajectory = ?"
+        count, size = self._row(select, number)
+        at = (len(prompt) + size) // 4  # tokens recorded so far
+        if stored_finish is not None and (finish, len(steps)) != (stored_finish, count):
+            raise ValueError(f"{name} is finished ({stored_finish}, {count} steps) and cannot change")
+        if len(steps) < count or (len(steps) == count and len(tokens) != at):
+            raise ValueError(
+                f"{name} has {len(steps)} steps and {len(tokens)} tokens, recorded are {count} steps and {at} tokens: "
+                "tokens come with a step"
+            )
+        if count:
+            select = "SELECT start, stop, text, observation, tokens FROM steps WHERE trajectory = ? AND i = ?"
+            last = self._row(select, number, count - 1)
+            step, own = steps[count - 1], _int32(tokens[at - len(last[-1]) // 4 : at])
+            if (step.start, step.end, step.text, step.observation, own) != last:
+                raise ValueError(f"{name}: step {count - 1} differs from the recorded one")
+        if len(steps) > count and steps[count].start < at:
+            raise ValueError(f"{name}: step {count} starts at {steps[count].start}, inside the {at} recorded tokens")
+
+        for i in range(count, len(steps)):
+            step = steps[i]
+            until = steps[i + 1].start if i + 1 < len(steps) else len(tokens)
+            action = step.action
+            self._db.execute(
+                "INSERT INTO steps VALUES (?, ?, ?, ?, CAST(? AS TEXT), "
+                "?, ?, CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?)",
+                (number, i, step.start, step.end, _utf8(step.text))
+                + (action.kind, action.tool, _utf8(action.argument), _utf8(action.error))
+                + (None if step.observation is None else _utf8(step.observation), step.policy_version)
+                + (_int32(tokens[at:until]), np.asarray(step.logprobs, "<f4").tobytes()),
+            )
+            at = until
+        if finish != stored_finish:
+            self._db.execute("UPDATE trajectories SET finish = ? WHERE number = ?", (finish, number))
+
+    def trajectories(self, finished: bool | None = None) -> Iterator[Trajectory]:
+        """All, the finished or the unfinished ones, in natural order of their ids (2 before 10), each complete.
+
+        The ids are those of the moment of the call of `next`; the store may be written to while the iterator is in use.
+        """
+        where = {None: "", True: " WHERE finish IS NOT NULL", False: " WHERE finish IS NULL"}[finished]
+        ids = sorted((row[0] for row in self._db.execute("SELECT id FROM trajectories" + where)), key=_natural)
+        for at in range(0, len(ids), CHUNK):
+            yield from self._load(ids[at : at + CHUNK])
+
+    def _load(self, ids: list[str]) -> list[Trajectory]:
+        wanted = json.dumps(ids)
+        self._db.execute("BEGIN")  # one snapshot of both tables, should another process write
+        try:
+            heads = self._db.execute(
+                "SELECT t.number, t.id, t.question_id, q.task, q.text, t.seed, t.prompt, t.finish "
+                "FROM trajectories t JOIN questions q ON q.id = t.question_id "
+                "WHERE t.id IN (SELECT value FROM json_each(?))",
+                (wanted,),
+            ).fetchall()
+            steps = self._db.execute(
+                "SELECT s.trajectory, s.start, s.stop, s.text, s.kind, s.tool, s.argument, s.error, s.observation, "
+                "s.policy_version, s.tokens, s.logprobs FROM steps s JOIN trajectories t ON t.number = s.trajectory "
+                "WHERE t.id IN (SELECT value FROM json_each(?)) ORDER BY s.trajectory, s.i",
+                (wanted,),
+            ).fetchall()
+        finally:
+            self._db.execute("COMMIT")
+        found: dict[int, Trajectory] = {}
+        for number, id_, question_id, task, question, seed, prompt, finish in heads:
+            tokens = np.frombuffer(prompt, "<i4").tolist()
+            trajectory = Trajectory(id_, question_id, task, question, int(seed), len(tokens), tokens)
+            trajectory.finish = Finish(finish) if finish else None
+            found[number] = trajectory
+        for number, start, stop, text, kind, tool, argument, error, observation, version, tokens, logprobs in steps:
+            trajectory = found[number]
+            trajectory.tokens += np.frombuffer(tokens, "<i4").tolist()
+            action = Action(kind, tool, argument, error)
+            values = np.frombuffer(logprobs, "<f4").tolist()
+            trajectory.steps.append(Step(start, stop, text, action, values, version, observation))
+        by_id = {trajectory.id: trajectory for trajectory in found.values()}
+        return [by_id[id_] for id_ in ids]
+
+    def counts(self) -> Counts:
+        count = self._value
+        size = "SELECT ifnull(sum(length({})), 0) / 4 FROM {}"
+        return Counts(
+            questions=count("SELECT count(*) FROM questions"),
+            trajectories=count("SELECT count(*) FROM trajectories"),
+            finished=count("SELECT count(*) FROM trajectories WHERE finish IS NOT NULL"),
+            steps=count("SELECT count(*) FROM steps"),
+            tokens=count(size.format("prompt", "trajectories")) + count(size.format("tokens", "steps")),
+            verdicts=count("SELECT count(*) FROM verdicts"),
+            unknown=count(f"SELECT count(*) FROM verdicts WHERE verdict = '{Verdict.UNKNOWN.value}'"),
+        )
+
+    # ---- verdicts
+
+    def verdicts(self, judge_id: str, hashes: Iterable[str]) -> dict[str, Judgement]:
+        """The judgements there are, UNKNOWN ones included, under the hashes (`StepView.content_hash`)."""
+        rows = self._db.execute(
+            "SELECT content_hash, verdict, reason FROM verdicts "
+            "WHERE judge_id = ? AND content_hash IN (SELECT value FROM json_each(?))",
+            (judge_id, json.dumps(list(hashes))),
+        )
+        return {content_hash: Judgement(Verdict(verdict), reason) for content_hash, verdict, reason in rows}
+
+    def missing(self, judge_id: str, hashes: Iterable[str]) -> list[str]:
+        """The hashes, each once and in order, without a verdict or with UNKNOWN: those to ask the judge about."""
+        wanted = list(dict.fromkeys(hashes))
+        stored = self.verdicts(judge_id, wanted)
+        return [one for one in wanted if one not in stored or stored[one].verdict is Verdict.UNKNOWN]
+
+    def add_verdicts(self, judge_id: str, judgements: Mapping[str, Judgement]) -> None:
+        """Keeps judgements under their content hashes. UNKNOWN gives way to a later verdict; GOOD and BAD stay, so that
+        what was filtered by them can be filtered again with the same result."""
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO verdicts VALUES (?, ?, ?, CAST(? AS TEXT)) ON CONFLICT DO UPDATE "
+                "SET verdict = excluded.verdict, reason = excluded.reason "
+                f"WHERE verdicts.verdict = '{Verdict.UNKNOWN.value}'",
+                [(judge_id, key, one.verdict.value, _utf8(one.reason)) for key, one in judgements.items()],
+            )
+
+    # ---- SQL
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        if not self.writable:
+            raise ValueError(f"{self.path} is open for reading only")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _row(self, sql: str, *values: Any) -> Any:
+        return self._db.execute(sql, values).fetchone()
+
+    def _value(self, sql: str) -> Any:
+        return self._row(sql)[0]
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _natural(id_: str) -> tuple[list[str | int], str]:
+    parts: list[str | int] = list(re.split(r"([0-9]+)", id_))
+    parts[1::2] = [int(digits) for digits in parts[1::2]]
+    return parts, id_
+
+
+def _int32(tokens: list[int]) -> bytes:
+    return np.asarray(tokens, "<i4").tobytes()
+
+
+def _utf8(text: str) -> bytes:
+    """For CAST(? AS TEXT): SQLite's own binding of a str refuses the lone surrogates that JSON answers may contain."""
+    return text.encode("utf-8", "surrogatepass")

@@ -1,0 +1,67 @@
+"""95 % intervals: of a share (Wilson), of the difference of two shares (Newcombe), of means over seeds and questions (bootstrap)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+DRAWS = 4000
+Floats = NDArray[np.float64]
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share: (low, high), both in [0, 1]; (0, 1) for n = 0.
+
+    successes: may be fractional, e.g. a sum of means over samples. Raises ValueError unless 0 <= successes <= n.
+
+    centre ± width = (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964 (Wilson 1927).
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes={successes} of n={n}: must be between 0 and n")
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
+
+
+def difference_interval(
+    old: float, old_interval: tuple[float, float], new: float, new_interval: tuple[float, float]
+) -> tuple[float, float]:
+    """95 % interval of `new - old`, two shares with Wilson intervals: Newcombe 1998, method 10.
+
+    low = d - sqrt((p2 - low2)² + (high1 - p1)²), high = d + sqrt((high2 - p2)² + (p1 - low1)²), d = p2 - p1
+    """
+    difference = new - old
+    low = difference - math.hypot(new - new_interval[0], old_interval[1] - old)
+    return low, difference + math.hypot(new_interval[1] - new, old - old_interval[0])
+
+
+def bootstrap(
+    groups: Sequence[Sequence[Floats]], statistic: Callable[[Floats], Floats], pairs: Sequence[int] = (0,)
+) -> list[float]:
+    """95 % percentile interval of a statistic of means, with two levels: seeds are drawn with replacement, then the questions of each.
+
+    groups: for each quantity the values of every seed. statistic: [quantities, draws] means -> [draws]. pairs: a number for each
+    quantity; those with the same number have the same questions, and are drawn together."""
+    draw = np.random.default_rng(0)
+    seeds = len(groups[0])
+    means = np.zeros((len(groups), DRAWS))
+    for _ in range(seeds):
+        chosen = draw.integers(0, seeds, DRAWS)
+        for seed in range(seeds):
+            here = np.flatnonzero(chosen == seed)
+            shares: dict[tuple[int, int], Floats] = {}  # of each question in a draw
+            for quantity, (pair, values) in enumerate(zip(pairs, groups, strict=True)):
+                n = len(values[seed])
+                if (pair, n) not in shares:
+                    shares[pair, n] = draw.multinomial(n, np.full(n, 1 / n), len(here)) / n
+                means[quantity, here] += shares[pair, n] @ values[seed] / seeds
+    low, high = np.quantile(statistic(means), [0.025, 0.975])
+    return [float(low), float(high)]

@@ -1,0 +1,414 @@
+"""A deterministic process judge: checks every step against the text it followed, without gold labels.
+
+It replays the history of a step, so that a verdict depends on nothing but the view. What a calculation may do depends
+on the question:
+
+- The question states an expression (`12 + 34 - 5`, `( 56 + -33 ) - 84`). A calculation must compute all of it, or under
+  coverage "connected" a contiguous part that respects precedence: its value and the multiset of its numbers must be
+  those of the part, where a result may stand for the part it is the value of. What is left always has the same value,
+  so an answer that passes is right. Once the value is there, a further call is BAD.
+- It is a word problem. Every number must come from the question, an accepted result or the allowed constants, be used
+  no more often than it is given there, and have an influence. Under "connected" a calculation must bring in a number of
+  the question that was not used, or join a result that is still open with another number; under "full" it must use all
+  numbers. The answer is the last result that rests, directly or through other results, on all numbers of the question.
+- The tool is search. A query must be new and about what was read: it holds a name of it, or half of its content words come
+  from there. The answer must be a span of a result, and of the form that is asked for (search_rules.py).
+
+Only accepted (GOOD) calculations count as results: otherwise one bad step would launder a made-up number for all later
+ones.
+
+Limits, so that nobody takes it for more. In a word problem it does not see a wrong operation (`a + b` for `a * b`) or
+sign, takes every number in digits but 1 as needed, and number words and units (`three`, `half`, `week`) as allowed, not
+as needed. Of the official solutions of GSM8K (every fifth of train.jsonl), cut into calls at their `<<a=b>>`, it finds
+79 % of the steps GOOD, and every step of 59 %: the others do arithmetic in the head, use facts of the world (eight legs),
+or leave out a number that does not matter. In search, any span of a passage that has the form asked for passes, and so does a
+guessed yes or no when both sides were looked up. Use a model as judge where that matters; benchmarks/judge_agreement.py measures it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Context, Decimal
+from fractions import Fraction
+from functools import lru_cache
+
+from swirl_fast.config import RulesConfig
+from swirl_fast.formats.tags import TOOL_TAGS, Action, parse
+from swirl_fast.judges.rules.calculations import (
+    NUMBER,
+    Calculation,
+    composed,
+    exchanged,
+    idle_numbers,
+    read_calculation,
+    stated_expression,
+)
+from swirl_fast.judges.rules.queries import answer_fault, query_fault, words
+from swirl_fast.tools.calculator import CalculationError, numbers
+from swirl_fast.tools.search import NOTHING_FOUND
+from swirl_fast.tools.tool import observation
+from swirl_fast.trajectory import StepView
+from swirl_fast.verdict import Judgement, JudgeStats, Verdict
+
+VERSION = 3  # of the rules: part of the judge's id, under which verdicts are cached
+COVERAGES = ("connected", "full")
+MAX_ANSWER_CHARS = 40  # of a number with its unit
+
+_SPOKEN = {  # word -> numbers it may stand for
+    word: tuple(Fraction(value) for value in entry.split(":")[0].split())
+    for entry in (
+        "0: zero; 1: one once; 2: two twice double doubled pair couple; 3: three triple tripled; 4: four;"
+        "5: five; 6: six; 7: seven daily; 8: eight; 9: nine; 10: ten; 11: eleven; 12: twelve dozen monthly foot feet;"
+        "15: fifteen; 20: twenty; 30: thirty; 40: forty; 50: fifty; 60: sixty minute; 100: hundred cent;"
+        "1000: thousand; 2 1/2: half halves; 3 1/3: third; 4 1/4 25: fourth quarter; 5 1/5: fifth; 8 1/8: eighth;"
+        "10 1/10: tenth; 60 24: hour; 24 7: day; 7 52: week; 12 30: month; 12 52 365 366: year; 10: decade dime;"
+        "5: nickel weekday pentagon; 100: century; 31: january march july august october december;"
+        "30: april june september november; 28 29: february; 16: pound ounce; 3: yard triangle; 4: gallon; 6: hexagon;"
+        "1000: kilometer kilogram km kg gram liter ton; 1000 100: meter; 36 12 3: inch inches"
+    ).split(";")
+    for word in entry.split(":")[1].split()
+}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A number that a calculation may use.
+
+    covers: positions of the question's numbers it rests on; number words stand behind those in digits. result: position
+    in the list of results, -1 for none. fresh: it brings in something: a number not yet used, or a result still open.
+    """
+
+    value: Fraction
+    covers: frozenset[int] = frozenset()
+    result: int = -1
+    fresh: bool = False
+    constant: bool = False
+
+
+@dataclass(frozen=True)
+class _Question:
+    """numbers: absolute values, in order. needed: positions of those an answer must rest on.
+
+    sources: what a calculation may use of a word problem. parts: (first, end) -> value of every contiguous part of a
+    stated expression; empty in a word problem.
+    """
+
+    text: str
+    numbers: tuple[Fraction, ...]
+    needed: frozenset[int]
+    sources: tuple[_Source, ...]
+    parts: Mapping[tuple[int, int], Fraction]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """An accepted calculation. shown: its value as the tool wrote it. joins: positions of the results in it."""
+
+    value: Fraction
+    shown: Fraction
+    covers: frozenset[int]
+    joins: frozenset[int] = frozenset()
+
+
+@dataclass
+class _State:
+    """What the replay of a history leaves behind."""
+
+    calls: set[object] = field(default_factory=set)
+    results: list[_Result] = field(default_factory=list)
+    passages: list[str] = field(default_factory=list)  # the search results
+    succeeded: str = ""  # the tool of the last call with a result, whether or not the call was accepted
+
+
+class _Bad(Exception):
+    """The reason of a BAD verdict."""
+
+
+class RulesJudge:
+    """Judges calculator and search steps by rules.
+
+    tools_by_task: task name -> names of the tools on offer there (keys of actions.TOOL_TAGS). Raises ValueError for an
+    unknown coverage, a constant that is no finite number, or an unknown tool. A step of a task not listed is UNKNOWN.
+    """
+
+    def __init__(self, config: RulesConfig, tools_by_task: Mapping[str, Collection[str]]) -> None:
+        if config.coverage not in COVERAGES:
+            raise ValueError(f"judge.rules.coverage is {config.coverage!r}; use one of {', '.join(COVERAGES)}")
+        try:
+            self._constants = {Fraction(str(constant)) for constant in config.constants}
+        except ValueError:
+            raise ValueError(f"judge.rules.constants is {list(config.constants)}; use finite numbers") from None
+        for task, tools in tools_by_task.items():
+            if unknown := sorted(set(tools) - set(TOOL_TAGS)):
+                raise ValueError(f"task {task!r} offers unknown tools {unknown}; known are {', '.join(TOOL_TAGS)}")
+        self._full = config.coverage == "full"
+        self._tools = {task: tuple(sorted(set(tools))) for task, tools in sorted(tools_by_task.items())}
+        self.id = f"rules-v{VERSION}-{config.coverage}"
+        if self._constants != {Fraction(str(constant)) for constant in RulesConfig().constants}:
+            self.id += f"-constants.{_digest(sorted(map(str, self._constants)))}"
+        self.id += f"-tools.{_digest(self._tools)}"
+
+    def stats(self) -> JudgeStats:
+        return JudgeStats()
+
+    def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
+        """One judgement a step, in order. Never raises for what a step contains."""
+        return [self._judge(step) for step in steps]
+
+    def _judge(self, step: StepView) -> Judgement:
+        tools = self._tools.get(step.task)
+        if tools is None:
+            return Judgement(Verdict.UNKNOWN, f"the judge was not told the tools of task {step.task[:80]!r}")
+        question = _read_question(step.question)
+        state = _State()
+        for text, seen in step.history:
+            self._replay(state, question, parse(text, tools), seen)
+        try:
+            reason, _ = self._consider(state, question, parse(step.action_text, tools))
+        except _Bad as bad:
+            return Judgement(Verdict.BAD, str(bad))
+        return Judgement(Verdict.GOOD, reason)
+
+    def _replay(self, state: _State, question: _Question, action: Action, seen: str) -> None:
+        """Adds one earlier step. A result is what the environment wrote behind the call, not what the model claims."""
+        head = observation(action.argument, "")
+        # A turn that was cut off by the length limit may hold a whole call, which nobody made: it may be made again.
+        if action.kind != "tool" or not seen.startswith(head):
+            return
+        try:
+            _, result = self._consider(state, question, action)
+        except _Bad:
+            result = None
+        state.calls.add(_call_key(action))
+        shown = seen[len(head) :].strip()
+        if not shown or shown.startswith("ERROR:") or shown == NOTHING_FOUND:
+            return
+        if action.tool == "search":
+            state.succeeded = "search"
+            state.passages.append(shown)
+        elif len(values := numbers(shown)) == 1:
+            state.succeeded = "calculator"
+            if result is not None:
+                state.results.append(_Result(result.value, values[0], result.covers, result.joins))
+
+    def _consider(self, state: _State, question: _Question, action: Action) -> tuple[str, _Result | None]:
+        """(reason, the result of an accepted calculation). Raises _Bad."""
+        if action.kind == "malformed":
+            raise _Bad(f"malformed: {action.error}")
+        if action.kind == "answer":
+            if not state.succeeded:
+                raise _Bad("an answer before any tool gave a result: too little information")
+            if state.succeeded == "search":
+                reason = answer_fault(action.argument, question.text, state.passages)
+                return _pass(
+                    reason, "the answer stands in a search result, or is a yes or no after both were looked up"
+                ), None
+            return _number_answer(state, question, action.argument), None
+        if action.tool == "search":
+            if _call_key(action) in state.calls:
+                raise _Bad("the same words were searched before")
+            reason = query_fault(action.argument, question.text, state.passages)
+            return _pass(reason, "a new query about the question or what was found"), None
+        return self._calculation(state, question, action)
+
+    def _calculation(self, state: _State, question: _Question, action: Action) -> tuple[str, _Result]:
+        try:
+            calculation = read_calculation(action.argument)
+        except CalculationError as error:
+            raise _Bad(f"the calculation does not evaluate: {error}") from None
+        if _call_key(action) in state.calls:
+            raise _Bad("the same calculation was made before")
+        value = calculation.value
+        nodes = list(ast.walk(calculation.tree))
+        calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        if not any(isinstance(node, ast.BinOp) for node in nodes) and not calls & {"sqrt", "factorial"}:
+            raise _Bad(f"{_show(value)} is a number, not a calculation")
+        if calls & {"max", "min"}:
+            raise _Bad("max and min let numbers in that have no influence")
+        asks_pi = not question.parts and re.search(r"\bpi\b|π", question.text, re.I)
+        if not asks_pi and any(isinstance(node, ast.Name) and node.id == "pi" for node in nodes):
+            raise _Bad("pi is not in the question")
+        done = next((result for result in state.results if result.covers >= question.needed), None)
+        # no end is certain in a word problem: 48/2 rests on every number of "48, and half as many. How many in all?"
+        if done and (question.parts or self._full):
+            raise _Bad(f"the result {_show(done.shown)} rests on all numbers already: answer with it")
+        match = self._match_stated if question.parts else self._match_words
+        covers, joins = match(state, question, calculation)
+        missing = [question.numbers[i] for i in sorted(question.needed - covers)]
+        if missing and self._full:
+            raise _Bad(f"the calculation leaves out {_list(missing)}")
+        rest = f"without {_list(missing)}" if missing else "and rests on all numbers"
+        return f"{_show(value)} is computed from numbers at hand {rest}", _Result(value, value, covers, joins)
+
+    def _match_stated(
+        self, state: _State, question: _Question, calculation: Calculation
+    ) -> tuple[frozenset[int], frozenset[int]]:
+        """(positions of the stated numbers it covers, nothing). Raises _Bad unless it equals a part still open."""
+        spans = []
+        exact: dict[Fraction, Fraction] = {}
+        pieces: dict[int, set[tuple[int, Fraction]]] = {}  # start -> (end, absolute value that stands for start..end)
+        for result in state.results:
+            start, end = min(result.covers), max(result.covers) + 1
+            spans.append((start, end))
+            pieces.setdefault(start, set()).update({(end, abs(result.value)), (end, abs(result.shown))})
+            if result.shown != result.value:
+                exact[abs(result.shown)] = abs(result.value)
+        # exact values are compared, also where a rounded result was written
+        value = exchanged(calculation, exact) if exact else calculation.value
+        literals = Counter(literal for _, _, literal in calculation.literals)
+        whole = (0, len(question.numbers))
+        for (start, end), part in question.parts.items():
+            if part != value or (self._full and (start, end) != whole):
+                continue
+            # where it overlaps a part that is computed already, it must hold all of that part and more
+            overlaps = [(a, b) for a, b in spans if start < b and a < end]
+            if any(a < start or end < b or (a, b) == (start, end) for a, b in overlaps):
+                continue
+            if composed(question.numbers, pieces, start, end, literals):
+                return frozenset(range(start, end)), frozenset()
+        used, shown = _list(list(literals.elements())), _show(calculation.value)
+        if self._full:
+            raise _Bad(f"{shown} from {used} is not the stated expression with all of {_list(question.numbers)}")
+        raise _Bad(f"{shown} from {used} is no open part of the stated expression")
+
+    def _match_words(
+        self, state: _State, question: _Question, calculation: Calculation
+    ) -> tuple[frozenset[int], frozenset[int]]:
+        """(positions of the question's numbers it rests on, positions of the results in it). Raises _Bad."""
+        joined = frozenset[int]().union(*(result.joins for result in state.results))
+        used = frozenset[int]().union(*(result.covers for result in state.results))
+        chosen: list[_Source] = []
+        for literal, count in Counter(_percentages(calculation, question)).items():
+            sources = [
+                _Source(literal, source.covers, fresh=not source.covers <= used)
+                for source in question.sources
+                if source.value == literal
+            ]
+            sources += [
+                _Source(literal, result.covers, at, fresh=at not in joined)
+                for at, result in enumerate(state.results)
+                if literal in (abs(result.value), abs(result.shown))
+            ]
+            if literal in self._constants and not sources:
+                sources = [_Source(literal, constant=True)]
+            if not sources:
+                raise _Bad(f"{_show(literal)} is neither in the question nor an accepted result")
+            if count > len(sources):
+                raise _Bad(f"{_show(literal)} is used {count} times, but given {len(sources)} times")
+            chosen += sorted(sources, key=lambda source: not source.fresh)[:count]
+        if all(source.constant for source in chosen):
+            raise _Bad("the calculation uses no number of the question and no result")
+        neutral, idle = idle_numbers(calculation.source)
+        idle |= neutral - {source.value for source in chosen if not source.constant}
+        if idle:
+            raise _Bad(f"{_list(sorted(idle))} has no influence on the result")
+        if state.results and not _progress(chosen):
+            raise _Bad("the calculation brings in no new number and joins no open result with another number")
+        covers = frozenset[int]().union(*(source.covers for source in chosen))
+        return covers, frozenset(source.result for source in chosen if source.result >= 0)
+
+
+def _pass(fault: str, reason: str) -> str:
+    if fault:
+        raise _Bad(fault)
+    return reason
+
+
+def _progress(chosen: Sequence[_Source]) -> bool:
+    if any(source.fresh and source.result < 0 for source in chosen):
+        return True
+    return any(source.fresh for source in chosen) and sum(not source.constant for source in chosen) >= 2
+
+
+def _number_answer(state: _State, question: _Question, argument: str) -> str:
+    values = numbers(argument)
+    if len(argument) > MAX_ANSWER_CHARS or len(values) != 1:
+        raise _Bad(f"the answer is not one number in at most {MAX_ANSWER_CHARS} characters; it has {len(values)}")
+    last = next((result for result in reversed(state.results) if result.covers >= question.needed), None)
+    if last is None:
+        used = frozenset[int]().union(*(result.covers for result in state.results))
+        missing = [question.numbers[i] for i in sorted(question.needed - used)]
+        raise _Bad(f"no accepted result rests on all numbers of the question; not used: {_list(missing) or 'none'}")
+    wanted = [values[0], values[0] * 100] if "%" in argument else values
+    if not any(_equal(answer, last) for answer in wanted):
+        raise _Bad(f"the answer {_show(values[0])} is not the last result, {_show(last.shown)}")
+    return f"the answer {_show(values[0])} is the last result and rests on all numbers"
+
+
+def _equal(answer: Fraction, result: _Result) -> bool:
+    """The answer is the result, or the result rounded to the decimals that the answer shows, two at least."""
+    if answer in (result.value, result.shown):
+        return True
+    decimals = next((places for places in range(2, 13) if (answer * 10**places).denominator == 1), None)
+    return decimals is not None and answer.denominator > 1 and abs(answer - result.value) * 2 * 10**decimals <= 1
+
+
+def _call_key(action: Action) -> object:
+    """Equal for calls that ask the same."""
+    if action.tool == "search":
+        return frozenset(words(action.argument))
+    try:
+        return read_calculation(action.argument).source
+    except CalculationError:
+        return action.argument.replace(" ", "")
+
+
+@lru_cache(maxsize=4096)
+def _read_question(text: str) -> _Question:
+    stated = stated_expression(text)
+    if stated is not None:
+        values, parts = stated
+        return _Question(text, values, frozenset(range(len(values))), (), parts)
+    values = tuple(abs(value) for value in numbers(text))
+    sources = [_Source(value, frozenset({at})) for at, value in enumerate(values)]
+    shares = {abs(value) for match in re.finditer(rf"{NUMBER}\s?%", text) for value in numbers(match.group())}
+    # 30% is 3/10, and may be written 30
+    sources += [_Source(value * 100, frozenset({at})) for at, value in enumerate(values) if value in shares]
+    for match in re.finditer(r"(?<![\w./])(\d{1,9})/(\d{1,9})(?![\w/])", text):  # 3/4 may be written 0.75
+        top, bottom = Fraction(match[1]), Fraction(match[2])
+        at = next((i for i in range(len(values) - 1) if values[i : i + 2] == (top, bottom)), -1)
+        if at >= 0 and bottom:
+            sources.append(_Source(top / bottom, frozenset({at, at + 1})))
+    for at, word in enumerate(re.findall(r"[a-z]+", text.lower()), start=len(values)):
+        spoken = _SPOKEN.get(word) or _SPOKEN.get(word.removesuffix("s"), ())
+        sources += [_Source(value, frozenset({at})) for value in spoken]
+    # a factor of 1 is rarely written down: "1 hour at $12"
+    needed = frozenset(at for at, value in enumerate(values) if value != 1)
+    return _Question(text, values, needed, tuple(sources), {})
+
+
+def _percentages(calculation: Calculation, question: _Question) -> list[Fraction]:
+    """The numbers of a calculation, where `30/100` counts as 0.3 if that is a number of the question."""
+    values = {source.value for source in question.sources}
+    found: list[Fraction] = []
+    previous_end = -1
+    for start, end, literal in calculation.literals:
+        over_100 = literal == 100 and start == previous_end + 1 and calculation.source[previous_end] == "/"
+        if found and over_100 and found[-1] / 100 in values:
+            found[-1] /= 100
+        else:
+            found.append(literal)
+        previous_end = end
+    return found
+
+
+def _show(value: Fraction) -> str:
+    if value.denominator == 1 and abs(value) < 10**15:
+        return str(value.numerator)
+    short = Context(prec=6)
+    return f"{short.divide(Decimal(value.numerator), Decimal(value.denominator)):g}"
+
+
+def _list(values: Sequence[Fraction]) -> str:
+    shown = [_show(value) for value in values]
+    return ", ".join(shown[:10]) + (", …" if len(shown) > 10 else "")
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]

@@ -1,0 +1,239 @@
+"""A transformers causal language model over a comb: hidden states by tree attention, log-probs of the comb's edges alone.
+
+Everything happens inside one forward, so that FSDP has the output layer's weight gathered when `linear_logprob` needs it. The
+model's own code is untouched: attention is reached through transformers' attention interface, which hands the packing's extra
+arguments through to every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from swirl_fast.comb.flops import ModelSize
+from swirl_fast.comb.tree import Comb
+from swirl_fast.config import ConfigError
+from swirl_fast.models.load import longest_exact_path, refuse_inexact
+from swirl_kernels.linear_logprob import linear_logprob
+from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
+
+ATTENTION = "swirl_tree"
+
+# what models hand through to their attention without meaning anything by it here
+_WITHOUT_EFFECT = (
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
+
+
+class DeviceComb:
+    """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64; longest_path: tokens
+    of the longest path from the root. row_ends: int32 [R + 1], `cu_seqlens` of a forest of R rows for flash-attn; None: tree attention.
+
+    What tree attention derives from the packing is made once for each window and kept for all layers. No dataclass: FSDP copies
+    those before every layer, and the copies would keep it for themselves.
+    """
+
+    def __init__(
+        self,
+        tokens_1T: Tensor,
+        depth_1T: Tensor,
+        subtree_end_T: Tensor,
+        rows_E: Tensor,
+        targets_E: Tensor,
+        edge_N: Tensor,
+        longest_path: int,
+        row_ends: Tensor | None = None,
+    ) -> None:
+        self.tokens_1T, self.depth_1T, self.subtree_end_T = tokens_1T, depth_1T, subtree_end_T
+        self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
+        self.longest_path, self.row_ends = longest_path, row_ends
+        self._plans: dict[int | None, TreePlan] = {}  # by sliding window
+
+    @classmethod
+    def of(
+        cls, comb: Comb, device: torch.device | str = "cpu", windows: Iterable[int | None] = (), flash: bool = False
+    ) -> DeviceComb:
+        """windows: of the model's layers. Their plans are made here, where the host may wait for the device; that of any other window
+        when a layer first asks. flash: use flash-attn where nothing branches."""
+        ends = comb.row_ends() if flash else None
+        row = cls(
+            tokens_1T=torch.from_numpy(comb.tokens_T).long().to(device)[None],
+            depth_1T=torch.from_numpy(comb.depth_T).long().to(device)[None],
+            subtree_end_T=torch.from_numpy(comb.subtree_end_T).to(device),
+            rows_E=torch.from_numpy(comb.rows_E).long().to(device),
+            targets_E=torch.from_numpy(comb.targets_E).long().to(device),
+            edge_N=torch.from_numpy(comb.edge_N).long().to(device),
+            longest_path=int(comb.depth_T.max(initial=-1)) + 1,
+            row_ends=None if ends is None else torch.from_numpy(ends).to(device),
+        )
+        for window in windows if ends is None else ():
+            row.plan(window)
+        return row
+
+    def plan(self, window: int | None) -> TreePlan:
+        if window not in self._plans:
+            self._plans[window] = tree_plan(self.subtree_end_T, depth=self.depth_1T[0], window=window)
+        return self._plans[window]
+
+
+@torch.compiler.disable  # a compiled layer breaks its graph here: the plan is Python, and the kernels are compiled already
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed: DeviceComb | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    Raises ConfigError for an argument that would change the attention in a way not known here.
+    """
+    assert packed is not None, "the model was called without a packed row; call Policy.forward"
+    assert dropout == 0.0, "attention dropout cannot be exact over shared prefixes"
+    others |= {"attention_mask": attention_mask, "is_causal": None if others.get("is_causal", True) else False}
+    unknown = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
+    if unknown:
+        raise ConfigError(
+            f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which tree attention does not know: training over "
+            "shared prefixes would not be exact; use another model"
+        )
+    if packed.row_ends is not None:
+        return _flash_attention(query[0], key[0], value[0], packed, scaling, softcap, sliding_window)[None], None
+    plan = packed.plan(sliding_window)
+    out = tree_attention(
+        query[0], key[0], value[0], None, scale=scaling, softcap=softcap, window=sliding_window, plan=plan
+    )
+    return out.transpose(0, 1).contiguous()[None], None
+
+
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed: DeviceComb, scale: float | None, softcap: float | None, window: int | None
+) -> Tensor:
+    """q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D], of rows that lie one after the other (training.flash_attention)."""
+    from flash_attn import flash_attn_varlen_func
+
+    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
+    q, k, v = (x.to(dtype).transpose(0, 1).contiguous() for x in (q, k, v))
+    ends, longest = packed.row_ends, packed.longest_path
+    before = -1 if window is None else window - 1
+    return flash_attn_varlen_func(
+        q, k, v, ends, ends, longest, longest,
+        softmax_scale=scale, causal=True, window_size=(before, 0), softcap=softcap or 0.0,
+    )  # fmt: skip
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class Policy(nn.Module):
+    """model: a causal language model whose layers are all attention. temperature: of the log-probs.
+
+    autocast: compute type of matrix products, None for the weights' own. Raises ConfigError, naming the model type, for
+    architectures that would not be exact.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        refuse_inexact(model.config)
+        text = model.config.get_text_config()
+        for key in ("logit_scale", "logits_scaling"):
+            if getattr(text, key, 1.0) not in (None, 1.0):
+                raise ConfigError(
+                    f"model type {text.model_type}: {key}={getattr(text, key)} is not supported by the fused log-probs"
+                )
+        for name, module in model.named_modules():
+            if getattr(module, "is_causal", True) is False:
+                raise ConfigError(
+                    f"model type {text.model_type}: {name} is not causal: tokens would see what follows them"
+                )
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                raise ConfigError(
+                    f"model type {text.model_type}: {name} drops some of its input at random in training; set its rate to 0"
+                )
+        known = {id(p) for part in (model.base_model, model.get_output_embeddings()) for p in part.parameters()}
+        unknown = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
+        if unknown:
+            raise ConfigError(
+                f"model type {text.model_type}: {', '.join(unknown[:3])} stand between the hidden states and the output layer, or beside "
+                "it; the fused log-probs know the output layer alone"
+            )
+        model.set_attn_implementation(ATTENTION)
+        self.model = model
+        self.temperature = temperature
+        self.autocast = autocast
+        self.softcap = getattr(text, "final_logit_softcapping", None)
+        self.longest_path = longest_exact_path(model.config)
+
+    def forward(self, packed: DeviceComb) -> Tensor:
+        """Log-probs [N] float32 of the comb's predicted tokens, action after action; float64 for a float64 model.
+
+        Raises ValueError for a path so long that the rotary embedding would turn the others differently too.
+        """
+        if self.longest_path is not None and packed.longest_path > self.longest_path:
+            raise ValueError(
+                f"model type {self.model.config.model_type}: the longest path has {packed.longest_path} tokens; from "
+                f"{self.longest_path + 1} on its rotary embedding turns all tokens of a row differently, so that shorter paths beside it "
+                f"would get wrong log-probs. Set training.max_path_tokens to at most {self.longest_path}, or use a model whose "
+                "rope_type is neither dynamic nor longrope"
+            )
+        device = packed.tokens_1T.device.type
+        with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            hidden_1TH = self.model.base_model(
+                input_ids=packed.tokens_1T,
+                position_ids=packed.depth_1T,
+                use_cache=False,
+                packed=packed,
+            ).last_hidden_state
+            head = self.model.get_output_embeddings()
+            logp_E = linear_logprob(
+                _take(hidden_1TH[0], packed.rows_E),
+                head.weight,
+                packed.targets_E,
+                bias=head.bias,
+                temperature=self.temperature,
+                softcap=self.softcap,
+            )
+            return _take(logp_E, packed.edge_N)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], with a backward that adds up repeated rows in a fixed order: on GPUs indexing sorts them (index_select is atomic), on CPUs
+    index_select takes them one after another."""
+    return x[index] if x.is_cuda else x.index_select(0, index)
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # one thing, by model type
+
+
+def model_size(model: PreTrainedModel) -> ModelSize:
+    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits."""
+    text = model.config.get_text_config()
+    tables = {id(module.weight) for module in model.base_model.modules() if isinstance(module, nn.Embedding)}
+    total = next((n for key in _EXPERTS if (n := getattr(text, key, None))), 1)
+    visited = min(getattr(text, "num_experts_per_tok", None) or total, total) / total
+    linear = 0.0
+    for name, parameter in model.base_model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in tables:
+            linear += parameter.numel() * (visited if ".experts." in name else 1.0)
+    heads = text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    attention = tuple((width, window if kind == "sliding_attention" else None) for kind in kinds)
+    head = model.get_output_embeddings().weight
+    return ModelSize(linear, attention, head.shape[0] * head.shape[1])

@@ -1,0 +1,56 @@
+"""collect.source=solutions: trajectories written down from worked solutions, with the real tools, to warm a model up that could not do the
+task at all. Train on them with filter.kind=none and algorithm.name=sft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from swirl_fast.config import ConfigError
+from swirl_fast.formats.tags import ANSWER_TAG, TOOL_TAGS, parse
+from swirl_fast.rendering import Renderer
+from swirl_fast.tasks.task import Question, Task
+from swirl_fast.tools.tool import Tool, observation
+from swirl_fast.trajectory import Finish, Step, Trajectory
+
+
+def demonstrations(
+    task: Task,
+    questions: Sequence[Question],
+    tools: Mapping[str, Tool],
+    renderer: Renderer,
+    prompt: Callable[[str], list[int]],
+    max_steps: int,
+) -> Iterator[Trajectory]:
+    """One finished trajectory for every question whose solution can be written as at most `max_steps` actions. Log-probs are 0: nobody
+    sampled these actions.
+
+    Raises ConfigError where no question has such a solution.
+    """
+    tag = TOOL_TAGS["calculator"]
+    written = 0
+    for question in questions:
+        expressions = task.demonstration(question)
+        if not expressions or len(expressions) >= max_steps:
+            continue
+        tokens = prompt(question.text)
+        one = Trajectory(f"{question.id}/0", question.id, question.task, question.text, 0, len(tokens), tokens)
+        texts = [f"<{tag}>{expression}</{tag}>" for expression in expressions]
+        for text in [*texts, f"<{ANSWER_TAG}>{question.answers[0]}</{ANSWER_TAG}>"]:
+            action = parse(text, tools.keys())
+            ids = [*renderer.tokens(text), renderer.stop_id]
+            start = len(one.tokens)
+            step = Step(start, start + len(ids), text, action, [0.0] * len(ids), 0)
+            one.tokens = [*one.tokens, *ids]
+            one.steps.append(step)
+            if action.kind == "tool":
+                step.observation = observation(action.argument, tools["calculator"].call(action.argument))
+                one.tokens += renderer.observation(step.observation, stopped=True)
+        one.finish = Finish.ANSWER
+        written += 1
+        yield one
+    if not written:
+        raise ConfigError(
+            f"collect.source=solutions: no question of {task.name} has a worked solution of at most {max_steps} actions; use gsm8k or "
+            "reasoning_gym's gsm_symbolic, and raise tasks.max_steps"
+        )

@@ -1,0 +1,65 @@
+"""algorithm.reward=outcome, the baseline that step-wise training is compared with: for the questions of the recorded trajectories the
+current policy draws whole fresh trajectories, with tools, and every action gets the score of the trajectory's answer. Gold answers are
+used; the process judge is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from swirl_fast.config import Config, ConfigError
+from swirl_fast.engines.engine import Engine, Sampling
+from swirl_fast.rendering import Renderer
+from swirl_fast.rollouts.collector import Collector, prompt_of
+from swirl_fast.seeds import seed_of
+from swirl_fast.tasks.task import Task
+from swirl_fast.tools.tool import Tool
+from swirl_fast.trajectory import Trajectory
+from swirl_fast.verdict import Judgement, Verdict
+
+
+class WholeRollouts:
+    """group_size trajectories a question. They end at tasks.max_steps, and before they would fit neither the engine's
+    context nor a micro-batch."""
+
+    def __init__(
+        self, config: Config, task: Task, tools: Mapping[str, Tool], engine: Engine, renderer: Renderer
+    ) -> None:
+        training, limit = config.training, config.tasks.max_steps
+        self._count, self._task = training.group_size, task
+        self._questions = {question.id: question for question in task.questions("train")}
+        self._prompt = prompt = prompt_of(config, task, renderer, tools)
+        longest = min(training.token_budget, training.max_path_tokens or training.token_budget)
+        sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
+        seed = seed_of(config.run.seed, "outcomes")
+        self._collector = Collector(
+            engine, renderer, tools, prompt, sampling, limit, config.collect.batch, seed, max_tokens=longest
+        )
+
+    def roll_out(self, recorded: Sequence[Trajectory], seeds: Sequence[int]) -> tuple[list[Trajectory], list[int]]:
+        """(fresh trajectories, the place in `recorded` whose question each answers). seeds: one a recorded trajectory.
+
+        Raises ConfigError for a recorded question that the task does not have.
+        """
+        fresh, places = [], []
+        for place, (one, seed) in enumerate(zip(recorded, seeds, strict=True)):
+            question = self._questions.get(one.question_id)
+            if question is None:
+                raise ConfigError(
+                    f"algorithm.reward=outcome: the recorded question {one.question_id} is not among the training questions of "
+                    f"task {self._task.name}, so its answers cannot be scored; use the settings tasks.* and run.seed of the collection"
+                )
+            tokens = self._prompt(question.text)
+            fresh += [self._collector.begin(question, f"{question.id}/{seed}/{k}", tokens) for k in range(self._count)]
+            places += [place] * self._count
+        self._collector.complete(fresh)
+        return fresh, places
+
+    def judgements(self, fresh: Sequence[Trajectory]) -> list[Judgement]:
+        """One a step, trajectory after trajectory: GOOD where the trajectory's answer is right."""
+        judged = []
+        for one in fresh:
+            right = self._task.score(self._questions[one.question_id], one.answer).exact_match == 1.0
+            outcome = Judgement(Verdict.GOOD, "the answer is right") if right else Judgement(Verdict.BAD, "it is not")
+            judged += [outcome] * one.num_steps
+        return judged

@@ -1,0 +1,124 @@
+"""What a training depends on: whether the recorded trajectories fit, and whether a checkpoint or a finished model was made with it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from swirl_fast.config import (
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    SearchConfig,
+    TasksConfig,
+    TrainingConfig,
+)
+from swirl_fast.data.shards import Manifest
+from swirl_fast.models.load import model_fingerprint
+
+
+def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
+    """What a checkpoint's further course depends on; what may change on resuming (its length, its saving and its guards) is left out."""
+    training = asdict(config.training)
+    if config.training.schedule == "constant":
+        del training["steps"]  # a cosine depends on where it ends
+    for name in (
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_best",
+        "async_checkpoints",
+        "time_limit",
+        "max_skipped_steps",
+        "kl_warning",
+        "tensorboard",
+        "wandb",
+        "peak_tflops",
+        "token_budget",
+        "max_path_tokens",
+        "activation_checkpointing",
+        "max_engine_gap",
+        "shards",  # the stream compares their contents
+        "shards_cache",
+        "shards_cache_limit",
+        "bad_shards",  # which ones are skipped is in the stream's state
+        "prefetch",
+        "shard_size",
+        "shard_accumulated_gradients",
+        "compile",
+        "liger",
+        "flash_attention",
+        "reference_offload",
+    ):
+        del training[name]
+    outcome = {"max_steps": config.tasks.max_steps, "search": asdict(config.search), "tasks": asdict(config.tasks)}
+    return {
+        "model": model_settings(config),
+        "engine_dtype": config.engine.dtype,
+        "judge": judge_id,
+        "algorithm": asdict(config.algorithm),
+        **({"outcome": outcome} if config.algorithm.reward == "outcome" else {}),
+        "training": training,
+        "seed": config.run.seed,
+    }
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    return asdict(config.model) | {"weights": model_fingerprint(config.model)}
+
+
+def completed(recorded: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """`recorded`, with the defaults of the keys that did not exist yet when it was written: what they stand for was done then."""
+    defaults = {
+        "model": asdict(ModelConfig()),
+        "algorithm": asdict(AlgorithmConfig()),
+        "training": asdict(TrainingConfig()),
+        "outcome": {"search": asdict(SearchConfig()), "tasks": asdict(TasksConfig())},
+    }
+    return _completed(recorded, wanted, defaults)
+
+
+def _completed(recorded: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    whole = dict(recorded)
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(recorded.get(key), dict) and isinstance(wanted.get(key), dict):
+            whole[key] = _completed(recorded[key], wanted[key], default)
+        elif key in wanted and key not in recorded and not isinstance(default, dict):
+            whole[key] = default
+    return whole
+
+
+def difference(old: Any, new: Any, key: str = "") -> str:
+    """The leaves in which two nested dicts differ, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = (
+            difference(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))
+            for k in sorted({*old, *new})
+            if old.get(k) != new.get(k)
+        )
+        return "; ".join(parts)
+    return f"{key} was {old!r}, is {new!r} now"
+
+
+def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:
+    """Raises ConfigError, before any work, when the longest recorded state with a longest action, or for algorithm.name=sft with the
+    recorded one, fits neither a micro-batch nor the longest path allowed nor the context."""
+    training = config.training
+    if config.algorithm.name == "sft" and manifest.longest_path:
+        path = manifest.longest_path["tokens"]
+        what = f"trajectory {manifest.longest_path['id']} has {path} tokens up to its last action"
+        key = f"tasks.max_steps={config.tasks.max_steps}"
+    else:
+        longest = 1 if config.algorithm.name == "sft" else training.max_action_tokens
+        path = manifest.longest_state["tokens"] + longest
+        what = f"trajectory {manifest.longest_state['id']} has a state of {path - longest} tokens, and actions may have {longest}"
+        key = f"training.max_action_tokens={longest}"
+    if path - 1 > training.token_budget:  # an action's last token is not computed
+        raise ConfigError(f"training.token_budget={training.token_budget}: {what}; set it to at least {path - 1}")
+    if training.max_path_tokens and path > training.max_path_tokens:
+        raise ConfigError(
+            f"training.max_path_tokens={training.max_path_tokens}: {what}; set it to at least {path}, or to 0 for the model's context of "
+            f"{max_context}"
+        )
+    if path > max_context:
+        raise ConfigError(f"{key}: {what}; together this exceeds the model's context of {max_context}")

@@ -1,0 +1,189 @@
+"""The benchmark of rollouts: its three ways ask for the same rows, its counts add up, and it refuses ways that disagree."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.rollouts import WAYS, calls_of, compare, main, options_of, rows_of
+from swirl_fast.engines.engine import Completion
+from swirl_fast.engines.local.engine import LocalEngine
+
+K, G, NEW, TRAJECTORIES = 3, 4, 5, 2
+SMALL = f"--trajectories {TRAJECTORIES} --states {K} --samples {G} --new-tokens {NEW} --action 12 --result 40 --max-sequences 5"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with room for long prompts."""
+    folder = tmp_path_factory.mktemp("rollouts") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    return folder
+
+
+def run(folder: Path, model: Path, *arguments: str) -> dict[str, Any]:
+    out = folder / "result.json"
+    chosen = ["--quick", "--model", str(model), "--layers", "2", "--device", "cpu", *SMALL.split(), *arguments]
+    main([*chosen, "--out", str(out)])
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def result(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("result"), model, "--repeats", "2")
+
+
+def test_counts_add_up(result: dict[str, Any]) -> None:
+    lengths = result["settings"]["tokens_of_each_state"]
+    assert len(lengths) == TRAJECTORIES
+    for trajectory in lengths:
+        assert len(trajectory) == K
+        for shorter, longer in itertools.pairwise(trajectory):
+            assert 30 < longer - shorter < 12 + 40 + 30, "an action, a result and the marks of their turns"
+    ways = result["results"]["local"]
+    assert list(ways) == list(WAYS)
+    possible = result["settings"]["possible_cached_tokens"]
+    for row in ways.values():
+        assert row["prompt_tokens"] == G * sum(map(sum, lengths))
+        assert row["cached_prompt_tokens"] + row["computed_prompt_tokens"] == row["prompt_tokens"]
+        assert row["cached_share"] == row["cached_prompt_tokens"] / row["prompt_tokens"]
+        assert row["hit_rate_of_possible"] == row["cached_prompt_tokens"] / possible
+        assert row["generated_tokens"] == TRAJECTORIES * K * G * NEW
+        assert len(row["seconds_of_each_repeat"]) == 2
+        assert min(row["seconds_of_each_repeat"]) <= row["seconds"] <= max(row["seconds_of_each_repeat"])
+        assert row["generated_tokens_per_second"] == pytest.approx(row["generated_tokens"] / row["seconds"])
+        assert 0 < row["seconds_prefill"] < row["seconds"] and 0 < row["seconds_decode"] < row["seconds"]
+    # The last state of a trajectory holds all others. Trajectories share some of their prompt, never all of it.
+    longest = [trajectory[-1] - 1 for trajectory in lengths]
+    distinct = TRAJECTORIES * K * G * -1 + G * sum(map(sum, lengths)) - possible
+    assert sum(longest) - min(trajectory[0] for trajectory in lengths) < distinct < sum(longest)
+
+
+def test_the_ways_differ_in_what_they_compute_and_agree_in_what_they_say(result: dict[str, Any]) -> None:
+    cached, naive, uncached = (result["results"]["local"][way] for way in WAYS)
+    for row in (cached, naive):  # all fits into the cache; rows that wait find a few sampled tokens too
+        assert 1 <= row["hit_rate_of_possible"] < 1.01
+    assert uncached["computed_prompt_tokens"] == uncached["prompt_tokens"]
+    assert (cached["calls"], cached["requests"]) == (1, TRAJECTORIES * K)
+    assert (naive["calls"], naive["requests"]) == (-(-TRAJECTORIES * K * G // 5), TRAJECTORIES * K * G)
+    assert (uncached["calls"], uncached["requests"]) == (1, TRAJECTORIES * K * G)
+    assert 0 < result["largest_logprob_difference"] < 1e-3
+    # per repeat: the first sample of every state in all three ways, every sample in two of them
+    rows, firsts = TRAJECTORIES * K * G, TRAJECTORIES * K
+    assert result["compared_tokens"] >= 2 * NEW * (rows + 2 * firsts) * 0.9
+
+
+def test_summary(result: dict[str, Any]) -> None:
+    ways = result["results"]["local"]
+    assert result["summary"] == {
+        "local": {
+            "hit_rate_of_possible": ways["cached"]["hit_rate_of_possible"],
+            "cached_vs_uncached": ways["uncached"]["seconds"] / ways["cached"]["seconds"],
+            "generated_tokens_per_second": ways["cached"]["generated_tokens_per_second"],
+        }
+    }
+    assert {"date", "commit", "cpu", "threads", "versions"} <= result["environment"].keys()
+    assert result["settings"]["layers"] == 2 and result["settings"]["task"] == "gsm_symbolic"
+
+
+def test_every_way_has_every_row_once_and_the_first_of_a_state_has_one_seed() -> None:
+    options = options_of(["--samples", "3", "--new-tokens", "4", "--out", "x.json"])
+    states = [[1, 2], [1, 2, 3], [1, 2, 3, 4]]
+    first = {}
+    for way in WAYS:
+        rows = rows_of(way, len(states), options)
+        assert sorted(rows) == list(itertools.product(range(3), range(3)))
+        calls = calls_of(way, states, options, burst=2)
+        requests = [request for call in calls for request in call]
+        assert [r.tokens for r in requests for _ in range(r.n)] == [states[s] for s, _ in rows]
+        assert {(r.sampling.max_new_tokens, r.stop_ids) for r in requests} == {(4, ())}
+        assert len({r.seed for r in requests}) == len(requests), "rows of one seed would be equal"
+        first[way] = {
+            tuple(r.tokens): r.seed for r, (_, g) in zip(requests, rows[:: requests[0].n], strict=True) if not g
+        }
+        assert len(calls) == {"cached": 1, "naive_order": 5, "uncached": 1}[way]
+    assert first["cached"] == first["naive_order"] == first["uncached"] and len(first["cached"]) == 3
+    assert rows_of("naive_order", 3, options) != rows_of("uncached", 3, options)
+
+
+def test_log_probs_are_compared_up_to_the_first_other_token() -> None:
+    a = Completion([5, 6, 7], [-1.0, -2.0, -3.0], "length", 0)
+    b = Completion([5, 6, 8], [-1.0, -2.5, -9.0], "length", 0)
+    assert compare({"one": {(0, 0): a}, "other": {(0, 0): b}}) == (0.5, 2)
+    assert compare({"one": {(0, 0): a}}) == (0.0, 0)
+
+
+def test_ways_that_disagree_are_not_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine's cache gives back other keys than were put in."""
+    build = LocalEngine.__init__
+
+    def built(self: LocalEngine, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        if options["prefix_cache"]:
+            read = self._cache.read
+            monkeypatch.setattr(self._cache, "read", lambda *a: tuple(1.2 * x for x in read(*a)))
+
+    monkeypatch.setattr(LocalEngine, "__init__", built)
+    with pytest.raises(SystemExit, match="the ways differ by .*nothing was written"):
+        run(tmp_path, model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_questions_from_a_file(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "_id": str(i),
+            "question": f"Where is lake {i}?",
+            "answer": f"land {i}",
+            "context": [[f"Lake {i}", ["A lake. " * 9]]],
+        }
+        for i in range(6)
+    ]
+    (tmp_path / "hotpot.json").write_text(json.dumps(rows))
+    (tmp_path / "gsm.jsonl").write_text(
+        "\n".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(6))
+    )
+    for name, task in (("hotpot.json", "hotpotqa"), ("gsm.jsonl", "gsm8k")):
+        found = run(tmp_path, model, "--data", str(tmp_path / name), "--states", "2", "--max-sequences", "64")
+        assert (found["settings"]["task"], found["settings"]["data"]) == (task, name)
+        for way in ("cached", "naive_order"):  # no row waits for another, so that nothing sampled can be found again
+            assert found["results"]["local"][way]["hit_rate_of_possible"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--states", "0"], "--states 0: must be at least 1"),
+        (["--new-tokens", "-1"], "--new-tokens -1: must be at least 1"),
+        (["--data", "missing.json"], "--data missing.json: no such file"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--out", "missing/result.json"], "missing does not exist; make it first"),
+        (["--layers", "3"], "--layers 3: the model has 2"),
+        (
+            ["--result", "4000"],
+            r"state 2 has \d+ tokens, which leaves no room for 5 new ones .* of 4096; lower --states",
+        ),
+        (["--trajectories", "3", "--data", "FEW"], "2 questions to train on; 3 trajectories need more"),
+        (["--data", "BROKEN"], "broken.jsonl:1: not a JSON object"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: list[str], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, broken = tmp_path / "few.jsonl", tmp_path / "broken.jsonl"
+    few.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(3)))
+    broken.write_text("{]")
+    given = [{"FEW": str(few), "BROKEN": str(broken)}.get(argument, argument) for argument in arguments]
+    out = [] if "--out" in given else ["--out", str(tmp_path / "result.json")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["--model", str(model), "--device", "cpu", *SMALL.split(), *out, *given])
+    assert re.search(message, f"{stopped.value} {capsys.readouterr().err}")
+    assert not (tmp_path / "result.json").exists()

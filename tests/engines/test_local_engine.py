@@ -1,0 +1,537 @@
+"""The embedded engine against a plain forward pass of the same model over prompt and completion, row by row."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.local_engines import MODELS, SHAPE, V, engine_of, make, mixed_requests, tokens
+
+from swirl_fast.engines.engine import Completion, Request, Sampling
+from swirl_fast.engines.local import engine as local
+from swirl_fast.engines.local import prefix_cache
+from swirl_fast.engines.local.engine import LocalEngine, sample
+from swirl_fast.engines.local.prefix_cache import PrefixCache, arrange
+from swirl_fast.prefixes import cacheable
+
+
+@torch.no_grad()
+def plain_logprobs(model: transformers.PreTrainedModel, request: Request, completion: Completion) -> torch.Tensor:
+    """[tokens, V] under softmax(logits / temperature), from one row at a time and without any cache."""
+    row = torch.tensor([[*request.tokens, *completion.tokens]])
+    logits = model(row, use_cache=False).logits[0, len(request.tokens) - 1 : -1].float()
+    return (logits / (request.sampling.temperature or 1.0)).log_softmax(-1)
+
+
+def check(model: transformers.PreTrainedModel, requests: list[Request], results: list[list[Completion]]) -> None:
+    assert [len(result) for result in results] == [request.n for request in requests]
+    for request, completions in zip(requests, results, strict=True):
+        for completion in completions:
+            logprobs = plain_logprobs(model, request, completion)
+            chosen = logprobs.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            assert (chosen - torch.tensor(completion.logprobs)).abs().max() < 1e-4
+            if request.sampling.temperature == 0:
+                assert (logprobs.max(-1).values - chosen).max() < 1e-4
+            if completion.finish == "length":
+                assert len(completion.tokens) == request.sampling.max_new_tokens
+            else:
+                assert completion.tokens[-1] in request.stop_ids
+            assert not set(completion.tokens[:-1]) & set(request.stop_ids)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("block_tokens, prefill_tokens", [(256, 512), (1, 16)])
+def test_logprobs_equal_a_plain_forward_pass(kind, block_tokens, prefill_tokens, monkeypatch):
+    monkeypatch.setitem(prefix_cache.BLOCK_TOKENS, "cpu", block_tokens)  # 1: every shared run is a block of its own
+    monkeypatch.setitem(local.PREFILL_TOKENS, "cpu", prefill_tokens)  # 16: prompts are cut into several passes
+    model = make(kind)
+    engine = engine_of(model, max_sequences=7)
+    for round_ in range(3):  # cold, warm with the same prompts, warm with what was sampled
+        requests = mixed_requests(round_)
+        results = engine.generate(requests)
+        check(model, requests, results)
+    follow = [
+        Request([*request.tokens, *completion.tokens, 9, 8, 7], Sampling(5), n=2)
+        for request, completions in zip(requests, results, strict=True)
+        for completion in completions
+    ]
+    results = engine.generate(follow)
+    check(model, follow, results)
+    for request, completions in zip(follow, results, strict=True):
+        assert completions[0].cached_tokens >= len(request.tokens) - 4, "a sampled action was computed again"
+
+
+@pytest.mark.parametrize("cache_tokens", [0, 1, 40, 150])
+def test_a_tiny_cache_stays_small_and_correct(cache_tokens):
+    model = make()
+    engine = engine_of(model, max_sequences=3, cache_tokens=cache_tokens)
+    for round_ in range(3):
+        requests = mixed_requests(round_)
+        check(model, requests, engine.generate(requests))
+        assert len(engine._cache) <= cache_tokens
+        assert all(pool.shape[1] <= cache_tokens for pool in engine._cache.keys.values())
+
+
+def test_bfloat16_is_close_to_the_plain_pass():
+    model = make().to(torch.bfloat16)
+    engine = engine_of(model)
+    requests = [Request(tokens(20, 1) + tokens(i + 1, i), Sampling(12), n=2, seed=i) for i in range(4)]
+    for request, completions in zip(requests, engine.generate(requests), strict=True):
+        for completion in completions:
+            plain = plain_logprobs(model.float(), request, completion)
+            chosen = plain.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            assert (chosen - torch.tensor(completion.logprobs)).abs().mean() < 0.1
+            assert chosen.mean() > -math.log(V), "the tokens look random"
+
+
+def test_same_seed_same_tokens_whatever_stands_beside():
+    engine = engine_of(make(), max_sequences=5)
+    request = Request(tokens(30, 1), Sampling(12), n=3, seed=5)
+    others = [Request(tokens(30, 1)[:20] + tokens(i, i), Sampling(3 * i), n=i, seed=i) for i in range(1, 6)]
+    alone = engine.generate([request])[0]
+    again = engine.generate([request])[0]
+    among = engine.generate([*others[:3], request, *others[3:]])[3]
+    more = engine.generate([Request(request.tokens, Sampling(12), n=5, seed=5)])[0]
+    for other in (again, among, more[:3]):
+        assert [c.tokens for c in other] == [c.tokens for c in alone]
+        assert np.allclose([c.logprobs for c in other], [c.logprobs for c in alone], atol=1e-4)
+    assert len({tuple(c.tokens) for c in more}) == 5, "siblings must differ"
+    different = engine.generate([Request(request.tokens, Sampling(12), seed=6)])[0][0]
+    assert different.tokens not in [c.tokens for c in more]
+
+
+def test_cached_tokens_are_exact():
+    engine = engine_of(make())
+    state = tokens(30, 1)
+    ask = Sampling(6)
+
+    def cached(*prompts: list[int], n: int = 1) -> list[int]:
+        return [result[0].cached_tokens for result in engine.generate([Request(p, ask, n=n) for p in prompts])]
+
+    first = engine.generate([Request(state, ask, n=3)])[0]
+    assert [c.cached_tokens for c in first] == [0, 0, 0]
+    assert cached(state) == [29], "the last token is computed again"
+    longer = state + first[1].tokens + tokens(10, 2)
+    assert cached(longer) == [30 + 5], "the last sampled token was never fed"
+    assert cached(tokens(12, 3), state[:20] + tokens(3, 4), state[:7]) == [0, 20, 6]
+    few = engine_of(make(), max_sequences=2).generate([Request(state, ask, n=5)])[0]
+    assert [c.cached_tokens for c in few] == [0] * 5, "siblings that waited share one computation of the prompt"
+    trunk = tokens(50, 5)  # one call: the shortest computes its own tokens, each longer one the rest
+    assert cached(trunk[:45], trunk[:10], trunk, trunk[:10], n=5) == [9, 0, 44, 9]
+    stats = engine.stats()
+    assert stats.requests == 10
+    assert stats.prompt_tokens == 30 + 30 + 46 + 12 + 23 + 7 + 45 + 10 + 50 + 10
+    assert stats.cached_tokens == 29 + 35 + 0 + 20 + 6 + 9 + 0 + 44 + 9
+    assert stats.generated_tokens == 6 * (3 + 1 + 1 + 3 + 20)
+    assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
+
+
+prompt_lists = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=8)
+
+
+def contexts(prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """Every prefix of every prompt without its last token, as often as it comes."""
+    return [tuple(prompt[: i + 1]) for prompt in prompts for i in range(len(prompt) - 1)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(prompt_lists)
+def test_cacheable_is_what_comes_more_than_once(prompts):
+    every = contexts(prompts)
+    assert cacheable(prompts) == len(every) - len(set(every))
+
+
+def test_an_empty_prompt_is_not_cacheable():
+    with pytest.raises(ValueError, match="at least one token"):
+        cacheable([[5, 6], []])
+
+
+@settings(max_examples=40, deadline=None)
+@given(before=prompt_lists, prompts=prompt_lists)
+def test_cacheable_tokens_count_what_was_held_once_more(shared_engine, before, prompts):
+    shared_engine.close()
+    held = [[5 + token for token in prompt] for prompt in before]
+    asked = [[5 + token for token in prompt] for prompt in prompts]
+    ask = Sampling(1, temperature=0.0)
+    stats = [shared_engine.stats()]
+    for call in (held, asked):
+        shared_engine.generate([Request(prompt, ask) for prompt in call])
+        stats.append(shared_engine.stats())
+    cold, warm = (b.cacheable_tokens - a.cacheable_tokens for a, b in itertools.pairwise(stats))
+    assert cold == cacheable(held)
+    whole = contexts([[*prompt, 0] for prompt in held])  # of a prompt all is held, of one sampled token nothing
+    assert warm == cacheable(asked) + len(set(whole) & set(contexts(asked)))
+    assert [b.cached_tokens - a.cached_tokens for a, b in itertools.pairwise(stats)] == [cold, warm]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_without_the_prefix_cache_every_row_is_computed_and_nothing_changes(kind, monkeypatch):
+    model = make(kind)
+    cached, plain = engine_of(model, 7), engine_of(model, 7, prefix_cache=False)
+    computed = [0]
+    compute = plain._compute
+
+    def counted(pieces):
+        computed[0] += sum(stop - start for _, start, stop in pieces)
+        compute(pieces)
+
+    monkeypatch.setattr(plain, "_compute", counted)
+    requests = mixed_requests(0)
+    expected = cached.generate(requests)
+    for call in range(1, 3):
+        results = plain.generate(requests)
+        check(model, requests, results)
+        for a, b in zip(expected, results, strict=True):
+            assert [c.tokens for c in a] == [c.tokens for c in b]
+            assert all(np.allclose(x.logprobs, y.logprobs, atol=1e-4) for x, y in zip(a, b, strict=True))
+            assert [c.cached_tokens for c in b] == [0] * len(b)
+        assert computed[0] == call * sum(request.n * (len(request.tokens) - 1) for request in requests)
+        assert len(plain._cache) == 0 and not plain._cache.keys, "something was kept"
+    stats = plain.stats()
+    assert stats.cached_tokens == 0
+    assert stats.cacheable_tokens == 2 * cacheable([request.tokens for request in requests])
+    plain.update_weights(make(kind, seed=1).state_dict().items(), 1)
+    check(make(kind, seed=1), requests, plain.generate(requests))
+
+
+def test_stop_ids_end_a_completion_with_the_stop_token():
+    model = make()
+    engine = engine_of(model)
+    free = engine.generate([Request(tokens(10, 1), Sampling(30), seed=3)])[0][0]
+    stop = free.tokens[4]
+    (stopped,) = engine.generate([Request(tokens(10, 1), Sampling(30), seed=3, stop_ids=(stop, 1))])[0]
+    assert stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
+    assert (stopped.finish, free.finish) == ("stop", "length")
+    assert np.allclose(stopped.logprobs, free.logprobs[: len(stopped.tokens)], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mha"])
+def test_after_a_weight_update_nothing_comes_from_the_old_weights(kind):
+    old, new = make(kind, seed=0), make(kind, seed=1)
+    engine, fresh = engine_of(old), engine_of(new)
+    requests = mixed_requests(0)
+    assert engine.generate(requests)[0][0].policy_version == 0
+    engine.update_weights(((name, p.double()) for name, p in new.named_parameters()), version=7)
+    results = engine.generate(requests)
+    check(new, requests, results)
+    for got, expected in zip(results, fresh.generate(requests), strict=True):
+        assert [c.tokens for c in got] == [c.tokens for c in expected]
+        assert [c.cached_tokens for c in got] == [c.cached_tokens for c in expected]
+        assert {c.policy_version for c in got} == {7}
+    engine.update_weights(old.state_dict().items(), version=8)  # tied names twice are fine
+    (alone,) = engine.generate([Request(requests[3].tokens, Sampling(2))])[0]
+    assert (alone.cached_tokens, alone.policy_version) == (0, 8)
+    check(old, requests, engine.generate(requests))
+
+
+def test_a_refused_weight_update_changes_nothing():
+    model, other = make(), make(seed=1)
+    engine = engine_of(model)
+    request = Request(tokens(20, 1), Sampling(8), n=2)
+    before = engine.generate([request])[0]
+    state = dict(other.named_parameters())
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(KeyError, match="no weights named spam"):
+        engine.update_weights([*state.items(), ("spam", torch.zeros(1))], 1)
+    with pytest.raises(KeyError, match=f"1 weights are missing: {name}"):
+        engine.update_weights([(k, v) for k, v in state.items() if k != name], 1)
+    with pytest.raises(ValueError, match=rf"{name} has shape \(32, 48\), the model's is \(48, 32\)"):
+        engine.update_weights({**state, name: state[name].T}.items(), 1)
+    after = engine.generate([request])[0]
+    assert [c.tokens for c in after] == [c.tokens for c in before]
+    assert after[0].policy_version == 0 and after[0].cached_tokens == 19
+
+
+def test_broken_weights_are_an_error_and_leave_no_trace():
+    model = make()
+    engine = engine_of(model)
+    broken = {name: torch.full_like(p, math.nan) for name, p in model.named_parameters()}
+    engine.update_weights(broken.items(), 1)
+    with pytest.raises(RuntimeError, match="not finite"):
+        engine.generate(mixed_requests(0))
+    engine.update_weights(model.state_dict().items(), 2)
+    check(model, mixed_requests(0), engine.generate(mixed_requests(0)))
+
+
+def test_a_prompt_does_not_push_out_what_its_neighbour_needs():
+    engine = engine_of(make(), cache_tokens=50)
+    known, new = sorted([tokens(40, 1), tokens(30, 2)], reverse=True)
+    engine.generate([Request(known, Sampling(1))])
+    first, second = engine.generate([Request(new, Sampling(1)), Request(known, Sampling(1))])
+    assert (first[0].cached_tokens, second[0].cached_tokens) == (0, len(known) - 1)
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_an_interrupted_call_leaves_no_trace(at, monkeypatch):
+    """The tree holds a prompt before its keys are computed: stopped in between, it must not be believed."""
+    model = make()
+    engine = engine_of(model, max_sequences=3)
+    monkeypatch.setitem(local.PREFILL_TOKENS, "cpu", 20)
+    forward, calls = engine._forward, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine, "_forward", interrupted)
+    request = Request(tokens(45, 1), Sampling(5), n=5)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([request])
+    check(model, [request], engine.generate([request]))
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (Request([], Sampling(3)), "request 1 has an empty prompt"),
+        (Request(tokens(250, 1), Sampling(7)), "250 prompt tokens and max_new_tokens=7 exceed the context of 256.* at most 6"),
+        (Request(tokens(300, 1), Sampling(7)), "300 prompt tokens .* shorten the prompt$"),
+        (Request([5, V], Sampling(3)), f"token id {V} is outside the vocabulary of {V}"),
+        (Request([5, -1], Sampling(3)), "token id -1 is outside"),
+        (Request([5], Sampling(0)), "max_new_tokens=0 must be at least 1"),
+        (Request([5], Sampling(3), n=0), "n=0"),
+        (Request([5], Sampling(3, temperature=-1.0)), "temperature=-1.0"),
+        (Request([5], Sampling(3, temperature=math.nan)), "temperature=nan"),
+        (Request([5], Sampling(3, top_p=0.0)), "top_p=0.0"),
+        (Request([5], Sampling(3, top_k=-1)), "top_k=-1"),
+    ],
+)  # fmt: skip
+def test_impossible_requests_are_refused_before_any_work(request_, message, shared_engine):
+    before = shared_engine.stats()
+    with pytest.raises(ValueError, match=message):
+        shared_engine.generate([Request([5, 6], Sampling(2)), request_])
+    assert shared_engine.stats() == before
+
+
+@pytest.fixture(scope="module")
+def shared_engine() -> LocalEngine:
+    return engine_of(make())
+
+
+def test_the_whole_context_can_be_used_and_nothing_is_nothing(shared_engine):
+    model = make()
+    requests = [Request(tokens(250, 1), Sampling(6)), Request(tokens(3, 1), Sampling(60), n=2)]
+    check(model, requests, shared_engine.generate(requests))
+    assert shared_engine.generate([]) == []
+
+
+def test_models_that_cannot_work_are_refused_by_name():
+    hybrid = transformers.Qwen3NextConfig(
+        **SHAPE, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    bloom = transformers.BloomConfig(vocab_size=V, hidden_size=32, n_layer=1, n_head=4)
+    sinks = transformers.GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)
+    cases = [
+        (transformers.Qwen3NextForCausalLM(hybrid), "Qwen3NextForCausalLM: .*linear_attention"),
+        (
+            transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1)),
+            "MambaForCausalLM: it has layers with other state",
+        ),
+        (
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, rope_parameters=dynamic)),
+            "LlamaForCausalLM: its rope_type 'dynamic'",
+        ),
+        (
+            transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=V, d_model=16, d_ff=16, num_layers=1)),
+            "T5ForConditionalGeneration: it is an encoder-decoder",
+        ),
+        (transformers.BloomForCausalLM(bloom), "BloomForCausalLM: .*attention interface"),
+        (transformers.GptOssForCausalLM(sinks), "GptOssForCausalLM: GptOssAttention has attention sinks"),
+    ]  # fmt: skip
+    for model, message in cases:
+        with pytest.raises(ValueError, match=message):
+            LocalEngine(model, max_sequences=4, cache_tokens=64)
+
+
+def test_a_model_with_hidden_state_is_found_by_its_log_probs(monkeypatch):
+    """Attention that looks at what no key holds: here, at the number of tokens in the pass."""
+    attend = prefix_cache.DecodePass.attend
+    monkeypatch.setattr(prefix_cache.DecodePass, "attend", lambda self, *a: attend(self, *a) * (1 + 0.1 * self.at))
+    with pytest.raises(ValueError, match="LlamaForCausalLM: decoding from cached keys and values differs by"):
+        engine_of(make())
+
+
+def test_the_engine_leaves_models_of_the_same_configuration_alone():
+    config = transformers.LlamaConfig(**SHAPE)
+    torch.manual_seed(0)
+    model, owned = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    before = model(torch.tensor([[5, 6, 7]])).logits
+    LocalEngine(owned, max_sequences=2, cache_tokens=16)
+    assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
+    with pytest.raises(RuntimeError, match="belongs to a LocalEngine"):
+        owned(torch.tensor([[5, 6, 7]]))
+
+
+def test_top_k_and_top_p_hold_in_the_engine():
+    model = make()
+    engine = engine_of(model)
+    requests = [
+        Request(tokens(9, 1), Sampling(20, temperature=2.0, top_k=3), n=8),
+        Request(tokens(9, 2), Sampling(20, temperature=2.0, top_p=0.5), n=8),
+        Request(tokens(9, 3), Sampling(20, temperature=2.0, top_p=0.5, top_k=4), n=8),
+    ]
+    results = engine.generate(requests)
+    check(model, requests, results)
+    for request, completions in zip(requests, results, strict=True):
+        seen = set()
+        for completion in completions:
+            logprobs = plain_logprobs(model, request, completion)
+            allowed = naive_allowed(logprobs.exp(), request.sampling.top_k, request.sampling.top_p)
+            rows = torch.arange(len(completion.tokens))
+            assert allowed[rows, completion.tokens].all()
+            ranks = (logprobs > logprobs[rows, completion.tokens][:, None]).sum(-1)
+            seen.update(ranks.tolist())
+        assert len(seen) > 1, "never anything but the most probable token"
+
+
+def naive_allowed(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """[rows, V] bool: top_k, then the smallest set with mass top_p of what is left."""
+    allowed = torch.zeros_like(probs, dtype=torch.bool)
+    for row, p in enumerate(probs.double()):
+        order = p.argsort(descending=True)[: top_k or None]
+        mass = 0.0
+        for token in order.tolist():
+            if top_p < 1 and mass >= top_p * float(p[order].sum()):
+                break
+            mass += float(p[token])
+            allowed[row, token] = True
+    return allowed
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(2, 40), st.sampled_from([0, 1, 3, 100]), st.sampled_from([1.0, 0.9, 0.5, 1e-6]),
+    st.sampled_from([0.5, 1.0, 3.0]),
+)  # fmt: skip
+def test_sample_draws_from_the_cut_distribution(seed, vocabulary, top_k, top_p, temperature):
+    """A grid of uniforms hits every token as often as its probability says, to one grid point at either end."""
+    grid = 4096
+    torch.manual_seed(seed)
+    logits = torch.randn(vocabulary) * 3
+    uniform = (torch.arange(grid) + 0.5) / grid
+    drawn, logprobs = sample(
+        logits.repeat(grid, 1), torch.full((grid,), temperature), torch.full((grid,), top_k),
+        torch.full((grid,), top_p), uniform,
+    )  # fmt: skip
+    probs = (logits / temperature).softmax(-1)
+    assert torch.allclose(logprobs, probs.log()[drawn], atol=1e-5)
+    allowed = naive_allowed(probs[None], top_k, top_p)[0]
+    expected = torch.where(allowed, probs, 0.0)
+    counts = torch.bincount(drawn, minlength=vocabulary)
+    assert (counts / grid - expected / expected.sum()).abs().max() <= 1.5 / grid
+    assert not counts[~allowed].any()
+
+
+def test_sample_handles_rows_of_every_kind_and_extreme_uniforms():
+    logits = torch.tensor([[-math.inf, 0.0, 5.0, 1.0, -math.inf]]).repeat(6, 1)
+    last = 1 - 2.0**-24
+    drawn, logprobs = sample(
+        logits,
+        temperature=torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 1e-4]),
+        top_k=torch.tensor([0, 0, 0, 2, 1, 0]),
+        top_p=torch.tensor([0.1, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        uniform=torch.tensor([0.9, 0.0, last, last, 0.0, 0.5]),
+    )
+    assert drawn.tolist() == [2, 1, 3, 3, 2, 2]
+    plain = torch.tensor([0.0, 5.0, 1.0]).log_softmax(-1)
+    assert torch.allclose(logprobs, torch.tensor([plain[1], plain[0], plain[2], plain[2], plain[1], 0.0]), atol=1e-6)
+    with pytest.raises(RuntimeError, match="not finite"):
+        sample(
+            torch.full((1, 4), math.nan), torch.ones(1), torch.zeros(1, dtype=torch.long), torch.ones(1), torch.zeros(1)
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 2), max_size=12)), max_size=25), st.integers(0, 30))
+def test_the_tree_gives_every_prefix_its_own_slots(operations, cache_tokens):
+    """Each slot is written with the hash of its whole prefix; whatever the tree calls known must read back the same."""
+    cache = PrefixCache(cache_tokens, torch.device("cpu"))
+    cache.advance([])
+    for new_round, prompt in operations:
+        if new_round:
+            cache.trim()
+            assert len(cache) <= cache_tokens
+            cache.advance([])
+        path = np.array(prompt, np.int64)
+        node, slots, known = cache.insert(path)
+        assert len(slots) == len(path) and len(set(slots.tolist())) == len(path) and 0 <= known <= len(path)
+        marks = torch.tensor([float(hash(tuple(prompt[: i + 1])) % 2**20) for i in range(len(prompt))])
+        if known < len(path):
+            new = torch.as_tensor(slots[known:])
+            cache.write(0, new, marks[None, known:, None], -marks[None, known:, None])
+        if len(path):
+            keys, values = cache.read(0, cache.locate(slots))
+            assert torch.equal(keys[0, :, 0], marks) and torch.equal(values, -keys)
+            again = cache.insert(path)
+            assert again[0] is node and again[2] == len(path) and (again[1] == slots).all()
+        held = sum(len(n.slots) for n in cache._nodes())
+        assert held == len(cache), "slots are lost or doubled"
+
+
+def test_the_least_recently_used_leaves_first_and_what_is_in_use_stays():
+    cache = PrefixCache(10, torch.device("cpu"))
+
+    def insert(prompt: list[int], grow: bool = True) -> tuple[int, int]:
+        cache.advance([])
+        _, slots, known = cache.insert(np.array(prompt), grow)
+        return known, len(slots)
+
+    assert insert([1, 2, 3, 4]) == (0, 4)
+    assert insert([1, 2, 5]) == (2, 3)
+    assert insert([7, 8, 9]) == (0, 3)
+    assert insert([1, 2, 3, 4]) == (4, 4)
+    assert insert([6, 6, 6]) == (0, 3)  # 8 held, room for 2: the 5 leaves
+    assert insert([1, 2, 5], grow=False) == (2, 3)  # and comes back for the 9
+    assert insert([7, 8, 9], grow=False)[0] == 2
+    node, slots, _ = cache.insert(np.array([7, 8, 9]))
+    cache.advance([node])
+    assert len(cache.insert(np.arange(100, 120), grow=False)[1]) == 10 - 3
+    assert (cache.insert(np.array([7, 8, 9]))[1] == slots).all()
+    cache.insert(np.arange(200, 220))  # the round's own tokens stay as well: the pool grows
+    assert len(cache) == 3 + 7 + 20
+    cache.trim()
+    assert len(cache) == 10
+
+
+def test_a_growing_pool_keeps_what_it_holds():
+    cache = PrefixCache(3000, torch.device("cpu"))
+    cache.advance([])
+    written = {}
+    for first, length in ((1, 400), (2, 300), (3, 1500), (4, 700)):
+        path = np.full(length, first)
+        slots = cache.insert(path)[1]
+        written[first] = slots
+        mark = torch.full((2, length, 1), float(first))
+        cache.write(0, torch.as_tensor(slots), mark, -mark)
+        assert cache.keys[0].shape[1] <= 3000
+    for first, slots in written.items():
+        keys, values = cache.read(0, cache.locate(slots))
+        assert (keys == first).all() and (values == -first).all() and keys.shape == (2, len(slots), 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), max_size=8), min_size=1, max_size=10), st.integers(1, 12))
+def test_an_arrangement_reads_every_key_of_a_row_once(prompts, block_tokens):
+    cache = PrefixCache(1000, torch.device("cpu"))
+    paths = [cache.insert(np.array(prompt, np.int64))[1] for prompt in sorted(prompts)]
+    blocks, rest = arrange(paths, block_tokens)
+    depths = [own.tolist() for own in rest]
+    columns: list[list[int]] = [[] for _ in paths]
+    for block in blocks:
+        for row in range(block.lo, block.hi):
+            assert (paths[row][block.depths] == paths[block.lo][block.depths]).all()
+            depths[row] += block.depths.tolist()
+            columns[row] += range(block.column, block.column + len(block.depths))
+    for row, path in enumerate(paths):
+        assert sorted(depths[row]) == list(range(len(path)))
+        assert len(columns[row]) == len(set(columns[row])), "two blocks of a row write the same scores"

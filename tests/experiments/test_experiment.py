@@ -1,0 +1,391 @@
+"""A grid of real runs on a small model, killed, resumed and shared; and the statistics against numbers known beforehand."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from support.paths import ROOT
+from support.task_files import write_lines
+
+from swirl_fast import cli, stages
+from swirl_fast.config import Config, ConfigError
+from swirl_fast.experiments.inputs import changed
+from swirl_fast.experiments.run import read_experiment
+from swirl_fast.experiments.summary import summarise, table
+from swirl_fast.report.experiment import write_experiment_report
+
+
+def write(folder: Path, model: Path, **more: Any) -> Path:
+    spec = {
+        "name": "e",
+        "folder": str(folder),
+        "settings": {
+            "model": {"path": str(model)},
+            "tasks": {
+                "options": {"min_terms": 2, "max_terms": 2, "max_digits": 1},
+                "limit": 6,
+                "eval_limit": 8,
+                "max_steps": 3,
+            },
+            "tasks.examples": 1,
+            "collect": {"trajectories_per_question": 3, "max_action_tokens": 24},
+            "training": {"steps": 1, "trajectories_per_step": 4, "group_size": 3, "max_action_tokens": 24},
+            "training.learning_rate": 1e-3,
+            "training.token_budget": 1024,
+            "training.tensorboard": False,
+            "algorithm.kl_coef": 0,
+        },
+        "seeds": [0, 1],
+        "arms": {
+            "base": {"train": False},
+            "all": {"filter.kind": "none", "algorithm.reward": "outcome"},
+            "copied": {"filter.kind": "none", "algorithm": {"name": "sft"}},
+            "further": {"from": "copied", "filter.kind": "none", "algorithm.reward": "outcome"},
+        },
+        "evaluations": {"in_domain": {}, "longer": {"tasks.options.max_terms": 3, "tasks.options.min_terms": 3}},
+        "compare": ["all", "base"],
+        "keep": "results",
+    } | more
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The folder of an experiment that was run to its end."""
+    folder = tmp_path_factory.mktemp("experiment")
+    assert cli.main(["experiment", str(write(folder, tiny_model))]) == 0
+    return folder / "e"
+
+
+def test_filters_that_keep_the_same_trajectories_are_trained_once(tmp_path: Path, tiny_model: Path) -> None:
+    arms = {
+        "all": {"filter.kind": "none", "algorithm.name": "sft"},
+        "same": {"filter": {"kind": "process", "when_empty": "none"}, "algorithm.name": "sft"},  # no step is GOOD
+        "fewer": {"filter": {"kind": "none", "max_trajectories": 5}, "algorithm.name": "sft"},
+        "other": {"filter.kind": "none", "algorithm.name": "sft", "training.learning_rate": 1e-4},
+    }
+    path = write(tmp_path, tiny_model, seeds=[0], arms=arms, evaluations={"in_domain": {}}, compare=["same", "all"])
+    assert cli.main(["experiment", str(path)]) == 0
+    cells = {(cell := json.loads(one.read_text()))["arm"]: cell for one in (tmp_path / "e" / "cells").glob("*.json")}
+    assert [cells[arm].get("same_as") for arm in arms] == [None, "all", None, None]
+    assert all(cells["same"][key] == cells["all"][key] for key in ("training", "evaluations"))
+    assert not list((tmp_path / "e").glob("same-*/metrics.jsonl"))
+
+
+def test_all_cells_of_a_seed_share_a_collection_and_leave_their_numbers(done: Path) -> None:
+    summary = json.loads((done / "summary.json").read_text())
+    assert summary["seeds"] == [0, 1] and summary["complete"]
+    assert list(summary["arms"]) == ["base", "all", "copied", "further"]
+    assert len(list(done.glob("collection-*/trajectories.db"))) == 4, (
+        "one a seed, and one of the model that was trained further"
+    )
+    for arm in summary["arms"].values():
+        for one in (arm["in_domain"], arm["out_of_domain"]["longer"]):
+            assert one["interval"][0] <= one["accuracy"] <= one["interval"][1] and one["questions"] == 16
+    assert summary["arms"]["base"]["cost"] is None
+    assert summary["arms"]["all"]["cost"]["generated_tokens"] > 0
+    assert summary["arms"]["copied"]["cost"]["trajectories"] == 18
+    assert summary["comparisons"].keys() == {"all", "copied", "further"}
+    for path in (done / "cells").glob("*.json"):
+        cell = json.loads(path.read_text())
+        for evaluation in cell["evaluations"].values():
+            means = [one["accuracy"] for one in evaluation["by_question"].values()]
+            assert len(means) == 8 and evaluation["accuracy"] == pytest.approx(sum(means) / 8)
+    page = (done / "report.html").read_text()
+    assert "in_domain" in page and "longer" in page and "Accuracy against base" in page
+    assert not list(done.glob("*/checkpoints")), "keep: results"
+    assert {path.parent.name.split("-")[0] for path in done.glob("*/model")} == {"copied"}, "others start from these"
+
+
+def test_a_second_start_does_nothing_and_a_lost_cell_is_done_again_with_the_same_result(
+    done: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(done.parent / "experiment.yaml")
+    before = json.loads((done / "summary.json").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "evaluate", lambda *_: pytest.fail("a finished cell was done again"))
+        assert cli.main(["experiment", path]) == 0
+    (cell,) = (done / "cells").glob("all-1-*.json")
+    saved = json.loads(cell.read_text())
+    cell.unlink()
+    assert cli.main(["experiment", path]) == 0
+    again = json.loads(cell.read_text())
+    assert again["training"]["reward"] == saved["training"]["reward"]
+    for name, one in saved["evaluations"].items():
+        assert again["evaluations"][name]["by_question"] == one["by_question"]
+    assert (
+        json.loads((done / "summary.json").read_text())["arms"]["all"]["in_domain"]
+        == before["arms"]["all"]["in_domain"]
+    )
+
+
+def test_the_start_of_a_cell_is_trained_again_where_only_its_numbers_are_left(done: Path) -> None:
+    path = str(done.parent / "experiment.yaml")
+    (cell,) = (done / "cells").glob("further-0-*.json")
+    saved = json.loads(cell.read_text())
+    cell.unlink()
+    for folder in (*done.glob("copied-0-*"), done / cell.stem):
+        shutil.rmtree(folder)
+    assert cli.main(["experiment", path]) == 0
+    again = json.loads(cell.read_text())
+    assert again["training"]["reward"] == saved["training"]["reward"]
+    assert again["evaluations"]["in_domain"]["by_question"] == saved["evaluations"]["in_domain"]["by_question"]
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = (done / "cells").glob("copied-0-*.json")
+    text = cell.read_text()
+    cell.unlink()
+    monkeypatch.setattr(stages, "train", lambda *_: pytest.fail("it was taken all the same"))
+    with open(done / cell.stem / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cli.main(["experiment", str(done.parent / "experiment.yaml")]) == 1
+    shown = capsys.readouterr()
+    assert "copied, seed 0: is being done elsewhere" in shown.err
+    summary = json.loads((done / "summary.json").read_text())
+    assert not summary["complete"] and summary["arms"]["copied"]["seeds"] == [1]
+    assert "Some cells are not done yet" in (done / "report.html").read_text()
+    cell.write_text(text)
+    assert cli.main(["experiment", "--report", str(done.parent / "experiment.yaml")]) == 0
+    assert json.loads((done / "summary.json").read_text())["complete"]
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process filter keeps none of this model's trajectories when single numbers are not allowed either."""
+    arms = {"strict": {"filter.kind": "process", "judge.rules.coverage": "full"}, "base": {"train": False}}
+    path = write(tmp_path, tiny_model, arms=arms, seeds=[0], compare=["strict", "base"])
+    arguments = ["tasks.limit=1", "collect.trajectories_per_question=1"]
+    code = cli.main(["experiment", str(path), *arguments])
+    shown = capsys.readouterr()
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert code == 1 and list(summary["arms"]) == ["base"]
+    assert "not done: strict, seed 0: " in shown.err and "filter process kept 0" in shown.err
+
+
+def test_a_disk_that_fails_stops_one_cell_alone(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = stages.evaluate
+
+    def full(config: Config, *more: Any) -> dict[str, Any]:
+        if config.run.name.startswith("first"):
+            raise OSError(28, "No space left on device")
+        return evaluate(config, *more)
+
+    monkeypatch.setattr(stages, "evaluate", full)
+    arms = {"first": {"train": False}, "second": {"train": False, "tasks.max_steps": 2}}
+    path = write(tmp_path, tiny_model, arms=arms, seeds=[0], evaluations={"in_domain": {}}, compare=["second", "first"])
+    assert cli.main(["experiment", str(path), "tasks.eval_limit=2"]) == 1
+    assert "not done: first, seed 0: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "e" / "summary.json").read_text())["arms"]) == ["second"]
+
+
+def test_a_report_of_nothing_says_so(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, tiny_model)
+    assert cli.main(["experiment", "--report", str(path)]) == 1
+    assert f"none of its 8 cells is done in {tmp_path / 'e' / 'cells'}" in capsys.readouterr().err
+    assert not (tmp_path / "e" / "summary.json").exists()
+
+
+def test_finished_cells_of_another_model_or_data_file_are_not_mixed_with_new_ones(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = tmp_path / "model", tmp_path / "d.jsonl"
+    shutil.copytree(tiny_model, model)
+    rows = [{"question": f"What is {n} + 1?", "answer": f"It is #### {n + 1}"} for n in range(4)]
+    write_lines(data, rows)
+    words = {"tasks": {"kind": "gsm8k", "path": str(data), "eval_path": str(data), "options": {}}}
+    more = {"arms": {"base": {"train": False}}, "evaluations": {"in_domain": {}, "words": words}, "compare": []}
+    path = write(tmp_path, model, seeds=[0], **more)
+    arguments = ["experiment", str(path), "tasks.eval_limit=2"]
+    assert cli.main(arguments) == 0
+    (file,) = (tmp_path / "e" / "cells").glob("*.json")
+    cell = json.loads(file.read_text())
+    assert cell["inputs"].keys() == {str(model), str(data)}
+    weights = load_file(model / "model.safetensors")
+    write_lines(data, rows[::-1])
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+    write(tmp_path, model, seeds=[0, 1], **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "evaluate", lambda *_: pytest.fail("a cell was done all the same"))
+        assert cli.main(arguments) == 2
+    shown = capsys.readouterr().err
+    for input_ in (model, data):
+        assert f"{input_} has changed since base, seed 0" in shown
+    assert "another name" in shown
+    # one from before inputs were kept is taken as it is
+    del cell["inputs"]
+    file.write_text(json.dumps(cell))
+    assert cli.main(arguments) == 0
+    assert json.loads((tmp_path / "e" / "summary.json").read_text())["complete"]
+
+
+def test_what_is_not_there_any_more_is_no_difference() -> None:
+    assert changed({"a": "1", "b": "2", "gone": "3"}, {"a": "1", "b": "9", "new": "4"}) == ["b"]
+
+
+def test_folders_in_the_home_of_the_user(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    path = write(tmp_path, tiny_model, summary="~/e.json")
+    path.write_text(path.read_text().replace(f"folder: {tmp_path}\n", "folder: ~/runs\n"))
+    experiment = read_experiment(path)
+    assert experiment.results == Path("/home/somebody/runs/e") and experiment.summary == Path("/home/somebody/e.json")
+    assert {cell.config.folder.parent for cell in experiment.cells} == {experiment.results}
+    assert all(experiment.results in cell.config.store.parents for cell in experiment.cells)
+
+
+def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> None:
+    grid = {"filter.max_trajectories": [2, 4], "filter.kind": ["none", "process"]}
+    arms = {"base": {"train": False}, "swirl": {}}
+    path = write(tmp_path, tiny_model, arms=arms, grid=grid, compare=[], seeds=[1])
+    experiment = read_experiment(path, ["training.steps=7"])
+    assert experiment.arms == [
+        "base",
+        *(f"swirl,max_trajectories={n},kind={k}" for n in (2, 4) for k in ("none", "process")),
+    ]
+    assert all(cell.config.training.steps == 7 for cell in experiment.cells)
+    assert len({cell.config.collect.store for cell in experiment.cells if cell.seed == 1}) == 1
+    assert len({cell.digest for cell in experiment.cells}) == len(experiment.cells)
+    assert experiment.compare == (experiment.arms[-1], "base")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arm": {}}, "arm: unknown key"),
+        ({"arms": {}}, "arms: give at least one"),
+        ({"arms": {"a": "rloo"}}, "arms.a: 'rloo' must be a table of settings"),
+        ({"arms": {"a": {"train": "no"}}, "compare": []}, "arms.a.train: 'no' must be true or false"),
+        ({"arms": {"a": {"algorithm.nam": "rloo"}}, "compare": []}, "arm a: algorithm.nam (command line): unknown key"),
+        ({"evaluations": {"other": {}}}, "evaluations: one must be called in_domain"),
+        ({"evaluations": {"in_domain": {"tasks.kind": "gsm9k"}}}, "tasks.kind=gsm9k: must be one of"),
+        ({"grid": {"filter.kind": "none"}}, "grid.filter.kind: 'none' must be a list"),
+        ({"seeds": [0.5]}, "seeds: [0.5] is no list of whole numbers"),
+        (
+            {"compare": ["all", "nothing"]},
+            "compare: ['all', 'nothing'] must be two of the arms base, all, copied, further",
+        ),
+        (
+            {"arms": {"a": {"from": "b"}, "b": {}}, "compare": []},
+            "arms.a.from: 'b' must be a trained arm that stands before",
+        ),
+        (
+            {"arms": {"a": {"train": False}, "b": {"from": "a"}}, "compare": []},
+            "arms.b.from: 'a' must be a trained arm",
+        ),
+        ({"keep": "some"}, "keep: 'some' must be one of results, models, all"),
+        ({"config": "missing.yaml"}, "missing.yaml: no such file"),
+    ],
+)
+def test_a_wrong_file_is_refused_before_any_work(
+    tmp_path: Path, tiny_model: Path, change: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path, tiny_model, **change)
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def cell(arm: str, seed: int, right: list[int], tasks: tuple[str, ...] = ("in_domain", "far")) -> dict[str, Any]:
+    rows = {f"q{i}": {"accuracy": float(r), "f1": float(r), "process_label": 0.5} for i, r in enumerate(right)}
+    evaluation = {"accuracy": sum(right) / len(right), "questions": len(right), "by_question": rows}
+    evaluation |= {"malformed": 0.0, "repeated": 0.0, "answered": 1.0, "steps": 2.0}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "trained": arm != "base",
+        "training": {
+            "steps": 3,
+            "seconds": 10.0,
+            "generated_tokens": 5.0,
+            "tokens_computed": 7.0,
+            "reward": [0.1, None, 0.3],
+        },
+        "filter": {"kept": 4},
+        "evaluations": dict.fromkeys(tasks, evaluation),
+    }
+
+
+def test_gains_and_their_intervals() -> None:
+    """Base answers 20 of 100, the arm those and 30 more, with every seed: 50 % against 20 %."""
+    base, better = [1] * 20 + [0] * 80, [1] * 50 + [0] * 50
+    results = {
+        (arm, seed): cell(arm, seed, right) for seed in (0, 1, 2) for arm, right in (("base", base), ("new", better))
+    }
+    summary = summarise(["base", "new"], ["in_domain", "far"], [0, 1, 2], ("new", "base"), results)
+    assert summary["in_domain_relative_gain"] == pytest.approx(1.5)
+    assert summary["cross_task_relative_gain"] == pytest.approx(1.5)
+    gain = summary["comparisons"]["new"]["in_domain"]
+    assert gain == summary["lead"]["base"]["in_domain"]
+    # in pairs the difference is a share of 0.3 in 300 questions: 0.3 ± 1.96 sqrt(0.21 / 300); unpaired it would be wider
+    low, high = gain["difference_interval"]
+    assert (low, high) == (pytest.approx(0.3 - 0.052, abs=0.006), pytest.approx(0.3 + 0.052, abs=0.006))
+    assert gain["relative_gain_interval"][0] < 1.5 < gain["relative_gain_interval"][1]
+    low, high = summary["arms"]["base"]["in_domain"]["interval"]
+    assert (low, high) == (pytest.approx(0.2 - 0.045, abs=0.006), pytest.approx(0.2 + 0.045, abs=0.006))
+    assert summary["arms"]["new"]["cost"]["trajectories"] == 4 and summary["arms"]["base"]["cost"] is None
+    assert "new against base, in-domain: +150.0% relative" in table(summary)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    results = {("new", seed): cell("new", seed, [1] * n + [0] * (100 - n)) for seed, n in enumerate((20, 50, 80))}
+    alike = {("new", seed): cell("new", seed, [1] * 50 + [0] * 50) for seed in range(3)}
+    ends = [
+        summarise(["new"], ["in_domain", "far"], [0, 1, 2], ("new", "new"), r)["arms"]["new"]["in_domain"]["interval"]
+        for r in (results, alike)
+    ]
+    assert ends[0][1] - ends[0][0] > 3 * (ends[1][1] - ends[1][0])
+
+
+def test_where_no_answer_is_right_there_is_doubt_and_no_relative_gain(tmp_path: Path) -> None:
+    results = {(arm, 0): cell(arm, 0, right) for arm, right in (("base", [0] * 50), ("new", [1] * 5 + [0] * 45))}
+    summary = summarise(["base", "new"], ["in_domain", "far"], [0, 1], ("new", "base"), results)
+    base = summary["arms"]["base"]["in_domain"]
+    assert base["accuracy"] == 0 and base["interval"] == pytest.approx([0, 0.0713], abs=1e-3)  # Wilson, 0 of 50
+    assert summary["in_domain_relative_gain"] is None and not summary["complete"]
+    assert summary["comparisons"]["new"]["in_domain"]["difference"] == pytest.approx(0.1)
+    page = write_experiment_report(tmp_path, "a <b>", summary, results).read_text()
+    assert "a &lt;b&gt;" in page and "Some cells are not done yet" in page
+
+
+def test_accuracy_is_drawn_over_trajectories_where_arms_differ_in_their_number(tmp_path: Path) -> None:
+    arms = ["base", *(f"swirl,max_trajectories={n}" for n in (16, 64))]
+    results = {(arm, 0): cell(arm, 0, [1] * (5 + i) + [0] * 45) for i, arm in enumerate(arms)}
+    summary = summarise(arms, ["in_domain", "far"], [0], (arms[-1], "base"), results)
+    page = write_experiment_report(tmp_path, "sizes", summary, results).read_text()
+    assert "Accuracy, in_domain by trajectories: swirl" in page
+
+
+def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
+    one = cell("new", 0, [1, 0])
+    for row in one["evaluations"]["in_domain"]["by_question"].values():
+        row["process_label"] = None
+    summary = summarise(["new"], ["in_domain", "far"], [0], ("new", "new"), {("new", 0): one})
+    assert summary["arms"]["new"]["in_domain"]["process_label"] is None
+    assert "label –" in table(summary)
+    assert "<td>–</td>" in write_experiment_report(tmp_path, "silent", summary, {("new", 0): one}).read_text()
+
+
+def test_the_numbers_of_the_study_are_those_of_its_cells() -> None:
+    docs = ROOT / "docs"
+    study = json.loads((docs / "study.json").read_text())
+    cells = [json.loads(path.read_text()) for path in (docs / "study" / "cells").glob("*.json")]
+    results = {(cell["arm"], cell["seed"]): cell for cell in cells}
+    evaluations = list(cells[0]["evaluations"])
+    again = summarise(list(study["arms"]), evaluations, study["seeds"], tuple(study["compare"]), results)  # type: ignore[arg-type]
+    assert len(results) == len(cells) == 21 and study["complete"]
+    assert json.loads(json.dumps(again)) == study

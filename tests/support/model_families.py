@@ -1,0 +1,82 @@
+"""One small model of each family, and trees for it."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import numpy as np
+import torch
+import transformers
+from support.small_models import SHAPE, _norm, _norm_gemma
+from torch import nn
+from transformers import PreTrainedModel
+
+from swirl_fast.comb.tree import SampledState, Trunk
+
+WINDOW = {"sliding_window": 6}
+
+
+GEMMA_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+}
+COMMON = {**SHAPE, "initializer_range": 0.3}
+
+
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", WINDOW),
+    "gemma2": (
+        "Gemma2",
+        {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8, **WINDOW},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": GEMMA_ROPES,
+            "final_logit_softcapping": 4.0,
+            "query_pre_attn_scalar": 8,
+            **WINDOW,
+        },
+    ),
+}
+
+
+def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    name, settings = FAMILIES[family]
+    config_name = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    torch.manual_seed(0)
+    config = getattr(transformers, config_name)(**{**COMMON, **settings})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms and biases that do something
+            nn.init.normal_(parameter, 0.3 if "gemma" in family else 1.0, 0.3)
+    if dtype == torch.float64:
+        for module in model.modules():  # they round to float32 inside
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = MethodType(_norm_gemma if "gemma" in family else _norm, module)
+    return model.to(dtype).eval()
+
+
+def trees() -> list[list[Trunk]]:
+    """Two combs of different lengths, paths far longer than the windows: trajectories of one prompt, and teeth that begin alike."""
+    out = []
+    for seed, trajectories in enumerate([(3, 1), (2, 2, 1)]):
+        draw = np.random.default_rng(seed)
+        prompt, number, branches = draw.integers(1, SHAPE["vocab_size"], 6), 0, []
+        for steps in trajectories:
+            trunk = np.concatenate([prompt, draw.integers(1, SHAPE["vocab_size"], 9 * steps)]).astype(np.int32)
+            states = []
+            for i in range(steps):
+                length = 6 + 9 * i
+                teeth = [draw.integers(1, SHAPE["vocab_size"], n).astype(np.int32) for n in (4, 1, 7)]
+                teeth += [np.concatenate([teeth[2][:5], teeth[0]]), trunk[length : length + 4], teeth[0]]
+                states.append(SampledState(length, tuple(teeth), tuple(range(number, number + len(teeth)))))
+                number += len(teeth)
+            branches.append(Trunk(trunk, tuple(states)))
+        out.append(branches)
+    return out

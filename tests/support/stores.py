@@ -1,0 +1,81 @@
+"""Questions, trajectories and samples for tests of the store and the shards."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+
+import numpy as np
+
+from swirl_fast.data.shards import StepSample
+from swirl_fast.data.stream import TrajectoryStream
+from swirl_fast.formats.tags import Action
+from swirl_fast.tasks.task import Question
+from swirl_fast.trajectory import Finish, Step, Trajectory
+from swirl_fast.verdict import Verdict
+
+TEXTS = ["2 + 3", "", "naïve – 雨", "line\nbreak\0nul", "\ud83d lone surrogate", "'; DROP TABLE steps; --", "x" * 5000]
+
+
+def make_question(number: int) -> Question:
+    return Question(f"q{number}", "gsm8k", f"What is {number} + {number}?", (str(2 * number), f"{2 * number}.0"))
+
+
+def make_trajectory(question: Question, index: int, num_steps: int, finish: Finish | None, seed: int = 0) -> Trajectory:
+    """A trajectory whose numbers and texts are all different; between two steps lie observation tokens."""
+    rng = random.Random(f"{seed}/{question.id}/{index}")
+    tokens = [rng.randrange(50_000) for _ in range(rng.randint(1, 9))]
+    trajectory = Trajectory(
+        f"{question.id}-{index}", question.id, question.task, question.text, rng.randrange(2**70), len(tokens), tokens
+    )
+    for i in range(num_steps):
+        tokens += [rng.randrange(50_000) for _ in range(rng.randint(0, 2))]  # header of the turn
+        start, length = len(tokens), rng.randint(1, 7)
+        tokens += [rng.randrange(50_000) for _ in range(length)]
+        logprobs = [float(np.float32(-rng.expovariate(1.0))) for _ in range(length)]
+        last = i == num_steps - 1 and finish is Finish.ANSWER
+        if last:
+            action = Action("answer", argument=rng.choice(TEXTS))
+        elif rng.random() < 0.3:
+            action = Action("malformed", error=rng.choice(TEXTS))
+        else:
+            action = Action("tool", tool="calculator", argument=rng.choice(TEXTS))
+        observation = None if last else rng.choice(TEXTS)
+        text = f"step {i} {rng.choice(TEXTS)}"
+        trajectory.steps.append(Step(start, start + length, text, action, logprobs, rng.randrange(9), observation))
+        if not last:
+            tokens += [rng.randrange(50_000) for _ in range(rng.randint(0, 5))]
+    trajectory.finish = finish
+    return trajectory
+
+
+def prefix(trajectory: Trajectory, num_steps: int) -> Trajectory:
+    """The trajectory as it was after num_steps steps, not finished."""
+    part = copy.deepcopy(trajectory)
+    if num_steps < trajectory.num_steps:
+        part.finish = None
+        part.steps = part.steps[:num_steps]
+        # Tokens of the header of the next turn may or may not be there yet: here they are.
+        part.tokens = part.tokens[: trajectory.steps[num_steps].start if num_steps else trajectory.prompt_length]
+    return part
+
+
+FINGERPRINT = {"model": "tiny", "filter": {"kind": "process"}}
+
+
+def make_samples(count: int, seed: int = 0) -> list[StepSample]:
+    samples = []
+    for number in range(count):
+        trajectory = make_trajectory(make_question(number), number, 1 + number % 4, Finish.ANSWER, seed)
+        verdicts = [list(Verdict)[(number + i) % 3] for i in range(trajectory.num_steps)]
+        samples.append(StepSample(trajectory, verdicts))
+    return samples
+
+
+def ids(samples: list[StepSample]) -> list[str]:
+    return [sample.trajectory.id for sample in samples]
+
+
+def open_stream(folder: Path, batch: int, rank: int = 0, world: int = 1, seed: int = 5, **more) -> TrajectoryStream:
+    return TrajectoryStream(folder, global_batch=batch, rank=rank, world_size=world, seed=seed, **more)
