@@ -5,12 +5,12 @@
     python -m benchmarks.overlap --out FILE training.on_policy_batches=2 training.steps=24    the same with other settings
 
 The same shards are trained on with lag 0 and 1 and several seeds, the local engine in a process of its own, each process with one
-thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one; handing over the weights, when both
-stand still, is neither), how much of it was hidden behind the other, in the steps that lag; hidden_share_of_run: in all of them, those
-before training.on_policy_batches included. reward_mean: over the steps of a run. With lag 1 every batch but the first (and
-training.on_policy_batches more) comes from the policy one update before, which moves the curve by one step; reward_of_policies is the
-mean over the same policies for both, those after 0, 1, 2, … updates, and tells whether an update teaches as much. The differences of the
-means over seeds are given in standard errors.
+thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one; handing over the
+weights, when both stand still, is neither), how much of it was hidden behind the other, in the steps that lag;
+hidden_share_of_run: in all of them, those before training.on_policy_batches included. reward_mean: over the steps of a run. With
+lag 1 every batch but the first (and training.on_policy_batches more) comes from the policy one update before, which moves the
+curve by one step; reward_of_policies is the mean over the same policies for both, those after 0, 1, 2, … updates, and tells
+whether an update teaches as much. The differences of the means over seeds are given in standard errors.
 """
 
 from __future__ import annotations
