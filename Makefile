@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test fuzz lint clean
 
 install: .venv/installed
 
@@ -18,10 +18,17 @@ install: .venv/installed
 quickstart: install
 	$(BIN)/swirl-fast run --config configs/quickstart.yaml
 
-# Two files of tests at a time, one thread each: most of the time is spent in small models and in waiting for processes.
+# Two files of tests at a time, one thread each: most of the time is spent in small models and in waiting for processes. Every run draws
+# the same examples and random numbers.
 WORKERS ?= 2
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The property tests with examples that no run had before. A failure prints the smallest example that it found, and a line
+# `@reproduce_failure(…)`: that line above the test repeats it anywhere. In the same folder `make fuzz` tries it first again. Add the
+# example to the test as `@example(…)`, and `make test` keeps it.
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile=fuzz
 
 # Against real SGLang servers on the CPU, in a virtual environment of their own: SGLang pins many packages. PyPI's torch for Linux brings
 # 3 GB of CUDA along; with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu pip takes the build without it.

@@ -1,10 +1,11 @@
-"""A small real model for the tests of whole stages: made here, nothing is downloaded."""
+"""A small real model for the tests of whole stages: made here, nothing is downloaded. And what makes every run of the tests the same one."""
 
 from __future__ import annotations
 
 import os
 import random
 import threading
+import zlib
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -19,18 +20,68 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+import numpy as np
 import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from support.endpoints import JudgeServer
 from support.small_models import SHAPE, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+
+# Loaded before any test module is imported: a test's own @settings takes the rest from the profile of that moment. Examples may take as
+# long as a busy machine needs. `make fuzz` chooses "fuzz"; its failures stay in .hypothesis/ and are tried first the next time.
+PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("fixed", derandomize=True, database=None, **PATIENT)
+settings.register_profile("fuzz", max_examples=300, **PATIENT)
+settings.load_profile("fixed")
+
+
+@pytest.hookimpl(trylast=True)  # when Hypothesis has read --hypothesis-profile
+def pytest_configure() -> None:
+    if settings.get_current_profile_name() == "fixed":
+        # Hypothesis also draws constants of the modules that happen to be imported, and those depend on the tests that ran before.
+        providers._get_local_constants = Constants
+
+
+def _seed(name: str) -> None:
+    """For what draws without a seed of its own: the same numbers in any order of tests and on any worker."""
+    number = zlib.crc32(name.encode())
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    _seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _seed(item.nodeid)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: a two-layer Llama that has been taught the tags, so that its actions are sometimes good.
 
-    Taught by plain next-token training on rendered conversations for some seconds; what it writes inside the tags is mostly wrong.
+    Made once; with pytest-xdist the other workers wait for the first and take its model. It is read, never written.
     """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "taught"
+    with FileLock(shared / "taught.lock"):
+        if not folder.exists():
+            unfinished = tmp_path_factory.mktemp("tiny_model")
+            _teach(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def _teach(folder: Path) -> None:
+    """Plain next-token training on rendered conversations for some seconds; what the model writes inside the tags is mostly wrong."""
     from swirl_fast.config import TasksConfig
     from swirl_fast.rendering import Renderer, conversation
     from swirl_fast.tasks import load_task
@@ -74,10 +125,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model(input_ids=tokens, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("tiny_model")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

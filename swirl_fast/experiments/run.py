@@ -46,7 +46,7 @@ from swirl_fast import stages
 from swirl_fast.config import Config, ConfigError, load
 from swirl_fast.data.shards import read_manifest
 from swirl_fast.experiments.inputs import changed, inputs
-from swirl_fast.files import write_json
+from swirl_fast.files import write_json, write_text
 from swirl_fast.metrics import read_metrics
 
 KEYS = (
@@ -283,7 +283,9 @@ def run_experiment(experiment: Experiment) -> list[str]:
                 print(
                     f"experiment {experiment.name}: {number} of {len(experiment.cells)}, {cell.arm}, seed {cell.seed}"
                 )
-                write_json(path, _run_cell(experiment, cell))
+                write_text(
+                    path, json.dumps(_run_cell(experiment, cell)) + "\n"
+                )  # one line: a study's cells are kept in git
                 _clean(experiment, cell)
         except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:
             failed[cell.name] = str(error)

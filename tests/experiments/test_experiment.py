@@ -382,10 +382,22 @@ def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
 
 def test_the_numbers_of_the_study_are_those_of_its_cells() -> None:
     docs = ROOT / "docs"
-    study = json.loads((docs / "study.json").read_text())
-    cells = [json.loads(path.read_text()) for path in (docs / "study" / "cells").glob("*.json")]
+    study = json.loads((docs / "study.json").read_text(encoding="utf-8"))
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (docs / "study" / "cells").glob("*.json")]
     results = {(cell["arm"], cell["seed"]): cell for cell in cells}
     evaluations = list(cells[0]["evaluations"])
     again = summarise(list(study["arms"]), evaluations, study["seeds"], tuple(study["compare"]), results)  # type: ignore[arg-type]
     assert len(results) == len(cells) == 21 and study["complete"]
     assert json.loads(json.dumps(again)) == study
+
+
+def test_the_experiment_of_the_study_finds_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of today are those that docs/study.md speaks of. Of one seed: reading the settings of three takes long."""
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "hotpotqa.json", [])  # what the settings name must be there
+    monkeypatch.chdir(tmp_path)
+    spec = yaml.safe_load((ROOT / "configs" / "experiments" / "study.yaml").read_text(encoding="utf-8"))
+    spec |= {"seeds": [1], "results": str(ROOT / "docs" / "study")}
+    Path("study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+    experiment = read_experiment("study.yaml")
+    assert len(experiment.cells) == 7 and experiment.done().keys() == {(cell.arm, 1) for cell in experiment.cells}
