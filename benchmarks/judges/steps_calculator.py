@@ -12,7 +12,7 @@ from typing import NamedTuple
 import reasoning_gym
 
 from benchmarks.judges.steps import Drawn, Kind, Turns, answer, call, thinking
-from swirl_fast.tools.calculator import CalculationError, evaluate, render
+from swirl_fast.tools.arithmetic import CalculationError, evaluate, render
 from swirl_fast.tools.tool import observation
 from swirl_fast.verdict import Verdict
 

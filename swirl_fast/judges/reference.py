@@ -18,7 +18,7 @@ from swirl_fast.config import ConfigError
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges.rules.calculations import read_calculation
 from swirl_fast.tasks.scoring import number
-from swirl_fast.tools.calculator import CalculationError, numbers
+from swirl_fast.tools.arithmetic import CalculationError, numbers
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict

@@ -14,7 +14,7 @@ from benchmarks.judges.steps_calculator import problem, swapped
 from benchmarks.judges.steps_search import hops, pair, world
 from swirl_fast.config import load
 from swirl_fast.judges.labels import LabelledStep, read_labels
-from swirl_fast.tools.calculator import evaluate, numbers
+from swirl_fast.tools.arithmetic import evaluate, numbers
 from swirl_fast.verdict import Verdict
 
 # What rules cannot see; every other kind must be judged without a mistake.

@@ -10,7 +10,7 @@ from swirl_fast.config import ConfigError, JudgeConfig, RulesConfig
 from swirl_fast.formats.tags import CUT_OFF
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.rules import RulesJudge
-from swirl_fast.tools.calculator import CalculationError, evaluate, render
+from swirl_fast.tools.arithmetic import CalculationError, evaluate, render
 from swirl_fast.tools.search import NOTHING_FOUND
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView

@@ -50,7 +50,7 @@ from swirl_fast.judges.rules.calculations import (
     stated_expression,
 )
 from swirl_fast.judges.rules.queries import answer_fault, query_fault, words
-from swirl_fast.tools.calculator import CalculationError, numbers
+from swirl_fast.tools.arithmetic import CalculationError, numbers
 from swirl_fast.tools.search import NOTHING_FOUND
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
@@ -227,7 +227,7 @@ class RulesJudge:
         value = calculation.value
         nodes = list(ast.walk(calculation.tree))
         calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-        if not any(isinstance(node, ast.BinOp) for node in nodes) and not calls & {"sqrt", "factorial"}:
+        if not any(isinstance(node, ast.BinOp) for node in nodes) and not calls & {"sqrt", "factorial", "mod"}:
             raise _Bad(f"{_show(value)} is a number, not a calculation")
         if calls & {"max", "min"}:
             raise _Bad("max and min let numbers in that have no influence")

@@ -1,6 +1,6 @@
 """What is wrong with a query or with an answer after searches, by words alone.
 
-Part of the rules judge (rules.py). What is asked of the form of an answer was measured on the gold answers of 900 questions of HotPotQA,
+Part of the rules judge. What is asked of the form of an answer was measured on the gold answers of 900 questions of HotPotQA,
 2WikiMultihopQA and MuSiQue:
 
     186 are yes or no      all these questions have an auxiliary at the start of a clause, none has "or"; of all, both gold passages
