@@ -325,10 +325,10 @@ BINARY: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "({}^2-{})": lambda a, b: a**2 - b,
 }
 UNARY: dict[str, Callable[[Fraction], Fraction]] = {
-    "-({})": operator.neg,
+    "(-({}))": operator.neg,
     "abs({})": abs,
     "({}%)": lambda a: a / 100,
-    "({})²": lambda a: a**2,
+    "(({})²)": lambda a: a**2,
 }
 REMAINDERS = ("{}%{}", "{} % {}")
 AMBIGUOUS = (
