@@ -11,7 +11,7 @@ from typing import NamedTuple
 import reasoning_gym
 
 from benchmarks.judges.steps import call
-from swirl_fast.tools.arithmetic import CalculationError, evaluate, render
+from swirl_fast.tools.arithmetic import CalculationError, evaluate, render_value
 from swirl_fast.tools.tool import observation
 
 NAMES = ("Amira", "Bruno", "Chen", "Dalia", "Emeka", "Freya")
@@ -104,13 +104,13 @@ def chain(numbers: tuple[object, ...], operators: tuple[str, ...]) -> str:
 
 def value(expression: str) -> str:
     """As the calculator shows it, a whole number without `.0`."""
-    return render(evaluate(expression)).removesuffix(".0")
+    return render_value(evaluate(expression)).removesuffix(".0")
 
 
 def turn(expression: str) -> tuple[str, str]:
     """A call and what the calculator answers."""
     try:
-        result = render(evaluate(expression))
+        result = render_value(evaluate(expression))
     except CalculationError as error:
         result = f"ERROR: {error}"
     return call("math_exp", expression), observation(expression, result)

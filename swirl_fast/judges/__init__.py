@@ -17,8 +17,8 @@ def load_judge(
 ) -> Judge:
     """The judge a config names, ready for work.
 
-    tools_by_task: task name -> names of the tools on offer there: the rules judge tells by it what is malformed, a model judge is asked
-    about calls of these tools.
+    tools_by_task: task name -> names of the tools on offer there: by it the rules judge decides what is malformed, and a model judge is
+    asked about calls of these tools.
     tasks: those whose steps it will judge; only the reference judge needs them, for their worked solutions.
     probe: ask the endpoint of a model judge once, so that a wrong address, key or model name fails here.
 

@@ -1,4 +1,4 @@
-"""The outcome judge: is a trajectory's answer right, by the answer key? Exact comparison by the task, or a model (judges/model.py) whose
+"""The outcome judge: is a trajectory's answer right, by the answer key? Exact comparison by the task, or a model (judges/model) whose
 verdicts are kept in the store, under the hash of question, key and answer.
 
     filter.outcome, evaluate.outcome = exact | judge; the model's endpoint is judge.model, whatever judge.kind is

@@ -1,7 +1,7 @@
 """Exact arithmetic on text that a model wrote, which may be anything. Pure: nothing here knows of tools or processes.
 
     text -> tokens -> Python expression -> syntax tree -> Fraction -> text
-         normalise                   ast.parse     evaluate    render
+         normalise                   ast.parse     evaluate    render_value
 
 No part of the text is ever executed. The tokenizer knows numbers, operators and a dozen words and rejects the rest;
 the walk over the tree knows six kinds of nodes; every power and factorial is bounded before it is computed. So
@@ -461,7 +461,7 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-def render(value: Fraction) -> str:
+def render_value(value: Fraction) -> str:
     """The value as the tool shows it, in the style of Python's floats: 24 is `24.0`, 1/3 is `0.3333333333`.
 
     Whole numbers of up to 30 digits are exact. Others show 10 significant digits, or 4 decimals where that is more, so
@@ -539,7 +539,7 @@ def _serve(parent: int, time_limit: float) -> None:
 
 def _answer(expression: str) -> str:
     try:
-        return render(evaluate(expression))
+        return render_value(evaluate(expression))
     except CalculationError as error:
         return f"ERROR: {error}"
     except MemoryError:

@@ -47,7 +47,7 @@ class Calculator:
         self._lock = threading.Lock()
 
     def call(self, argument: str) -> str:
-        """The value as `render` writes it, or `ERROR: ` and the reason. Never raises for what the text contains."""
+        """The value as `render_value` writes it, or `ERROR: ` and the reason. Never raises for what the text contains."""
         if len(argument) > MAX_CHARS:  # not worth sending
             return f"ERROR: The expression has {len(argument)} characters; at most {MAX_CHARS} are allowed."
         if os.getpid() != self._owner:  # forked: the worker belongs to the parent, and its lock may be held there

@@ -20,12 +20,12 @@ from swirl_fast.tools.arithmetic import (
     evaluate,
     normalise,
     numbers,
-    render,
+    render_value,
 )
 
 
 def shown(expression: str) -> str:
-    return render(evaluate(expression))
+    return render_value(evaluate(expression))
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_equals_python_on_fractions(valued: Valued) -> None:
     assert value == wanted
     assert normalise(normalise(expression)) == normalise(expression)
     # what the tool shows is the value to ten digits, and reads back as one number
-    (read,) = numbers(render(value))
+    (read,) = numbers(render_value(value))
     assert abs(read - value) <= abs(value) / 10**9
 
 
@@ -402,7 +402,7 @@ def test_any_text_gives_a_value_or_a_reason(text: str) -> None:
         assert str(error)
     else:
         assert max(abs(value.numerator), value.denominator) <= 10 ** (MAX_DIGITS + 1)
-        assert len(numbers(render(value))) == 1
+        assert len(numbers(render_value(value))) == 1
         assert evaluate(normalise(text)) == value
     assert all(isinstance(number, Fraction) for number in numbers(text))
 
@@ -410,7 +410,7 @@ def test_any_text_gives_a_value_or_a_reason(text: str) -> None:
 @given(st.integers(-(10**40), 10**40), st.integers(0, 45))
 def test_rendering_is_close_and_short(numerator: int, exponent: int) -> None:
     value = Fraction(numerator, 10**exponent)
-    text = render(value)
+    text = render_value(value)
     assert len(text) <= 37
     assert abs(Fraction(Decimal(text)) - value) <= abs(value) / 10**9
     if value.denominator == 1 and abs(value) < 10**30:

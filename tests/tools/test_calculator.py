@@ -17,7 +17,7 @@ from support.paths import ROOT
 
 from swirl_fast.tools import arithmetic
 from swirl_fast.tools import calculator as calculator_module
-from swirl_fast.tools.arithmetic import CalculationError, evaluate, numbers, render
+from swirl_fast.tools.arithmetic import CalculationError, evaluate, numbers, render_value
 from swirl_fast.tools.calculator import Calculator
 
 PATIENT = 60.0  # seconds a call: a loaded machine must not end what is under test
@@ -85,7 +85,7 @@ def test_hostile_text_is_answered_by_the_same_worker(calculator: Calculator, hos
 @given(st.text(max_size=30))
 def test_the_tool_says_what_evaluate_says(text: str) -> None:
     try:
-        expected = render(evaluate(text))
+        expected = render_value(evaluate(text))
     except CalculationError as error:
         expected = f"ERROR: {error}"
     assert _shared.call(text) == expected

@@ -43,7 +43,7 @@ ToolsByTask = Mapping[str, Collection[str]]
 def model_step_judge_id(config: EndpointConfig, tools_by_task: ToolsByTask | None = None) -> str:
     """Names the model, the version of the step prompt and what else its verdicts depend on."""
     tools = _sorted_tools(tools_by_task)
-    suffix = f"-tools.{_digest(json.dumps(tools))}" if tools else ""
+    suffix = f"-tools.{_hash_text(json.dumps(tools))}" if tools else ""
     return f"model-{config.model}-v{PROMPT_VERSION}{_model_suffix(config)}{suffix}"
 
 
@@ -53,7 +53,7 @@ def model_answer_judge_id(config: EndpointConfig) -> str:
 
 def _model_suffix(config: EndpointConfig) -> str:
     # the default names no model: it is whatever this address serves
-    address = f"-{_digest(completions_url(config))}" if config.model == EndpointConfig().model else ""
+    address = f"-{_hash_text(completions_url(config))}" if config.model == EndpointConfig().model else ""
     return address + (f"-t{config.temperature:g}" if config.temperature else "")
 
 
@@ -61,7 +61,7 @@ def _sorted_tools(tools_by_task: ToolsByTask | None) -> dict[str, tuple[str, ...
     return {task: tuple(sorted(set(tools))) for task, tools in sorted((tools_by_task or {}).items())}
 
 
-def _digest(text: str) -> str:
+def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -52,7 +52,7 @@ def _value_at(source: str, node: ast.expr) -> Fraction:
 
 
 def exchanged(calculation: Calculation, exchange: Mapping[Fraction, Fraction]) -> Fraction | None:
-    """The value with numbers exchanged for others wherever they stand; None where there is none."""
+    """The value with numbers exchanged for others wherever they occur; None when that has no value."""
     source = calculation.source
     for start, end, literal in reversed(calculation.literals):
         if literal in exchange:
@@ -90,9 +90,9 @@ def stated_expression(text: str) -> tuple[tuple[Fraction, ...], dict[tuple[int, 
     parts: (first, end) positions of numbers -> value, for every contiguous part that respects precedence; of
     `a - b + c` these are `a - b`, `-b + c` and the whole.
 
-    `1/2`, `5-10` and `8 x 10` stand in word problems too. An expression has spaces around an operator other than x
-    (once in GSM8K's 7,473 questions), or an equals sign behind it, or a cue like "calculate" before it and the end of
-    a sentence behind it.
+    `1/2`, `5-10` and `8 x 10` occur in word problems too. An expression has spaces around an operator other than x
+    (once in GSM8K's 7,473 questions), or an equals sign after it, or a cue like "calculate" before it and the end of
+    a sentence after it.
     """
     calculations = []
     for match in _STATED.finditer(text):
