@@ -145,9 +145,8 @@ class _Reader:
         self.out: list[str] = []
         self.opened: list[int] = []  # index in `out` of each open parenthesis
         self.operand = -1  # index in `out` where the operand that just ended begins; -1: an operator came last
-        self.closed_by = (
-            ""  # what ended that operand, if a further `!`, `%` or power could belong to all of it or to its end
-        )
+        # what ended that operand, where a further `!`, `%` or power could belong to all of it or only to its end
+        self.closed_by = ""
 
     def read(self) -> str:
         take = {"number": self.number, "word": self.word, "power": self.power, "sign": self.sign}
@@ -165,21 +164,24 @@ class _Reader:
 
     def number(self, token: str) -> None:
         """A number, or pi."""
-        if token == "0" and (base := re.match(r"[xbo]([\da-f]{1,20})", self.text[self.end :], re.ASCII)):
-            product = f", or 0 * {base[1]} for a product" if base[0][0] == "x" and base[1].isdigit() else ""
-            raise CalculationError(f"`0{base[0]}` looks like a number in another base; write it in decimal{product}.")
+        self._refuse_other_base(token)
         self._want_operator(token)
-        after_percent = self.out[-1:] == ["%"]
-        self._begin_operand("remainder" if after_percent else "")
         canonical = token if token == "pi" else _canonical_number(token)
-        name = self.out[-1] if self.out else ""
-        if name == "sqrt":  # √16
+        before = self.out[-1] if self.out else ""
+        if before == "sqrt":  # √16
             self.operand, self.closed_by = len(self.out) - 1, "√"
             self.out += ["(", canonical, ")"]
-            return
-        if name in _FUNCTIONS:
-            raise CalculationError(f"Write brackets: {name}({canonical[:20]}).")
-        self.out.append(canonical)
+        elif before in _FUNCTIONS:
+            raise CalculationError(f"Write brackets: {before}({canonical[:20]}).")
+        else:
+            self.operand, self.closed_by = len(self.out), "remainder" if before == "%" else ""
+            self.out.append(canonical)
+
+    def _refuse_other_base(self, token: str) -> None:
+        base = re.match(r"([xbo])([\da-f]{1,20})", self.text[self.end :], re.ASCII) if token == "0" else None
+        if base:
+            product = f", or 0 * {base[2]} for a product" if base[1] == "x" and base[2].isdigit() else ""
+            raise CalculationError(f"`0{base[0]}` looks like a number in another base; write it in decimal{product}.")
 
     def word(self, token: str) -> None:
         if token == "of":
@@ -235,8 +237,7 @@ class _Reader:
             raise CalculationError("A closing parenthesis has no opening one.")
         start = self.opened.pop()
         self.out.append(")")
-        self._begin_operand("")
-        self.operand = start - 1 if self._function_before(start) else start
+        self.operand, self.closed_by = start - 1 if self._function_before(start) else start, ""
 
     def _percent(self) -> None:
         self._want_operand("%")
@@ -272,12 +273,6 @@ class _Reader:
         if token == "**":
             self._refuse_after("²")
         self.out.append(token)
-        self._end_operand()
-
-    def _begin_operand(self, closed_by: str) -> None:
-        self.operand, self.closed_by = len(self.out), closed_by
-
-    def _end_operand(self) -> None:
         self.operand, self.closed_by = -1, ""
 
     def _want_operand(self, token: str) -> None:
