@@ -1,9 +1,8 @@
-"""How often is a judge right on steps whose label is known by construction (benchmarks/judge_steps.py)?
+"""How often is a judge right on steps whose label is known by construction (steps.py)?
 
-    python -m benchmarks.judges.agreement --out benchmarks/results/DATE-judge-agreement.json       the rules judge, seconds
-    python -m benchmarks.judges.agreement --good 1 --bad 1 --seeds 1 --out FILE judge.kind=model judge.model.url=http://…/v1
-    python -m benchmarks.judges.agreement --labels FILE                                            the set alone, for
-                                                                      swirl-fast judge --against FILE
+    python -m benchmarks.judges --out benchmarks/results/DATE-judge-agreement.json       the rules judge, seconds
+    python -m benchmarks.judges --good 1 --bad 1 --seeds 1 --out FILE judge.kind=model judge.model.url=http://…/v1
+    python -m benchmarks.judges --labels FILE                         only the set, for swirl-fast judge --against FILE
 
 Read with care: the steps are made, not sampled from a policy, and their kinds are ours; a policy that is trained makes other mistakes,
 in other shares. What is measured is whether a judge sees the kinds of fault that are in the set, one by one: read by_kind.
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--labels", help="only write the steps into this file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--seeds", type=int, default=5, help="sets that are judged; of the further ones the accuracy is told"
+        "--seeds", type=int, default=5, help="sets that are judged; only the accuracy of the further ones is printed"
     )
     parser.add_argument("--good", type=int, default=GOOD_STEPS, help="steps of each GOOD kind")
     parser.add_argument("--bad", type=int, default=BAD_STEPS, help="steps of each BAD kind")
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         result = {"environment": environment(), "settings": settings, "accuracy_of_other_seeds": accuracy, **report}
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
 
 from swirl_fast.config import ConfigError, JudgeConfig
 from swirl_fast.judges.judge import Judge
-from swirl_fast.judges.reference import ReferenceJudge
+from swirl_fast.judges.reference import ReferenceJudge, reference_judge_id
 from swirl_fast.judges.rules import RulesJudge
 from swirl_fast.tasks.task import Split, Task
 
@@ -16,8 +17,8 @@ def load_judge(
 ) -> Judge:
     """The judge a config names, ready for work.
 
-    tools_by_task: task name -> names of the tools on offer there: the rules judge tells by it what is malformed, a model judge is asked
-    about calls of these tools.
+    tools_by_task: task name -> names of the tools on offer there: by it the rules judge decides what is malformed, and a model judge is
+    asked about calls of these tools.
     tasks: those whose steps it will judge; only the reference judge needs them, for their worked solutions.
     probe: ask the endpoint of a model judge once, so that a wrong address, key or model name fails here.
 
@@ -33,13 +34,38 @@ def load_judge(
             judge.check()
         return judge
     if config.kind == "reference":
-        if not tasks:
-            raise ConfigError(
-                "judge.kind=reference is shown the worked solutions of a run's own questions, and labelled steps (judge --against) "
-                "come without any; use judge.kind=rules or model"
-            )
-        splits: tuple[Split, ...] = ("train", "eval")
-        asked = [(task, question) for task in tasks for split in splits for question in task.questions(split)]
-        solutions = {question.text: task.solution(question) for task, question in asked}
-        return ReferenceJudge(tools_by_task, {text: steps for text, steps in solutions.items() if steps})
-    raise ConfigError(f"judge.kind is {config.kind!r}; use rules, model or reference")
+        return ReferenceJudge(tools_by_task, _worked_solutions(tasks))
+    raise ConfigError(_unknown_kind(config))
+
+
+def judge_id(config: JudgeConfig, tools_by_task: Mapping[str, Collection[str]]) -> str:
+    """The id that `load_judge` of the same arguments has, under which its verdicts are stored. Opens no connection and reads no file.
+
+    Raises ValueError for a setting that cannot work.
+    """
+    if config.kind == "rules":
+        return RulesJudge(config.rules, tools_by_task).id
+    if config.kind == "model":
+        from swirl_fast.judges.model import model_step_judge_id
+
+        return model_step_judge_id(config.model, tools_by_task)
+    if config.kind == "reference":
+        return reference_judge_id(tools_by_task)
+    raise ConfigError(_unknown_kind(config))
+
+
+def _unknown_kind(config: JudgeConfig) -> str:
+    return f"judge.kind is {config.kind!r}; use rules, model or reference"
+
+
+def _worked_solutions(tasks: Sequence[Task]) -> dict[str, tuple[Fraction, ...]]:
+    """Question text -> results of its solution's steps, of the questions that have one."""
+    if not tasks:
+        raise ConfigError(
+            "judge.kind=reference is shown the worked solutions of a run's own questions, and labelled steps (judge --against) "
+            "come without any; use judge.kind=rules or model"
+        )
+    splits: tuple[Split, ...] = ("train", "eval")
+    asked = [(task, question) for task in tasks for split in splits for question in task.questions(split)]
+    solutions = {question.text: task.solution(question) for task, question in asked}
+    return {text: tuple(steps) for text, steps in solutions.items() if steps}

@@ -1,7 +1,8 @@
 """How far a judge agrees with labels: the numbers, and how they are printed.
 
-UNKNOWN is no opinion: it is left out of accuracy, precision, recall and kappa, and its share is told beside them; accuracy_unknown_wrong
-counts it as wrong. GOOD is the positive class: a false positive is a BAD step that the judge calls GOOD, which a policy is then paid for.
+UNKNOWN is not an opinion: it is left out of accuracy, precision, recall and kappa, and its share is reported beside them;
+accuracy_unknown_wrong counts it as wrong. GOOD is the positive class: a false positive is a BAD step that the judge calls GOOD, which a
+policy is then paid for.
 
     kappa = (accuracy - chance) / (1 - chance), chance = agreement of two raters with these shares of GOOD who look at nothing
     (Cohen 1960)
@@ -29,10 +30,10 @@ def agreement(steps: Sequence[LabelledStep], judgements: Sequence[Judgement]) ->
 
     def split(key: Callable[[LabelledStep], str]) -> dict[str, Any]:
         names = sorted({key(step) for step in steps})
-        return {name: _numbers([pair for pair in pairs if key(pair[0]) == name]) for name in names}
+        return {name: _measures([pair for pair in pairs if key(pair[0]) == name]) for name in names}
 
     return {
-        **_numbers(pairs),
+        **_measures(pairs),
         "by_task": split(lambda step: step.view.task),
         "by_tool": split(lambda step: "+".join(step.tools)),
         "by_source": split(lambda step: step.source or "not told"),
@@ -41,32 +42,32 @@ def agreement(steps: Sequence[LabelledStep], judgements: Sequence[Judgement]) ->
     }
 
 
-def _numbers(pairs: Sequence[tuple[LabelledStep, Judgement]]) -> dict[str, Any]:
+def _measures(pairs: Sequence[tuple[LabelledStep, Judgement]]) -> dict[str, Any]:
     count = {label: {v: 0 for v in Verdict} for label in (GOOD, BAD)}
     for step, judgement in pairs:
         assert step.label is not None, "agreement() refuses these"
         count[step.label][judgement.verdict] += 1
     tp, fn, fp, tn = count[GOOD][GOOD], count[GOOD][BAD], count[BAD][GOOD], count[BAD][BAD]
     known, right = tp + fn + fp + tn, tp + tn
-    chance = _share((tp + fn) * (tp + fp) + (fp + tn) * (fn + tn), known * known)
+    chance = _ratio((tp + fn) * (tp + fp) + (fp + tn) * (fn + tn), known * known)
     return {
         "steps": len(pairs),
         "labelled_good": tp + fn + count[GOOD][UNKNOWN],
-        "accuracy": _share(right, known),
+        "accuracy": _ratio(right, known),
         "accuracy_interval": list(wilson(right, known)),
-        "accuracy_unknown_wrong": _share(right, len(pairs)),
-        "precision": _share(tp, tp + fp),
-        "recall": _share(tp, tp + fn),
+        "accuracy_unknown_wrong": _ratio(right, len(pairs)),
+        "precision": _ratio(tp, tp + fp),
+        "recall": _ratio(tp, tp + fn),
         "false_positives": fp,
         "false_negatives": fn,
-        "kappa": None if chance in (None, 1.0) else (_share(right, known) - chance) / (1 - chance),
+        "kappa": None if chance in (None, 1.0) else (_ratio(right, known) - chance) / (1 - chance),
         "unknown": len(pairs) - known,
-        "unknown_share": _share(len(pairs) - known, len(pairs)),
+        "unknown_share": _ratio(len(pairs) - known, len(pairs)),
         "confusion": {label.value: {v.value: n for v, n in row.items()} for label, row in count.items()},
     }
 
 
-def _share(part: int, whole: int) -> Any:
+def _ratio(part: int, whole: int) -> Any:
     return part / whole if whole else None
 
 
@@ -95,35 +96,41 @@ def describe(report: dict[str, Any], shown: int = SHOWN) -> str:
         f"GOOD: precision {_percent(report['precision'])}, recall {_percent(report['recall'])}; "
         f"{report['false_positives']} false positives, {report['false_negatives']} false negatives",
         f"UNKNOWN: {report['unknown']} ({_percent(report['unknown_share'])})",
-        "",
-        f"{'label':10}" + "".join(f"{'judged ' + v.value:>16}" for v in Verdict),
+        *_confusion_table(report["confusion"]),
     ]
-    for label, row in report["confusion"].items():
-        lines.append(f"{label:10}" + "".join(f"{row[v.value]:16d}" for v in Verdict))
     for title, key in (("task", "by_task"), ("tool", "by_tool"), ("source", "by_source"), ("kind", "by_kind")):
-        parts = report[key]
-        if key != "by_kind" and len(parts) == 1:
-            continue
-        wide = max(map(len, (title, *parts))) + 2
-        lines += [
-            "",
-            f"{title:{wide}}{'steps':>7}{'GOOD':>7}{'accuracy':>10}{'false +':>9}{'false -':>9}{'UNKNOWN':>9}",
-        ]
-        for name, part in parts.items():
-            lines.append(
-                f"{name:{wide}}{part['steps']:7d}{part['labelled_good']:7d}{_percent(part['accuracy']):>10}"
-                f"{part['false_positives']:9d}{part['false_negatives']:9d}{part['unknown']:9d}"
-            )
+        if key == "by_kind" or len(report[key]) > 1:
+            lines += _accuracy_table(title, report[key])
     wrong = report["disagreements"]
     lines += ["", f"{len(wrong)} disagreements" + (f", the first {shown}" if len(wrong) > shown else "")]
-    for one in wrong[:shown]:
-        lines.append(
-            f"  line {one['line']}, {one['kind'] or one['task']}: label {one['label']}, judged {one['verdict']}"
-        )
-        for name in ("question", "action_text", "reason"):
-            text = " ".join(one[name].split())
-            lines.append(f"    {name.split('_')[0]:9}{text[:WIDTH]}{'…' if len(text) > WIDTH else ''}")
+    for disagreement in wrong[:shown]:
+        lines += _describe_disagreement(disagreement)
     return "\n".join(lines)
+
+
+def _confusion_table(confusion: dict[str, dict[str, int]]) -> list[str]:
+    head = f"{'label':10}" + "".join(f"{'judged ' + v.value:>16}" for v in Verdict)
+    rows = (f"{label:10}" + "".join(f"{row[v.value]:16d}" for v in Verdict) for label, row in confusion.items())
+    return ["", head, *rows]
+
+
+def _accuracy_table(title: str, parts: dict[str, dict[str, Any]]) -> list[str]:
+    wide = max(map(len, (title, *parts))) + 2
+    lines = ["", f"{title:{wide}}{'steps':>7}{'GOOD':>7}{'accuracy':>10}{'false +':>9}{'false -':>9}{'UNKNOWN':>9}"]
+    for name, part in parts.items():
+        lines.append(
+            f"{name:{wide}}{part['steps']:7d}{part['labelled_good']:7d}{_percent(part['accuracy']):>10}"
+            f"{part['false_positives']:9d}{part['false_negatives']:9d}{part['unknown']:9d}"
+        )
+    return lines
+
+
+def _describe_disagreement(step: dict[str, Any]) -> list[str]:
+    lines = [f"  line {step['line']}, {step['kind'] or step['task']}: label {step['label']}, judged {step['verdict']}"]
+    for name in ("question", "action_text", "reason"):
+        text = " ".join(step[name].split())
+        lines.append(f"    {name.split('_')[0]:9}{text[:WIDTH]}{'…' if len(text) > WIDTH else ''}")
+    return lines
 
 
 def _percent(share: float | None) -> str:

@@ -15,7 +15,7 @@ GIVEN_UP = "no reply: given up"  # and when it was not asked, or not as often as
 
 
 class Refusal(ConfigError):
-    """The judge's endpoint refuses to go on, as when a key is withdrawn. answered: one a step, in order; None where there is no verdict."""
+    """The judge's endpoint refuses to go on, as when a key is withdrawn. answered: a judgement or None for each step, in order."""
 
     def __init__(self, message: str, answered: Sequence[Judgement | None] = ()) -> None:
         super().__init__(message)

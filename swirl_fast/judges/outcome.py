@@ -1,4 +1,4 @@
-"""The outcome judge: is a trajectory's answer right, by the answer key? Exact comparison by the task, or a model (judges/model.py) whose
+"""The outcome judge: is a trajectory's answer right, by the answer key? Exact comparison by the task, or a model (judges/model) whose
 verdicts are kept in the store, under the hash of question, key and answer.
 
     filter.outcome, evaluate.outcome = exact | judge; the model's endpoint is judge.model, whatever judge.kind is
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from swirl_fast.config import EndpointConfig
 from swirl_fast.data.store import Store
 from swirl_fast.judges.cached import judge_missing
-from swirl_fast.judges.model import GivenAnswer, ModelJudge
+from swirl_fast.judges.model import GivenAnswer, ModelJudge, model_answer_judge_id
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Verdict
@@ -33,9 +33,8 @@ def judge_outcomes(
 
 
 def outcome_judge_id(config: EndpointConfig) -> str:
-    judge = ModelJudge(config)
-    judge.close()
-    return judge.outcome_id
+    """Under which the answers' verdicts are stored. Opens no connection."""
+    return model_answer_judge_id(config)
 
 
 def read_outcomes(

@@ -1,9 +1,9 @@
 """A process judge that is shown the worked solution of each word problem: a stand-in for a judge that could solve it.
 
 The paper's judge is a model much larger than the policy, which judges without gold labels (arXiv 2504.04736). Where no such model can be
-served, as on a CPU, this one tells what step-wise training does with verdicts that are right: a calculation is GOOD if it gives the result
+served, as on a CPU, this one shows what step-wise training does with verdicts that are right: a calculation is GOOD if it gives the result
 of a step of the solution, the answer included, that was not there yet; an answer is GOOD if it is the solution's and an observation shows
-it. It uses gold labels, so what it shows is no measurement of the paper's method, and its verdicts are no replacement for a real judge.
+it. It uses gold labels, so what it shows does not measure the paper's method, and its verdicts do not replace a real judge.
 
 Limits: a solution is one of several ways; steps that another way would take are BAD. A result can be right by chance.
 """
@@ -18,7 +18,7 @@ from swirl_fast.config import ConfigError
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges.rules.calculations import read_calculation
 from swirl_fast.tasks.scoring import number
-from swirl_fast.tools.calculator import CalculationError, numbers
+from swirl_fast.tools.arithmetic import CalculationError, numbers
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
@@ -27,7 +27,7 @@ VERSION = 1  # part of the judge's id, under which verdicts are cached
 
 
 class ReferenceJudge:
-    """solutions: question text -> results of the steps of its solution, the answer last. A question that is not there is UNKNOWN.
+    """solutions: question text -> results of the steps of its solution, the answer last. A step of any other question is UNKNOWN.
 
     Raises ConfigError when there are no solutions at all.
     """
@@ -40,10 +40,9 @@ class ReferenceJudge:
                 f"judge.kind=reference: the questions of {', '.join(tools_by_task)} have no worked solutions; use gsm8k or reasoning_gym's "
                 "gsm_symbolic, or judge.kind=rules or model"
             )
-        self._tools = {task: tuple(sorted(tools)) for task, tools in tools_by_task.items()}
+        self._tools = _sorted_tools(tools_by_task)
         self._solutions = solutions
-        digest = hashlib.sha256(repr(sorted(self._tools.items())).encode()).hexdigest()[:8]
-        self.id = f"reference-v{VERSION}-tools.{digest}"
+        self.id = reference_judge_id(tools_by_task)
 
     def stats(self) -> JudgeStats:
         return JudgeStats()
@@ -81,8 +80,17 @@ class ReferenceJudge:
         return Judgement(Verdict.GOOD, "the result of a step of the solution")
 
 
+def reference_judge_id(tools_by_task: Mapping[str, Collection[str]]) -> str:
+    digest = hashlib.sha256(repr(sorted(_sorted_tools(tools_by_task).items())).encode()).hexdigest()[:8]
+    return f"reference-v{VERSION}-tools.{digest}"
+
+
+def _sorted_tools(tools_by_task: Mapping[str, Collection[str]]) -> dict[str, tuple[str, ...]]:
+    return {task: tuple(sorted(tools)) for task, tools in tools_by_task.items()}
+
+
 def _result(argument: str, seen: str) -> Fraction | None:
-    """What the environment wrote behind a call, not what the model claims."""
+    """What the environment wrote after a call, not what the model claims."""
     head = observation(argument, "")
     values = numbers(seen[len(head) :]) if seen.startswith(head) else []
     return values[0] if len(values) == 1 else None

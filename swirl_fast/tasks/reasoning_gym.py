@@ -23,7 +23,7 @@ from swirl_fast.tasks.rows import question_id
 from swirl_fast.tasks.scoring import ZERO, number, score_number
 from swirl_fast.tasks.solutions import step_expressions, step_results
 from swirl_fast.tasks.task import Example, Question, Score, Split
-from swirl_fast.tools.calculator import CalculationError, evaluate, numbers, render
+from swirl_fast.tools.arithmetic import CalculationError, evaluate, numbers, render_value
 
 _CHUNK = 256  # questions drawn from one seed of the generator
 _PATIENCE = 10  # chunks without a new question after which the generator counts as exhausted
@@ -147,7 +147,7 @@ class ReasoningGym:
                 value = None
             if value is None or value != number(str(entry["answer"])):
                 return WORD_PROBLEMS
-            candidates.append((entry["question"], expression, render(value), str(entry["answer"])))
+            candidates.append((entry["question"], expression, render_value(value), str(entry["answer"])))
             if len(candidates) == 16:
                 break
         # one operator teaches little: three numbers or more come first

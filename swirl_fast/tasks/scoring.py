@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from fractions import Fraction
 
 from swirl_fast.tasks.task import Score
-from swirl_fast.tools.calculator import numbers
+from swirl_fast.tools.arithmetic import numbers
 
 ZERO = Score(0.0, 0.0, 0.0, 0.0)
 _MAX_CHARS = 2_000  # an answer is a few words; what is longer than an action's argument may be is none

@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 
 from swirl_fast.tasks.scoring import number
-from swirl_fast.tools.calculator import CalculationError, evaluate, numbers
+from swirl_fast.tools.arithmetic import CalculationError, evaluate, numbers
 
 _MARKED = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 _RESULT = re.compile(r"=\s*[$£€]?\s*(-?[\d,]*\.?\d+)(?![\d.,]*\s*[-+*/x×÷])")

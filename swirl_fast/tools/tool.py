@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Tool(Protocol):
-    name: str  # key of actions.TOOL_TAGS
+    name: str  # key of TOOL_TAGS in formats/tags.py
     description: str  # one line for the prompt: what to put into the tag and what comes back
 
     def call(self, argument: str) -> str:

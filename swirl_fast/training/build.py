@@ -13,7 +13,7 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.shard_source import open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
-from swirl_fast.judges import load_judge
+from swirl_fast.judges import judge_id, load_judge
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
@@ -111,7 +111,7 @@ def _run_training(config: Config, ranks: Ranks, accepted: Callable[[], object], 
     stack.callback(stream.close)
     task = load_task(config.tasks, config.run.seed)
     tools_by_task = {task.name: task.tools}
-    settings = settings_of(config, load_judge(config.judge, tools_by_task, probe=False, tasks=[task]).id)
+    settings = settings_of(config, judge_id(config.judge, tools_by_task))
     marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings}
     if (target / _MARKER).is_file() and completed(json.loads((target / _MARKER).read_text()), marker) == marker:
         if ranks.main:

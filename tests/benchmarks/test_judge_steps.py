@@ -3,18 +3,21 @@
 import json
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from benchmarks.judges import agreement as judge_agreement
+from benchmarks.judges.problems import draw_problem, swapped
 from benchmarks.judges.steps import constructed
-from benchmarks.judges.steps_calculator import problem, swapped
-from benchmarks.judges.steps_search import hops, pair, world
+from benchmarks.judges.world import draw_hops, draw_pair, world
 from swirl_fast.config import load
 from swirl_fast.judges.labels import LabelledStep, read_labels
-from swirl_fast.tools.calculator import evaluate, numbers
+from swirl_fast.tools.arithmetic import evaluate, numbers
 from swirl_fast.verdict import Verdict
 
 # What rules cannot see; every other kind must be judged without a mistake.
@@ -83,26 +86,26 @@ def test_good_calculations_give_the_right_number(steps: list[LabelledStep]) -> N
             checked += 1
     assert checked >= 9
     for seed in range(200):
-        one = problem(random.Random(seed))
-        a, b, c = one.numbers
-        (story,) = (number(a, b, c) for cue, number in STORIES.items() if cue in one.question)
-        assert evaluate(one.whole) == story, one.question
-        assert evaluate(swapped(one.first)) != evaluate(one.first)
+        problem = draw_problem(random.Random(seed))
+        a, b, c = problem.numbers
+        (story,) = (number(a, b, c) for cue, number in STORIES.items() if cue in problem.question)
+        assert evaluate(problem.whole) == story, problem.question
+        assert evaluate(swapped(problem.first)) != evaluate(problem.first)
 
 
 def test_answers_of_the_search_questions_are_facts_of_the_world() -> None:
     w = world()
     for seed in range(100):
-        one = hops(random.Random(seed))
-        shown = [w.search.call(query) for query in one.queries]
-        assert one.answer in shown[1] and one.answer not in one.wrong
-        assert all(wrong in " ".join(shown) for wrong in one.wrong)
-        two = pair(random.Random(seed), choice=False)
-        named = [company for company in w.companies if company.name in two.question]
-        named.sort(key=lambda company: two.question.index(company.name))
+        hops = draw_hops(random.Random(seed))
+        shown = [w.search.call(query) for query in hops.queries]
+        assert hops.answer in shown[1] and hops.answer not in hops.wrong
+        assert all(wrong in " ".join(shown) for wrong in hops.wrong)
+        pair = draw_pair(random.Random(seed), choice=False)
+        named = [company for company in w.companies if company.name in pair.question]
+        named.sort(key=lambda company: pair.question.index(company.name))
         before, after = named
-        truth = before.year < after.year if "before" in two.question else before.trade == after.trade
-        assert two.answer == ("yes" if truth else "no")
+        truth = before.year < after.year if "before" in pair.question else before.trade == after.trade
+        assert pair.answer == ("yes" if truth else "no")
 
 
 def test_the_rules_judge_meets_its_target() -> None:
@@ -113,15 +116,18 @@ def test_the_rules_judge_meets_its_target() -> None:
         assert report["accuracy"] >= (0.95 if seed == 0 else 0.94) and report["unknown"] == 0
         wrong = {kind: part["accuracy"] for kind, part in report["by_kind"].items() if part["accuracy"] < 1}
         assert wrong.keys() <= BLIND, wrong
-    assert report["by_kind"]["wrong operation in a word problem"]["accuracy"] == 0, "seen now? then say so in rules.py"
+    assert report["by_kind"]["wrong operation in a word problem"]["accuracy"] == 0, (
+        "seen now? then say so in judges/rules"
+    )
 
 
 def test_the_command_writes_the_set_and_the_result(tmp_path: Path, steps: list[LabelledStep]) -> None:
-    judge_agreement.main(["--labels", str(tmp_path / "l.jsonl")])
+    command = [sys.executable, "-m", "benchmarks.judges", "--labels", str(tmp_path / "l.jsonl")]
+    subprocess.run(command, cwd=ROOT, check=True)
     assert read_labels(tmp_path / "l.jsonl") == steps
     small = ["--good", "1", "--bad", "1", "--seeds", "2", "judge.rules.coverage=full"]
     judge_agreement.main(["--out", str(tmp_path / "r.json"), *small])
-    result = json.loads((tmp_path / "r.json").read_text())
+    result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert result["steps"] == 60 and result["judge"].startswith("rules-v3-full")
     assert result["settings"]["each_good_kind"] == 1 and result["environment"]["cores"] >= 1
     assert result["accuracy_of_other_seeds"].keys() == {"1"}

@@ -2,15 +2,14 @@
 
 import pytest
 
-from swirl_fast.judges import model as model_module
+from swirl_fast.judges.model import endpoint as endpoint_module
 
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     for name in ("NO_PROXY", "no_proxy", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(
-        "HTTP_PROXY", "http://127.0.0.1:9"
-    )  # nobody listens there: a server on this machine is asked directly
+    # nobody listens there: a server on this machine is asked directly
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(model_module, "BACKOFF", 0.01)
+    monkeypatch.setattr(endpoint_module, "BACKOFF", 0.01)

@@ -10,7 +10,7 @@ from swirl_fast.config import ConfigError, JudgeConfig, RulesConfig
 from swirl_fast.formats.tags import CUT_OFF
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.rules import RulesJudge
-from swirl_fast.tools.calculator import CalculationError, evaluate, render
+from swirl_fast.tools.arithmetic import CalculationError, evaluate, render_value
 from swirl_fast.tools.search import NOTHING_FOUND
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
@@ -23,6 +23,7 @@ GROUPS = "Calculate ( 56 + -33 ) - 84."
 DECIMALS = "Please solve this to 12 significant digits.\n4.180+(7.365/3.440) = ?"
 TWINS = "Calculate 3 + 4 + 3 + 4."
 APPLES = "There are 12 apples and 5 pears in a box. Each costs $3. What do all of them cost?"
+SWEETS = "There are 17 sweets for 5 children, who get 5 bags. How many are left over?"
 CLIPS = "Natalia sold clips to 48 friends in April, and then half as many in May. How many in all?"
 MAILS = "James gets 160 emails a day. 30% of them need no answer. How many answers are due in 5 days?"
 FILM = "Who directed the film in which Greta Garbo first spoke?"
@@ -32,7 +33,7 @@ SAME = "Were Scott Derrickson and Ed Wood of the same nationality?"
 
 def calculate(expression: str) -> str:
     try:
-        return render(evaluate(expression))
+        return render_value(evaluate(expression))
     except CalculationError as error:
         return f"ERROR: {error}"
 
@@ -145,6 +146,10 @@ CONNECTED = {
     "a part of the numbers": (APPLES, [], call("12+5")[0], "GOOD"),
     "result times the rest": (APPLES, FRUIT, call("17*3")[0], "GOOD"),
     "all at once": (APPLES, [], call("(12+5)*3")[0], "GOOD"),
+    "remainder": (SWEETS, [], call("17 % 5")[0], "GOOD"),
+    "remainder by its name": (SWEETS, [], call("mod(17, 5)")[0], "GOOD"),
+    "remainder without influence": (SWEETS, [], call("17 + 5 % 5")[0], "BAD"),
+    "remainder or percentage": (SWEETS, [], call("17 % (5)")[0], "BAD"),
     "two branches": (APPLES, [call("12*3")], call("5*3")[0], "GOOD"),
     "two results joined": (APPLES, [call("12*3"), call("5*3")], call("36+15")[0], "GOOD"),
     "answer with a unit": (APPLES, [*FRUIT, call("17*3")], answer("$51 in total"), "GOOD"),
@@ -337,7 +342,7 @@ def test_reasoning_gym(dataset):
         expression = re.sub(r"^.*?(problem:|Calculate|Evaluate:?)|Ensure .*$|[=.]\s*$", "", item["question"]).strip(
             " .="
         )
-        if calculate(expression) != render(evaluate(item["answer"])):
+        if calculate(expression) != render_value(evaluate(item["answer"])):
             continue  # basic_arithmetic divides whole numbers only
         tried += 1
         first = re.search(r"\d+(?:\.\d+)?", expression).group()

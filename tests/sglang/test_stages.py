@@ -18,7 +18,8 @@ from swirl_fast import cli
 from swirl_fast.config import EndpointConfig
 from swirl_fast.data.store import Store
 from swirl_fast.engines.sglang.engine import SGLangEngine
-from swirl_fast.judges.model import ModelJudge, step_prompt
+from swirl_fast.judges.model import ModelJudge
+from swirl_fast.judges.model.prompts import step_prompt
 from swirl_fast.metrics import read_metrics
 from swirl_fast.prefixes import cacheable
 from swirl_fast.trajectory import StepView

@@ -12,7 +12,8 @@ from swirl_fast.formats.tags import parse
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.gsm8k import WORD_PROBLEMS
 from swirl_fast.tasks.scoring import ZERO, number
-from swirl_fast.tools.calculator import Calculator, numbers
+from swirl_fast.tools.arithmetic import numbers
+from swirl_fast.tools.calculator import Calculator
 
 
 def gym(dataset: str = "chain_sum", seed: int = 0, limit: int = 40, eval_limit: int = 20, **options):

@@ -12,7 +12,7 @@ on the question:
   the question that was not used, or join a result that is still open with another number; under "full" it must use all
   numbers. The answer is the last result that rests, directly or through other results, on all numbers of the question.
 - The tool is search. A query must be new and about what was read: it holds a name of it, or half of its content words come
-  from there. The answer must be a span of a result, and of the form that is asked for (search_rules.py).
+  from there. The answer must be a span of a result, and of the form that is asked for (queries.py).
 
 Only accepted (GOOD) calculations count as results: otherwise one bad step would launder a made-up number for all later
 ones.
@@ -22,7 +22,7 @@ sign, takes every number in digits but 1 as needed, and number words and units (
 as needed. Of the official solutions of GSM8K (every fifth of train.jsonl), cut into calls at their `<<a=b>>`, it finds
 79 % of the steps GOOD, and every step of 59 %: the others do arithmetic in the head, use facts of the world (eight legs),
 or leave out a number that does not matter. In search, any span of a passage that has the form asked for passes, and so does a
-guessed yes or no when both sides were looked up. Use a model as judge where that matters; benchmarks/judge_agreement.py measures it.
+guessed yes or no when both sides were looked up. Use a model as judge where that matters; benchmarks/judges measures it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from swirl_fast.judges.rules.calculations import (
     stated_expression,
 )
 from swirl_fast.judges.rules.queries import answer_fault, query_fault, words
-from swirl_fast.tools.calculator import CalculationError, numbers
+from swirl_fast.tools.arithmetic import CalculationError, numbers
 from swirl_fast.tools.search import NOTHING_FOUND
 from swirl_fast.tools.tool import observation
 from swirl_fast.trajectory import StepView
@@ -80,7 +80,7 @@ _SPOKEN = {  # word -> numbers it may stand for
 class _Source:
     """A number that a calculation may use.
 
-    covers: positions of the question's numbers it rests on; number words stand behind those in digits. result: position
+    covers: positions of the question's numbers it rests on; number words come after those in digits. result: position
     in the list of results, -1 for none. fresh: it brings in something: a number not yet used, or a result still open.
     """
 
@@ -118,7 +118,7 @@ class _Result:
 
 @dataclass
 class _State:
-    """What the replay of a history leaves behind."""
+    """What the replay of a history leaves."""
 
     calls: set[object] = field(default_factory=set)
     results: list[_Result] = field(default_factory=list)
@@ -133,7 +133,7 @@ class _Bad(Exception):
 class RulesJudge:
     """Judges calculator and search steps by rules.
 
-    tools_by_task: task name -> names of the tools on offer there (keys of actions.TOOL_TAGS). Raises ValueError for an
+    tools_by_task: task name -> names of the tools on offer there (keys of TOOL_TAGS in formats/tags.py). Raises ValueError for an
     unknown coverage, a constant that is no finite number, or an unknown tool. A step of a task not listed is UNKNOWN.
     """
 
@@ -151,8 +151,8 @@ class RulesJudge:
         self._tools = {task: tuple(sorted(set(tools))) for task, tools in sorted(tools_by_task.items())}
         self.id = f"rules-v{VERSION}-{config.coverage}"
         if self._constants != {Fraction(str(constant)) for constant in RulesConfig().constants}:
-            self.id += f"-constants.{_digest(sorted(map(str, self._constants)))}"
-        self.id += f"-tools.{_digest(self._tools)}"
+            self.id += f"-constants.{_hash_json(sorted(map(str, self._constants)))}"
+        self.id += f"-tools.{_hash_json(self._tools)}"
 
     def stats(self) -> JudgeStats:
         return JudgeStats()
@@ -176,7 +176,7 @@ class RulesJudge:
         return Judgement(Verdict.GOOD, reason)
 
     def _replay(self, state: _State, question: _Question, action: Action, seen: str) -> None:
-        """Adds one earlier step. A result is what the environment wrote behind the call, not what the model claims."""
+        """Adds one earlier step. A result is what the environment wrote after the call, not what the model claims."""
         head = observation(action.argument, "")
         # A turn that was cut off by the length limit may hold a whole call, which nobody made: it may be made again.
         if action.kind != "tool" or not seen.startswith(head):
@@ -227,7 +227,7 @@ class RulesJudge:
         value = calculation.value
         nodes = list(ast.walk(calculation.tree))
         calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-        if not any(isinstance(node, ast.BinOp) for node in nodes) and not calls & {"sqrt", "factorial"}:
+        if not any(isinstance(node, ast.BinOp) for node in nodes) and not calls & {"sqrt", "factorial", "mod"}:
             raise _Bad(f"{_show(value)} is a number, not a calculation")
         if calls & {"max", "min"}:
             raise _Bad("max and min let numbers in that have no influence")
@@ -386,16 +386,16 @@ def _read_question(text: str) -> _Question:
 def _percentages(calculation: Calculation, question: _Question) -> list[Fraction]:
     """The numbers of a calculation, where `30/100` counts as 0.3 if that is a number of the question."""
     values = {source.value for source in question.sources}
-    found: list[Fraction] = []
+    literals: list[Fraction] = []
     previous_end = -1
     for start, end, literal in calculation.literals:
         over_100 = literal == 100 and start == previous_end + 1 and calculation.source[previous_end] == "/"
-        if found and over_100 and found[-1] / 100 in values:
-            found[-1] /= 100
+        if literals and over_100 and literals[-1] / 100 in values:
+            literals[-1] /= 100
         else:
-            found.append(literal)
+            literals.append(literal)
         previous_end = end
-    return found
+    return literals
 
 
 def _show(value: Fraction) -> str:
@@ -410,5 +410,5 @@ def _list(values: Sequence[Fraction]) -> str:
     return ", ".join(shown[:10]) + (", …" if len(shown) > 10 else "")
 
 
-def _digest(content: object) -> str:
+def _hash_json(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]

@@ -1,6 +1,6 @@
 """Arithmetic in texts: the numbers of a calculation, and the expression that a question states, with its parts.
 
-Part of the rules judge (rules.py). Everything goes through the calculator's own `normalise` and `evaluate`.
+Part of the rules judge. Everything goes through the calculator's own arithmetic (tools/arithmetic.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from swirl_fast.tools.calculator import CalculationError, evaluate, normalise
+from swirl_fast.tools.arithmetic import CalculationError, evaluate_normalised, normalise
 
 NUMBER = r"(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?"
 _STATED = re.compile(
@@ -36,8 +36,11 @@ class Calculation:
 @lru_cache(maxsize=16384)
 def read_calculation(expression: str) -> Calculation:
     """Raises CalculationError for what does not evaluate."""
-    value = evaluate(expression)
-    source = normalise(expression)
+    return _read_normalised(normalise(expression))
+
+
+def _read_normalised(source: str) -> Calculation:
+    value = evaluate_normalised(source)
     tree = ast.parse(source, mode="eval").body
     constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     literals = sorted((node.col_offset, node.end_col_offset or 0, _value_at(source, node)) for node in constants)
@@ -49,14 +52,14 @@ def _value_at(source: str, node: ast.expr) -> Fraction:
 
 
 def exchanged(calculation: Calculation, exchange: Mapping[Fraction, Fraction]) -> Fraction | None:
-    """The value with numbers exchanged for others wherever they stand; None where there is none."""
+    """The value with numbers exchanged for others wherever they occur; None when that has no value."""
     source = calculation.source
     for start, end, literal in reversed(calculation.literals):
         if literal in exchange:
             new = exchange[literal]
             source = f"{source[:start]}({new.numerator}/{new.denominator}){source[end:]}"
     try:
-        return evaluate(source)
+        return evaluate_normalised(source)
     except CalculationError:
         return None
 
@@ -64,7 +67,7 @@ def exchanged(calculation: Calculation, exchange: Mapping[Fraction, Fraction]) -
 @lru_cache(maxsize=16384)
 def idle_numbers(source: str) -> tuple[frozenset[Fraction], frozenset[Fraction]]:
     """(0 and 1 in neutral places: `x*1`, `x+0`; numbers whose change leaves the value: `0*(…)`, `x**0`, `x+5-5`)."""
-    calculation = read_calculation(source)
+    calculation = _read_normalised(source)
     neutral = set()
     for node in ast.walk(calculation.tree):
         if isinstance(node, ast.BinOp):
@@ -87,11 +90,11 @@ def stated_expression(text: str) -> tuple[tuple[Fraction, ...], dict[tuple[int, 
     parts: (first, end) positions of numbers -> value, for every contiguous part that respects precedence; of
     `a - b + c` these are `a - b`, `-b + c` and the whole.
 
-    `1/2`, `5-10` and `8 x 10` stand in word problems too. An expression has spaces around an operator other than x
-    (once in GSM8K's 7,473 questions), or an equals sign behind it, or a cue like "calculate" before it and the end of
-    a sentence behind it.
+    `1/2`, `5-10` and `8 x 10` occur in word problems too. An expression has spaces around an operator other than x
+    (once in GSM8K's 7,473 questions), or an equals sign after it, or a cue like "calculate" before it and the end of
+    a sentence after it.
     """
-    found = []
+    calculations = []
     for match in _STATED.finditer(text):
         end = match.end()
         source = match.group().strip(" \t\r\n,.")
@@ -108,13 +111,13 @@ def stated_expression(text: str) -> tuple[tuple[Fraction, ...], dict[tuple[int, 
         except CalculationError:
             continue
         if len(calculation.literals) >= 2:
-            found.append(calculation)
-    if len(found) != 1:
+            calculations.append(calculation)
+    if len(calculations) != 1:
         return None
     values: list[Fraction] = []
     parts: dict[tuple[int, int], Fraction] = {}
-    _collect(found[0], found[0].tree, values, parts)
-    parts[0, len(values)] = found[0].value  # with the sign before a group, which _collect leaves out: -(3 + 4)
+    _collect(calculations[0], calculations[0].tree, values, parts)
+    parts[0, len(values)] = calculations[0].value  # with the sign before a group, which _collect leaves out: -(3 + 4)
     return tuple(values), parts
 
 
@@ -136,7 +139,7 @@ def _collect(
             lead = {"-": "-", "/": "1/"}.get(terms[i][0], "")
             rest = "".join(f"{operator}({text})" for operator, text, _, _ in terms[i + 1 : j + 1])
             try:
-                parts[terms[i][2], terms[j][3]] = evaluate(f"{lead}({terms[i][1]}){rest}")
+                parts[terms[i][2], terms[j][3]] = evaluate_normalised(f"{lead}({terms[i][1]}){rest}")
             except CalculationError:
                 continue
     return begin, len(values)
@@ -155,7 +158,8 @@ def _chain(node: ast.expr) -> list[tuple[str, ast.expr]]:
     if isinstance(node, ast.BinOp):
         symbol = {ast.Pow: "**", ast.FloorDiv: "//", ast.Mod: "%"}[type(node.op)]
         return [("", node.left), (symbol, node.right)]
-    return [("", child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+    children = node.args if isinstance(node, ast.Call) else ast.iter_child_nodes(node)
+    return [("", child) for child in children if isinstance(child, ast.expr)]
 
 
 def composed(

@@ -1,10 +1,10 @@
-"""What is wrong with a query or with an answer after searches, by words alone.
+"""What is wrong with a query or with an answer after searches, judged only by its words.
 
-Part of the rules judge (rules.py). What is asked of the form of an answer was measured on the gold answers of 900 questions of HotPotQA,
+Part of the rules judge. What is asked of the form of an answer was measured on the gold answers of 900 questions of HotPotQA,
 2WikiMultihopQA and MuSiQue:
 
     186 are yes or no      all these questions have an auxiliary at the start of a clause, none has "or"; of all, both gold passages
-                           together hold every name in the question, and of none the first one alone does
+                           together hold every name in the question, and the first passage by itself never does
     178 questions begin with an auxiliary and hold neither "or" nor a question word: all are answered with yes or no
     91 ask for a year or begin with "when": 90 answers hold a digit
     274 ask for a person, a place or a company: no answer is a bare number
@@ -96,8 +96,8 @@ def _closed_fault(question: str, asked: set[str], read: set[str]) -> str:
         return "yes or no, but the question asks for something else"
     if not (asked - _STOP_WORDS) & read:
         return "yes or no, but no result shares a content word with the question"
-    _, _, behind = question.strip().partition(" ")  # the first word has a capital anyhow
-    if missing := {name for name in names(behind) - read if not name.isdigit()}:
+    _, _, rest = question.strip().partition(" ")  # the first word has a capital anyway
+    if missing := {name for name in names(rest) - read if not name.isdigit()}:
         return f"yes or no before {_quoted(missing)} was found"
     return ""
 
@@ -115,10 +115,10 @@ def _offered(given: Sequence[str], question: str) -> bool:
 
 
 def _starts(given: Sequence[str], text: Sequence[str]) -> list[int]:
-    """Positions at which the words stand in the text, one after the other."""
+    """Positions at which the words occur in the text, one after the other."""
     n = len(given)
     return [at for at in range(len(text) - n + 1) if text[at] == given[0] and list(text[at : at + n]) == list(given)]
 
 
-def _quoted(found: Collection[str]) -> str:
-    return ", ".join(repr(word[:30]) for word in sorted(found)[:5])
+def _quoted(quoted: Collection[str]) -> str:
+    return ", ".join(repr(word[:30]) for word in sorted(quoted)[:5])

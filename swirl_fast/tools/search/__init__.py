@@ -1,6 +1,6 @@
-"""The search tool: passages of a task, found by BM25 (search_bm25.py, the default) or by embeddings (search_dense.py).
+"""The search tool: passages of a task, found by BM25 (bm25.py, the default) or by embeddings (dense.py).
 
-Either index is built once, kept on disk and memory-mapped (search_index.py). The passages themselves stay the task's
+Either index is built once, kept on disk and memory-mapped (index.py). The passages themselves stay the task's
 list: it holds them anyway, and an index in the cache serves whoever has the same ones.
 """
 

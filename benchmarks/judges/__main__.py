@@ -1,0 +1,3 @@
+from benchmarks.judges.agreement import main
+
+main()
