@@ -28,7 +28,7 @@ setup(
         "torch>=2.11",
         "transformers>=5.12",
         "accelerate>=1.15",
-        "omegaconf>=2.4",
+        "PyYAML>=6.0",
         "numpy>=2.0",
         "httpx>=0.28",
         "jinja2>=3.1",

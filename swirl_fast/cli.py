@@ -10,21 +10,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from swirl_fast import __version__
-from swirl_fast.config import ConfigError, load
+from swirl_fast.config import Config, ConfigError, load
+from swirl_fast.config.fields import sections
 from swirl_fast.exits import EXIT_RESUMABLE, Resumable
 
-_STAGES = {
-    "collect": "questions -> trajectories, with the real tools",
-    "judge": "a process verdict on every step",
-    "filter": "keep trajectories, write MosaicML shards",
-    "train": "step-wise RL on the shards; may be started by torchrun",
-    "export": "the weights of a checkpoint, such as the best one, as a Hugging Face folder",
-    "evaluate": "held-out questions, by the base or the trained model",
-    "report": "one HTML file about the run",
-    "run": "all of it, base -> trained",
+# What a stage does with the config: `stages` is handed in because it imports torch and transformers, which only a checked config is worth.
+_Call = Callable[[Any, Config, argparse.Namespace], object]
+
+# The sections that each stage reads; a subsection such as judge.model goes with its section.
+READS = {
+    "collect": ("run", "model", "tasks", "search", "engine", "collect"),
+    "judge": ("run", "tasks", "collect", "judge", "filter"),
+    "filter": ("run", "tasks", "collect", "judge", "filter"),
+    "train": ("run", "model", "tasks", "search", "engine", "collect", "judge", "algorithm", "training"),
+    "export": ("run", "model", "training"),
+    "evaluate": ("run", "model", "tasks", "search", "engine", "collect", "judge", "evaluate"),
+    "report": ("run",),
+    "run": tuple(name for name in sections(Config) if "." not in name),
 }
 
 
@@ -33,74 +40,57 @@ def parser() -> argparse.ArgumentParser:
         prog="swirl-fast", description="Step-Wise Reinforcement Learning of language models that use tools."
     )
     top.add_argument("--version", action="version", version=f"swirl-fast {__version__}")
-    stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, text in _STAGES.items():
-        stage = stages.add_parser(name, help=text, description=text)
+    commands = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+
+    def add(name: str, text: str, call: _Call) -> argparse.ArgumentParser:
+        stage = _command(commands, name, text, _epilog(name))
         stage.add_argument("--config", metavar="FILE", help="a YAML file; ready ones lie in configs/")
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.steps=20")
-        if name == "judge":
-            other = stage.add_mutually_exclusive_group()
-            other.add_argument(
-                "--against", metavar="FILE", help="how far the judge agrees with labelled steps; needs no run"
-            )
-            other.add_argument(
-                "--export-steps", metavar="FILE", help="steps of the run, drawn at random, to be labelled"
-            )
-            stage.add_argument(
-                "--out", metavar="FILE", help="of --against (default: agreement.json in the run's folder)"
-            )
-            stage.add_argument("--count", type=int, default=200, metavar="N", help="of --export-steps (default: 200)")
-        if name == "export":
-            stage.add_argument("--checkpoint", default="best", metavar="best|step_N", help="which (default: best)")
-            stage.add_argument("--out", metavar="FOLDER", help="default: model-CHECKPOINT in the run's folder")
-        if name == "evaluate":
-            stage.add_argument(
-                "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
-            )
-            stage.add_argument("--name", help="name of the evaluation (default: base, trained or the folder's name)")
-    text = (
-        "a grid of runs with several seeds, compared in one table and one HTML file; started twice it shares the work"
+        stage.set_defaults(run=lambda options: _run_stage(call, options))
+        return stage
+
+    add(
+        "collect",
+        "questions -> trajectories, with the real tools",
+        lambda stages, config, options: stages.collect(config),
     )
-    grid = stages.add_parser("experiment", help=text, description=text)
-    grid.add_argument("file", metavar="FILE", help="a YAML file; ready ones lie in configs/experiments/")
-    grid.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, e.g. training.steps=2")
-    grid.add_argument("--report", action="store_true", help="only table and report, from the cells that are done")
+    _add_judge_options(add("judge", "a process verdict on every step", _judge))
+    add(
+        "filter",
+        "keep trajectories, write MosaicML shards",
+        lambda stages, config, options: stages.filter(config),
+    )
+    add(
+        "train",
+        "step-wise RL on the shards; may be started by torchrun",
+        lambda stages, config, options: stages.train(config),
+    )
+    export = add(
+        "export",
+        "the weights of a checkpoint, such as the best one, as a Hugging Face folder",
+        lambda stages, config, options: stages.export(config, options.checkpoint, options.out),
+    )
+    export.add_argument("--checkpoint", default="best", metavar="best|step_N", help="which (default: best)")
+    export.add_argument("--out", metavar="FOLDER", help="default: model-CHECKPOINT in the run's folder")
+    evaluate = add("evaluate", "held-out questions, by the base or the trained model", _evaluate)
+    evaluate.add_argument(
+        "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
+    )
+    evaluate.add_argument("--name", help="name of the evaluation (default: base, trained or the folder's name)")
+    add("report", "one HTML file about the run", lambda stages, config, options: stages.report(config))
+    add("run", "all of it, base -> trained", lambda stages, config, options: stages.run(config))
+    _add_experiment(commands)
+    _add_config(commands)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, rest = parser().parse_known_args(arguments)
-    if wrong := [one for one in rest if one.startswith("-") or "=" not in one]:
-        parser().error(f"unknown arguments: {' '.join(wrong)}")
-    if options.stage == "judge" and options.out and not options.against:
-        parser().error("--out names the report of --against; give that as well")
-    if options.stage == "judge" and options.count < 1:
-        parser().error(f"--count {options.count}: must be at least 1")
-    options.overrides += rest  # those behind an option: argparse takes positional arguments in one run only
+    options = _parsed(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if options.stage == "experiment":
-            return _experiment(options)
-        config = load(options.config, options.overrides)
-        from swirl_fast import stages  # torch and transformers load here, after the config has been checked
-
-        _quiet_transformers()
-        if options.stage == "export":
-            stages.export(config, options.checkpoint, options.out)
-        elif options.stage == "evaluate":
-            if options.of == "base":
-                stages.evaluate(config, options.name or "base")
-            elif options.of == "trained":
-                stages.evaluate_trained(config, options.name or "trained")
-            else:
-                stages.evaluate(config, options.name or os.path.basename(os.path.normpath(options.of)), options.of)
-        elif options.stage == "judge" and options.against:
-            stages.judge_against(config, options.against, options.out)
-        elif options.stage == "judge" and options.export_steps:
-            stages.export_steps(config, options.export_steps, options.count)
-        else:
-            getattr(stages, options.stage)(config)
+        code: int = options.run(options)
+        return code
     except ConfigError as error:
         print(f"swirl-fast {options.stage}: {error}", file=sys.stderr)
         return 2
@@ -115,13 +105,98 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"swirl-fast {options.stage}: interrupted; start it again to go on", file=sys.stderr)
         return 130
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Leaves with exit code 2 for a command line that cannot work."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    # argparse takes positional arguments in one run only: those after an option come as the rest
+    options.overrides += rest
+    for word in options.overrides:
+        if word.startswith("--") and "=" in word:
+            top.error(f"unknown argument {word}; a setting is written without dashes: {word.lstrip('-')}")
+        if word.startswith("-"):
+            top.error(f"unknown argument {word}")
+    if options.stage == "judge" and options.out and not options.against:
+        top.error("--out names the report of --against; give that as well")
+    if options.stage == "judge" and options.count < 1:
+        top.error(f"--count {options.count}: must be at least 1")
+    if options.stage == "evaluate" and not options.of:
+        top.error("--of '': must be base, trained, or a Hugging Face folder with weights")
+    return options
+
+
+def _command(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return command
+
+
+def _epilog(name: str) -> str:
+    return textwrap.fill(
+        f"settings: {name} reads the sections {', '.join(READS[name])}. `swirl-fast config` lists all keys with their meaning, "
+        "`swirl-fast config SECTION` or `swirl-fast config KEY` a part; --config and key=value show the values that they give.",
+        width=100,
+    )
+
+
+def _run_stage(call: _Call, options: argparse.Namespace) -> int:
+    config = load(options.config, options.overrides)
+    # torch and transformers load here, after the config has been checked
+    from swirl_fast import stages
+
+    _quiet_transformers()
+    call(stages, config, options)
     return 0
 
 
+def _add_judge_options(stage: argparse.ArgumentParser) -> None:
+    other = stage.add_mutually_exclusive_group()
+    other.add_argument("--against", metavar="FILE", help="how far the judge agrees with labelled steps; needs no run")
+    other.add_argument("--export-steps", metavar="FILE", help="steps of the run, drawn at random, to be labelled")
+    stage.add_argument("--out", metavar="FILE", help="of --against (default: agreement.json in the run's folder)")
+    stage.add_argument("--count", type=int, default=200, metavar="N", help="of --export-steps (default: 200)")
+
+
+def _judge(stages: Any, config: Config, options: argparse.Namespace) -> None:
+    if options.against:
+        stages.judge_against(config, options.against, options.out)
+    elif options.export_steps:
+        stages.export_steps(config, options.export_steps, options.count)
+    else:
+        stages.judge(config)
+
+
+def _evaluate(stages: Any, config: Config, options: argparse.Namespace) -> None:
+    if options.of == "base":
+        stages.evaluate(config, options.name or "base")
+    elif options.of == "trained":
+        stages.evaluate_trained(config, options.name or "trained")
+    else:
+        stages.evaluate(config, options.name or os.path.basename(os.path.normpath(options.of)), options.of)
+
+
+def _add_experiment(commands: Any) -> None:
+    text = (
+        "a grid of runs with several seeds, compared in one table and one HTML file; started twice it shares the work"
+    )
+    grid = _command(
+        commands, "experiment", text, "settings: those of a run; `swirl-fast config` lists all keys with their meaning."
+    )
+    grid.add_argument("file", metavar="FILE", help="a YAML file; ready ones lie in configs/experiments/")
+    grid.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, e.g. training.steps=2")
+    grid.add_argument("--report", action="store_true", help="only table and report, from the cells that are done")
+    grid.set_defaults(run=_experiment)
+
+
 def _experiment(options: argparse.Namespace) -> int:
-    from swirl_fast.experiments.run import read_experiment, run_experiment, write_outputs
+    from swirl_fast.experiments.grid import read_experiment
 
     experiment = read_experiment(options.file, options.overrides)
+    from swirl_fast.experiments.run import run_experiment, write_outputs
+
     if options.report:
         write_outputs(experiment)
         return 0
@@ -130,6 +205,28 @@ def _experiment(options: argparse.Namespace) -> int:
     for cell in missing:
         print(f"swirl-fast experiment: not done: {cell}", file=sys.stderr)
     return 1 if missing else 0
+
+
+def _add_config(commands: Any) -> None:
+    text = "what the settings mean, which values they accept, and what they are here"
+    command = _command(commands, "config", text, "sections: " + ", ".join(sections(Config)))
+    command.add_argument("--config", metavar="FILE", help="a YAML file whose values are shown")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="SECTION|KEY|key=value",
+        help="what to show (default: everything); key=value goes on top of the file",
+    )
+    command.set_defaults(run=_config)
+
+
+def _config(options: argparse.Namespace) -> int:
+    from swirl_fast.config.describe import describe
+
+    names = [word for word in options.overrides if "=" not in word]
+    config = load(options.config, [word for word in options.overrides if "=" in word], files=False)
+    print(describe(names, config))
+    return 0
 
 
 def _quiet_transformers() -> None:

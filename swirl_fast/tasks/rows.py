@@ -109,6 +109,15 @@ def _listed(file: Path, text: str) -> list[Any] | None:
         if text.lstrip().startswith("["):
             raise ValueError(f"{file}:{getattr(error, 'lineno', 1)}: not valid JSON: {error}") from None
         return None
+    if (
+        isinstance(whole, dict)
+        and "data" not in whole
+        and whole
+        and all(isinstance(value, list) for value in whole.values())
+    ):
+        raise ConfigError(
+            f"{file}: its lists are called {', '.join(whole)}; give the rows as a list, as `data`, or one a line"
+        )
     if isinstance(whole, dict):
         whole = whole.get("data")
     return whole if isinstance(whole, list) else None

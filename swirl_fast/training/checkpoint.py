@@ -36,11 +36,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from swirl_fast.config.check import KEEP_BEST
 from swirl_fast.files import digest, fsync, lock
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import TIMEOUT, Ranks
 
+# Of the metrics that training.keep_best may name; of the others a larger mean is better.
+SMALLER_IS_BETTER = ("malformed",)
 BEST = "best"  # a link to the checkpoint that `keep_best` keeps
 _MANIFEST, _STATE, _TEMPORARY = "manifest.json", "state.json", ".tmp"
 
@@ -48,7 +49,7 @@ _MANIFEST, _STATE, _TEMPORARY = "manifest.json", "state.json", ".tmp"
 class Checkpoints:
     """The checkpoints of one training, in `folder`, which all ranks must see. At most one is being written.
 
-    keep: so many of the newest stay. best: name of a metric (config.KEEP_BEST) or "": the checkpoint with the best mean of it over
+    keep: so many of the newest stay. best: name of a metric (training.keep_best) or "": the checkpoint with the best mean of it over
     the steps since the one before stays too, and `folder/best` links to it. Every method is collective.
 
     Raises ValueError when another training writes there, or not all ranks see the folder.
@@ -279,7 +280,7 @@ def best_of(paths: list[Path], metric: str) -> Path | None:
         try:
             mark = json.loads((path / _STATE).read_text())[BEST]
             if mark["metric"] == metric and mark["mean"] is not None:
-                means[path] = KEEP_BEST[metric] * mark["mean"]
+                means[path] = -mark["mean"] if metric in SMALLER_IS_BETTER else mark["mean"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return max(means, key=lambda path: (means[path], _step(path)), default=None)

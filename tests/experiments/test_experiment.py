@@ -16,8 +16,8 @@ from support.task_files import write_lines
 
 from swirl_fast import cli, stages
 from swirl_fast.config import Config, ConfigError
+from swirl_fast.experiments.grid import read_experiment
 from swirl_fast.experiments.inputs import changed
-from swirl_fast.experiments.run import read_experiment
 from swirl_fast.experiments.summary import summarise, table
 from swirl_fast.report.experiment import write_experiment_report
 
@@ -266,28 +266,36 @@ def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arm": {}}, "arm: unknown key"),
+        ({"arm": {}}, "unknown key; did you mean arms"),
+        ({"training": {"steps": 1}}, "training: unknown key; write it below settings"),
         ({"arms": {}}, "arms: give at least one"),
-        ({"arms": {"a": "rloo"}}, "arms.a: 'rloo' must be a table of settings"),
-        ({"arms": {"a": {"train": "no"}}, "compare": []}, "arms.a.train: 'no' must be true or false"),
-        ({"arms": {"a": {"algorithm.nam": "rloo"}}, "compare": []}, "arm a: algorithm.nam (command line): unknown key"),
+        ({"arms": {"a": "rloo"}}, "arms={a: rloo}: must be a table of tables"),
+        ({"arms": {"a": {"train": "never"}}, "compare": []}, "arms.a.train=never: must be true or false"),
+        (
+            {"arms": {"a": {"algorithm.nam": "rloo"}}, "compare": []},
+            "arms.a): unknown key; did you mean algorithm.name",
+        ),
         ({"evaluations": {"other": {}}}, "evaluations: one must be called in_domain"),
         ({"evaluations": {"in_domain": {"tasks.kind": "gsm9k"}}}, "tasks.kind=gsm9k: must be one of"),
-        ({"grid": {"filter.kind": "none"}}, "grid.filter.kind: 'none' must be a list"),
-        ({"seeds": [0.5]}, "seeds: [0.5] is no list of whole numbers"),
+        ({"grid": {"filter.kind": "none"}}, "grid={filter.kind: none}: must be a table of lists"),
+        ({"seeds": [0.5]}, "seeds=[0.5]: must be a list of whole numbers, each at least 0"),
         (
             {"compare": ["all", "nothing"]},
-            "compare: ['all', 'nothing'] must be two of the arms base, all, copied, further",
+            "compare=[all, nothing]: must be two of the arms base, all, copied, further",
         ),
         (
             {"arms": {"a": {"from": "b"}, "b": {}}, "compare": []},
-            "arms.a.from: 'b' must be a trained arm that stands before",
+            "arms.a.from=b: must be a trained arm that is listed before",
         ),
         (
             {"arms": {"a": {"train": False}, "b": {"from": "a"}}, "compare": []},
-            "arms.b.from: 'a' must be a trained arm",
+            "arms.b.from=a: must be a trained arm",
         ),
-        ({"keep": "some"}, "keep: 'some' must be one of results, models, all"),
+        ({"seeds": []}, "seeds=[]: must be a list of whole numbers"),
+        ({"name": "a/b"}, "name=a/b: must be a plain folder name"),
+        ({"arms": {"a/b": {}}, "compare": []}, "arms.a/b: a name must not contain /"),
+        ({"grid": {"filter.kind": []}}, "grid.filter.kind=[]: must be a list of values"),
+        ({"keep": "some"}, "keep=some: must be one of results, models, all"),
         ({"config": "missing.yaml"}, "missing.yaml: no such file"),
     ],
 )
@@ -298,6 +306,52 @@ def test_a_wrong_file_is_refused_before_any_work(
     with pytest.raises(ConfigError) as caught:
         read_experiment(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_the_config_of_a_run_is_no_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "configs" / "warm_up.yaml"
+    assert cli.main(["experiment", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert f"{path}: is the config of a run, not an experiment: swirl-fast run --config {path}" in shown
+
+
+def test_files_that_are_no_experiment(tmp_path: Path) -> None:
+    path = tmp_path / "e.yaml"
+    wrong = (
+        ("", "arms: give at least one"),
+        ("[1]", "must hold"),
+        ("a: [", "not readable"),
+        ("${x}: 1", "unknown key"),
+    )
+    for content, message in wrong:
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            read_experiment(path)
+    with pytest.raises(ConfigError, match="none.yaml: no such file"):
+        read_experiment(tmp_path / "none.yaml")
+
+
+def test_texts_of_an_experiment_are_kept_and_nothing_is_interpolated(tmp_path: Path) -> None:
+    path = tmp_path / "3.10.yaml"
+    path.write_text(
+        """
+folder: ${nope}
+settings: {judge.model.model: 1.10, judge: {model: {api_key_env: "???"}}}
+arms: {yes: {search.query_prefix: 'null', filter: {kind: NONE}}, 1e3: {train: no}}
+grid: {training.learning_rate: [1e-5, 1e-4]}
+evaluations: {in_domain: {}, on: {tasks.options: {max_terms: 5}}}
+"""
+    )
+    experiment = read_experiment(path, ["model.path=1e3", "run.folder=elsewhere"])
+    assert experiment.name == "3.10" and experiment.results == Path("${nope}/3.10")
+    assert experiment.arms == ["yes,learning_rate=1e-05", "yes,learning_rate=0.0001", "1e3"]
+    assert experiment.evaluations == ["in_domain", "on"] and experiment.compare == ("1e3", "yes,learning_rate=1e-05")
+    config = experiment.cells[0].config
+    assert (config.judge.model.model, config.judge.model.api_key_env, config.model.path) == ("1.10", "???", "1e3")
+    assert (config.search.query_prefix, config.filter.kind, config.training.learning_rate) == ("null", "none", 1e-5)
+    assert config.run.folder == "${nope}/3.10" and config.run.seed == 0
+    assert experiment.cells[0].evaluations["on"].tasks.options == {"max_terms": 5}
+    assert [cell.trained for cell in experiment.cells] == [True, True, False]
 
 
 def cell(arm: str, seed: int, right: list[int], tasks: tuple[str, ...] = ("in_domain", "far")) -> dict[str, Any]:

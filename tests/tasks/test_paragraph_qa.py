@@ -10,7 +10,7 @@ from support.paths import DATA
 from support.task_files import RIGHT, check_examples, texts, write_hub_folder, write_lines, write_list
 
 from swirl_fast.config import ConfigError, TasksConfig
-from swirl_fast.config.check import TASKS
+from swirl_fast.config.schema import TASKS
 from swirl_fast.formats.tags import parse
 from swirl_fast.tasks import TEXT_ANSWERS, load_task
 from swirl_fast.tasks.paragraph_qa import EXAMPLE_PASSAGES, EXAMPLES

@@ -218,6 +218,10 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         gsm8k(write_lines(tmp_path / "a.jsonl", problems(3)), "./missing")
     with pytest.raises(ConfigError, match="has no rows"):
         gsm8k(write_lines(tmp_path / "empty.jsonl", []))
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps({"train": problems(3), "test": problems(2)}))
+    with pytest.raises(ConfigError, match="splits.json: its lists are called train, test; give the rows as a list"):
+        gsm8k(str(splits))
     with pytest.raises(ConfigError, match="1 rows cannot be split"):
         gsm8k(write_lines(tmp_path / "one.jsonl", problems(1)))
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')

@@ -39,6 +39,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from swirl_fast.config import RulesConfig
+from swirl_fast.config.schema import COVERAGES
 from swirl_fast.formats.tags import TOOL_TAGS, Action, parse
 from swirl_fast.judges.rules.calculations import (
     NUMBER,
@@ -57,7 +58,6 @@ from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
 VERSION = 3  # of the rules: part of the judge's id, under which verdicts are cached
-COVERAGES = ("connected", "full")
 MAX_ANSWER_CHARS = 40  # of a number with its unit
 
 _SPOKEN = {  # word -> numbers it may stand for

@@ -1,0 +1,258 @@
+"""Reads the file of an experiment: a grid of runs (filter x algorithm x data x task), each with several seeds, all evaluated alike.
+
+    name: filters                    # results go to runs/filters
+    config: ../quickstart.yaml       # a run's config, relative to this file (optional)
+    settings: {training: {steps: 5}} # on top of it, for every run
+    seeds: [0, 1, 2]
+    arms:                            # what is compared: each a few settings
+      base: {train: false}           # the model as it is
+      swirl: {filter.kind: process}
+      sft: {filter.kind: process, algorithm.name: sft}
+      longer: {from: swirl, filter.kind: process}   # starts from the model that swirl ends with, of the same seed
+    grid: {filter.max_trajectories: [16, 64]}   # optional: every trained arm with every combination
+    evaluations:                     # "in_domain" and others; each a few settings
+      in_domain: {}
+      sums: {tasks.dataset: chain_sum}
+    compare: [swirl, base]           # whose relative gain the summary states
+    keep: models                     # of a run's files: results | models | all (checkpoints, too)
+    results: ../../docs/filters      # where cells and report go, relative to this file (optional; default: runs/filters)
+    summary: ../../docs/filters.json # (optional; default: summary.json there)
+
+A cell is one arm with one seed. Cells whose settings up to the collection agree share one collection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from swirl_fast.config import Config, ConfigError
+from swirl_fast.config.fields import sections, setting, settings
+from swirl_fast.config.load import load_layers, read_config
+from swirl_fast.config.read import AsWritten, Layer, check_each, fill, read_file, read_override, truth
+from swirl_fast.config.yaml_text import Word, plain, shown
+
+
+@dataclass
+class ExperimentSpec:
+    """The file as it is written; settings are read with the runs that they belong to."""
+
+    name: str = ""
+    """Results go to folder/name; empty: the name of the file."""
+    folder: str = "runs"
+    """The folder that holds all runs."""
+    config: str | None = None
+    """A run's config, relative to this file, that all runs start from."""
+    settings: dict[str, AsWritten] = field(default_factory=dict)
+    """Settings of every run, on top of the config."""
+    seeds: list[int] = setting([0], minimum=0)
+    """Every arm is run once with each."""
+    arms: dict[str, dict[str, AsWritten]] = field(default_factory=dict)
+    """What is compared: name -> settings; `train: false` for the model as it is, `from: ARM` to start from an arm's model."""
+    grid: dict[str, list[AsWritten]] = field(default_factory=dict)
+    """Setting -> values: every trained arm is run with every combination."""
+    evaluations: dict[str, dict[str, AsWritten]] = field(default_factory=dict)
+    """Name -> settings; one is called in_domain."""
+    compare: list[str] = field(default_factory=list)
+    """Two arms, whose relative gain the summary states; empty: the last against the first."""
+    keep: Literal["results", "models", "all"] = "models"
+    """Of a run's files: only the results, the models too, or all, checkpoints as well."""
+    results: str | None = None
+    """Where cells and report go, relative to this file; null: folder/name."""
+    summary: str | None = None
+    """Where the summary goes, relative to this file; null: summary.json among the results."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """evaluations: name -> config. config: of the run; one that is not trained is only evaluated. digest: of all settings. besides_filter:
+    of all but the filter's. start: the name of the cell whose model it starts from."""
+
+    arm: str
+    seed: int
+    trained: bool
+    config: Config
+    evaluations: Mapping[str, Config]
+    digest: str
+    besides_filter: str
+    start: str | None = None
+
+    @property
+    def model(self) -> Path:
+        """What it ends with."""
+        return self.config.folder / "model"
+
+    @property
+    def configs(self) -> list[Config]:
+        """Of all that is done for it."""
+        return [*([self.config] if self.trained else []), *self.evaluations.values()]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.seed}-{self.digest}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    results: Path
+    summary: Path
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    compare: tuple[str, str]
+    keep: str
+
+    @property
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(cell.arm for cell in self.cells))
+
+    @property
+    def evaluations(self) -> list[str]:
+        return list(self.cells[0].evaluations)
+
+    def path(self, cell: Cell) -> Path:
+        return self.results / "cells" / f"{cell.name}.json"
+
+    def done(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """(arm, seed) -> what the finished cells' files hold."""
+        paths = {(cell.arm, cell.seed): self.path(cell) for cell in self.cells}
+        return {key: json.loads(path.read_text()) for key, path in paths.items() if path.is_file()}
+
+
+def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """overrides: `section.key=value`, on top of `settings`. Every config is built and checked here, before any work.
+
+    Raises ConfigError naming the file, the key and the remedy.
+    """
+    path = Path(path)
+    spec = _read_spec(path)
+    name, folder = spec.name or path.stem, Path(spec.folder).expanduser()
+    base = [read_config(path.parent / spec.config, f"{path}: config")] if spec.config else []
+    base += [Layer(spec.settings, f"{path}, settings"), *(read_override(Config, override) for override in overrides)]
+    arms = _crossed(spec, path)
+    cells: list[Cell] = []
+    for seed, (arm, (trained, start, entries)) in itertools.product(spec.seeds, arms.items()):
+        layers = [*base, Layer(entries, f"{path}, arms.{arm}")]
+        layers.append(
+            Layer({"run.seed": Word(str(seed)), "run.folder": Word(str(folder / name), quoted=True)}, str(path))
+        )
+        earlier = None
+        if start is not None:
+            earlier = next((one for one in cells if (one.arm, one.seed) == (start, seed) and one.trained), None)
+            if earlier is None:
+                raise ConfigError(f"{path}: arms.{arm}.from={start}: must be a trained arm that is listed before it")
+            layers.append(Layer({"model.path": Word(str(earlier.model), quoted=True)}, str(path)))
+        try:
+            config = load_layers(layers)
+            evaluations = {
+                key: load_layers([*layers, Layer(more, f"{path}, evaluations.{key}")])
+                for key, more in spec.evaluations.items()
+            }
+        except ConfigError as error:
+            raise ConfigError(f"{path}, arm {arm}: {error}") from None
+        cell = _cell(arm, seed, trained, config, evaluations)
+        cells.append(replace(cell, start=earlier.name) if earlier else cell)
+    results = path.parent / Path(spec.results).expanduser() if spec.results else folder / name
+    summary = path.parent / Path(spec.summary).expanduser() if spec.summary else results / "summary.json"
+    compare = (spec.compare[0], spec.compare[1]) if spec.compare else (list(arms)[-1], next(iter(arms)))
+    return Experiment(name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep)
+
+
+def _read_spec(path: Path) -> ExperimentSpec:
+    """Without the settings of the runs, which need the runs to be read."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; ready ones lie in configs/experiments/")
+    layer = read_file(path)
+    keys = {str(key).partition(".")[0] for key in layer.tree}
+    if keys & set(sections(Config)) and not keys & set(settings(ExperimentSpec)):
+        raise ConfigError(f"{path}: is the config of a run, not an experiment: swirl-fast run --config {path}")
+    if misplaced := sorted(keys & set(sections(Config))):
+        raise ConfigError(f"{path}: {misplaced[0]}: unknown key; write it below settings")
+    try:
+        spec = fill(ExperimentSpec, [layer])
+        check_each(spec)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+    def fail(key: str, remedy: str) -> ConfigError:
+        return ConfigError(f"{path}: {key}: {remedy}")
+
+    if "/" in spec.name or spec.name.startswith("."):
+        raise fail(f"name={spec.name}", "must be a plain folder name")
+    if not spec.seeds:
+        raise fail("seeds=[]", "must be a list of whole numbers, such as [0, 1, 2]")
+    if not spec.arms:
+        raise fail("arms", "give at least one, such as swirl: {filter.kind: process}")
+    if "in_domain" not in spec.evaluations:
+        raise fail("evaluations", "one must be called in_domain, e.g. in_domain: {}")
+    for key, names in (("arms", spec.arms), ("evaluations", spec.evaluations)):
+        for name in names:
+            if "/" in name:
+                raise fail(f"{key}.{name}", "a name must not contain /")
+    for key, values in spec.grid.items():
+        if not values:
+            raise fail(f"grid.{key}=[]", "must be a list of values")
+    return spec
+
+
+def _crossed(spec: ExperimentSpec, path: Path) -> dict[str, tuple[bool, str | None, dict[str, Any]]]:
+    """Arm -> whether it is trained, the arm that it starts from, settings. With a grid every trained arm is there once for each
+    combination, named by its values."""
+    arms: dict[str, tuple[bool, str | None, dict[str, Any]]] = {}
+    for name, written in spec.arms.items():
+        entries = dict(written)
+        train, start = entries.pop("train", Word("true")), entries.pop("from", None)
+        try:
+            trained = truth(train)
+        except (ValueError, AttributeError):
+            raise ConfigError(f"{path}: arms.{name}.train={shown(train)}: must be true or false") from None
+        for values in itertools.product(*spec.grid.values()) if trained and spec.grid else [()]:
+            chosen = dict(zip(spec.grid, values, strict=False))
+            label = ",".join([name, *(f"{key.split('.')[-1]}={plain(value)}" for key, value in chosen.items())])
+            arms[label] = trained, start and str(start), {**entries, **chosen}
+    if spec.compare and (len(spec.compare) != 2 or not set(spec.compare) <= set(arms)):
+        raise ConfigError(f"{path}: compare={shown(spec.compare)}: must be two of the arms {', '.join(arms)}")
+    return arms
+
+
+def _cell(arm: str, seed: int, trained: bool, config: Config, evaluations: dict[str, Config]) -> Cell:
+    def content(config: Config) -> dict[str, Any]:
+        """What differs from the defaults, so that a new setting changes no digest."""
+        return {**_changed(asdict(config), asdict(Config())), "run": {"seed": seed}}
+
+    whole = {"trained": trained, "evaluations": {name: content(one) for name, one in evaluations.items()}}
+    if trained:
+        whole["config"] = content(config)
+    digest = _digest(whole)
+    for one in whole.get("config", {}), *whole["evaluations"].values():
+        one.pop("filter", None)
+    cell = Cell(arm, seed, trained, config, evaluations, digest, _digest(whole))
+    folder = Path(config.run.folder)
+    before = {key: content(config).get(key) for key in ("model", "tasks", "search", "collect")}
+    collection = _digest({**before, "seed": seed, "dtype": config.engine.dtype})
+    for one in (config, *evaluations.values()):
+        one.run.name = cell.name
+    config.collect.store = config.collect.store or str(folder / f"collection-{seed}-{collection}" / "trajectories.db")
+    return cell
+
+
+def _changed(value: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, entry in value.items():
+        if isinstance(entry, dict) and isinstance(default.get(key), dict) and default[key]:
+            entry = _changed(entry, default[key])
+            if not entry:
+                continue
+        elif entry == default.get(key):
+            continue
+        found[key] = entry
+    return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
