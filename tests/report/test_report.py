@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.html import Node, page
+from support.html_page import Node, page
 from support.paths import ROOT
 
 from swirl_fast import __version__, report

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support import small_models
-from support.html import page
+from support.html_page import page
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
