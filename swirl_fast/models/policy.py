@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.tree import Comb
 from swirl_fast.config import ConfigError
-from swirl_fast.models.load import longest_exact_path, refuse_inexact
+from swirl_fast.models.exact import longest_exact_path, refuse_inexact
 from swirl_kernels.linear_logprob import linear_logprob
 from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 

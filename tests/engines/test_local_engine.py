@@ -11,44 +11,24 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.engine_conformance import check, plain_logprobs
 from support.local_engines import MODELS, SHAPE, V, engine_of, make, mixed_requests, tokens
 
-from swirl_fast.engines.engine import Completion, Request, Sampling
+from swirl_fast.engines.engine import Request, Sampling
+from swirl_fast.engines.local import attention
 from swirl_fast.engines.local import engine as local
-from swirl_fast.engines.local import prefix_cache
-from swirl_fast.engines.local.engine import LocalEngine, sample
-from swirl_fast.engines.local.prefix_cache import PrefixCache, arrange
+from swirl_fast.engines.local.attention import arrange
+from swirl_fast.engines.local.engine import LocalEngine
+from swirl_fast.engines.local.prefix_cache import PrefixCache
+from swirl_fast.engines.local.sampling import sample_tokens
+from swirl_fast.models import exact
 from swirl_fast.prefixes import cacheable
-
-
-@torch.no_grad()
-def plain_logprobs(model: transformers.PreTrainedModel, request: Request, completion: Completion) -> torch.Tensor:
-    """[tokens, V] under softmax(logits / temperature), from one row at a time and without any cache."""
-    row = torch.tensor([[*request.tokens, *completion.tokens]])
-    logits = model(row, use_cache=False).logits[0, len(request.tokens) - 1 : -1].float()
-    return (logits / (request.sampling.temperature or 1.0)).log_softmax(-1)
-
-
-def check(model: transformers.PreTrainedModel, requests: list[Request], results: list[list[Completion]]) -> None:
-    assert [len(result) for result in results] == [request.n for request in requests]
-    for request, completions in zip(requests, results, strict=True):
-        for completion in completions:
-            logprobs = plain_logprobs(model, request, completion)
-            chosen = logprobs.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
-            assert (chosen - torch.tensor(completion.logprobs)).abs().max() < 1e-4
-            if request.sampling.temperature == 0:
-                assert (logprobs.max(-1).values - chosen).max() < 1e-4
-            if completion.finish == "length":
-                assert len(completion.tokens) == request.sampling.max_new_tokens
-            else:
-                assert completion.tokens[-1] in request.stop_ids
-            assert not set(completion.tokens[:-1]) & set(request.stop_ids)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("block_tokens, prefill_tokens", [(256, 512), (1, 16)])
 def test_logprobs_equal_a_plain_forward_pass(kind, block_tokens, prefill_tokens, monkeypatch):
-    monkeypatch.setitem(prefix_cache.BLOCK_TOKENS, "cpu", block_tokens)  # 1: every shared run is a block of its own
+    monkeypatch.setitem(attention.BLOCK_TOKENS, "cpu", block_tokens)  # 1: every shared run is a block of its own
     monkeypatch.setitem(local.PREFILL_TOKENS, "cpu", prefill_tokens)  # 16: prompts are cut into several passes
     model = make(kind)
     engine = engine_of(model, max_sequences=7)
@@ -85,7 +65,7 @@ def test_bfloat16_is_close_to_the_plain_pass():
     for request, completions in zip(requests, engine.generate(requests), strict=True):
         for completion in completions:
             plain = plain_logprobs(model.float(), request, completion)
-            chosen = plain.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            chosen = plain.gather(1, torch.from_numpy(completion.tokens).long()[:, None])[:, 0]
             assert (chosen - torch.tensor(completion.logprobs)).abs().mean() < 0.1
             assert chosen.mean() > -math.log(V), "the tokens look random"
 
@@ -99,11 +79,11 @@ def test_same_seed_same_tokens_whatever_stands_beside():
     among = engine.generate([*others[:3], request, *others[3:]])[3]
     more = engine.generate([Request(request.tokens, Sampling(12), n=5, seed=5)])[0]
     for other in (again, among, more[:3]):
-        assert [c.tokens for c in other] == [c.tokens for c in alone]
+        assert [c.tokens.tolist() for c in other] == [c.tokens.tolist() for c in alone]
         assert np.allclose([c.logprobs for c in other], [c.logprobs for c in alone], atol=1e-4)
     assert len({tuple(c.tokens) for c in more}) == 5, "siblings must differ"
     different = engine.generate([Request(request.tokens, Sampling(12), seed=6)])[0][0]
-    assert different.tokens not in [c.tokens for c in more]
+    assert different.tokens.tolist() not in [c.tokens.tolist() for c in more]
 
 
 def test_cached_tokens_are_exact():
@@ -117,7 +97,7 @@ def test_cached_tokens_are_exact():
     first = engine.generate([Request(state, ask, n=3)])[0]
     assert [c.cached_tokens for c in first] == [0, 0, 0]
     assert cached(state) == [29], "the last token is computed again"
-    longer = state + first[1].tokens + tokens(10, 2)
+    longer = [*state, *first[1].tokens.tolist(), *tokens(10, 2)]
     assert cached(longer) == [30 + 5], "the last sampled token was never fed"
     assert cached(tokens(12, 3), state[:20] + tokens(3, 4), state[:7]) == [0, 20, 6]
     few = engine_of(make(), max_sequences=2).generate([Request(state, ask, n=5)])[0]
@@ -188,7 +168,7 @@ def test_without_the_prefix_cache_every_row_is_computed_and_nothing_changes(kind
         results = plain.generate(requests)
         check(model, requests, results)
         for a, b in zip(expected, results, strict=True):
-            assert [c.tokens for c in a] == [c.tokens for c in b]
+            assert [c.tokens.tolist() for c in a] == [c.tokens.tolist() for c in b]
             assert all(np.allclose(x.logprobs, y.logprobs, atol=1e-4) for x, y in zip(a, b, strict=True))
             assert [c.cached_tokens for c in b] == [0] * len(b)
         assert computed[0] == call * sum(request.n * (len(request.tokens) - 1) for request in requests)
@@ -204,9 +184,10 @@ def test_stop_ids_end_a_completion_with_the_stop_token():
     model = make()
     engine = engine_of(model)
     free = engine.generate([Request(tokens(10, 1), Sampling(30), seed=3)])[0][0]
-    stop = free.tokens[4]
+    ids = free.tokens.tolist()
+    stop = ids[4]
     (stopped,) = engine.generate([Request(tokens(10, 1), Sampling(30), seed=3, stop_ids=(stop, 1))])[0]
-    assert stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
+    assert stopped.tokens.tolist() == ids[: ids.index(stop) + 1]
     assert (stopped.finish, free.finish) == ("stop", "length")
     assert np.allclose(stopped.logprobs, free.logprobs[: len(stopped.tokens)], atol=1e-5)
 
@@ -221,7 +202,7 @@ def test_after_a_weight_update_nothing_comes_from_the_old_weights(kind):
     results = engine.generate(requests)
     check(new, requests, results)
     for got, expected in zip(results, fresh.generate(requests), strict=True):
-        assert [c.tokens for c in got] == [c.tokens for c in expected]
+        assert [c.tokens.tolist() for c in got] == [c.tokens.tolist() for c in expected]
         assert [c.cached_tokens for c in got] == [c.cached_tokens for c in expected]
         assert {c.policy_version for c in got} == {7}
     engine.update_weights(old.state_dict().items(), version=8)  # tied names twice are fine
@@ -244,7 +225,7 @@ def test_a_refused_weight_update_changes_nothing():
     with pytest.raises(ValueError, match=rf"{name} has shape \(32, 48\), the model's is \(48, 32\)"):
         engine.update_weights({**state, name: state[name].T}.items(), 1)
     after = engine.generate([request])[0]
-    assert [c.tokens for c in after] == [c.tokens for c in before]
+    assert [c.tokens.tolist() for c in after] == [c.tokens.tolist() for c in before]
     assert after[0].policy_version == 0 and after[0].cached_tokens == 19
 
 
@@ -335,7 +316,7 @@ def test_models_that_cannot_work_are_refused_by_name():
         (transformers.Qwen3NextForCausalLM(hybrid), "Qwen3NextForCausalLM: .*linear_attention"),
         (
             transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1)),
-            "MambaForCausalLM: it has layers with other state",
+            "MambaForCausalLM: it has layers of kind mamba",
         ),
         (
             transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, rope_parameters=dynamic)),
@@ -346,17 +327,24 @@ def test_models_that_cannot_work_are_refused_by_name():
             "T5ForConditionalGeneration: it is an encoder-decoder",
         ),
         (transformers.BloomForCausalLM(bloom), "BloomForCausalLM: .*attention interface"),
-        (transformers.GptOssForCausalLM(sinks), "GptOssForCausalLM: GptOssAttention has attention sinks"),
+        (transformers.GptOssForCausalLM(sinks), "GptOssForCausalLM: its attention has sinks"),
     ]  # fmt: skip
     for model, message in cases:
         with pytest.raises(ValueError, match=message):
             LocalEngine(model, max_sequences=4, cache_tokens=64)
 
 
+def test_sinks_of_an_unknown_model_type_are_found_by_the_first_pass(monkeypatch):
+    monkeypatch.setattr(exact, "_ATTENTION_SINKS", ())
+    sinks = transformers.GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(ValueError, match="GptOssForCausalLM: GptOssAttention has attention sinks"):
+        LocalEngine(transformers.GptOssForCausalLM(sinks), max_sequences=4, cache_tokens=64)
+
+
 def test_a_model_with_hidden_state_is_found_by_its_log_probs(monkeypatch):
     """Attention that looks at what no key holds: here, at the number of tokens in the pass."""
-    attend = prefix_cache.DecodePass.attend
-    monkeypatch.setattr(prefix_cache.DecodePass, "attend", lambda self, *a: attend(self, *a) * (1 + 0.1 * self.at))
+    attend = attention.DecodePass.attend
+    monkeypatch.setattr(attention.DecodePass, "attend", lambda self, *a: attend(self, *a) * (1 + 0.1 * self.at))
     with pytest.raises(ValueError, match="LlamaForCausalLM: decoding from cached keys and values differs by"):
         engine_of(make())
 
@@ -387,7 +375,7 @@ def test_top_k_and_top_p_hold_in_the_engine():
         for completion in completions:
             logprobs = plain_logprobs(model, request, completion)
             allowed = naive_allowed(logprobs.exp(), request.sampling.top_k, request.sampling.top_p)
-            rows = torch.arange(len(completion.tokens))
+            rows = np.arange(len(completion.tokens))
             assert allowed[rows, completion.tokens].all()
             ranks = (logprobs > logprobs[rows, completion.tokens][:, None]).sum(-1)
             seen.update(ranks.tolist())
@@ -419,7 +407,7 @@ def test_sample_draws_from_the_cut_distribution(seed, vocabulary, top_k, top_p, 
     torch.manual_seed(seed)
     logits = torch.randn(vocabulary) * 3
     uniform = (torch.arange(grid) + 0.5) / grid
-    drawn, logprobs = sample(
+    drawn, logprobs = sample_tokens(
         logits.repeat(grid, 1), torch.full((grid,), temperature), torch.full((grid,), top_k),
         torch.full((grid,), top_p), uniform,
     )  # fmt: skip
@@ -435,7 +423,7 @@ def test_sample_draws_from_the_cut_distribution(seed, vocabulary, top_k, top_p, 
 def test_sample_handles_rows_of_every_kind_and_extreme_uniforms():
     logits = torch.tensor([[-math.inf, 0.0, 5.0, 1.0, -math.inf]]).repeat(6, 1)
     last = 1 - 2.0**-24
-    drawn, logprobs = sample(
+    drawn, logprobs = sample_tokens(
         logits,
         temperature=torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 1e-4]),
         top_k=torch.tensor([0, 0, 0, 2, 1, 0]),
@@ -446,7 +434,7 @@ def test_sample_handles_rows_of_every_kind_and_extreme_uniforms():
     plain = torch.tensor([0.0, 5.0, 1.0]).log_softmax(-1)
     assert torch.allclose(logprobs, torch.tensor([plain[1], plain[0], plain[2], plain[2], plain[1], 0.0]), atol=1e-6)
     with pytest.raises(RuntimeError, match="not finite"):
-        sample(
+        sample_tokens(
             torch.full((1, 4), math.nan), torch.ones(1), torch.zeros(1, dtype=torch.long), torch.ones(1), torch.zeros(1)
         )
 

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from support.local_engines import build, engine_of, make, mixed_requests
 from support.paths import ROOT
+from support.processes import runs
 from torch import Tensor
 
 from swirl_fast.engines import process
@@ -49,7 +49,7 @@ def build_short_of_memory() -> LocalEngine:
 
 
 def tokens(results: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
-    return [[completion.tokens for completion in one] for one in results]
+    return [[completion.tokens.tolist() for completion in one] for one in results]
 
 
 @pytest.fixture(scope="module")
@@ -153,14 +153,6 @@ if __name__ == "__main__":
     print(engine.pid, flush=True)
     {end}
 """
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from swirl_fast.comb.tree import SampledState, Trunk, pack
 from swirl_fast.config import ConfigError
 from swirl_fast.models import policy as policy_module
-from swirl_fast.models.load import refuse_inexact
+from swirl_fast.models.exact import refuse_inexact
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.ranks import Ranks
 from swirl_fast.training.fsdp import decoder_layers, shard

@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.engine_conformance import assert_hits, check, prompt, update
 from support.real_servers import GENERATED, Log, attached, launched, plain, start_engine
+from support.sglang_cases import pids_of
 from transformers import PreTrainedModel
 
 from swirl_fast.config import load
@@ -68,11 +69,11 @@ def test_a_server_killed_in_mid_batch_comes_back_with_the_current_weights(served
         version = update(engine, model, seed=1)
         log = Log(tmp_path / "run" / "engine" / "server-0.log")
         requests = batch(model, 1)
-        (before,) = engine.pids
+        (before,) = pids_of(engine)
         results = generate_while(engine, requests, log, lambda: os.kill(before, signal.SIGKILL))
         check(model, requests, results)
         assert {completion.policy_version for completions in results for completion in completions} == {version}
-        (after,) = engine.pids
+        (after,) = pids_of(engine)
         assert after != before and not psutil.pid_exists(before)
         assert f":{version} " in log.text(), "it is started with the weights of the last update"
         stats = engine.stats()
@@ -112,7 +113,7 @@ def test_two_servers_share_trajectories_and_one_may_die(served_model: Path, tmp_
 
         version = update(engine, model, seed=1)
         logs = [Log(log.path) for log in logs]
-        victim = child(engine.pids[1], "scheduler")  # what the system's out-of-memory killer would choose
+        victim = child(pids_of(engine)[1], "scheduler")  # what the system's out-of-memory killer would choose
         results = generate_while(engine, requests, logs[1], victim.kill)
         check(model, requests, results)
         assert {completion.policy_version for completions in results for completion in completions} == {version}
@@ -186,7 +187,7 @@ def test_servers_of_others_get_our_weights_and_are_dropped_when_they_die(
         assert {completion.policy_version for completions in results for completion in completions} == {version}
         update(engine, model, seed=2)
         check(model, requests, engine.generate(requests))
-        assert engine.pids == []
+        assert pids_of(engine) == []
     finally:
         engine.close()
     with pytest.raises(EngineError, match=rf"{process.url}.*Is an SGLang server running there"):

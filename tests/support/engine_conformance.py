@@ -15,6 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def prompt(length: int, seed: int, model: PreTrainedModel) -> list[int]:
 @torch.no_grad()
 def plain_logprobs(model: PreTrainedModel, request: Request, completion: Completion) -> torch.Tensor:
     """Float32 [tokens, vocabulary]: of softmax(logits / temperature) in one forward pass over prompt and completion."""
-    row = torch.tensor([[*request.tokens, *completion.tokens]])
+    row = torch.tensor([[*request.tokens, *completion.tokens.tolist()]])
     logits = model(row, use_cache=False).logits[0, len(request.tokens) - 1 : -1].float()
     return (logits / (request.sampling.temperature or 1.0)).log_softmax(-1)
 
@@ -45,10 +46,11 @@ def check(model: PreTrainedModel, requests: Sequence[Request], results: Sequence
     assert [len(completions) for completions in results] == [request.n for request in requests]
     for request, completions in zip(requests, results, strict=True):
         for completion in completions:
+            assert completion.tokens.dtype == np.int32 and completion.tokens.ndim == 1
             assert 0 < len(completion.tokens) <= request.sampling.max_new_tokens
             assert len(completion.logprobs) == len(completion.tokens)
             logprobs = plain_logprobs(model, request, completion)
-            chosen = logprobs.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            chosen = logprobs.gather(1, torch.from_numpy(completion.tokens).long()[:, None])[:, 0]
             gaps = (chosen - torch.tensor(completion.logprobs)).abs()
             assert gaps.max() < TOLERANCE, f"log-probs of {completion} are off by {gaps.tolist()}"
             if request.sampling.temperature == 0 or request.sampling.top_k == 1:
@@ -119,7 +121,7 @@ class EngineConformance:
         for request, completions, own in zip(requests, results, ranks, strict=True):
             for completion in completions:
                 probs = plain_logprobs(model, request, completion).exp()
-                chosen = probs.gather(1, torch.tensor(completion.tokens)[:, None])
+                chosen = probs.gather(1, torch.from_numpy(completion.tokens).long()[:, None])
                 above = probs > chosen + 1e-6
                 own += above.sum(-1).tolist()
                 if request.sampling.top_p < 1:
@@ -131,7 +133,7 @@ class EngineConformance:
         # hot, for at temperature 1 a model that was taught something may well say the same twice
         request = Request(prompt(30, 5, model), Sampling(40, temperature=2.0), n=8, seed=1)
         first, second = engine.generate([request, replace(request, seed=2)])
-        assert len({tuple(completion.tokens) for completion in (*first, *second)}) == 16
+        assert len({tuple(completion.tokens.tolist()) for completion in (*first, *second)}) == 16
 
     def test_results_come_in_the_order_of_requests(self, engine: Engine, model: PreTrainedModel) -> None:
         """Long before short, with a copy of one and no request without its own prompt: only the log-probs tell them apart."""
@@ -141,22 +143,23 @@ class EngineConformance:
         results = engine.generate(requests)
         check(model, requests, results)
         assert [len(completion.tokens) for (completion,) in results] == [3, 4, 5, 6, 7, 8, 9]
-        assert results[5][0].tokens[:5] == results[2][0].tokens
+        assert results[5][0].tokens[:5].tolist() == results[2][0].tokens.tolist()
         assert engine.generate([]) == []
 
     def test_a_stop_token_ends_a_completion_and_is_its_last(self, engine: Engine, model: PreTrainedModel) -> None:
         greedy = Request(prompt(30, 6, model), replace(GREEDY, max_new_tokens=30))
         ((whole,),) = engine.generate([greedy])
         assert whole.finish == "length", "without stop ids nothing stops it"
-        stop = next((token for i, token in enumerate(whole.tokens) if i >= 1 and token not in whole.tokens[:i]), None)
+        free = whole.tokens.tolist()
+        stop = next((token for i, token in enumerate(free) if i >= 1 and token not in free[:i]), None)
         assert stop is not None, "this model repeats one token for ever: nothing is tested"
         ids = (model.config.vocab_size - 1, stop, EOS)
-        wanted = whole.tokens[: 1 + min(i for i, token in enumerate(whole.tokens) if token in ids)]
+        wanted = free[: 1 + min(i for i, token in enumerate(free) if token in ids)]
         for limit in (30, len(wanted)):  # also where the stop token is the last one that there was room for
             ((stopped,),) = engine.generate(
                 [replace(greedy, sampling=replace(GREEDY, max_new_tokens=limit), stop_ids=ids)]
             )
-            assert (stopped.tokens, stopped.finish) == (wanted, "stop")
+            assert (stopped.tokens.tolist(), stopped.finish) == (wanted, "stop")
             assert stopped.logprobs == pytest.approx(whole.logprobs[: len(wanted)], abs=TOLERANCE)
 
     def test_nothing_of_a_long_prompt_is_cut_off(self, engine: Engine, model: PreTrainedModel) -> None:
@@ -249,7 +252,7 @@ class EngineConformance:
             cached += completion.cached_tokens
             possible += known
             known = len(state) + len(completion.tokens) - 1  # the last token was sampled, never read
-            state = state + completion.tokens + prompt(20, 51 + turn, model)
+            state = [*state, *completion.tokens.tolist(), *prompt(20, 51 + turn, model)]
         assert_hits(cached, possible)
 
     def test_after_an_update_nothing_comes_from_the_old_weights(self, engine: Engine, model: PreTrainedModel) -> None:
@@ -284,7 +287,7 @@ class EngineConformance:
             engine.update_weights({**state, name: state[name].T}.items(), before.policy_version + 1)
         ((after,),) = engine.generate([request])
         check(model, [request], [[after]])
-        assert (after.tokens, after.policy_version) == (before.tokens, before.policy_version)
+        assert (after.tokens.tolist(), after.policy_version) == (before.tokens.tolist(), before.policy_version)
 
     def test_weights_come_in_any_type_and_order(self, engine: Engine, model: PreTrainedModel) -> None:
         version = version_of(engine) + 1

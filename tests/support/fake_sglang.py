@@ -58,6 +58,7 @@ FIELDS: dict[str, tuple[str, Callable[[dict], Any]]] = {
     "meta_info a string": ("meta_info", lambda a: a.update(meta_info="x")),
     "no output_ids": ("output_ids", lambda a: a.pop("output_ids")),
     "output_ids of text": ("output_ids", lambda a: a.update(output_ids=["a"])),
+    "output_ids beyond int32": ("output_ids", lambda a: a["output_ids"].__setitem__(0, 2**31)),
     "output_ids negative": ("output_ids", lambda a: a["output_ids"].__setitem__(0, -1)),
     "no tokens": ("output_ids", lambda a: (a["output_ids"].clear(), _meta(a)["output_token_logprobs"].clear())),
     "too many tokens": ("output_ids", lambda a: (_repeat(a["output_ids"]), _repeat(_meta(a)["output_token_logprobs"]))),

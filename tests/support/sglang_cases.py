@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from swirl_fast.engines.engine import Completion, Request, Sampling
+from swirl_fast.engines.sglang.engine import SGLangEngine
 
 FAKE = Path(fake_sglang.__file__)
 
@@ -52,12 +53,9 @@ def until(true: Callable[[], object], what: str, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def pids_of(engine: SGLangEngine) -> list[int]:
+    """Of the servers that it started."""
+    return [server.process.pid for server in engine._servers.all if server.process and server.process.pid]
 
 
 def prompt(number: int, length: int) -> list[int]:
@@ -86,7 +84,7 @@ def assert_from(results: list[list[Completion]], requests: Sequence[Request], we
     """Every request has exactly its n completions, of these weights."""
     assert len(results) == len(requests)
     for completions, one in zip(results, requests, strict=True):
-        assert [(c.tokens, c.logprobs) for c in completions] == of(weights, one)
+        assert [(c.tokens.tolist(), c.logprobs) for c in completions] == of(weights, one)
         assert {c.policy_version for c in completions} == {version}
         assert all(c.finish == ("stop" if c.tokens[-1] == STOP else "length") for c in completions)
 

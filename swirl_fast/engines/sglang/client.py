@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import httpx
+import numpy as np
 
-from swirl_fast.engines.engine import Completion, EngineError, Request
+from swirl_fast.engines.engine import Completion, EngineError, Request, Tokens
 from swirl_fast.loopback import is_loopback
 
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -111,10 +111,10 @@ class Client:
             return False
         return True
 
-    async def warm(self, tokens: Sequence[int], extra_key: str) -> int:
+    async def warm(self, tokens: Tokens, extra_key: str) -> int:
         """Computes the keys of a prompt into the prefix cache. Returns how many of its tokens were there already."""
         body = {
-            "input_ids": list(tokens),
+            "input_ids": np.asarray(tokens).tolist(),
             "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
             "extra_key": extra_key,
         }
@@ -148,7 +148,7 @@ class Client:
         if seed is not None:
             parameters["sampling_seed"] = seed
         body = {
-            "input_ids": list(request.tokens),
+            "input_ids": np.asarray(request.tokens).tolist(),
             "sampling_params": parameters,
             "return_logprob": True,
             "logprob_start_len": -1,
@@ -158,15 +158,32 @@ class Client:
         answers = answer if isinstance(answer, list) else [answer]
         if len(answers) != request.n:
             raise AnswerError(f"{self.url}/generate: {len(answers)} completions instead of {request.n}")
-        return [self._completion(one, request, version, tag) for one in answers]
+        return [self._read_completion(one, request, version, tag) for one in answers]
 
-    def _completion(self, answer: Any, request: Request, version: int, tag: str) -> Completion:
+    def _read_completion(self, answer: Any, request: Request, version: int, tag: str) -> Completion:
         meta = self._object(answer, "meta_info")
         finish = self._object(meta, "finish_reason").get("type")
         if finish == "abort":
             raise ServerFailure(
                 f"{self.url} aborted a request: {meta['finish_reason'].get('message', 'no reason given')}"
             )
+        self._check_weights(meta, tag)
+        self._check_prompt(meta, len(request.tokens))
+        limit = request.sampling.max_new_tokens
+        tokens = self._read_tokens(answer, limit)
+        logprobs = self._read_logprobs(meta, tokens)
+        stopped = tokens[-1] in request.stop_ids
+        if finish not in ("stop", "length"):
+            self._garbled("meta_info.finish_reason.type", finish, "stop or length")
+        if finish == "length" and not stopped and len(tokens) < limit:
+            self._garbled("output_ids", f"{len(tokens)} tokens", f"{limit}, since it ended by length")
+        if set(tokens[:-1]) & set(request.stop_ids):
+            self._garbled("output_ids", tokens, "nothing after a stop token")
+        cached = self._integer(meta, "cached_tokens", 0, len(request.tokens))
+        return Completion(np.array(tokens, np.int32), logprobs, "stop" if stopped else "length", version, cached)
+
+    def _check_weights(self, meta: dict[str, Any], tag: str) -> None:
+        """Raises StaleWeights for a completion of which any token comes from other weights than `tag`."""
         served = meta.get("weight_version")
         if served is None:
             self._garbled("meta_info.weight_version", served, "the version of the weights")
@@ -176,34 +193,31 @@ class Client:
         spans = [span.get("version") for span in spans]
         if served != tag or set(spans) - {tag}:
             raise StaleWeights(f"{self.url} answered with weights {served!r} {spans or ''}, asked for were {tag!r}")
-        self._check_prompt(meta, len(request.tokens))
+
+    def _read_tokens(self, answer: dict[str, Any], limit: int) -> list[int]:
         tokens = answer.get("output_ids")
-        if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
+        if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < 2**31 for t in tokens):
             self._garbled("output_ids", tokens, "a list of token ids")
-        limit = request.sampling.max_new_tokens
         if not 0 < len(tokens) <= limit:
             self._garbled("output_ids", f"{len(tokens)} tokens", f"1 to {limit}")
+        return tokens
+
+    def _read_logprobs(self, meta: dict[str, Any], tokens: list[int]) -> list[float]:
+        """One natural log-probability a token, at most 0."""
+        name = "meta_info.output_token_logprobs"
         pairs = meta.get("output_token_logprobs")
         if not isinstance(pairs, list) or len(pairs) != len(tokens):
             got = f"{len(pairs)} entries" if isinstance(pairs, list) else pairs
-            self._garbled("meta_info.output_token_logprobs", got, f"{len(tokens)}, one a token")
+            self._garbled(name, got, f"{len(tokens)}, one a token")
         logprobs = []
         for token, pair in zip(tokens, pairs, strict=True):
             if not isinstance(pair, list) or len(pair) < 2 or pair[1] != token:
-                self._garbled("meta_info.output_token_logprobs", pair, f"[log-prob, {token}, …]")
+                self._garbled(name, pair, f"[log-prob, {token}, …]")
             value = pair[0]
             if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
-                self._garbled("meta_info.output_token_logprobs", value, "a finite number up to 0")
+                self._garbled(name, value, "a finite number up to 0")
             logprobs.append(min(float(value), 0.0))
-        stopped = tokens[-1] in request.stop_ids
-        if finish not in ("stop", "length"):
-            self._garbled("meta_info.finish_reason.type", finish, "stop or length")
-        if finish == "length" and not stopped and len(tokens) < limit:
-            self._garbled("output_ids", f"{len(tokens)} tokens", f"{limit}, for it ended by length")
-        if set(tokens[:-1]) & set(request.stop_ids):
-            self._garbled("output_ids", tokens, "nothing behind a stop token")
-        cached = self._integer(meta, "cached_tokens", 0, len(request.tokens))
-        return Completion(tokens, logprobs, "stop" if stopped else "length", version, cached)
+        return logprobs
 
     def _check_prompt(self, meta: dict[str, Any], length: int) -> None:
         if self._integer(meta, "prompt_tokens", 0, None) != length:

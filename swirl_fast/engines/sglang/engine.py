@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import math
 import threading
 import time
 from collections import OrderedDict
@@ -25,21 +24,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from swirl_fast.config import EngineConfig
-from swirl_fast.engines.engine import Completion, EngineError, EngineStats, Request, whole
+from swirl_fast.engines.engine import Completion, EngineError, EngineStats, Request, check_request, whole
 from swirl_fast.engines.sglang.client import ServerFailure
 from swirl_fast.engines.sglang.servers import REMEMBERED, Server, Servers, gather
 from swirl_fast.engines.sglang.update import WeightUpdater
 from swirl_fast.engines.sglang.weights import vocabulary_of
+from swirl_fast.models.load import DTYPES
 from swirl_fast.prefixes import WarmGroup, cacheable, common_prefix, warm_order
 
 T = TypeVar("T")
 Start = tuple[Server, int]  # a server, and how often it was started again: each time its cache is empty
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class SGLangEngine:
@@ -64,8 +61,8 @@ class SGLangEngine:
         leader: bool = True,
         urls: Sequence[str] = (),
     ) -> None:
-        self._label, self._leader, self._warms = label, leader, config.warm_prefixes
-        self._dtype = _DTYPES[config.dtype]
+        self._label, self._warms = label, config.warm_prefixes
+        self._dtype = DTYPES[config.dtype]
         self._version = 0
         self._vocabulary = vocabulary_of(weights)
         self._stats = EngineStats()
@@ -101,16 +98,11 @@ class SGLangEngine:
     def urls(self) -> list[str]:
         return [server.url for server in self._servers.all]
 
-    @property
-    def pids(self) -> list[int]:
-        """Of the servers started here."""
-        return [server.process.pid for server in self._servers.all if server.process and server.process.pid]
-
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """As in the protocol. Where the model ends its turn with a token that is none of `stop_ids`, the completion ends there, with
         `length` as reason. Raises EngineError when servers fail for good: what the caller stored before is intact."""
         for i, request in enumerate(requests):
-            self._check(i, request)
+            check_request(i, request, self.max_context, self._vocabulary)
         with self._lock:
             start = time.perf_counter()
             results = self._run(self._generate(requests)) if requests else []
@@ -212,33 +204,6 @@ class SGLangEngine:
             raise EngineError(f"engine.urls: {error}. Start the server again, or leave it out") from None
         return True
 
-    def _check(self, i: int, request: Request) -> None:
-        """Raises ValueError for what can be told impossible here."""
-        s = request.sampling
-        if not len(request.tokens):
-            raise ValueError(f"request {i} has an empty prompt")
-        if request.n < 1 or s.max_new_tokens < 1:
-            raise ValueError(f"request {i}: n={request.n} and max_new_tokens={s.max_new_tokens} must be at least 1")
-        if not (0 <= s.temperature < math.inf and 0 < s.top_p <= 1 and s.top_k >= 0):
-            raise ValueError(
-                f"request {i}: temperature={s.temperature} must be finite and at least 0, top_p={s.top_p} in (0, 1], "
-                f"top_k={s.top_k} at least 0 (0: off)"
-            )
-        bad = [
-            token
-            for token in (min(request.tokens), max(request.tokens))
-            if not 0 <= token < (self._vocabulary or math.inf)
-        ]
-        if bad:  # a server would not refuse it, but break
-            raise ValueError(
-                f"request {i}: token id {bad[0]} is outside the vocabulary of {self._vocabulary}; "
-                "use the tokenizer that belongs to the model"
-            )
-        if len(request.tokens) + s.max_new_tokens > self.max_context:
-            raise ValueError(
-                f"request {i}: {len(request.tokens)} prompt tokens and {s.max_new_tokens} new ones exceed the context of {self.max_context}"
-            )
-
     async def _generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         prompts = [np.asarray(request.tokens, np.int64) for request in requests]
         keys = [
@@ -330,7 +295,7 @@ class SGLangEngine:
         return common_prefix(row, prompt) if where == (server, server.restarts) else 0
 
     def _remember(self, key: str, where: Start | None, prompt: np.ndarray, completions: Sequence[Completion]) -> None:
-        row = np.concatenate([prompt, np.asarray(completions[0].tokens[:-1], np.int64)])
+        row = np.concatenate([prompt, completions[0].tokens[:-1]])
         old = self._rows.get(key)
         if old is None or old[0] != where or len(row) >= len(old[1]):
             self._rows[key] = (where, row)

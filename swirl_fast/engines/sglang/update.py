@@ -24,10 +24,10 @@ from swirl_fast.engines.sglang.weights import (
     Bucket,
     Snapshot,
     buckets,
-    check,
-    read,
+    match_weights,
+    pickle_handles,
+    read_weights,
     shapes_of,
-    shared,
     tied_names,
 )
 
@@ -52,7 +52,7 @@ class WeightUpdater:
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int, tag: str) -> None:
         """Raises KeyError and ValueError as the protocol says; EngineError when no server took the weights."""
         servers, config = self._servers, self._config
-        tensors = check(named_tensors, self._shapes, self._tied)
+        tensors = match_weights(named_tensors, self._shapes, self._tied)
         stream = buckets(tensors, int(config.bucket_mb * 2**20), self._dtype)
         keeps = config.method == "disk" or config.snapshot
         snapshot = Snapshot(self._folder, f"v{version}", self._source) if keeps else None
@@ -77,7 +77,7 @@ class WeightUpdater:
 
     def give(self, tag: str) -> list[Server]:
         """Sends the weights of the model's own folder to all servers. Returns those that took them; EngineError as `update`."""
-        stream = buckets(read(self._source), int(self._config.bucket_mb * 2**20), self._dtype)
+        stream = buckets(read_weights(self._source), int(self._config.bucket_mb * 2**20), self._dtype)
         return self._push(stream, tag, None)
 
     async def load(self, server: Server, path: str, tag: str) -> None:
@@ -181,7 +181,7 @@ class WeightUpdater:
 
     async def _hand_over(self, bucket: Bucket, server: Server) -> None:
         assert server.info is not None
-        body = {"serialized_named_tensors": shared(bucket, server.info.tensor_parallel), "flush_cache": False}
+        body = {"serialized_named_tensors": pickle_handles(bucket, server.info.tensor_parallel), "flush_cache": False}
         await server.client.control("/update_weights_from_tensor", body, self._config.timeout)
 
     def _broadcast(self, up: list[Server], bucket: Bucket, snapshot: bool) -> list[Server]:

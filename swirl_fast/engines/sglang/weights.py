@@ -1,6 +1,6 @@
 """Ways to bring a trainer's weights to SGLang servers: a folder they read, shared memory, or a broadcast; always bucket by bucket.
 
-`check` compares names and shapes with the model's own files first: SGLang would silently skip what it does not know.
+`match_weights` compares names and shapes with the model's own files first: SGLang would silently skip what it does not know.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The weights of a Hugging Face folder's safetensors files, one at a time."""
     from safetensors import safe_open
 
@@ -74,12 +74,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def check(
+def match_weights(
     named: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], tied: frozenset[str]
 ) -> list[tuple[str, Tensor]]:
     """The tensors as a list, each as it comes, sharded or not. Raises KeyError for names the model does not have and for missing ones,
     ValueError for a wrong shape. shapes: of the model's own files, empty when there are none to compare with. tied: names that
-    need not come, for they share another's weights."""
+    need not come, since they share another's weights."""
     tensors = list(named)
     if not shapes:
         return tensors
@@ -155,7 +155,7 @@ class Snapshot:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def shared(bucket: Bucket, copies: int) -> list[str]:
+def pickle_handles(bucket: Bucket, copies: int) -> list[str]:
     """A bucket as SGLang's /update_weights_from_tensor takes it: one pickle of handles for each tensor-parallel rank.
 
     On a CPU the tensors are moved to shared memory; on a GPU their CUDA IPC handles are sent, which needs sglang's patch of torch's

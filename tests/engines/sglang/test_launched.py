@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.paths import ROOT
+from support.processes import runs
 from support.sglang_cases import (
     FAKE,
     MANY,
@@ -23,8 +25,8 @@ from support.sglang_cases import (
     interpreter,
     nested,
     original,
+    pids_of,
     request,
-    runs,
     spawned,
     until,
     weights_of,
@@ -47,7 +49,7 @@ def test_launched_servers(launch, model: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     script = f'env > "{tmp_path}/env"; echo "$@" > "{tmp_path}/arguments"; exec {sys.executable} {FAKE} "$@"'
     engine = launch(script, launch={"environment": {"MORE": "yes"}, "flags": ["--context-length", "300"]})
-    assert len(engine.pids) == 2 and engine.max_context == 294
+    assert len(pids_of(engine)) == 2 and engine.max_context == 294
     assert_from(engine.generate(MANY), MANY, original(model), 0)
     arguments = (tmp_path / "arguments").read_text().split()
     for flag, value in (("--host", "127.0.0.1"), ("--weight-version", "swirl:0"), ("--model-path", str(model))):
@@ -60,8 +62,9 @@ def test_launched_servers(launch, model: Path, tmp_path: Path, monkeypatch: pyte
         assert "fake server is up" in log.read_text() and "very-secret" not in log.read_text()
     ports = [int(url.rpartition(":")[2]) for url in engine.urls]
     assert len(set(ports)) == 2
+    pids = pids_of(engine)
     engine.close()
-    assert not any(map(runs, engine.pids))
+    assert not any(map(runs, pids))
 
 
 @pytest.mark.parametrize("updated", [False, True])
@@ -72,7 +75,7 @@ def test_a_server_killed_in_the_middle_of_a_batch_loses_nothing(launch, model: P
         new = changed(model, 2.0)
         engine.update_weights(new, 1)
         version, weights = 1, weights_of(new)
-    urls, pids = engine.urls, engine.pids
+    urls, pids = engine.urls, pids_of(engine)
     requests = [request(number) for number in range(24)]
     results = []
     thread = threading.Thread(target=lambda: results.append(engine.generate(requests)))
@@ -81,8 +84,8 @@ def test_a_server_killed_in_the_middle_of_a_batch_loses_nothing(launch, model: P
     os.kill(pids[0], signal.SIGKILL)
     thread.join()
     assert_from(results[0], requests, weights, version)
-    until(lambda: engine.pids[0] != pids[0] and len(engine._servers.up) == 2, "it is started again")
-    assert engine.urls == urls and engine.pids[1] == pids[1]
+    until(lambda: pids_of(engine)[0] != pids[0] and len(engine._servers.up) == 2, "it is started again")
+    assert engine.urls == urls and pids_of(engine)[1] == pids[1]
     assert ask(urls[0], "/model_info")["weight_version"] == f"swirl:{version}"
     fresh = [request(number) for number in range(100, 108)]
     assert_from(engine.generate(fresh), fresh, weights, version)
@@ -94,11 +97,11 @@ def test_a_server_killed_in_the_middle_of_a_batch_loses_nothing(launch, model: P
 def test_a_launched_server_that_hangs_or_is_stale_is_started_again(launch, model: Path, how: str) -> None:
     """Also the only one: its requests wait for it."""
     engine = launch(launch={"servers": 1, "flags": ["--fake-deaf"]}, timeout=1.0)
-    (pid,) = engine.pids
+    (pid,) = pids_of(engine)
     ask(engine.urls[0], "/misbehave", {"path": "*" if how == "hang" else "/generate", "how": how, "times": -1})
     with pytest.warns(UserWarning, match="is started again"):
         assert_from(engine.generate(MANY), MANY, original(model), 0)
-    assert engine.pids != [pid] and not runs(pid)
+    assert pids_of(engine) != [pid] and not runs(pid)
     states = nested(1)
     assert_from(engine.generate(states), states, original(model), 0)
 
@@ -108,11 +111,11 @@ def test_the_cache_of_a_server_started_again_is_not_taken_for_full(launch, model
     states = nested(1)
     engine.generate(states)
     ideal = sum(len(one.tokens) - 1 for one in states if len(one.tokens) < 200)
-    pids = engine.pids
+    pids = pids_of(engine)
     for seen in (True, False):
-        os.kill(engine.pids[0], signal.SIGKILL)
+        os.kill(pids_of(engine)[0], signal.SIGKILL)
         if seen:
-            until(lambda: engine.pids != pids and engine._servers.up, "it is started again")
+            until(lambda: pids_of(engine) != pids and engine._servers.up, "it is started again")
         before = engine.stats().cached_tokens
         assert_from(engine.generate(states), states, original(model), 0)
         cached = engine.stats().cached_tokens - before
@@ -137,7 +140,7 @@ def test_states_answered_elsewhere_are_not_taken_for_cached(serve, attach, model
 
 def test_updates_while_a_server_is_out(launch, model: Path) -> None:
     engine = launch()
-    os.kill(engine.pids[0], signal.SIGKILL)
+    os.kill(pids_of(engine)[0], signal.SIGKILL)
     new = changed(model, 2.0)
     engine.update_weights(new, 1)
     until(lambda: len(engine._servers.up) == 2, "both are up")
@@ -147,13 +150,13 @@ def test_updates_while_a_server_is_out(launch, model: Path) -> None:
 
 def test_a_launched_server_that_refuses_an_update_is_started_with_it(launch, model: Path) -> None:
     engine = launch()
-    first = engine.pids
+    first = pids_of(engine)
     ask(engine.urls[0], "/misbehave", {"path": "/update_weights_from_disk", "how": "refuse"})
     new = changed(model, 2.0)
     engine.update_weights(new, 1)
     assert_from(engine.generate(MANY), MANY, weights_of(new), 1)
     until(lambda: len(engine._servers.up) == 2, "both are up")
-    assert engine.pids[0] != first[0] and engine.pids[1] == first[1]
+    assert pids_of(engine)[0] != first[0] and pids_of(engine)[1] == first[1]
     assert [one["fingerprint"] for one in served(engine)] == [weights_of(new)] * 2
 
 
@@ -161,13 +164,13 @@ def test_an_update_while_a_server_is_being_stopped(launch, model: Path) -> None:
     """It does not end by itself, and its port is taken until it is made to; the start with the new weights waits for that."""
     engine = launch(launch={"servers": 1, "flags": ["--fake-deaf"]}, max_restarts=2)
     (server,) = engine._servers.all
-    pid = engine.pids[0]
+    pid = pids_of(engine)[0]
     engine._servers._watching.get_loop().call_soon_threadsafe(engine._servers.mend, server, "a test says so")
     until(lambda: server.process.pid is None, "it is being stopped")
     new = changed(model, 2.0)
     engine.update_weights(new, 1)
     assert_from(engine.generate(MANY), MANY, weights_of(new), 1)
-    assert server.restarts == 2 and engine.pids != [pid] and not runs(pid)
+    assert server.restarts == 2 and pids_of(engine) != [pid] and not runs(pid)
 
 
 def test_a_launched_server_that_fails_in_an_update_that_breaks_off_is_started_again(
@@ -186,14 +189,14 @@ def test_without_snapshots_a_dead_server_waits_for_the_next_update(launch, model
     engine = launch(sync={"method": "tensor", "snapshot": False, "timeout": 20.0})
     new = changed(model, 2.0)
     engine.update_weights(new, 1)
-    pids = engine.pids
+    pids = pids_of(engine)
     os.kill(pids[0], signal.SIGKILL)
     until(lambda: len(engine._servers.up) == 1, "its end is seen")
     assert_from(engine.generate(MANY), MANY, weights_of(new), 1)
-    assert engine.pids[0] == pids[0]
+    assert pids_of(engine)[0] == pids[0]
     new = changed(model, 3.0)
     engine.update_weights(new, 2)
-    assert engine.pids[0] != pids[0] and len(engine._servers.up) == 2
+    assert pids_of(engine)[0] != pids[0] and len(engine._servers.up) == 2
     assert [one["fingerprint"] for one in served(engine)] == [weights_of(new)] * 2
     assert_from(engine.generate(MANY), MANY, weights_of(new), 2)
 
@@ -211,7 +214,7 @@ def test_a_start_that_fails_once_is_tried_again(launch, model: Path, tmp_path: P
     script = f'if [ -e "{tmp_path}/busy" ]; then rm "{tmp_path}/busy"; exit 3; fi; exec {sys.executable} {FAKE} "$@"'
     engine = launch(script, launch={"servers": 1})
     (tmp_path / "busy").touch()
-    os.kill(engine.pids[0], signal.SIGKILL)
+    os.kill(pids_of(engine)[0], signal.SIGKILL)
     assert_from(engine.generate(MANY), MANY, original(model), 0)
     assert not (tmp_path / "busy").exists()
 
@@ -275,7 +278,7 @@ def test_close_ends_its_own_processes_and_their_children_alone(launch, model: Pa
     flags = ["--fake-child", str(tmp_path / "child"), *(["--fake-deaf"] if end == "deaf" else [])]
     with spawned(model) as (url, bystander):
         engine = launch(launch={"flags": flags, "servers": 1})
-        pids, child = engine.pids, int((tmp_path / "child").read_text())
+        pids, child = pids_of(engine), int((tmp_path / "child").read_text())
         assert runs(pids[0]) and runs(child)
         if end == "killed":
             os.kill(pids[0], signal.SIGKILL)
@@ -292,13 +295,13 @@ import time
 from pathlib import Path
 from swirl_fast.config import EngineConfig, LaunchConfig
 from swirl_fast.engines.sglang.engine import SGLangEngine
+from support.sglang_cases import pids_of
 config = EngineConfig(kind="sglang", launch=LaunchConfig(python={str(interpreter(tmp_path / "python"))!r}, port={free_port()}))
 engine = SGLangEngine(config, Path({str(model)!r}), Path({str(tmp_path / "engine")!r}))
-print(engine.pids[0], flush=True)
+print(pids_of(engine)[0], flush=True)
 time.sleep(60)
 """
-    root = FAKE.parent.parent
-    path = os.pathsep.join([str(root), str(root / "kernels")])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "kernels")))
     parent = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     )

@@ -56,7 +56,7 @@ def test_every_token_that_can_be_cached_is(serve, attach, model: Path) -> None:
     now = engine.stats()
     assert now.cached_tokens - stats.cached_tokens == sum(len(one.tokens) - 1 for one in requests)
     assert now.cacheable_tokens - stats.cacheable_tokens == sum(len(one.tokens) - 1 for one in requests)
-    assert [[c.tokens for c in row] for row in again] == [[c.tokens for c in row] for row in results]
+    assert [[c.tokens.tolist() for c in row] for row in again] == [[c.tokens.tolist() for c in row] for row in results]
 
 
 def test_the_same_states_without_the_order_share_little(serve, attach, model: Path) -> None:
@@ -102,7 +102,7 @@ def test_rounds_of_collecting_need_no_warming(serve, attach, model: Path) -> Non
         for (t, row), (completion,) in zip(rows.items(), engine.generate(requests), strict=True):
             if turn:
                 assert completion.cached_tokens == known[t]
-            row += [*completion.tokens, *prompt(t + turn, 40)]
+            row += [*completion.tokens.tolist(), *prompt(t + turn, 40)]
         known = {t: len(row) - 41 for t, row in rows.items()}
         for server, n in zip(servers, before, strict=True):
             for entry in server.fake.of("/generate")[n:]:

@@ -33,7 +33,7 @@ def test_a_request_asks_for_what_was_meant(serve, attach, model: Path) -> None:
     sampling = Sampling(5, temperature=0.7, top_p=0.9, top_k=3)
     asked = Request(prompt(1, 12), sampling, n=3, stop_ids=(STOP, 9), seed=5)
     (completions,) = engine.generate([asked])
-    assert [(c.tokens, c.logprobs) for c in completions] == of(original(model), asked)
+    assert [(c.tokens.tolist(), c.logprobs) for c in completions] == of(original(model), asked)
     body = server.fake.of("/generate")[-1]["body"]
     assert body["input_ids"] == list(asked.tokens) and body["return_logprob"] and body["extra_key"] == "swirl:0"
     wanted = {"n": 3, "max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 3, "stop_token_ids": [STOP, 9]}
@@ -50,7 +50,7 @@ def test_seeds_where_the_server_takes_them(serve, attach, model: Path) -> None:
     one, other = (Request(prompt(1, 12), Sampling(5), n=4, seed=seed) for seed in (1, 2))
     ((a,), (b,), (c,)) = (engine.generate([r]) for r in (one, other, one))
     assert len({tuple(completion.tokens) for completion in a}) == 4, "the samples of one request differ"
-    assert [x.tokens for x in a] == [x.tokens for x in c] != [x.tokens for x in b]
+    assert [x.tokens.tolist() for x in a] == [x.tokens.tolist() for x in c] != [x.tokens.tolist() for x in b]
 
 
 @pytest.mark.parametrize("how", FIELDS)

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 from support.paths import ROOT
 
-from swirl_fast.engines.sglang.weights import read, shapes_of, tied_names
+from swirl_fast.engines.sglang.weights import read_weights, shapes_of, tied_names
 
 TRAINER = """
 import torch
 
-from swirl_fast.engines.sglang.weights import shared
+from swirl_fast.engines.sglang.weights import pickle_handles
 torch.manual_seed(0)
 bucket = [("a", torch.randn(3, 5)), ("b", torch.randn(7).bfloat16())]
-print(*shared(bucket, 2), flush=True)
+print(*pickle_handles(bucket, 2), flush=True)
 input()
 """
 
@@ -67,4 +67,4 @@ def test_the_index_names_the_files_that_hold_the_weights(tmp_path: Path) -> None
     save_file({"other": torch.zeros(3)}, tmp_path / "consolidated.safetensors")
     files = {name: f"model-0000{number}-of-00002.safetensors" for number, name in enumerate(("a", "b"), 1)}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    assert shapes_of(tmp_path) == {"a": (1,), "b": (2,)} == {name: tuple(x.shape) for name, x in read(tmp_path)}
+    assert shapes_of(tmp_path) == {"a": (1,), "b": (2,)} == {name: tuple(x.shape) for name, x in read_weights(tmp_path)}

@@ -1,0 +1,115 @@
+"""Which models may share the keys and values of a prefix: in training over a tree of prefixes, and in the embedded engine's cache."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from swirl_fast.config import ConfigError
+
+_LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # one thing, by model type
+_ATTENTION = {"full_attention", "sliding_attention", "attention"}
+_ATTENTION_SINKS = ("gpt_oss", "openai_privacy_filter")
+
+
+def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrainedModel] | None) -> str | None:
+    """Why the keys and values of a prefix cannot be shared by what follows it, as half a sentence; None when they can.
+
+    architecture: the model's class; None where it is not known.
+    """
+    text = model_config.get_text_config()
+    if model_config.is_encoder_decoder:
+        return "it is an encoder-decoder, whose encoder reads in both directions"
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
+        return "its attention is not causal: tokens would see what follows them"
+    kinds = {kind for key in _LAYER_KINDS for kind in getattr(text, key, None) or ()} - _ATTENTION
+    if kinds:
+        return (
+            f"it has layers of kind {', '.join(sorted(kinds))} (recurrent, linear, convolutional, chunked and sparse layers need more "
+            "than the keys and values of single tokens)"
+        )
+    if architecture is not None and getattr(architecture, "_is_stateful", False):
+        return "its layers carry a state from token to token"
+    if architecture is not None and not architecture._supports_attention_backend:
+        return "transformers offers no way to replace its attention, which does not go through the attention interface"
+    if model_config.model_type in _ATTENTION_SINKS:
+        return "its attention has sinks, which are not implemented"
+    return None
+
+
+def ropes_by_length(model_config: PreTrainedConfig) -> dict[str, int]:
+    """Rotary embeddings that turn every token of a row differently once the row is longer than a limit: rope_type -> limit in tokens.
+
+    Only dynamic NTK and longrope do.
+    """
+    text = model_config.get_text_config()
+    limits = {}
+    for rope in _ropes(text):
+        kind = rope.get("rope_type")
+        if kind == "dynamic":
+            limits[kind] = text.max_position_embeddings
+        elif kind == "longrope":
+            limits[kind] = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    return limits
+
+
+def longest_exact_path(model_config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest path that a row may hold: beyond it the rotary embedding turns every token of the row differently, those of
+    shorter paths too. None: no limit."""
+    return min(ropes_by_length(model_config).values(), default=None)
+
+
+def refuse_inexact(model_config: PreTrainedConfig) -> None:
+    """Raises ConfigError, naming the model type and what is wrong with it, for architectures whose training over a prefix tree would
+    not equal separate rows."""
+    text = model_config.get_text_config()
+    name = model_config.model_type
+
+    def refuse(why: str) -> NoReturn:
+        raise ConfigError(f"model type {name}: {why}")
+
+    reason = why_not_shared(model_config, _architecture(model_config))
+    if reason is not None:
+        refuse(
+            f"{reason}; training over shared prefixes would not be exact. Use a decoder-only model whose layers are all full or "
+            "sliding-window attention"
+        )
+    if text is not model_config or {"vision_config", "audio_config"} & set(model_config.sub_configs):
+        refuse("it reads more than text, and images in both directions; give a folder that holds only its text model")
+    for key, value in text.to_dict().items():
+        random = any(part in key for part in ("dropout", "pdrop", "layerdrop", "jitter")) and "classif" not in key
+        if random and isinstance(value, int | float) and value > 0:
+            refuse(
+                f"{key}={value} makes shared prefixes differ from separate rows; set it to 0 in the model's config.json"
+            )
+    if getattr(text, "output_router_logits", False):
+        refuse("the router's auxiliary loss counts shared tokens once; set output_router_logits=false in config.json")
+    if (getattr(text, "num_nextn_predict_layers", 0) or 0) > 0:
+        refuse(
+            f"num_nextn_predict_layers={text.num_nextn_predict_layers}: heads that predict several tokens are not trained; set it to 0 "
+            "in config.json to leave them out"
+        )
+    values = getattr(text, "v_head_dim", None)
+    keys = (getattr(text, "qk_nope_head_dim", 0) or 0) + (getattr(text, "qk_rope_head_dim", 0) or 0)
+    if values and keys and values != keys:
+        refuse(f"its keys have {keys} dimensions a head and its values {values}; tree attention needs them alike")
+    short = ropes_by_length(model_config).get("longrope")
+    if short is not None and short < text.max_position_embeddings:
+        refuse(
+            f"its longrope turns all tokens of a row differently once one lies beyond position {short}; set "
+            f"max_position_embeddings to {short} in config.json"
+        )
+
+
+def _architecture(model_config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that AutoModelForCausalLM builds; None for one that transformers does not ship."""
+    classes: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return classes[type(model_config)] if type(model_config) in classes else None
+
+
+def _ropes(text: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rotary settings: one, or one for each kind of layer."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [entry for entry in rope.values() if isinstance(entry, dict)]
