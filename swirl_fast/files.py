@@ -60,3 +60,15 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """None where there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def difference(old: Any, new: Any, key: str = "") -> str:
+    """The leaves in which two nested JSON values differ, as a message names them: "a.b was 1, is 2 now; …". key: name of the whole."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = (
+            difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        )
+        return "; ".join(parts)
+    return f"{key} was {old!r}, is {new!r} now"

@@ -21,7 +21,7 @@ import swirl_kernels
 from swirl_fast.config import AlgorithmConfig
 from swirl_kernels import PolicyLossMetrics, PolicyLossSpec
 
-# The loss of a token need not know its action, so the tokens may be cut anywhere: into pieces that keep a GPU's programs busy.
+# With token-level weights a segment need not be an action, so long inputs are cut into pieces of this size to fill a GPU.
 SEGMENT = 256
 
 
@@ -29,8 +29,9 @@ SEGMENT = 256
 class Actions:
     """What the objective knows of a rank's sampled actions; all of shape [A].
 
-    rewards: float32 (any value where unknown). known: bool, the judge gave a verdict. states, trajectories: int64 numbers of the
-    state and trajectory each action belongs to, local to the rank; all samples of a state lie on one rank. lengths: int64 tokens.
+    rewards: float32 (any value where unknown). known: bool, whether there is a reward; nowhere for actions that are imitated. states,
+    trajectories: int64 numbers of the state and trajectory each action belongs to, local to the rank; all samples of a state lie on one
+    rank. lengths: int64 tokens.
     """
 
     rewards: Tensor
@@ -43,14 +44,12 @@ class Actions:
 def advantages(actions: Actions, name: str) -> tuple[Tensor, Tensor]:
     """(advantage [A] float32, valid [A] bool); advantage is 0 where not valid.
 
-    reinforce, sft: the reward itself (of a recorded action that is imitated: 1). rloo, ppo: reward minus the mean of the state's other
-    known rewards (unbiased: the state does not depend on the policy). grpo: reward minus the state's mean, over its standard deviation
-    + 1e-4 (DeepSeekMath, equation 3).
+    reinforce: the reward itself. rloo, ppo: reward minus the mean of the state's other known rewards (unbiased: the state does not
+    depend on the policy). grpo: reward minus the state's mean, over its standard deviation + 1e-4 (DeepSeekMath, equation 3).
     The others need two known rewards at a state; with fewer its actions are not valid.
     """
-    known = actions.known
-    rewards = torch.where(known, actions.rewards.float(), torch.zeros(()))
-    if name in ("reinforce", "sft"):
+    known, rewards = actions.known, known_rewards(actions)
+    if name == "reinforce":
         return rewards, known
     count = _sum_by(known.float(), actions.states)
     total = _sum_by(rewards, actions.states)
@@ -65,6 +64,12 @@ def advantages(actions: Actions, name: str) -> tuple[Tensor, Tensor]:
     else:
         raise ValueError(f"unknown algorithm {name!r}")
     return torch.where(valid, advantage, torch.zeros(())), valid
+
+
+def imitation_advantages(actions: Actions) -> tuple[Tensor, Tensor]:
+    """As `advantages`, for recorded actions that are imitated (algorithm.name=sft): 1 for every one of them, which makes the loss
+    cross-entropy."""
+    return torch.ones(len(actions.states)), torch.ones(len(actions.states), dtype=torch.bool)
 
 
 def trajectory_advantages(actions: Actions, questions: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -82,19 +87,19 @@ def trajectory_advantages(actions: Actions, questions: Tensor, name: str) -> tup
 
 
 def counts(actions: Actions, valid: Tensor) -> Tensor:
-    """[3] float64: numbers of states, tokens and trajectories with a valid action; summed over ranks they are `totals`."""
+    """[3] float64: numbers of states, tokens and trajectories with a valid action; summed over ranks they are the `global_counts`."""
     states = actions.states[valid].unique().numel()
     trajectories = actions.trajectories[valid].unique().numel()
     return torch.tensor([states, int(actions.lengths[valid].sum()), trajectories], dtype=torch.float64)
 
 
-def weights(actions: Actions, valid: Tensor, weighting: str, totals: Tensor) -> Tensor:
-    """[A] float32: the weight of each token of an action, 0 where not valid.
+def weights(actions: Actions, valid: Tensor, weighting: str, global_counts: Tensor) -> Tensor:
+    """[A] float32: the weight of each token of an action, 0 where not valid. global_counts: `counts`, summed over ranks.
 
     state: every state weighs 1/#states, its actions alike (the tokens of an action are summed, as the log-probability of the whole
     action is). trajectory: every trajectory 1/#trajectories, its states alike. token: every token 1/#tokens.
     """
-    states, tokens, trajectories = totals.tolist()
+    states, tokens, trajectories = global_counts.tolist()
     ones = valid.double()
     if weighting == "token":
         weight = ones / max(tokens, 1)
@@ -176,6 +181,29 @@ def policy_loss(
         rollout_logp=rollout_logp_N if algorithm.importance_cap else None,
         weight=weight_N,
     )
+
+
+def known_rewards(actions: Actions) -> Tensor:
+    """[A] float32; 0 where the reward is not known."""
+    return torch.where(actions.known, actions.rewards.float(), torch.zeros(()))
+
+
+def state_rewards(actions: Actions) -> Tensor:
+    """[K] float32: the mean known reward of each state that has one, in the order of their numbers."""
+    known = actions.known
+    mean_A = _sum_by(known_rewards(actions), actions.states) / _sum_by(known.float(), actions.states)
+    return _each_group(mean_A[known], actions.states[known])
+
+
+def trajectory_rewards(actions: Actions) -> Tensor:
+    """[K] float32: the reward of each trajectory, in the order of their numbers. All actions of a trajectory have its reward."""
+    return _each_group(known_rewards(actions), actions.trajectories)
+
+
+def _each_group(values: Tensor, groups: Tensor) -> Tensor:
+    """The value of each group that occurs, in the order of their numbers; `values` are the same at all elements of a group."""
+    numbers, place = groups.unique(return_inverse=True)
+    return torch.zeros(len(numbers), dtype=values.dtype).index_copy(0, place, values)
 
 
 def _sum_by(values: Tensor, groups: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""This process among those that torchrun started, and the small numbers they tell each other: gloo on CPUs, nccl on GPUs."""
+"""This process among those that torchrun started, and what they send each other beside gradients and weights: gloo on CPUs, nccl on
+GPUs."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Ranks:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks; pickled, so something small."""
+        """Every rank's value, in the order of ranks. Values are pickled, and every rank holds all of them: the largest are the recorded
+        trajectories and sampled actions of a step (training/batch.py), some MB a rank."""
         if not self.distributed:
             return [value]
         values: list[T] = [value] * self.size

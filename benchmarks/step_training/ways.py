@@ -321,7 +321,7 @@ def packed_batches(case: Case, budget: int, max_rows: int, device: str) -> list[
 def comb_batches(case: Case, budget: int, max_rows: int, device: str) -> list[MicroBatch]:
     batches = []
     for group in micro_batches([case.branch], budget):
-        comb = pack(group.branches)
+        comb = pack(group.trunks)
         numbers = _int64(np.repeat(comb.indices_A, np.diff(comb.offsets)), "cpu")
         weights = case.weight_A[numbers].to(device)
         batches.append(MicroBatch(DeviceComb.of(comb, device), weights, comb.computed_tokens))

@@ -36,9 +36,8 @@ def flops(size: ModelSize, tokens: Number, edges: Number, visible_pairs: Callabl
     activation checkpointing computes again, norms, or softmax. Numbers or numpy arrays of them.
     """
     total = 6.0 * size.linear * tokens + 6.0 * size.output * edges
-    windows = dict.fromkeys(
-        window for _, window in size.attention
-    )  # a set's order, and with it the rounding, changes by process
+    # no set: its order, and with it the rounding, changes by process
+    windows = dict.fromkeys(window for _, window in size.attention)
     for window in windows:
         width = sum(width for width, of_layer in size.attention if of_layer == window)
         total = total + 12.0 * width * visible_pairs(window)

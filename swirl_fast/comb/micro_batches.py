@@ -1,4 +1,11 @@
-"""Cuts a batch of actions into micro-batches under a token budget, and deals these out to ranks."""
+"""Cuts the actions of a batch into micro-batches under a token budget, and deals these out to ranks.
+
+    walk through the whole tree   ã11 ã12 │ ã21 ã22 ã23 │ ã31 …      a cut repeats the path that the actions on its two sides share
+
+Nothing is packed here: `tree.pack` makes a comb of each plan, of exactly as many tokens as planned.
+
+Legend: A actions, in the order of the walk.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +22,16 @@ from swirl_fast.comb.tree import PlacedAction, SampledState, TreeNode, Trunk, gr
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """Branches for one micro-batch. tokens: what `pack` makes of them, exactly. flops: an estimate, in which only neighbouring actions
-    share edges."""
+    """Trunks, with the actions of one micro-batch. tokens: what `pack` makes of them, exactly. flops: an estimate, in which only
+    neighbouring actions share edges."""
 
-    branches: tuple[Trunk, ...]
+    trunks: tuple[Trunk, ...]
     tokens: int
     flops: float
 
 
 def micro_batches(
-    branches: Sequence[Trunk],
+    trunks: Sequence[Trunk],
     token_budget: int,
     max_path: int | None = None,
     ranks: int = 1,
@@ -32,15 +39,15 @@ def micro_batches(
 ) -> list[MicroBatchPlan]:
     """Splits the actions into groups whose combs have at most `token_budget` tokens; an action without tokens is left out.
 
-    The actions stand in the order of the walk through the whole tree, along the trunk and with the teeth of a state together; a cut
+    The actions are in the order of the walk through the whole tree, along the trunk and with the teeth of a state together; a cut
     before an action repeats the path that it shares with the one before. Of all ways to cut into the fewest groups the one that
     repeats least is taken. For several ranks the number of groups may grow to the next multiple of `ranks`, which then is used to
-    make the largest group's estimated work small. Depends neither on the order of `branches` nor on chance.
+    make the largest group's estimated work small. Depends neither on the order of `trunks` nor on chance.
 
     max_path: longest state with its action, in tokens; None: no limit. Raises ValueError when one is longer, or does not fit into a
     group of its own.
     """
-    walk = _Walk.of(branches, size)
+    walk = _Walk.of(trunks, size)
     for action in walk.actions:
         path = action.state + len(action.tokens)
         if path - 1 > token_budget or (max_path is not None and path > max_path):
@@ -65,7 +72,7 @@ def micro_batches(
                 low = middle
     cuts = walk.cheapest(token_budget, limit)
     return [
-        MicroBatchPlan(walk.branches(branches, a, b), walk.tokens(a, b), walk.flops(a, b))
+        MicroBatchPlan(walk.trunks(trunks, a, b), walk.tokens(a, b), walk.flops(a, b))
         for a, b in zip(cuts, cuts[1:], strict=False)
     ]
 
@@ -85,8 +92,8 @@ class _Walk:
     flops_sum: NDArray[np.float64]
 
     @classmethod
-    def of(cls, branches: Sequence[Trunk], size: ModelSize) -> _Walk:
-        root, grown = grown_tree(branches)
+    def of(cls, trunks: Sequence[Trunk], size: ModelSize) -> _Walk:
+        root, grown = grown_tree(trunks)
         ending: dict[TreeNode, list[PlacedAction]] = {}
         for action in grown:
             if len(action.tokens):
@@ -103,7 +110,7 @@ class _Walk:
         length_A = np.array([action.length for action in actions], np.int64)
         shared_A = np.array(shared, np.int64)
         state_A = np.array([action.state for action in actions], np.int64)
-        # targets among the shared tokens are edges of the action before as well, where they lie behind both states
+        # targets among the shared tokens are edges of the action before as well, where they lie after both states
         both_A = np.maximum(state_A, np.concatenate([state_A[:1], state_A[:-1]]))
         edges_A = length_A + 1 - state_A - np.maximum(shared_A - both_A, 0)
         shared_flops_A = _path_flops(shared_A, size)
@@ -153,17 +160,17 @@ class _Walk:
             cuts.append(previous[cuts[-1]])
         return cuts[::-1]
 
-    def branches(self, source: Sequence[Trunk], a: int, b: int) -> tuple[Trunk, ...]:
-        """Those of `source` with the actions [a, b) alone."""
+    def trunks(self, source: Sequence[Trunk], a: int, b: int) -> tuple[Trunk, ...]:
+        """Those of `source` with only the actions [a, b)."""
         kept: dict[int, dict[int, list[PlacedAction]]] = {}
         for action in self.actions[a:b]:
-            kept.setdefault(action.branch, {}).setdefault(action.state, []).append(action)
+            kept.setdefault(action.trunk, {}).setdefault(action.state, []).append(action)
         return tuple(
             Trunk(
                 source[number].tokens,
                 tuple(
-                    SampledState(length, tuple(one.tokens for one in here), tuple(one.index for one in here))
-                    for length, here in sorted(states.items())
+                    SampledState(length, tuple(a.tokens for a in actions), tuple(a.index for a in actions))
+                    for length, actions in sorted(states.items())
                 ),
             )
             for number, states in kept.items()

@@ -9,10 +9,10 @@ Every action stands for the sequence state + action, and equal beginnings are co
 alike, a tooth that begins as the recorded continuation does, prompts and states that trajectories share. The last token of an
 action predicts nothing and is not computed at all. What cannot be shared is a forest; plain packing is a forest of rows.
 
-The packed row is a preorder walk of the tree, the smaller of two subtrees first, so that teeth lie right behind the token they
+The packed row is a preorder walk of the tree, the smaller of two subtrees first, so that teeth lie right after the token they
 hang on. Token j's subtree is the index range [j, subtree_end[j]), and query i sees key j exactly if j lies on i's path:
 `j <= i < subtree_end[j]`. A prediction is an edge (row whose hidden state predicts, target token), and equal edges are computed
-once, too. The trunk "a b c" with the actions "x y", "x z" and "b c" behind its first token and "d" behind its last (rows are
+once, too. The trunk "a b c" with the actions "x y", "x z" and "b c" after its first token and "d" after its last (rows are
 queries, columns keys):
 
     index         0  1  2  3              a x b c        action   x  y   x  z   b  c   d
@@ -21,7 +21,7 @@ queries, columns keys):
     subtree_end   4  2  4  4          b   1 . 1 .
                                       c   1 . 1 1
 
-`depth` is the position id. Losses and gradients equal those of separate rows (tests/test_packing.py).
+`depth` is the position id. Losses and gradients equal those of separate rows (tests/comb/test_packing.py).
 
 Legend: T packed tokens, A actions, N predicted tokens (those of all actions, one after another), E edges.
 """
@@ -107,14 +107,14 @@ class Comb:
         )
 
 
-def pack(branches: Sequence[Trunk]) -> Comb:
-    """Merges the branches into one prefix tree and walks it in preorder. One Python step an action and a stretch of the tree, numpy
+def pack(trunks: Sequence[Trunk]) -> Comb:
+    """Merges the trunks into one prefix tree and walks it in preorder. One Python step an action and a stretch of the tree, numpy
     for tokens.
 
-    The result does not depend on the order of `branches`, nor on which of them brings a token. Raises ValueError for a state
+    The result does not depend on the order of `trunks`, nor on which of them brings a token. Raises ValueError for a state
     outside its trunk and for a number that two actions carry.
     """
-    root, actions = grown_tree(branches)
+    root, actions = grown_tree(trunks)
     walk = preorder(root)
     lengths = np.array([len(node.tokens) for node in walk])
     starts = np.array([node.start for node in walk])
@@ -158,12 +158,12 @@ class TreeNode:
 
 @dataclass(eq=False)
 class PlacedAction:
-    """tokens behind a state of `state` tokens; node: ends at or above it. branch: where it came from."""
+    """tokens: after a state of `state` tokens. trunk: the number of the one it came from. node: the action ends in it or above it."""
 
     index: int
     tokens: Ints
     state: int
-    branch: int
+    trunk: int
     node: TreeNode
 
     @property
@@ -184,19 +184,19 @@ class PlacedAction:
         return runs[::-1]
 
 
-def grown_tree(branches: Sequence[Trunk]) -> tuple[TreeNode, list[PlacedAction]]:
+def grown_tree(trunks: Sequence[Trunk]) -> tuple[TreeNode, list[PlacedAction]]:
     """The tree of all that must be computed, whose shape is the same in whatever order it grew, and the actions in it."""
     root = TreeNode(np.zeros(0, np.int32), 0, None)
     actions = []
     seen: set[int] = set()
-    for number, branch in enumerate(branches):
-        trunk = np.asarray(branch.tokens, np.int32)
-        for state in branch.states:
-            if not 1 <= state.length <= len(trunk):
-                raise ValueError(f"a state of {state.length} tokens does not lie on its trunk of {len(trunk)} tokens")
-        used = [state for state in branch.states if any(map(len, state.actions))]
-        end = _grow(root, 0, trunk[: max((state.length for state in used), default=0)])
-        for state in branch.states:
+    for number, trunk in enumerate(trunks):
+        whole = np.asarray(trunk.tokens, np.int32)
+        for state in trunk.states:
+            if not 1 <= state.length <= len(whole):
+                raise ValueError(f"a state of {state.length} tokens does not lie on its trunk of {len(whole)} tokens")
+        used = [state for state in trunk.states if any(map(len, state.actions))]
+        end = _grow(root, 0, whole[: max((state.length for state in used), default=0)])
+        for state in trunk.states:
             for index, tokens in zip(state.indices, state.actions, strict=True):
                 if index in seen:
                     raise ValueError(f"two actions carry the number {index}")
@@ -210,7 +210,7 @@ def grown_tree(branches: Sequence[Trunk]) -> tuple[TreeNode, list[PlacedAction]]
 
 
 def _grow(node: TreeNode, at: int, tokens: Ints) -> TreeNode:
-    """Adds `tokens` behind the first `at` tokens of the path that ends in `node`. Returns the node that holds the last of them."""
+    """Adds `tokens` after the first `at` tokens of the path that ends in `node`. Returns the node that holds the last of them."""
     while True:
         rest = node.tokens[at - node.depth :]
         same = common_prefix(rest, tokens)
@@ -243,7 +243,7 @@ def preorder(root: TreeNode) -> list[TreeNode]:
     nodes = [root]
     for node in nodes:
         nodes.extend(node.children.values())
-    for node in reversed(nodes):  # children stand behind their parents
+    for node in reversed(nodes):  # children come after their parents
         node.size = len(node.tokens) + sum(child.size for child in node.children.values())
     walk: list[TreeNode] = []
     at = 0
@@ -258,9 +258,9 @@ def preorder(root: TreeNode) -> list[TreeNode]:
 
 
 def _runs(firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """first, first + 1, … count numbers of each run, one run behind the other."""
-    behind = np.cumsum(counts)
-    return np.arange(behind[-1] if len(behind) else 0) + np.repeat(firsts - behind + counts, counts)
+    """first, first + 1, … count numbers of each run, one run after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - ends + counts, counts)
 
 
 def _joined(parts: Sequence[Ints]) -> Ints:

@@ -1,6 +1,6 @@
 """The first half of a training step: fresh actions at recorded states, and their rewards. Tools are never called here.
 
-The baselines fill the same data: `recorded_actions` for algorithm.name=sft, outcomes.py for algorithm.reward=outcome. Their actions are
+The baselines fill the same data: `recorded_actions` for algorithm.name=sft, whole.py for algorithm.reward=outcome. Their actions are
 spans of the trajectory itself, which the comb merges into its trunk: a comb without teeth.
 """
 
@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
-from swirl_fast.comb.tree import SampledState, Trunk
 from swirl_fast.config import TrainingConfig
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
 from swirl_fast.formats.tags import Action, parse
 from swirl_fast.judges.judge import Judge, judge_actions
-from swirl_fast.objective import Actions
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
 from swirl_fast.trajectory import StepView, Trajectory
-from swirl_fast.verdict import Judgement, Verdict
+from swirl_fast.verdict import Judgement
 
 
 @dataclass(frozen=True)
@@ -86,34 +83,3 @@ def recorded_actions(trajectories: Sequence[Trajectory], stop_id: int) -> list[S
 
 def judge_sampled(sampled: Sequence[SampledAction], judge: Judge) -> list[Judgement]:
     return judge_actions(judge, [s.view for s in sampled], [s.action for s in sampled])
-
-
-def to_actions(sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> Actions:
-    """GOOD is 1, BAD is 0, UNKNOWN is not known."""
-    return Actions(
-        rewards=torch.tensor([float(j.verdict is Verdict.GOOD) for j in judgements], dtype=torch.float32),
-        known=torch.tensor([j.verdict is not Verdict.UNKNOWN for j in judgements], dtype=torch.bool),
-        states=torch.tensor([s.state for s in sampled], dtype=torch.int64),
-        trajectories=torch.tensor([s.trajectory for s in sampled], dtype=torch.int64),
-        lengths=torch.tensor([len(s.completion.tokens) for s in sampled], dtype=torch.int64),
-    )
-
-
-def to_trunks(
-    trajectories: Sequence[Trajectory], sampled: Sequence[SampledAction], keep: Sequence[bool]
-) -> list[Trunk]:
-    """One branch a trajectory; an action's number is its place in `sampled`; actions that are not kept are left out."""
-    grouped: dict[int, dict[int, list[int]]] = {}
-    for number, one in enumerate(sampled):
-        if keep[number]:
-            grouped.setdefault(one.trajectory, {}).setdefault(one.state, []).append(number)
-    branches = []
-    for t, by_state in grouped.items():
-        trajectory = trajectories[t]
-        states = []
-        for numbers in by_state.values():
-            step = len(sampled[numbers[0]].view.history)
-            actions = tuple(np.asarray(sampled[n].completion.tokens, np.int32) for n in numbers)
-            states.append(SampledState(trajectory.steps[step].start, actions, tuple(numbers)))
-        branches.append(Trunk(np.asarray(trajectory.tokens, np.int32), tuple(states)))
-    return branches

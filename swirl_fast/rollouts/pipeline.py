@@ -11,36 +11,67 @@ call is made here, so that a thread may do it while the ranks train.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from swirl_fast.config import Config
 from swirl_fast.data.stream import TrajectoryStream
-from swirl_fast.engines.engine import Engine
+from swirl_fast.engines.engine import Engine, EngineStats
 from swirl_fast.judges.judge import Judge
+from swirl_fast.metrics import PhaseTimer, summed
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer
 from swirl_fast.rollouts.at_states import SampledAction, judge_sampled, recorded_actions, sample_actions
 from swirl_fast.rollouts.whole import WholeRollouts
 from swirl_fast.seeds import seed_of
-from swirl_fast.training.step_metrics import StepSums
 from swirl_fast.trajectory import Trajectory
-from swirl_fast.verdict import Judgement, Verdict
+from swirl_fast.verdict import Judgement, JudgeStats
+
+
+@dataclass(frozen=True)
+class RolloutCounts:
+    """Tokens that sampling and judging a batch took on this rank, as engine and endpoint count them, and the seconds of its phases."""
+
+    prompt_tokens: float = summed()
+    cached_tokens: float = summed()
+    cacheable_tokens: float = summed()
+    generated_tokens: float = summed()
+    judge_prompt_tokens: float = summed()
+    judge_cached_tokens: float = summed()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def between(
+        cls,
+        engine: tuple[EngineStats, EngineStats],
+        judge: tuple[JudgeStats, JudgeStats],
+        seconds: Mapping[str, float],
+    ) -> RolloutCounts:
+        """engine, judge: what they had counted before and after."""
+        return cls(
+            prompt_tokens=engine[1].prompt_tokens - engine[0].prompt_tokens,
+            cached_tokens=engine[1].cached_tokens - engine[0].cached_tokens,
+            cacheable_tokens=engine[1].cacheable_tokens - engine[0].cacheable_tokens,
+            generated_tokens=engine[1].generated_tokens - engine[0].generated_tokens,
+            judge_prompt_tokens=judge[1].prompt_tokens - judge[0].prompt_tokens,
+            judge_cached_tokens=judge[1].cached_tokens - judge[0].cached_tokens,
+            seconds=seconds,
+        )
 
 
 @dataclass(frozen=True)
 class SampledBatch:
-    """judgements: one an action. totals: what sampling counted and how long its phases took. seconds: in all. questions: where
+    """judgements: one an action; None for recorded actions that are imitated (algorithm.name=sft). seconds: in all. questions: where
     trajectories are rewarded, and not actions, the number of the question that each answers."""
 
     trajectories: list[Trajectory]
     sampled: list[SampledAction]
-    judgements: list[Judgement]
-    totals: StepSums
+    judgements: list[Judgement] | None
+    counts: RolloutCounts
     seconds: float
     questions: list[int] | None = None
 
@@ -48,7 +79,7 @@ class SampledBatch:
 class RolloutPipeline:
     """take() gives batches in the stream's order; begin_next() and wait() enclose what runs beside the training.
 
-    engine: None for algorithm.name=sft. outcomes: for algorithm.reward=outcome.
+    engine: None for algorithm.name=sft. whole: for algorithm.reward=outcome. clock: in seconds.
     """
 
     def __init__(
@@ -60,13 +91,15 @@ class RolloutPipeline:
         renderer: Renderer,
         tools: Sequence[str],
         stream: TrajectoryStream,
-        outcomes: WholeRollouts | None = None,
+        whole: WholeRollouts | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._config, self._ranks = config, ranks
-        self._engine, self._judge, self._renderer, self._tools = engine, judge, renderer, tools
-        self._stream, self._outcomes = stream, outcomes
-        self._coming: Future[SampledBatch] | None = None
+        self.engine, self.judge_id = engine, judge.id
         self.lagged = False  # the batch taken last; the same on all ranks
+        self._config, self._ranks = config, ranks
+        self._judge, self._renderer, self._tools = judge, renderer, tools
+        self._stream, self._whole, self._clock = stream, whole, clock
+        self._coming: Future[SampledBatch] | None = None
         self._before: dict[str, Any] = {}  # the stream's state before the batch that is coming
         device = ranks.device
         set_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())  # it is a thread's own
@@ -90,51 +123,54 @@ class RolloutPipeline:
         """
         if self._coming is None:
             return 0.0
-        start = time.perf_counter()
+        start = self._clock()
         if self._coming.exception() is not None:
             return 0.0
-        return max(0.0, self._coming.result().seconds - (time.perf_counter() - start))
+        return max(0.0, self._coming.result().seconds - (self._clock() - start))
+
+    @property
+    def skipped_samples(self) -> int:
+        """Recorded trajectories that are left out, their shards being damaged."""
+        return self._stream.skipped_samples
 
     def state_dict(self) -> dict[str, Any]:
-        """The stream's state behind the batches taken: one that is coming is sampled again after a restart."""
+        """The stream's state after the batches taken: one that is coming is sampled again after a restart."""
         return self._stream.state_dict() if self._coming is None else self._before
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before the first batch."""
+        self._stream.load_state_dict(state)
 
     def close(self) -> None:
         """Waits for a batch that is coming."""
         self._thread.shutdown(cancel_futures=True)
 
     def _sample(self) -> SampledBatch:
-        start = time.perf_counter()
-        config, totals = self._config, StepSums()
-        with totals.phase("data"):
+        start, timer, config = self._clock(), PhaseTimer(clock=self._clock), self._config
+        with timer.phase("data"):
             first = self._stream.position + self._ranks.rank
             samples = self._stream.next_batch()
             # by the place in the endless order of trajectories: independent of ranks and resuming, new in every epoch
             seeds = [seed_of(config.run.seed, "train", first + n * self._ranks.size) for n in range(len(samples))]
         trajectories = [sample.trajectory for sample in samples]
-        if self._engine is None:
+        if self.engine is None:
             sampled = recorded_actions(trajectories, self._renderer.stop_id)
-            imitated = [Judgement(Verdict.GOOD, "imitated")] * len(sampled)
-            return SampledBatch(trajectories, sampled, imitated, totals, time.perf_counter() - start)
+            return SampledBatch(
+                trajectories, sampled, None, RolloutCounts(seconds=timer.seconds), self._clock() - start
+            )
         questions = None
-        with totals.phase("rollout"):
-            before = self._engine.stats()
-            if self._outcomes is not None:
-                trajectories, questions = self._outcomes.roll_out(trajectories, seeds)
+        of_engine, of_judge = self.engine.stats(), self._judge.stats()
+        with timer.phase("rollout"):
+            if self._whole is not None:
+                trajectories, questions = self._whole.roll_out(trajectories, seeds)
                 sampled = recorded_actions(trajectories, self._renderer.stop_id)
             else:
-                sampled = sample_actions(
-                    trajectories, self._engine, self._renderer, self._tools, config.training, seeds
-                )
-            after = self._engine.stats()
-            for name in ("prompt_tokens", "cached_tokens", "cacheable_tokens", "generated_tokens"):
-                setattr(totals, name, float(getattr(after, name) - getattr(before, name)))
-        with totals.phase("judge"):
-            if self._outcomes is not None:
-                judgements = self._outcomes.judgements(trajectories)
+                sampled = sample_actions(trajectories, self.engine, self._renderer, self._tools, config.training, seeds)
+            drawn = self.engine.stats()
+        with timer.phase("judge"):
+            if self._whole is not None:
+                judgements = self._whole.judgements(trajectories)
             else:
-                told = self._judge.stats()
                 judgements = judge_sampled(sampled, self._judge)
-                totals.judge_prompt_tokens = self._judge.stats().prompt_tokens - told.prompt_tokens
-                totals.judge_cached_tokens = self._judge.stats().cached_tokens - told.cached_tokens
-        return SampledBatch(trajectories, sampled, judgements, totals, time.perf_counter() - start, questions)
+        counts = RolloutCounts.between((of_engine, drawn), (of_judge, self._judge.stats()), timer.seconds)
+        return SampledBatch(trajectories, sampled, judgements, counts, self._clock() - start, questions)

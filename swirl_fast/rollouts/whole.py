@@ -15,7 +15,7 @@ from swirl_fast.seeds import seed_of
 from swirl_fast.tasks.task import Task
 from swirl_fast.tools.tool import Tool
 from swirl_fast.trajectory import Trajectory
-from swirl_fast.verdict import Judgement, Verdict
+from swirl_fast.verdict import Judgement
 
 
 class WholeRollouts:
@@ -42,11 +42,11 @@ class WholeRollouts:
         Raises ConfigError for a recorded question that the task does not have.
         """
         fresh, places = [], []
-        for place, (one, seed) in enumerate(zip(recorded, seeds, strict=True)):
-            question = self._questions.get(one.question_id)
+        for place, (trajectory, seed) in enumerate(zip(recorded, seeds, strict=True)):
+            question = self._questions.get(trajectory.question_id)
             if question is None:
                 raise ConfigError(
-                    f"algorithm.reward=outcome: the recorded question {one.question_id} is not among the training questions of "
+                    f"algorithm.reward=outcome: the recorded question {trajectory.question_id} is not among the training questions of "
                     f"task {self._task.name}, so its answers cannot be scored; use the settings tasks.* and run.seed of the collection"
                 )
             tokens = self._prompt(question.text)
@@ -56,10 +56,9 @@ class WholeRollouts:
         return fresh, places
 
     def judgements(self, fresh: Sequence[Trajectory]) -> list[Judgement]:
-        """One a step, trajectory after trajectory: GOOD where the trajectory's answer is right."""
+        """One a step, trajectory after trajectory: the reward of each is the score of the trajectory's answer."""
         judged = []
-        for one in fresh:
-            right = self._task.score(self._questions[one.question_id], one.answer).exact_match == 1.0
-            outcome = Judgement(Verdict.GOOD, "the answer is right") if right else Judgement(Verdict.BAD, "it is not")
-            judged += [outcome] * one.num_steps
+        for trajectory in fresh:
+            score = self._task.score(self._questions[trajectory.question_id], trajectory.answer).exact_match
+            judged += [Judgement.graded(score, f"the answer's score is {score:g}")] * trajectory.num_steps
         return judged

@@ -192,12 +192,15 @@ def filter(config: Config) -> None:
 def train(config: Config) -> None:
     """Under torchrun, one call a rank."""
     from swirl_fast.ranks import start, stop
-    from swirl_fast.training.build import run_training
+    from swirl_fast.training.build import open_training
 
     ranks = start()
     try:
-        # not before the settings are accepted: what lies there may have been made with others
-        run_training(config, ranks, lambda: _save_config(config))
+        with open_training(config, ranks) as training:
+            # not before the settings are accepted: what lies there may have been made with others
+            if ranks.main:
+                _save_config(config)
+            training.run()
     finally:
         stop()
 

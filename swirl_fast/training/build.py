@@ -1,32 +1,40 @@
-"""Config -> trainer -> trained model: loads, shards and wires what `loop.Trainer` works with."""
+"""Config -> trainer -> trained model: loads, shards and wires what `trainer.Trainer` works with."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.shard_source import open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
+from swirl_fast.files import difference, read_json, write_json
 from swirl_fast.judges import judge_id, load_judge
+from swirl_fast.judges.judge import Judge
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer
+from swirl_fast.rollouts.pipeline import RolloutPipeline
 from swirl_fast.rollouts.whole import WholeRollouts
 from swirl_fast.tasks import load_task
+from swirl_fast.tasks.task import Task
 from swirl_fast.tools import open_tools
-from swirl_fast.training import fsdp, layers, metrics_log, sharded_weights
+from swirl_fast.training import fsdp, layers, sharded_weights
 from swirl_fast.training.checkpoint import load_weights, recorded_state
 from swirl_fast.training.export import export
-from swirl_fast.training.memory import GIB, estimate
-from swirl_fast.training.resume import check_budget, completed, difference, model_settings, settings_of
+from swirl_fast.training.memory import estimate
+from swirl_fast.training.metrics_log import check_wandb
+from swirl_fast.training.resume import check_budget, model_settings, settings_of
 from swirl_fast.training.trainer import Trainer
+from swirl_fast.training.utilization import GIB
 
 _MARKER = "trained.json"
 
@@ -59,7 +67,7 @@ def open_stream(config: Config, ranks: Ranks) -> TrajectoryStream:
 def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
     """The policy, or the frozen reference, ready to run on these ranks. Collective.
 
-    Under torchrun every rank reads its own part of the weights alone, where the files allow it; rank 0 says so where they do not.
+    Under torchrun every rank reads only its own part of the weights, where the files allow it; rank 0 says so where they do not.
     """
     training = config.training
     compute = DTYPES[config.model.dtype]
@@ -77,7 +85,7 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
             weights = sharded_weights.find_weights(config.model, model)
         except sharded_weights.Unsharded as error:
             reason = str(error)
-        if reasons := [one for one in ranks.gather(reason) if one]:
+        if reasons := [text for text in ranks.gather(reason) if text]:
             if ranks.main:
                 print(f"train: model.path={config.model.path}: {reasons[0]}; every rank loads the whole model first")
             model, weights = load_model(config.model, dtype), None
@@ -92,72 +100,114 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
     return policy
 
 
-def run_training(config: Config, ranks: Ranks, accepted: Callable[[], object] = lambda: None) -> None:
-    """Trains to `training.steps` and writes runs/NAME/model, a Hugging Face folder. Does nothing when that is there already.
+@dataclass
+class Training:
+    """A training whose settings are accepted; trainer: None when runs/NAME/model is there already."""
 
-    accepted: called on rank 0 when nothing in the run's folder speaks against the settings, before the first step.
+    config: Config
+    ranks: Ranks
+    trainer: Trainer | None
+    tokenizer: PreTrainedTokenizerBase | None
+    marker: dict[str, Any]
+
+    def run(self) -> None:
+        """Trains to `training.steps` and writes runs/NAME/model, a Hugging Face folder. Collective."""
+        target, ranks = self.config.folder / "model", self.ranks
+        if self.trainer is None:
+            if ranks.main:
+                print(f"train: {target} is trained to step {self.config.training.steps} already")
+            return
+        self.trainer.run()
+        export(target, self.trainer.policy, self.tokenizer, ranks)
+        if ranks.main:
+            write_json(target / _MARKER, self.marker)
+        ranks.barrier()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def open_training(config: Config, ranks: Ranks) -> Iterator[Training]:
+    """Loads all that a training needs and restores its newest checkpoint: when this has succeeded, nothing in the run's folder speaks
+    against the settings. Nothing is loaded where the model is trained already. Collective.
+
+    Raises ConfigError for settings that cannot work here, or that are not those of the checkpoint.
     """
     with contextlib.ExitStack() as stack:
-        _run_training(config, ranks, accepted, stack)
+        yield _open_training(config, ranks, stack)
 
 
-def _run_training(config: Config, ranks: Ranks, accepted: Callable[[], object], stack: contextlib.ExitStack) -> None:
+def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> Training:
     training = config.training
-    fsdp.check(training, ranks)
-    metrics_log.check(training)
-    layers.check(training, load_config(config.model), ranks.device)
-    target = config.folder / "model"
+    fsdp.check_sharding(training, ranks)
+    check_wandb(training)
+    model_config = load_config(config.model)
+    layers.check_layers(training, model_config, ranks.device)
     stream = open_stream(config, ranks)
     stack.callback(stream.close)
     task = load_task(config.tasks, config.run.seed)
     tools_by_task = {task.name: task.tools}
     settings = settings_of(config, judge_id(config.judge, tools_by_task))
     marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings}
-    if (target / _MARKER).is_file() and completed(json.loads((target / _MARKER).read_text()), marker) == marker:
-        if ranks.main:
-            accepted()
-            print(f"train: {target} is trained to step {training.steps} already")
-        return
+    if read_json(config.folder / "model" / _MARKER) == marker:
+        return Training(config, ranks, None, None, marker)
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
     judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=[task])
-    if ranks.main and (count := stream.manifest.trajectories - stream.skipped_samples) < training.trajectories_per_step:
-        print(
-            f"train: {count} trajectories passed the filter, fewer than "
-            f"training.trajectories_per_step={training.trajectories_per_step}: every step repeats some, with fresh actions"
-        )
+    if config.judge.kind == "model":
+        stack.callback(judge.close)
     tokenizer = load_tokenizer(config.model)
-    renderer = Renderer(tokenizer, config.model.path)
+    rollouts = _open_rollouts(config, ranks, stream, task, judge, Renderer(tokenizer, config.model.path), stack)
+    max_context = model_config.get_text_config().max_position_embeddings
+    check_budget(config, stream.manifest, rollouts.engine.max_context if rollouts.engine else max_context)
+    if ranks.main:
+        _say_what_to_expect(config, ranks, stream, model_config)
+    policy = make_policy(config, ranks)
+    reference = make_policy(config, ranks, frozen=True) if config.algorithm.kl_coef > 0 else None
+    trainer = Trainer(config, ranks, policy, reference, rollouts, settings)
+    stack.callback(trainer.close)
+    trainer.restore()
+    return Training(config, ranks, trainer, tokenizer, marker)
+
+
+def _open_rollouts(
+    config: Config,
+    ranks: Ranks,
+    stream: TrajectoryStream,
+    task: Task,
+    judge: Judge,
+    renderer: Renderer,
+    stack: contextlib.ExitStack,
+) -> RolloutPipeline:
+    """What draws the actions and judges them. Raises ConfigError for shards that were collected with another tokenizer."""
     stop_ids = stream.manifest.stop_ids
     if stop_ids and renderer.stop_id not in stop_ids:
         raise ConfigError(
             f"model.path={config.model.path}: its turns end with token {renderer.stop_id}, but none of the recorded actions does; "
             "the shards were collected with another model's tokenizer"
         )
-
-    engine = None
+    engine = whole = None
     if config.algorithm.name != "sft":
         engine = load_engine(config, ranks.device, ranks=ranks)
         stack.callback(engine.close)
-    max_context = engine.max_context if engine else load_config(config.model).get_text_config().max_position_embeddings
-    check_budget(config, stream.manifest, max_context)
-    outcomes = None
-    if engine is not None and config.algorithm.reward == "outcome":
-        tools = stack.enter_context(open_tools(task.tools, config.search, task.passages()))
-        outcomes = WholeRollouts(config, task, tools, engine, renderer)
-    if ranks.main and ranks.device.type == "cuda":
-        there = torch.cuda.get_device_properties(ranks.device).total_memory / GIB
-        needed = estimate(load_config(config.model), config, ranks.size if ranks.distributed else 0)
-        print(f"train: the GPU has {there:.1f} GiB; estimated need {needed}")
-    policy = make_policy(config, ranks)
-    reference = make_policy(config, ranks, frozen=True) if config.algorithm.kl_coef > 0 else None
-    trainer = Trainer(config, ranks, policy, reference, engine, judge, renderer, task.tools, stream, settings, outcomes)
-    trainer.train(accepted)
-    export(target, policy, tokenizer, ranks)
-    if ranks.main:
-        (target / _MARKER).write_text(json.dumps(marker))
-    ranks.barrier()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        if config.algorithm.reward == "outcome":
+            tools = stack.enter_context(open_tools(task.tools, config.search, task.passages()))
+            whole = WholeRollouts(config, task, tools, engine, renderer)
+    rollouts = RolloutPipeline(config, ranks, engine, judge, renderer, task.tools, stream, whole)
+    stack.callback(rollouts.close)
+    return rollouts
+
+
+def _say_what_to_expect(config: Config, ranks: Ranks, stream: TrajectoryStream, model_config: PreTrainedConfig) -> None:
+    count, wanted = stream.manifest.trajectories - stream.skipped_samples, config.training.trajectories_per_step
+    if count < wanted:
+        print(
+            f"train: {count} trajectories passed the filter, fewer than training.trajectories_per_step={wanted}: every step repeats some, "
+            "with fresh actions"
+        )
+    if ranks.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(ranks.device).total_memory / GIB
+        needed = estimate(model_config, config, ranks.size if ranks.distributed else 0)
+        print(f"train: the GPU has {memory:.1f} GiB; estimated need {needed}")
 
 
 def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> None:
@@ -168,10 +218,9 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> 
     if target.exists():
         raise ConfigError(f"{target} is already there; remove it, or name another folder with --out")
     source = config.folder / "checkpoints" / name
-    wanted = {"model": model_settings(config)}
-    recorded = completed({"model": recorded_state(source)["settings"]["model"]}, wanted)
+    recorded, wanted = recorded_state(source)["settings"]["model"], model_settings(config)
     if recorded != wanted:
-        raise ConfigError(f"{source} was trained from another model: {difference(recorded, wanted)}")
+        raise ConfigError(f"{source} was trained from another model: {difference(recorded, wanted, 'model')}")
     policy = make_policy(config, ranks)
     load_weights(source, policy)
     export(target, policy, load_tokenizer(config.model), ranks)

@@ -20,7 +20,7 @@ from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
 
 
-def check(training: TrainingConfig, ranks: Ranks) -> None:
+def check_sharding(training: TrainingConfig, ranks: Ranks) -> None:
     """Raises ConfigError for settings that these ranks cannot follow; nothing has been loaded yet."""
     if training.shard_size and ranks.size % training.shard_size:
         raise ConfigError(

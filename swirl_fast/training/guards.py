@@ -1,4 +1,4 @@
-"""What keeps a training from going on blindly: steps without an update are counted and end it after a limit, a KL that runs away warns."""
+"""Safety stops: steps without an update are counted and end the run after a limit; a runaway KL warns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENOUGH_TO_TELL = 8  # judged actions without a single verdict: below that it may
 
 @dataclass
 class GuardCounts:
-    """Goes into checkpoints and, where named so, into the metrics."""
+    """Goes into checkpoints; skipped_steps and unknown_steps are metrics, too."""
 
     skipped_steps: int = 0  # loss or gradient was not finite
     unknown_steps: int = 0  # the judge gave no verdict
@@ -35,11 +35,11 @@ class Guards:
         self.skipped = False  # this step
 
     def begin(self) -> None:
-        """Of a step."""
+        """Starts a step: nothing is skipped yet."""
         self.skipped = False
 
-    def end(self, step: int, kl: float) -> dict[str, float]:
-        """Of a step, the `step`-th. Returns its metrics. kl: mean a token."""
+    def end(self, step: int, kl: float) -> None:
+        """Ends the `step`-th step. kl: mean a token; a high one is warned about once, until it is low again."""
         counts = self.counts
         if not self.skipped:
             counts.in_a_row = counts.unanswered = 0
@@ -50,7 +50,6 @@ class Guards:
                 "read some actions, and raise algorithm.kl_coef or lower training.learning_rate when they have gone wrong"
             )
         counts.kl_high = high
-        return {"skipped_steps": counts.skipped_steps, "unknown_steps": counts.unknown_steps}
 
     def finite(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether to make an update. Collective. loss: this rank's share; grad_norm: over all ranks.
@@ -102,7 +101,7 @@ class Guards:
         self.counts = GuardCounts(**state)
 
     def _skip(self) -> bool:
-        """GuardCounts a step without an update; whether the limit is reached."""
+        """Counts a step without an update. Returns whether the limit is reached."""
         self.skipped = True
         self.counts.in_a_row += 1
         return self.counts.in_a_row >= self._limit

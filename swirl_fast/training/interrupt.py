@@ -1,5 +1,5 @@
-"""Orderly stops: SIGTERM, SIGUSR1 (what Slurm is usually told to send ahead of a time limit) and `training.time_limit` end the training
-behind the step under way, with a checkpoint and an exit code that says "start me again".
+"""Orderly stops: SIGTERM, SIGUSR1 (what Slurm is usually told to send ahead of a time limit) and `training.time_limit` stop training after
+the current step, with a checkpoint and an exit code that means: start me again.
 
 torchrun passes SIGTERM on to its workers and kills them 30 s later: `--shutdown-timeout SECONDS` must leave time for a step and a
 checkpoint. SIGUSR1 ends torchrun itself, unless it is told to pass it on: `--signals-to-handle SIGTERM,SIGINT,SIGUSR1`. It
@@ -75,7 +75,7 @@ def _launched() -> float:
     """When this process, or the torchrun that started it, was started, on the clock of time.monotonic(); now where there is no /proc."""
     process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     try:
-        # behind the name in parentheses, which may hold blanks; starttime is field 22, in clock ticks since the machine started
+        # after the name in parentheses, which may hold blanks; starttime is field 22, in clock ticks since the machine started
         ticks = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
         running = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
     except OSError:

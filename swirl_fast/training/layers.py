@@ -12,7 +12,7 @@ from swirl_fast.models.policy import Policy
 from swirl_fast.training.fsdp import decoder_layers
 
 
-def check(training: TrainingConfig, model_config: PreTrainedConfig, device: torch.device) -> None:
+def check_layers(training: TrainingConfig, model_config: PreTrainedConfig, device: torch.device) -> None:
     """Raises ConfigError for flash-attn or liger-kernel without a GPU or without the package, and for a model type that liger-kernel does
     not know."""
     if training.flash_attention:
@@ -37,7 +37,7 @@ def check(training: TrainingConfig, model_config: PreTrainedConfig, device: torc
 def prepare(policy: Policy, training: TrainingConfig) -> None:
     """Checkpoints, compiles and replaces as the settings say. A policy without trainable parameters keeps no activations anyway.
 
-    full: of a layer its input alone is kept. selective: of every second layer; the others keep all. Choosing layers rather than
+    full: only the input of a layer is kept. selective: of every second layer; the others keep all. Choosing layers rather than
     operations costs a sixth of the step at half the memory, and holds for Triton kernels and compiled layers, whose operations
     torch's selective checkpointing does not see.
     """

@@ -1,4 +1,4 @@
-"""How much memory a rank needs, in bytes, from settings and shapes alone: no weights are read.
+"""How much memory a rank needs, in bytes, from settings and shapes: no weights are read.
 
     python -m swirl_fast.training.memory --config FILE [--ranks N] key=value …     (N of torchrun, on all machines)
 
@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from swirl_fast.config import Config, ConfigError, load
 from swirl_fast.models.load import DTYPES, load_config
 from swirl_fast.training.fsdp import layers_of
+from swirl_fast.training.utilization import GIB
 
-GIB = 2**30
 LOGITS_WORKSPACE = 256 << 20  # linear_logprob's default
 
 
@@ -47,8 +47,8 @@ class Estimate:
 
 
 def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> Estimate:
-    """Of training with `config` on GPUs. ranks: of torchrun; 0: one process without it, which shards nothing and casts weights to the
-    compute type in every matrix product."""
+    """The need of training with `config` on GPUs. ranks: of torchrun; 0: one process without it, which shards nothing and casts weights
+    to the compute type in every matrix product."""
     training, distributed = config.training, ranks > 0
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), dtype=torch.float32)

@@ -1,7 +1,8 @@
-"""One place where a training step's numbers go out: screen, metrics.jsonl, TensorBoard and Weights & Biases get the same dict.
+"""One place where a training step's numbers go out: screen, metrics.jsonl, TensorBoard and Weights & Biases get the same dict, with the
+names of swirl_fast/metrics.py.
 
 What is not a finite number (the reward of a step without verdicts, the gradient norm of a skipped one) is shown as it is on the screen,
-is null in metrics.jsonl, for JSON knows no NaN, and a gap in the curves of TensorBoard and Weights & Biases.
+is null in metrics.jsonl, because JSON has no NaN, and a gap in the curves of TensorBoard and Weights & Biases.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from swirl_fast.config import ConfigError, TrainingConfig
-from swirl_fast.metrics import METRICS_FILE, read_metrics
+from swirl_fast.files import write_text
+from swirl_fast.metrics import METRICS_FILE, console_line, read_metrics
 
 WANDB_ID_FILE = "wandb_id"
 
 
-def check(training: TrainingConfig) -> None:
+def check_wandb(training: TrainingConfig) -> None:
     """Raises ConfigError for training.wandb without the package."""
     if not training.wandb:
         return
     try:
-        from wandb import init  # noqa: F401  # of a mere folder called wandb, as runs leave one, this fails too
+        # This also fails for a mere folder called wandb, as runs leave one.
+        from wandb import init  # noqa: F401
     except ImportError:
         raise ConfigError(
             f"training.wandb={training.wandb}: the package is missing; run: pip install wandb (or leave it empty)"
@@ -33,25 +36,23 @@ def check(training: TrainingConfig) -> None:
 
 
 class MetricsLog:
-    """Writes only where `active` (rank 0). Rows of steps behind `step`, left by a run that died after its last checkpoint, are
-    dropped first, so that every step stands once. Weights & Biases cannot drop any: of a step done twice it keeps the first row.
+    """Writes only where `active` (rank 0). Rows of steps after `step`, left by a run that died after its last checkpoint, are
+    dropped first, so that every step is there once. Weights & Biases cannot drop any: of a step done twice it keeps the first row.
 
-    config: of the whole run, for Weights & Biases.
+    config: settings of the whole run, for Weights & Biases.
     """
 
     def __init__(
         self, folder: Path, step: int, active: bool, training: TrainingConfig, config: dict[str, Any] | None = None
     ) -> None:
-        self._active, self._total = active, training.steps
+        self._active, self._steps = active, training.steps
         self._file = self._board = self._wandb = None
         if not active:
             return
         kept = [row for row in read_metrics(folder) if row["step"] <= step]
         path = folder / METRICS_FILE
-        temporary = path.with_name(METRICS_FILE + ".tmp")
-        temporary.write_text("".join(_json(row) for row in kept))
-        temporary.rename(path)
-        self._file = path.open("a")
+        write_text(path, "".join(_json(row) for row in kept))
+        self._file = path.open("a", encoding="utf-8")
         if training.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -71,7 +72,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, int(metrics["step"]))
         if self._wandb is not None:
             self._wandb.log(finite, step=int(metrics["step"]))
-        print(line(metrics, self._total), flush=True)
+        print(console_line(metrics, self._steps), flush=True)
 
     def __enter__(self) -> Self:
         return self
@@ -101,22 +102,12 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
 
     path = folder / WANDB_ID_FILE
     if not path.is_file():
-        temporary = path.with_name(WANDB_ID_FILE + ".tmp")
-        temporary.write_text(uuid.uuid4().hex[:12])
-        temporary.rename(path)
+        write_text(path, uuid.uuid4().hex[:12])
     return wandb.init(
-        project=project, id=path.read_text().strip(), resume="allow", name=folder.name, dir=str(folder), config=config
-    )
-
-
-def line(metrics: dict[str, float], total: int) -> str:
-    """The console line of a training step. MFU stands there when it is known."""
-    m = metrics
-    used = f"mfu {m['mfu']:.1%} ({m['mfu_step']:.1%} of the step)  " if "mfu" in m else ""
-    return (
-        f"step {m['step']:.0f}/{total}  reward {m['reward']:.3f}  label {m['process_label']:.3f}  malformed {m['malformed']:.2f}  "
-        f"unknown {m['unknown']:.0f}  kl {m['kl']:.4f}  entropy {m['entropy']:.2f}  grad {m['grad_norm']:.2f}  "
-        f"gap {m['engine_gap_mean']:.1e}  cached {m['cache_hit_rate']:.0%}  "
-        f"tok/s {m['tokens_computed_per_second']:.0f} ({m['tokens_effective_per_second']:.0f} effective)  {used}"
-        f"memory {m['memory_gib']:.1f} GiB  {m['seconds']:.1f} s"
+        project=project,
+        id=path.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        name=folder.name,
+        dir=str(folder),
+        config=config,
     )

@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from swirl_fast.config import (
-    AlgorithmConfig,
-    Config,
-    ConfigError,
-    ModelConfig,
-    SearchConfig,
-    TasksConfig,
-    TrainingConfig,
-)
+from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.shards import Manifest
 from swirl_fast.models.load import model_fingerprint
 
@@ -65,39 +57,6 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
 
 def model_settings(config: Config) -> dict[str, Any]:
     return asdict(config.model) | {"weights": model_fingerprint(config.model)}
-
-
-def completed(recorded: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """`recorded`, with the defaults of the keys that did not exist yet when it was written: what they stand for was done then."""
-    defaults = {
-        "model": asdict(ModelConfig()),
-        "algorithm": asdict(AlgorithmConfig()),
-        "training": asdict(TrainingConfig()),
-        "outcome": {"search": asdict(SearchConfig()), "tasks": asdict(TasksConfig())},
-    }
-    return _completed(recorded, wanted, defaults)
-
-
-def _completed(recorded: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    whole = dict(recorded)
-    for key, default in defaults.items():
-        if isinstance(default, dict) and isinstance(recorded.get(key), dict) and isinstance(wanted.get(key), dict):
-            whole[key] = _completed(recorded[key], wanted[key], default)
-        elif key in wanted and key not in recorded and not isinstance(default, dict):
-            whole[key] = default
-    return whole
-
-
-def difference(old: Any, new: Any, key: str = "") -> str:
-    """The leaves in which two nested dicts differ, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = (
-            difference(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))
-            for k in sorted({*old, *new})
-            if old.get(k) != new.get(k)
-        )
-        return "; ".join(parts)
-    return f"{key} was {old!r}, is {new!r} now"
 
 
 def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:

@@ -1,52 +1,86 @@
-"""What a rank adds up in a training step, before it is summed over ranks and shown."""
+"""What a rank adds up in a training step, how the ranks put it together, and the step's metrics (swirl_fast/metrics.py)."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from swirl_fast.objective import LossSums
+import torch
+
+from swirl_fast.metrics import METRICS, OVER_RANKS, largest, summed, values
+from swirl_fast.objective import Actions, LossSums, state_rewards, trajectory_rewards
+from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.gaming import GamingSigns
+from swirl_fast.rollouts.pipeline import SampledBatch
+from swirl_fast.training.utilization import utilization
+from swirl_fast.verdict import Verdict
 
 
 @dataclass
-class StepSums(GamingSigns):
-    """What one rank adds up over its micro-batches; summed (or, where named so, maximised) over ranks before it is shown."""
+class StepSums:
+    """The sums of one rank. Those of sampling are in rollouts.pipeline.RolloutCounts, those of signs of gaming in
+    rollouts.gaming.GamingSigns."""
 
-    loss: float = 0.0
-    tokens: float = 0.0
-    kl: float = 0.0
-    clipped: float = 0.0
-    clip_tokens: float = 0.0  # over all updates on the batch; the other sums are those of the first
-    surprisal: float = 0.0  # of all sampled tokens: its mean is an unbiased estimate of the policy's entropy
-    gap: float = 0.0
-    gap_max: float = 0.0
-    ratio_max: float = 0.0
-    truncated: float = 0.0  # tokens whose importance weight was cut at algorithm.importance_cap
-    nll: float = 0.0  # of the trained tokens, under the policy before the update
-    rewards: float = 0.0
-    rewarded: float = 0.0  # actions with a verdict, or trajectories
-    actions: float = 0.0
-    known: float = 0.0
-    malformed: float = 0.0
-    states: float = 0.0
-    judged_states: float = 0.0
-    process_label: float = 0.0
-    computed_tokens: float = 0.0
-    flops: float = 0.0  # of one update, by comb.flops
-    effective_tokens: float = 0.0
-    prompt_tokens: float = 0.0
-    cached_tokens: float = 0.0
-    cacheable_tokens: float = 0.0
-    judge_prompt_tokens: float = 0.0
-    judge_cached_tokens: float = 0.0
-    generated_tokens: float = 0.0
-    updates: int = 0  # begun, the same on all ranks
-    seconds: dict[str, float] = field(default_factory=dict)
+    # the batch
+    rewards: float = summed()
+    rewarded: float = summed()  # actions with a verdict, or trajectories
+    process_label: float = summed()  # mean rewards of states
+    judged_states: float = summed()
+    states: float = summed()
+    actions: float = summed()
+    unknown: float = summed()
+    malformed: float = summed()
+    surprisal: float = summed()  # of all sampled tokens
+    # the first update
+    computed_tokens: float = summed()
+    effective_tokens: float = summed()
+    flops: float = summed()  # of one update, by comb.flops
+    flops_of_rank: float = largest()  # the same
+    loss: float = summed()
+    nll: float = summed()
+    tokens: float = summed()
+    kl: float = summed()
+    gap: float = summed()
+    gap_max: float = largest()
+    truncated: float = summed()
+    # all updates on the batch
+    clipped: float = summed()
+    clip_tokens: float = summed()
+    ratio_max: float = largest()
+    # the whole step
+    seconds: float = largest()
+    busy_seconds: float = largest()  # forward and backward
+    memory_gib: float = largest()
 
-    def add(self, sums: LossSums, first: bool) -> None:
+    def add_batch(self, batch: SampledBatch, actions: Actions) -> None:
+        self.actions = len(batch.sampled)
+        self.malformed = sum(sample.action.kind == "malformed" for sample in batch.sampled)
+        self.surprisal = -sum(sum(sample.completion.logprobs) for sample in batch.sampled)
+        if batch.judgements is None:  # imitated: nothing was rewarded
+            self.states = len(actions.states.unique())
+            return
+        known = int(actions.known.sum())
+        self.unknown = len(batch.sampled) - known
+        self.states = len(actions.states[actions.known].unique())
+        if batch.questions is not None:
+            rewards = trajectory_rewards(actions)
+            self.rewards, self.rewarded = float(rewards.double().sum()), len(rewards)
+            return
+        self.rewards, self.rewarded = float(actions.rewards[actions.known].double().sum()), known
+        means = state_rewards(actions)
+        self.process_label, self.judged_states = float(means.double().sum()), len(means)
+
+    def add_work(self, computed_tokens: int, effective_tokens: int, flops: float) -> None:
+        """Of one micro-batch."""
+        self.computed_tokens += computed_tokens
+        self.effective_tokens += effective_tokens
+        self.flops += flops
+        self.flops_of_rank += flops
+
+    def add_loss(self, sums: LossSums, first: bool) -> None:
+        """Of one update; first: of the batch."""
         if first:
             self.tokens += sums.tokens
             self.kl += sums.kl
@@ -55,10 +89,44 @@ class StepSums(GamingSigns):
         self.clipped += sums.clipped
         self.ratio_max = max(self.ratio_max, sums.ratio_max)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A phase inside another one is no part of the outer one's seconds."""
-        start, so_far = time.perf_counter(), sum(self.seconds.values())
-        yield
-        inside = sum(self.seconds.values()) - so_far
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start - inside
+
+def gaming_signs(batch: SampledBatch) -> GamingSigns:
+    """Imitated actions count as GOOD."""
+    signs = GamingSigns()
+    verdicts = [Verdict.GOOD] * len(batch.sampled)
+    if batch.judgements is not None:
+        verdicts = [judgement.verdict for judgement in batch.judgements]
+    for sample, verdict in zip(batch.sampled, verdicts, strict=True):
+        steps = batch.trajectories[sample.trajectory].steps[: len(sample.view.history)]
+        earlier = [step.action for step in steps]
+        signs.observe(sample.view.action_text, sample.action, len(sample.completion.tokens), verdict, earlier)
+    return signs
+
+
+def over_ranks(ranks: Ranks, *parts: Any) -> dict[str, float]:
+    """The declared sums of dataclasses, by field, put together over ranks. Collective; the parts have no field name in common."""
+    local: dict[str, dict[str, float]] = {"sum": {}, "max": {}}
+    for part in parts:
+        for field in dataclasses.fields(part):
+            if OVER_RANKS in field.metadata:
+                local[field.metadata[OVER_RANKS]][field.name] = float(getattr(part, field.name))
+    together = {"sum": ranks.sum, "max": ranks.max}
+    result: dict[str, float] = {}
+    for how, sums in local.items():
+        reduced = together[how](torch.tensor(list(sums.values()), dtype=torch.float64))
+        result |= zip(sums, reduced.tolist(), strict=True)
+    return result
+
+
+def step_metrics(
+    sums: Mapping[str, float], given: Mapping[str, float], updates: int, peak: float | None, ranks: int
+) -> dict[str, float]:
+    """The step's metrics. sums: of all ranks. given: those that the trainer knows by name. updates: begun on the batch. peak: FLOP/s of one
+    rank, None where that is not known."""
+    work, busy, seconds = sums["flops"] * updates, sums["busy_seconds"], sums["seconds"]
+    computed = {
+        "rank_imbalance": sums["flops_of_rank"] * ranks / sums["flops"] if sums["flops"] else 1.0,
+        "tflops": work / busy / 1e12 if busy else 0.0,
+        **utilization(work, busy, seconds, peak, ranks),
+    }
+    return values(METRICS, {**sums, "rank_seconds": seconds * ranks}, {**given, **computed})

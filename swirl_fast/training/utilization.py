@@ -55,7 +55,7 @@ def peak_flops(peak_tflops: float, device: torch.device, dtype: torch.dtype) -> 
 
 
 def utilization(work: float, busy: float, seconds: float, peak: float | None, ranks: int) -> dict[str, float]:
-    """The metrics `mfu`, of forward and backward alone, and `mfu_step`, of the whole step; none where the peak is not known.
+    """The metrics `mfu`, of forward and backward, and `mfu_step`, of the whole step; none where the peak is not known.
 
     work: FLOP of all ranks in the step. busy: seconds of forward and backward; seconds: of the step. peak: FLOP/s of one rank.
     """

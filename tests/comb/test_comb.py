@@ -105,7 +105,7 @@ def test_order_of_input_does_not_matter(seed: int) -> None:
         groups, others = (micro_batches(b, 40, None, ranks, SIZE) for b in (branches, mixed))
         assert [(g.tokens, g.flops) for g in groups] == [(g.tokens, g.flops) for g in others]
         for group, other in zip(groups, others, strict=True):
-            assert_same(pack(group.branches), pack(other.branches))
+            assert_same(pack(group.trunks), pack(other.trunks))
 
 
 @given(seeds, st.integers(33, 60), st.integers(1, 4))
@@ -115,7 +115,7 @@ def test_micro_batches_keep_every_action_and_the_budget(seed: int, budget: int, 
     wanted = all_actions(branches)
     seen: list[int] = []
     for group in micro_batches(branches, budget, None, ranks, SIZE):
-        comb = pack(group.branches)
+        comb = pack(group.trunks)
         assert comb.computed_tokens == group.tokens <= budget
         check_walk(comb, wanted)
         seen += comb.indices_A.tolist()
@@ -152,7 +152,7 @@ def test_cuts_are_few_and_repeat_little(seed: int) -> None:
 
 def walk_order(group: MicroBatchPlan) -> list[int]:
     """The actions by the packed place of their last computed token, shorter paths and lower numbers first."""
-    comb = pack(group.branches)
+    comb = pack(group.trunks)
     last = comb.rows_E[comb.edge_N[comb.offsets[1:] - 1]]
     return [int(comb.indices_A[a]) for a in np.lexsort((comb.indices_A, last))]
 
@@ -167,7 +167,7 @@ def test_a_tree_above_the_budget_is_cut_along_the_trunk() -> None:
     near = SampledState(2, tuple(map(ints, ("lmn", "opq", "rst"))), (0, 1, 2))
     far = SampledState(4, tuple(map(ints, ("uv", "wx", "yz"))), (3, 4, 5))
     groups = micro_batches([Trunk(ints("abcd"), (far, near))], 8)
-    assert [sorted(i for b in g.branches for s in b.states for i in s.indices) for g in groups] == [
+    assert [sorted(i for b in g.trunks for s in b.states for i in s.indices) for g in groups] == [
         [0, 1, 2],
         [3, 4, 5],
     ]
@@ -218,7 +218,7 @@ def test_flops_are_those_of_the_matrix_products() -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_estimates_before_packing_are_close(seed: int) -> None:
     for group in micro_batches(random_trunks(seed), 60, None, 1, SIZE):
-        assert group.flops == pytest.approx(pack(group.branches).flops(SIZE), rel=0.15)
+        assert group.flops == pytest.approx(pack(group.trunks).flops(SIZE), rel=0.15)
 
 
 def search_branches(trajectories: int, states: int, samples: int, scale: int = 1) -> list[Trunk]:
@@ -248,7 +248,7 @@ def test_ranks_get_equal_work(trajectories: int, ranks: int) -> None:
     groups = micro_batches(branches, 512, None, ranks, SIZE)
     assert len(groups) % ranks == 0 and all(group.tokens <= 512 for group in groups)
     jobs = balance([group.flops for group in groups], ranks)
-    work = [sum(pack(groups[job].branches).flops(SIZE) for job in of_rank) for of_rank in jobs]
+    work = [sum(pack(groups[job].trunks).flops(SIZE) for job in of_rank) for of_rank in jobs]
     assert max(work) / np.mean(work) < 1.1
 
 

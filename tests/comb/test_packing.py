@@ -92,7 +92,7 @@ def test_every_way_of_packing_is_the_same(kind: str, way: str) -> None:
             found = padded_rows(policy.model, branches, 0.8)
         else:
             if way == "micro_batches":
-                combs = [pack(group.branches) for group in micro_batches(branches, 34)]
+                combs = [pack(group.trunks) for group in micro_batches(branches, 34)]
             else:
                 combs = [
                     pack(
