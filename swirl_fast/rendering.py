@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -88,11 +89,13 @@ class Renderer:
         tokens = self._encode(self._before + self.plain(text) + self._after)
         return tokens if stopped else [self.stop_id, *tokens]
 
-    def text(self, tokens: Sequence[int]) -> str:
+    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of an action, without its stop token."""
-        if tokens and tokens[-1] == self.stop_id:
+        if len(tokens) and tokens[-1] == self.stop_id:
             tokens = tokens[:-1]
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(
+            np.asarray(tokens).tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str), "one sequence decodes to one text"
         return text
 

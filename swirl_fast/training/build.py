@@ -13,6 +13,7 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.shard_source import open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
+from swirl_fast.files import describe_changes
 from swirl_fast.judges import load_judge
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer
 from swirl_fast.models.policy import Policy
@@ -25,7 +26,7 @@ from swirl_fast.training import fsdp, layers, metrics_log, sharded_weights
 from swirl_fast.training.checkpoint import load_weights, recorded_state
 from swirl_fast.training.export import export
 from swirl_fast.training.memory import GIB, estimate
-from swirl_fast.training.resume import check_budget, completed, difference, model_settings, settings_of
+from swirl_fast.training.resume import check_budget, completed, model_settings, settings_of
 from swirl_fast.training.trainer import Trainer
 
 _MARKER = "trained.json"
@@ -171,7 +172,7 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> 
     wanted = {"model": model_settings(config)}
     recorded = completed({"model": recorded_state(source)["settings"]["model"]}, wanted)
     if recorded != wanted:
-        raise ConfigError(f"{source} was trained from another model: {difference(recorded, wanted)}")
+        raise ConfigError(f"{source} was trained from another model: {describe_changes(recorded, wanted)}")
     policy = make_policy(config, ranks)
     load_weights(source, policy)
     export(target, policy, load_tokenizer(config.model), ranks)

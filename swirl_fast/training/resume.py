@@ -88,23 +88,11 @@ def _completed(recorded: dict[str, Any], wanted: dict[str, Any], defaults: dict[
     return whole
 
 
-def difference(old: Any, new: Any, key: str = "") -> str:
-    """The leaves in which two nested dicts differ, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = (
-            difference(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))
-            for k in sorted({*old, *new})
-            if old.get(k) != new.get(k)
-        )
-        return "; ".join(parts)
-    return f"{key} was {old!r}, is {new!r} now"
-
-
 def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:
     """Raises ConfigError, before any work, when the longest recorded state with a longest action, or for algorithm.name=sft with the
     recorded one, fits neither a micro-batch nor the longest path allowed nor the context."""
     training = config.training
-    if config.algorithm.name == "sft" and manifest.longest_path:
+    if config.algorithm.name == "sft":
         path = manifest.longest_path["tokens"]
         what = f"trajectory {manifest.longest_path['id']} has {path} tokens up to its last action"
         key = f"tasks.max_steps={config.tasks.max_steps}"

@@ -28,6 +28,7 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines.engine import Engine
 from swirl_fast.exits import Resumable
+from swirl_fast.files import describe_changes
 from swirl_fast.judges.judge import Judge
 from swirl_fast.models.load import DTYPES
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
@@ -52,7 +53,7 @@ from swirl_fast.training.fsdp import set_gradient_sync
 from swirl_fast.training.guards import Guards
 from swirl_fast.training.interrupt import Interrupts
 from swirl_fast.training.metrics_log import MetricsLog
-from swirl_fast.training.resume import completed, difference
+from swirl_fast.training.resume import completed
 from swirl_fast.training.step_metrics import StepSums
 from swirl_fast.training.utilization import peak_flops, peak_memory, utilization
 from swirl_fast.trajectory import Trajectory
@@ -192,7 +193,7 @@ class Trainer:
         steps = self.config.training.steps
         if (recorded := completed(state["settings"], self.settings)) != self.settings:
             raise ConfigError(
-                f"{self.checkpoints} was trained with other settings: {difference(recorded, self.settings)}. "
+                f"{self.checkpoints} was trained with other settings: {describe_changes(recorded, self.settings)}. "
                 "Go back to them, or use another run.name"
             )
         if state["step"] > steps:
