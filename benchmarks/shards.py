@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import pickle
 import random
 import shutil
@@ -45,6 +44,7 @@ from benchmarks.environment import environment
 from swirl_fast.data.shard_source import ShardCache
 from swirl_fast.data.shards import StepSample, streaming, verify_shards, write_shards
 from swirl_fast.data.stream import TrajectoryStream
+from swirl_fast.files import write_json
 from swirl_fast.formats.tags import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Verdict
@@ -68,7 +68,7 @@ def make_samples(count: int, steps: int, seed: int = SEED) -> Iterator[StepSampl
         return " ".join(draw.choices(words, k=tokens * 4 // 7))
 
     for number in range(count):
-        tokens = numbers.integers(0, 49_152, PROMPT + steps * ACTION + (steps - 1) * RESULT).tolist()
+        tokens = numbers.integers(0, 49_152, PROMPT + steps * ACTION + (steps - 1) * RESULT).astype(np.int32)
         spans = [PROMPT + i * (ACTION + RESULT) for i in range(steps)]
         trajectory = Trajectory(
             f"q{number}-0", f"q{number}", "search", text(20), number, PROMPT, tokens, finish=Finish.ANSWER
@@ -89,7 +89,7 @@ def write_data(folder: Path, count: int, steps: int) -> None:
 
         def written() -> Iterator[StepSample]:
             for sample in make_samples(count, steps):
-                lines.write(json.dumps(dataclasses.asdict(sample)).encode() + b"\n")
+                lines.write(json.dumps(dataclasses.asdict(sample), default=np.ndarray.tolist).encode() + b"\n")
                 pickles.write(pickle.dumps(sample, protocol=5))
                 offsets["jsonl"].append(lines.tell())
                 offsets["pickle"].append(pickles.tell())
@@ -140,7 +140,8 @@ def _from_json(value: dict[str, Any]) -> StepSample:
     steps = [Step(**{**step, "action": Action(**step["action"])}) for step in trajectory["steps"]]
     finish = Finish(trajectory["finish"])
     return StepSample(
-        Trajectory(**{**trajectory, "steps": steps, "finish": finish}), [Verdict(one) for one in value["verdicts"]]
+        Trajectory(**{**trajectory, "steps": steps, "finish": finish}),
+        [Verdict(verdict) for verdict in value["verdicts"]],
     )
 
 
@@ -189,7 +190,7 @@ def first_batch(way: str, folder: Path, batch: int, position: int) -> float:
 
 
 def read_rate(way: str, folder: Path, batch: int, count: int) -> float:
-    """Trajectories a second behind the first batch."""
+    """Trajectories a second after the first batch."""
     batches = WAYS[way](folder, batch, 0)
     next(batches)
     start = time.perf_counter()
@@ -200,7 +201,7 @@ def read_rate(way: str, folder: Path, batch: int, count: int) -> float:
 
 
 def waiting(way: str, folder: Path, batch: int, steps: int, seconds_step: float) -> list[float]:
-    """Seconds of each next_batch behind the first, between steps that keep all of torch's threads at matrix products."""
+    """Seconds of each next_batch after the first, between steps that keep all of torch's threads at matrix products."""
     matrix = torch.randn(512, 512)
     batches = WAYS[way](folder, batch, 0)
     next(batches)
@@ -299,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "seconds_import": seconds_import,
             "seconds_verify": time.perf_counter() - start,
         }
-        quickstart = json.loads(QUICKSTART.read_text()) if QUICKSTART.is_file() else None
+        quickstart = json.loads(QUICKSTART.read_text(encoding="utf-8")) if QUICKSTART.is_file() else None
         print(
             f"{options.trajectories} trajectories of {options.tokens} tokens, {result['bytes']['shards']:,} B of shards"
         )
@@ -310,9 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for way in tqdm(options.ways, disable=None, leave=False):
             row = results[way] = measure(way, folder, options)
             result["summary"], result["results"] = summarize(results, quickstart), results
-            partial = options.out.with_name(options.out.name + ".tmp")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(partial, options.out)
+            write_json(options.out, result)
             tqdm.write(
                 f"{way:>14}{row['trajectories_per_second']:>10,.0f}{row['first_batch_seconds']:>11.3f} s"
                 f"{row['resume_seconds']:>8.3f} s{row['share_of_step']:>20.3%}"

@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 
-def digest(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """xxh64 of a file, in hex."""
     state = xxhash.xxh64()
     with path.open("rb") as file:
@@ -22,7 +22,7 @@ def digest(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Of a file or a folder."""
+    """Flushes a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,13 +62,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def difference(old: Any, new: Any, key: str = "") -> str:
-    """The leaves in which two nested JSON values differ, as a message names them: "a.b was 1, is 2 now; …". key: name of the whole."""
+def canonical_json(value: Any) -> str:
+    """One text for equal values, whatever the order of their keys."""
+    return json.dumps(value, sort_keys=True)
+
+
+def describe_changes(old: Any, new: Any, key: str = "") -> str:
+    """The leaves in which two JSON values differ, by their dotted keys: `training.steps was 4, is 8 now; …`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        parts = (
-            difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-        )
-        return "; ".join(parts)
-    return f"{key} was {old!r}, is {new!r} now"
+        names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        return "; ".join(describe_changes(old.get(name), new.get(name), f"{key}.{name}".lstrip(".")) for name in names)
+    return f"{key or 'it'} was {old!r}, is {new!r} now"

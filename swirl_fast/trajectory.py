@@ -9,15 +9,19 @@ State i is `tokens[:steps[i].start]`: a view, never a copy. `s_{i+1} = s_i + a_i
 tokens that were sampled are the tokens that are kept (arXiv 2504.04736, section 3, where a state with its
 action is called a sub-trajectory).
 
-Pure Python: imports neither torch nor transformers.
+Tokens are one int32 array from here to the comb. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
 
 from swirl_fast.formats.tags import Action
 
@@ -48,9 +52,10 @@ class Step:
     observation: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Trajectory:
-    """tokens: token ids of the whole trunk. steps: in order, non-overlapping, each inside `tokens`."""
+    """tokens: int32 [length of the trunk], token ids; a list becomes an array here. steps: in order, non-overlapping, each inside
+    `tokens`. Two trajectories are equal when all their fields are."""
 
     id: str
     question_id: str
@@ -58,9 +63,21 @@ class Trajectory:
     question: str
     seed: int
     prompt_length: int
-    tokens: list[int]
+    tokens: NDArray[np.int32]
     steps: list[Step] = field(default_factory=list)
     finish: Finish | None = None  # None: still being collected
+
+    def __post_init__(self) -> None:
+        self.tokens = np.asarray(self.tokens, np.int32)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Trajectory):
+            return NotImplemented
+        names = [each.name for each in fields(self) if each.name != "tokens"]
+        same = all(getattr(self, name) == getattr(other, name) for name in names)
+        return same and np.array_equal(self.tokens, other.tokens)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def num_steps(self) -> int:
@@ -73,17 +90,38 @@ class Trajectory:
             return self.steps[-1].action.argument
         return None
 
-    def state(self, i: int) -> list[int]:
-        """Tokens the model had read before action i (0-based)."""
+    def extend(self, tokens: Sequence[int] | NDArray[np.integer]) -> None:
+        """Appends tokens. Makes a new array: states that were handed out keep theirs."""
+        self.tokens = np.concatenate([self.tokens, np.asarray(tokens, np.int32)])
+
+    def state(self, i: int) -> NDArray[np.int32]:
+        """Tokens the model had read before action i (0-based): a view of `tokens`."""
         return self.tokens[: self.steps[i].start]
 
     def view(self, i: int) -> StepView:
         """What a judge sees of step i."""
-        history = tuple((step.text, step.observation or "") for step in self.steps[:i])
-        return StepView(self.task, self.question, history, self.steps[i].text)
+        return StepView(self.task, self.question, self._turns(i), self.steps[i].text)
 
     def views(self) -> list[StepView]:
-        return [self.view(i) for i in range(self.num_steps)]
+        """What a judge sees of each step; the turns in their histories are shared."""
+        turns = self._turns(self.num_steps)
+        return [StepView(self.task, self.question, turns[:i], step.text) for i, step in enumerate(self.steps)]
+
+    def content_hashes(self) -> list[str]:
+        """`content_hash` of every view. The histories nest, so each text is encoded and hashed once, not once for each later step."""
+        state = hashlib.sha256(_encode(json.dumps([self.task, self.question], ensure_ascii=False)[:-1] + ", ["))
+        hashes = []
+        for i, (action_text, observation) in enumerate(self._turns(self.num_steps)):
+            whole = state.copy()
+            whole.update(_encode(f"], {json.dumps(action_text, ensure_ascii=False)}]"))
+            hashes.append(whole.hexdigest())
+            turn = json.dumps([action_text, observation], ensure_ascii=False)
+            state.update(_encode(f", {turn}" if i else turn))
+        return hashes
+
+    def _turns(self, count: int) -> tuple[tuple[str, str], ...]:
+        """(action text, observation text) of the first `count` steps."""
+        return tuple((step.text, step.observation or "") for step in self.steps[:count])
 
     def check(self) -> None:
         """Raises ValueError when spans overlap, leave the tokens, or log-probs do not match the action's length."""
@@ -115,4 +153,9 @@ class StepView:
     def content_hash(self) -> str:
         """Hex digest of everything a judge sees; the key under which its verdict is cached."""
         content = json.dumps([self.task, self.question, self.history, self.action_text], ensure_ascii=False)
-        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(_encode(content)).hexdigest()
+
+
+def _encode(text: str) -> bytes:
+    """UTF-8; lone surrogates, which models write, become three bytes each."""
+    return text.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""A small real model for the tests of whole stages: made here, nothing is downloaded. And what makes every run of the tests the same one."""
+"""What makes every run of the tests the same, and a small real model for the tests of whole stages: made here, nothing is downloaded."""
 
 from __future__ import annotations
 

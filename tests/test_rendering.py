@@ -15,7 +15,7 @@ from transformers.utils import chat_template_utils
 
 from swirl_fast.models.load import dateless
 from swirl_fast.rendering import Renderer, conversation
-from swirl_fast.rollouts.collector import prompt_hash
+from swirl_fast.rollouts.provenance import prompt_hash
 from swirl_fast.tasks.task import Example
 from swirl_fast.tools.calculator import Calculator
 

@@ -4,6 +4,8 @@ none                  every finished trajectory
 process               every step is GOOD
 outcome               the answer is right
 process_and_outcome   both
+
+They decide on what is known of a trajectory (Candidate), so that a store of any size passes through in batches.
 """
 
 from __future__ import annotations
@@ -33,12 +35,45 @@ REMEDIES = {
     "unfinished": "let collect run to its end",
     "no_steps": "collect again: the prompt fills the model's context",
     "bad_step": "collect more trajectories a question, or use filter.kind=none",
-    "unknown_step": "run judge again: UNKNOWN steps are asked anew",
+    "unknown_step": "run judge again: UNKNOWN steps are asked again",
     "no_answer": "raise tasks.max_steps, or use filter.kind=process",
     "wrong_answer": "collect more trajectories a question or easier questions, or use filter.kind=process",
-    "unknown_outcome": "run judge again: answers without a verdict are asked about anew, or use filter.outcome=exact",
+    "unknown_outcome": "run judge again: answers without a verdict are asked about again, or use filter.outcome=exact",
     "over_limit": "raise filter.max_trajectories",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a filter has to know of a trajectory.
+
+    verdicts: one a step. answered: it ends with an answer. right: is that answer right, None where nobody said. turned_down: a judge
+    called one of its well-formed steps BAD; a malformed one is BAD without a judge.
+    """
+
+    id: str
+    question_id: str
+    finished: bool
+    verdicts: tuple[Verdict, ...]
+    answered: bool
+    right: bool | None
+    turned_down: bool
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, judgements: Sequence[Judgement], right: bool | None = None) -> Candidate:
+        """judgements: one a step. right: is its answer right; None where the outcome judge is UNKNOWN. Raises ValueError for another
+        number of judgements."""
+        if len(judgements) != trajectory.num_steps:
+            raise ValueError(
+                f"trajectory {trajectory.id!r} has {trajectory.num_steps} steps and {len(judgements)} judgements: judge it first"
+            )
+        verdicts = tuple(judgement.verdict for judgement in judgements)
+        turned_down = any(
+            verdict is Verdict.BAD and step.action.kind != "malformed"
+            for step, verdict in zip(trajectory.steps, verdicts, strict=True)
+        )
+        finished, answered = trajectory.finish is not None, trajectory.answer is not None
+        return cls(trajectory.id, trajectory.question_id, finished, verdicts, answered, right, turned_down)
 
 
 @dataclass(frozen=True)
@@ -83,23 +118,13 @@ class Selection:
         return REMEDIES[max(self.dropped, key=lambda reason: self.dropped[reason])]
 
 
-def keep(
-    trajectories: Iterable[Trajectory],
-    judgements: Mapping[str, Sequence[Judgement]],
-    outcomes: Mapping[str, bool | None],
-    kind: Filter,
-    *,
-    max_trajectories: int = 0,
-    seed: int = 0,
-) -> Selection:
+def select(candidates: Iterable[Candidate], kind: Filter, *, max_trajectories: int = 0, seed: int = 0) -> Selection:
     """Applies one of the four filters.
 
-    judgements: trajectory id -> one judgement a step; looked at by `process` and `process_and_outcome`.
-    outcomes: trajectory id -> is its answer right, None where the outcome judge is UNKNOWN; looked at by `outcome` and
-    `process_and_outcome`, and only for trajectories that have an answer.
+    Verdicts are looked at by `process` and `process_and_outcome`, answers by `outcome` and `process_and_outcome`.
     max_trajectories: keep at most so many of those that passed (0: all), see `subset`.
 
-    Raises ValueError for an unknown kind, an id that comes twice, and a judgement or outcome that is missing.
+    Raises ValueError for an unknown kind, a negative limit, and an id that comes twice.
     """
     if kind not in get_args(Filter):
         raise ValueError(f"filter.kind is {kind!r}: use one of {', '.join(get_args(Filter))}")
@@ -108,13 +133,13 @@ def keep(
     seen: set[str] = set()
     passed: dict[str, str] = {}  # trajectory id -> question id
     dropped: Counter[str] = Counter()
-    for trajectory in trajectories:
-        if trajectory.id in seen:
-            raise ValueError(f"trajectory {trajectory.id!r} comes twice")
-        seen.add(trajectory.id)
-        reason = _reason(trajectory, judgements, outcomes, kind)
+    for candidate in candidates:
+        if candidate.id in seen:
+            raise ValueError(f"trajectory {candidate.id!r} comes twice")
+        seen.add(candidate.id)
+        reason = _reason(candidate, kind)
         if reason is None:
-            passed[trajectory.id] = trajectory.question_id
+            passed[candidate.id] = candidate.question_id
         else:
             dropped[reason] += 1
     kept = subset(passed, max_trajectories, seed) if max_trajectories else tuple(passed)
@@ -122,10 +147,8 @@ def keep(
     return Selection(kind, kept, {reason: dropped[reason] for reason in REASONS})
 
 
-def judged_enough(
-    selection: Selection, trajectories: Iterable[Trajectory], judgements: Mapping[str, Sequence[Judgement]]
-) -> bool:
-    """Whether that nothing passed is what the judges said, and not their silence.
+def judged_enough(selection: Selection, candidates: Iterable[Candidate]) -> bool:
+    """Whether an empty selection reflects the judge's verdicts rather than missing ones.
 
     Of n trajectories that a judge ruled out none passed, so that at 95 % fewer than 3 in n do (the rule of three); of u without a verdict
     less than one is then expected to pass as long as u <= n / 3. One that is BAD for a malformed step counts on neither side: no judge
@@ -133,48 +156,29 @@ def judged_enough(
     """
     ruled_out = selection.dropped["wrong_answer"]
     if selection.kind in ("process", "process_and_outcome"):
-        ruled_out += sum(
-            any(
-                judgement.verdict is Verdict.BAD and step.action.kind != "malformed"
-                for step, judgement in zip(trajectory.steps, judgements[trajectory.id], strict=True)
-            )
-            for trajectory in trajectories
-        )
+        ruled_out += sum(candidate.turned_down for candidate in candidates)
     if selection.kind == "process_and_outcome":
         ruled_out += selection.dropped["no_answer"]  # all its steps were judged
     return 3 * selection.undecided <= ruled_out
 
 
-def _reason(
-    trajectory: Trajectory,
-    judgements: Mapping[str, Sequence[Judgement]],
-    outcomes: Mapping[str, bool | None],
-    kind: Filter,
-) -> str | None:
+def _reason(candidate: Candidate, kind: Filter) -> str | None:
     """Why the trajectory is left out, None when it stays."""
-    if trajectory.finish is None:
+    if not candidate.finished:
         return "unfinished"
-    if not trajectory.steps:
+    if not candidate.verdicts:
         return "no_steps"
     if kind in ("process", "process_and_outcome"):
-        verdicts = [judgement.verdict for judgement in judgements.get(trajectory.id, ())]
-        if len(verdicts) != trajectory.num_steps:
-            raise ValueError(
-                f"trajectory {trajectory.id!r} has {trajectory.num_steps} steps and {len(verdicts)} judgements: "
-                "judge it first"
-            )
-        if Verdict.BAD in verdicts:
+        if Verdict.BAD in candidate.verdicts:
             return "bad_step"
-        if any(verdict is not Verdict.GOOD for verdict in verdicts):
+        if any(verdict is not Verdict.GOOD for verdict in candidate.verdicts):
             return "unknown_step"
     if kind in ("outcome", "process_and_outcome"):
-        if trajectory.answer is None:
+        if not candidate.answered:
             return "no_answer"
-        if trajectory.id not in outcomes:
-            raise ValueError(f"trajectory {trajectory.id!r} has an answer and no outcome: score it first")
-        if outcomes[trajectory.id] is None:
+        if candidate.right is None:
             return "unknown_outcome"
-        if not outcomes[trajectory.id]:
+        if not candidate.right:
             return "wrong_answer"
     return None
 

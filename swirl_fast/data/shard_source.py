@@ -27,7 +27,7 @@ from urllib.parse import urlparse
 
 from filelock import FileLock
 
-from swirl_fast.data.shards import MANIFEST, REMEDY, Manifest, damage, parse_manifest, read_manifest, streaming
+from swirl_fast.data.shards import MANIFEST, REMEDY, Manifest, find_damage, parse_manifest, read_manifest, streaming
 from swirl_fast.files import fsync
 
 INDEX = "index.json"
@@ -61,7 +61,7 @@ class ShardFolder:
         self.folder = Path(folder)
         self._written = _written(self.folder)
         self.manifest = read_manifest(self.folder)
-        if (problem := damage(self.folder, INDEX, self.manifest)) is not None:
+        if (problem := find_damage(self.folder, INDEX, self.manifest)) is not None:
             raise ValueError(f"{self.shown(INDEX)} {problem}: {self.remedy}")
 
     def shown(self, name: str = "") -> str:
@@ -74,7 +74,7 @@ class ShardFolder:
             size = (self.folder / name).stat().st_size
         except FileNotFoundError:
             return "is missing"
-        return None if size == self.manifest.files[name]["bytes"] else damage(self.folder, name, self.manifest)
+        return None if size == self.manifest.files[name]["bytes"] else find_damage(self.folder, name, self.manifest)
 
     def fetch_all(self, names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
         """(name, `fetch(name)`) in the order of the names, each as soon as it is known."""
@@ -82,12 +82,12 @@ class ShardFolder:
 
     def verify_all(self, names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
         """As `fetch_all`, after comparing every byte."""
-        return ((name, damage(self.folder, name, self.manifest)) for name in names)
+        return ((name, find_damage(self.folder, name, self.manifest)) for name in names)
 
     def check_unchanged(self) -> None:
         """Raises ValueError when the folder was replaced since it was opened: samples are read from it by name."""
         if _written(self.folder) != self._written:
-            raise ValueError(f"{self.folder} was replaced while it was being read: start the training anew")
+            raise ValueError(f"{self.folder} was replaced while it was being read: start the training again")
 
     def close(self) -> None:
         pass
@@ -103,7 +103,7 @@ class ShardCache:
     when the store cannot be reached, ImportError naming the package that the kind of URL needs.
     """
 
-    remedy = "upload the shards anew"
+    remedy = "upload the shards again"
     in_place = False
 
     def __init__(self, url: str, cache: str | Path, limit: int | None = None) -> None:
@@ -174,7 +174,7 @@ class ShardCache:
         try:
             identity = _identity(path)
             if self._verified.get(name) != identity:
-                if damage(self.folder, name, self.manifest) is not None:
+                if find_damage(self.folder, name, self.manifest) is not None:
                     return False
                 self._verified[name] = identity
             os.utime(path)  # used now, for _make_room
@@ -213,7 +213,7 @@ class ShardCache:
                 if isinstance(error, ImportError) or _not_found(error):
                     return error
                 raise
-            if manifest is not None and (problem := damage(into, name, manifest)) is not None:
+            if manifest is not None and (problem := find_damage(into, name, manifest)) is not None:
                 raise _Damaged(problem)
             return None
 
@@ -233,9 +233,9 @@ class ShardCache:
         return None if failed is None else "is missing"
 
     def _downloader(self) -> Any:
-        if not hasattr(self._downloaders, "one"):
-            self._downloaders.one = streaming().storage.CloudDownloader.get(self.url.removeprefix("file://"))
-        return self._downloaders.one
+        if not hasattr(self._downloaders, "downloader"):
+            self._downloaders.downloader = streaming().storage.CloudDownloader.get(self.url.removeprefix("file://"))
+        return self._downloaders.downloader
 
 
 def open_shards(location: str | Path, cache: str | Path, limit: str = "") -> ShardFolder | ShardCache:

@@ -11,7 +11,7 @@ The format protects nothing by itself: flipped bytes are read silently, a missin
 exception while writing leaves an index that looks complete. Hence manifest.json with size and xxh64 of every file: it
 is written last, into NAME.tmp, which is then renamed, and every shard is compared with it before a sample is read from it.
 
-shard_store.py says where shards are read from (a folder, an object store), shard_stream.py in which order.
+shard_source.py says where shards are read from (a folder, an object store), stream.py in which order.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from swirl_fast.data.filters import Selection
-from swirl_fast.files import digest, fsync
+from swirl_fast.files import canonical_json, describe_changes, fsync, hash_file
 from swirl_fast.formats.tags import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Verdict
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 COLUMNS = {"tokens": "ndarray:int32", "spans": "ndarray:int32", "logprobs": "ndarray:float32", "meta": "json"}
 SHARD_BYTES = 1 << 26  # the library's default
-REMEDY = "run filter again, or copy the folder anew"
+REMEDY = "run filter again, or copy the folder again"
 
 INSTALL = (
     "pip install --no-deps mosaicml-streaming==0.13.0 && "
@@ -61,12 +60,12 @@ class StepSample:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard folder holds. tokens: of the trunks; action_tokens: of these, sampled ones.
+    """What a shard folder holds. tokens: of the trunks.
 
     fingerprint: JSON object that names what the samples were made with. verdicts: verdict -> number of steps.
     longest_state: {"id": trajectory, "tokens": number}, of the state of its last step. stop_ids: last tokens of the
     well-formed actions, ascending: what ended a turn where the samples were made. longest_path: as longest_state, with the
-    action; empty in older folders.
+    action.
     files: name -> {"bytes": size, "xxh64": hex digest}, of every file but the manifest.
     """
 
@@ -74,17 +73,16 @@ class Manifest:
     trajectories: int
     steps: int
     tokens: int
-    action_tokens: int
     verdicts: dict[str, int]
     longest_state: dict[str, Any]
+    longest_path: dict[str, Any]
     stop_ids: list[int]
     files: dict[str, dict[str, Any]]
-    longest_path: dict[str, Any] = field(default_factory=dict)
 
     @property
     def content_hash(self) -> str:
         """Hex digest of all files: equal on two machines when they hold the same samples in the same order."""
-        return xxhash.xxh64(_canonical(self.files)).hexdigest()
+        return _hash_json(self.files)
 
 
 # ---- writing
@@ -95,13 +93,11 @@ def write_shards(
     samples: Iterable[StepSample],
     *,
     fingerprint: dict[str, Any],
-    selection: Selection | None = None,
     replace: bool = False,
 ) -> Manifest:
     """Writes the samples to `folder`, which holds all of them or does not exist, whenever this process is killed.
 
-    fingerprint: JSON object of the settings that made the samples.
-    selection: only for the error message when there is no sample.
+    samples: read one by one; at most one shard of them is held. fingerprint: JSON object of the settings that made them.
     replace: put the new folder in the place of one with other contents (a reader sees the old one, none, or the new).
     A folder with the same samples and fingerprint is left alone and its manifest returned.
 
@@ -113,9 +109,7 @@ def write_shards(
     with _claimed(folder.with_name(folder.name + ".tmp")) as temporary:
         manifest = _write(temporary, samples, fingerprint)
         if not manifest.trajectories:
-            if selection is None:
-                raise ValueError(f"no trajectory to write to {folder}")
-            raise ValueError(f"nothing is left to train on: {selection.describe()}. {selection.remedy().capitalize()}")
+            raise ValueError(f"no trajectory to write to {folder}")
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed while it replaced the folder
         if not folder.exists() or not any(folder.iterdir()):
@@ -140,21 +134,20 @@ def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, A
     try:
         for sample in samples:
             trajectory = sample.trajectory
-            encoded = _encode(sample)
+            encoded = encode_sample(sample)
             if trajectory.id in ids:
                 raise ValueError(f"trajectory {trajectory.id!r} comes twice")
             ids.add(trajectory.id)
             verdicts.update(verdict.value for verdict in sample.verdicts)
             totals["steps"] += trajectory.num_steps
             totals["tokens"] += len(trajectory.tokens)
-            totals["action_tokens"] += len(encoded["logprobs"])
             if (state := trajectory.steps[-1].start) > longest["tokens"]:
                 longest = {"id": trajectory.id, "tokens": state}
             if (path := trajectory.steps[-1].end) > longest_path["tokens"]:
                 longest_path = {"id": trajectory.id, "tokens": path}
             # A well-formed action was not cut off, so it ends with the stop token of the tokenizer that sampled it.
             stop_ids |= {
-                trajectory.tokens[step.end - 1] for step in trajectory.steps if step.action.kind != "malformed"
+                int(trajectory.tokens[step.end - 1]) for step in trajectory.steps if step.action.kind != "malformed"
             }
             writer.write(encoded)
     except BaseException:
@@ -163,26 +156,26 @@ def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, A
     writer.finish()
     names = sorted(path.name for path in folder.iterdir())
     manifest = Manifest(
-        fingerprint=json.loads(_canonical(fingerprint)),
+        fingerprint=json.loads(canonical_json(fingerprint)),
         trajectories=len(ids),
         steps=totals["steps"],
         tokens=totals["tokens"],
-        action_tokens=totals["action_tokens"],
         verdicts={verdict.value: verdicts[verdict.value] for verdict in Verdict},
         longest_state=longest,
         longest_path=longest_path,
         stop_ids=sorted(stop_ids),
-        files={name: {"bytes": (folder / name).stat().st_size, "xxh64": digest(folder / name)} for name in names},
+        files={name: {"bytes": (folder / name).stat().st_size, "xxh64": hash_file(folder / name)} for name in names},
     )
     body = {"format": FORMAT, **asdict(manifest)}
-    text = json.dumps({**body, "xxh64": xxhash.xxh64(_canonical(body)).hexdigest()}, indent=1)
+    text = json.dumps({**body, "xxh64": _hash_json(body)}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     for written in (*(folder / name for name in names), folder / MANIFEST, folder):
         fsync(written)
     return manifest
 
 
-def _encode(sample: StepSample) -> dict[str, Any]:
+def encode_sample(sample: StepSample) -> dict[str, Any]:
+    """The columns of one sample. Raises ValueError for one that cannot be trained on."""
     trajectory = sample.trajectory
     trajectory.check()
     steps = trajectory.steps
@@ -211,20 +204,20 @@ def _encode(sample: StepSample) -> dict[str, Any]:
         ],
     }
     return {
-        "tokens": np.asarray(trajectory.tokens, np.int32),
+        "tokens": trajectory.tokens,
         "spans": np.asarray([(step.start, step.end) for step in steps], np.int32),
         "logprobs": np.asarray(logprobs, np.float32),
         "meta": meta,
     }
 
 
-def decode(encoded: dict[str, Any]) -> StepSample:
+def decode_sample(encoded: dict[str, Any]) -> StepSample:
     meta, logprobs = encoded["meta"], encoded["logprobs"].tolist()
     steps, at = [], 0
     for (start, end), step in zip(encoded["spans"].tolist(), meta["steps"], strict=True):
-        own, at = logprobs[at : at + end - start], at + end - start
+        of_step, at = logprobs[at : at + end - start], at + end - start
         action = Action(**step["action"])
-        steps.append(Step(start, end, step["text"], action, own, step["policy_version"], step["observation"]))
+        steps.append(Step(start, end, step["text"], action, of_step, step["policy_version"], step["observation"]))
     trajectory = Trajectory(
         id=meta["id"],
         question_id=meta["question_id"],
@@ -232,7 +225,7 @@ def decode(encoded: dict[str, Any]) -> StepSample:
         question=meta["question"],
         seed=meta["seed"],
         prompt_length=meta["prompt_length"],
-        tokens=encoded["tokens"].tolist(),
+        tokens=encoded["tokens"],
         steps=steps,
         finish=Finish(meta["finish"]) if meta["finish"] else None,
     )
@@ -241,7 +234,7 @@ def decode(encoded: dict[str, Any]) -> StepSample:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[Path]:
-    """An empty folder of our own, cleared of what a killed writer left; removed afterwards unless it was renamed."""
+    """An empty folder that no other process writes to, cleared of what a killed writer left; removed afterwards unless it was renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -270,9 +263,7 @@ def _difference(folder: Path, manifest: Manifest) -> str | None:
     except ValueError as error:
         return f"is there and damaged ({error})"
     if existing.fingerprint != manifest.fingerprint:
-        old, new = existing.fingerprint, manifest.fingerprint
-        names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-        changes = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r} now" for name in names)
+        changes = describe_changes(existing.fingerprint, manifest.fingerprint)
         return f"was written with other settings ({changes})"
     if existing.files != manifest.files:
         return f"holds {existing.trajectories} other trajectories (the new ones are {manifest.trajectories})"
@@ -284,8 +275,8 @@ def _rename(source: Path, target: Path) -> None:
     fsync(target.parent)
 
 
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
+def _hash_json(value: Any) -> str:
+    return xxhash.xxh64(canonical_json(value).encode()).hexdigest()
 
 
 # ---- reading
@@ -299,7 +290,7 @@ def verify_shards(folder: str | Path) -> Manifest:
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name in manifest.files:
-        if (problem := damage(folder, name, manifest)) is not None:
+        if (problem := find_damage(folder, name, manifest)) is not None:
             raise ValueError(f"{folder / name} {problem}: {REMEDY}")
     return manifest
 
@@ -321,7 +312,7 @@ def parse_manifest(text: bytes, shown: str) -> Manifest:
     try:
         body = json.loads(text)
         written = body.pop("xxh64")
-        intact = xxhash.xxh64(_canonical(body)).hexdigest() == written
+        intact = _hash_json(body) == written
     except (ValueError, KeyError, AttributeError, TypeError):
         intact = False
     if not intact:
@@ -331,25 +322,17 @@ def parse_manifest(text: bytes, shown: str) -> Manifest:
     return Manifest(**body)
 
 
-def damage(folder: Path, name: str, manifest: Manifest) -> str | None:
+def find_damage(folder: Path, name: str, manifest: Manifest) -> str | None:
     """What is wrong with a file of the manifest, in words that follow its name; None when it is whole."""
     expected = manifest.files[name]
     try:
         if (size := (folder / name).stat().st_size) != expected["bytes"]:
             return f"has {size} bytes instead of {expected['bytes']}"
-        if (found := digest(folder / name)) != expected["xxh64"]:
+        if (found := hash_file(folder / name)) != expected["xxh64"]:
             return f"is damaged (xxh64 {found} instead of {expected['xxh64']})"
     except FileNotFoundError:
         return "is missing"
     return None
-
-
-def read_trajectories(folder: str | Path) -> Iterator[StepSample]:
-    """Every sample, in the order written, after the folder was verified (`verify_shards`)."""
-    verify_shards(folder)
-    reader = streaming().LocalDataset(str(folder))
-    for i in range(len(reader)):
-        yield decode(reader[i])
 
 
 def streaming() -> Any:

@@ -1,11 +1,13 @@
 """runs/NAME/trajectories.db: questions, trajectories, steps and verdicts, safe against being killed at any moment.
 
-    questions ──< trajectories (prompt tokens, finish) ──< steps (action, log-probs, tokens behind the step before)
+    questions ──< trajectories (prompt tokens, finish) ──< steps (action, log-probs, tokens after the step before)
     verdicts (judge id, hash of what the judge saw)        meta (fingerprints of what produced the rows)
 
 SQLite in WAL mode. Every method writes in one transaction, so a SIGKILL loses at most the call in flight; what is there
 already is recognised and not written twice, so a rerun doubles nothing. synchronous=FULL extends the promise to a power
 failure: one fsync a round of a batch of trajectories is nothing beside the generation of that round.
+
+What is read comes in batches of trajectories, so that a stage holds no more than it works on, however large the store is.
 
 One process writes, any number read meanwhile. The writer holds a flock on trajectories.db.lock, which the kernel lets
 go when the process ends, however it ends. Left out: several writers, and file systems without working locks.
@@ -17,15 +19,15 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
-from swirl_fast.files import lock
+from swirl_fast.files import canonical_json, describe_changes, lock
 from swirl_fast.formats.tags import Action
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Step, Trajectory
@@ -33,7 +35,7 @@ from swirl_fast.verdict import Judgement, Verdict
 
 SCHEMA = 1
 APPLICATION_ID = 0x5357524C  # "SWRL" in the header of the file: tells our databases from others
-CHUNK = 256  # trajectories read in one transaction
+BATCH = 64  # trajectories read in one transaction
 
 TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -52,7 +54,7 @@ TABLES = (
         start INTEGER NOT NULL, stop INTEGER NOT NULL, text TEXT NOT NULL,
         kind TEXT NOT NULL, tool TEXT, argument TEXT NOT NULL, error TEXT NOT NULL,
         observation TEXT, policy_version INTEGER NOT NULL,
-        tokens BLOB NOT NULL, -- little-endian int32: everything behind the step before
+        tokens BLOB NOT NULL, -- little-endian int32: everything after the step before
         logprobs BLOB NOT NULL, -- little-endian float32
         PRIMARY KEY (trajectory, i)
     )""",
@@ -61,19 +63,6 @@ TABLES = (
         PRIMARY KEY (judge_id, content_hash)
     ) WITHOUT ROWID""",
 )
-
-
-@dataclass(frozen=True)
-class Counts:
-    """tokens: all tokens of all trajectories, prompts included. unknown: how many of the verdicts are UNKNOWN."""
-
-    questions: int
-    trajectories: int
-    finished: int
-    steps: int
-    tokens: int
-    verdicts: int
-    unknown: int
 
 
 class Store:
@@ -103,7 +92,7 @@ class Store:
             self._open()
         except sqlite3.OperationalError as error:  # no fault of the file's
             self.close()
-            self._tell(error)
+            self._raise(error)
         except sqlite3.DatabaseError as error:
             self.close()
             raise ValueError(f"{self.path} is no readable store ({error}): use another run.name") from error
@@ -148,10 +137,10 @@ class Store:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
         if isinstance(error, sqlite3.Error):
-            self._tell(error)
+            self._raise(error)
 
-    def _tell(self, error: sqlite3.Error) -> NoReturn:
-        """The first of the errors: a full disk ends the transaction, and ROLLBACK then fails too."""
+    def _raise(self, error: sqlite3.Error) -> NoReturn:
+        """Raises the first error of the chain: after a full disk, ROLLBACK fails as well."""
         first = error
         while isinstance(first.__context__, sqlite3.Error):
             first = first.__context__
@@ -167,7 +156,7 @@ class Store:
     def set_meta(self, key: str, value: Any) -> None:
         """Remembers a JSON value under `key`, in place of the one before."""
         with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, _canonical(value)))
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, canonical_json(value)))
 
     def check_meta(self, key: str, value: Any) -> None:
         """Remembers a JSON value the first time. Raises ValueError when another one was remembered, naming what
@@ -176,16 +165,11 @@ class Store:
         if key not in stored:
             self.set_meta(key, value)
             return
-        old, new = stored[key], json.loads(_canonical(value))
+        old, new = stored[key], json.loads(canonical_json(value))
         if old == new:
             return
-        if isinstance(old, dict) and isinstance(new, dict):
-            names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-            difference = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r} now" for name in names)
-        else:
-            difference = f"it was {old!r}, is {new!r} now"
         raise ValueError(
-            f"{self.path} was made with another {key}: {difference}. Go back to what it was or use another run.name"
+            f"{self.path} was made with another {key}: {describe_changes(old, new)}. Go back to what it was or use another run.name"
         )
 
     # ---- questions
@@ -218,7 +202,7 @@ class Store:
     def record(self, trajectories: Iterable[Trajectory]) -> None:
         """Writes all that is new in these trajectories in one transaction: themselves, steps, finish.
 
-        Call it with a new trajectory when its prompt stands, and after every round with the trajectories that took a
+        Call it with a new trajectory when its prompt is there, and after every round with the trajectories that took a
         step: an action goes in together with its observation's tokens. What was recorded before stays as it is;
         recording the same again writes nothing.
 
@@ -235,7 +219,7 @@ class Store:
         trajectory.check()
         name = f"{self.path}: trajectory {trajectory.id!r}"
         tokens, steps = trajectory.tokens, trajectory.steps
-        prompt = _int32(tokens[: trajectory.prompt_length])
+        prompt = _to_bytes(tokens[: trajectory.prompt_length])
         finish = trajectory.finish.value if trajectory.finish else None
         head = (trajectory.question_id, str(trajectory.seed), prompt)
         question = self._row("SELECT task, text FROM questions WHERE id = ?", trajectory.question_id)
@@ -265,8 +249,8 @@ class Store:
         if count:
             select = "SELECT start, stop, text, observation, tokens FROM steps WHERE trajectory = ? AND i = ?"
             last = self._row(select, number, count - 1)
-            step, own = steps[count - 1], _int32(tokens[at - len(last[-1]) // 4 : at])
-            if (step.start, step.end, step.text, step.observation, own) != last:
+            step, after = steps[count - 1], _to_bytes(tokens[at - len(last[-1]) // 4 : at])
+            if (step.start, step.end, step.text, step.observation, after) != last:
                 raise ValueError(f"{name}: step {count - 1} differs from the recorded one")
         if len(steps) > count and steps[count].start < at:
             raise ValueError(f"{name}: step {count} starts at {steps[count].start}, inside the {at} recorded tokens")
@@ -281,67 +265,80 @@ class Store:
                 (number, i, step.start, step.end, _utf8(step.text))
                 + (action.kind, action.tool, _utf8(action.argument), _utf8(action.error))
                 + (None if step.observation is None else _utf8(step.observation), step.policy_version)
-                + (_int32(tokens[at:until]), np.asarray(step.logprobs, "<f4").tobytes()),
+                + (_to_bytes(tokens[at:until]), np.asarray(step.logprobs, "<f4").tobytes()),
             )
             at = until
         if finish != stored_finish:
             self._db.execute("UPDATE trajectories SET finish = ? WHERE number = ?", (finish, number))
 
-    def trajectories(self, finished: bool | None = None) -> Iterator[Trajectory]:
-        """All, the finished or the unfinished ones, in natural order of their ids (2 before 10), each complete.
-
-        The ids are those of the moment of the call of `next`; the store may be written to while the iterator is in use.
-        """
+    def ids(self, finished: bool | None = None) -> list[str]:
+        """Of all, the finished or the unfinished trajectories, in natural order (2 before 10)."""
         where = {None: "", True: " WHERE finish IS NOT NULL", False: " WHERE finish IS NULL"}[finished]
-        ids = sorted((row[0] for row in self._db.execute("SELECT id FROM trajectories" + where)), key=_natural)
-        for at in range(0, len(ids), CHUNK):
-            yield from self._load(ids[at : at + CHUNK])
+        return sorted((row[0] for row in self._db.execute("SELECT id FROM trajectories" + where)), key=_natural)
 
-    def _load(self, ids: list[str]) -> list[Trajectory]:
-        wanted = json.dumps(ids)
+    def trajectories(self, ids: Sequence[str] | None = None) -> Iterator[Trajectory]:
+        """Those with these ids, in this order; None: all, in natural order. See `batches`."""
+        for batch in self.batches(self.ids() if ids is None else ids):
+            yield from batch
+
+    def batches(self, ids: Sequence[str]) -> Iterator[list[Trajectory]]:
+        """The trajectories with these ids, in this order, BATCH at a time, each complete. The store may be written to meanwhile.
+
+        Raises ValueError for an id that is not there.
+        """
+        for at in range(0, len(ids), BATCH):
+            yield self._load(ids[at : at + BATCH])
+
+    def _load(self, ids: Sequence[str]) -> list[Trajectory]:
         self._db.execute("BEGIN")  # one snapshot of both tables, should another process write
         try:
             heads = self._db.execute(
                 "SELECT t.number, t.id, t.question_id, q.task, q.text, t.seed, t.prompt, t.finish "
                 "FROM trajectories t JOIN questions q ON q.id = t.question_id "
                 "WHERE t.id IN (SELECT value FROM json_each(?))",
-                (wanted,),
+                (json.dumps(ids),),
             ).fetchall()
-            steps = self._db.execute(
-                "SELECT s.trajectory, s.start, s.stop, s.text, s.kind, s.tool, s.argument, s.error, s.observation, "
-                "s.policy_version, s.tokens, s.logprobs FROM steps s JOIN trajectories t ON t.number = s.trajectory "
-                "WHERE t.id IN (SELECT value FROM json_each(?)) ORDER BY s.trajectory, s.i",
-                (wanted,),
+            rows = self._db.execute(
+                "SELECT trajectory, start, stop, text, kind, tool, argument, error, observation, policy_version, tokens, logprobs "
+                "FROM steps WHERE trajectory IN (SELECT value FROM json_each(?)) ORDER BY trajectory, i",
+                (json.dumps([head[0] for head in heads]),),
             ).fetchall()
         finally:
             self._db.execute("COMMIT")
-        found: dict[int, Trajectory] = {}
-        for number, id_, question_id, task, question, seed, prompt, finish in heads:
-            tokens = np.frombuffer(prompt, "<i4").tolist()
-            trajectory = Trajectory(id_, question_id, task, question, int(seed), len(tokens), tokens)
-            trajectory.finish = Finish(finish) if finish else None
-            found[number] = trajectory
-        for number, start, stop, text, kind, tool, argument, error, observation, version, tokens, logprobs in steps:
-            trajectory = found[number]
-            trajectory.tokens += np.frombuffer(tokens, "<i4").tolist()
+        steps: dict[int, list[Step]] = {head[0]: [] for head in heads}
+        tokens: dict[int, list[bytes]] = {head[0]: [head[6]] for head in heads}
+        for number, start, stop, text, kind, tool, argument, error, observation, version, after, logprobs in rows:
             action = Action(kind, tool, argument, error)
             values = np.frombuffer(logprobs, "<f4").tolist()
-            trajectory.steps.append(Step(start, stop, text, action, values, version, observation))
-        by_id = {trajectory.id: trajectory for trajectory in found.values()}
-        return [by_id[id_] for id_ in ids]
+            steps[number].append(Step(start, stop, text, action, values, version, observation))
+            tokens[number].append(after)
+        loaded: dict[str, Trajectory] = {}
+        for number, id_, question_id, task, question, seed, prompt, finish in heads:
+            trunk = np.frombuffer(b"".join(tokens[number]), "<i4")
+            loaded[id_] = Trajectory(
+                id_,
+                question_id,
+                task,
+                question,
+                int(seed),
+                len(prompt) // 4,
+                trunk,
+                steps[number],
+                finish and Finish(finish),
+            )
+        if missing := [id_ for id_ in ids if id_ not in loaded]:
+            raise ValueError(f"{self.path} has no trajectory {missing[0]!r}")
+        return [loaded[id_] for id_ in ids]
 
-    def counts(self) -> Counts:
-        count = self._value
-        size = "SELECT ifnull(sum(length({})), 0) / 4 FROM {}"
-        return Counts(
-            questions=count("SELECT count(*) FROM questions"),
-            trajectories=count("SELECT count(*) FROM trajectories"),
-            finished=count("SELECT count(*) FROM trajectories WHERE finish IS NOT NULL"),
-            steps=count("SELECT count(*) FROM steps"),
-            tokens=count(size.format("prompt", "trajectories")) + count(size.format("tokens", "steps")),
-            verdicts=count("SELECT count(*) FROM verdicts"),
-            unknown=count(f"SELECT count(*) FROM verdicts WHERE verdict = '{Verdict.UNKNOWN.value}'"),
+    def count(self, ids: Sequence[str]) -> tuple[int, int]:
+        """(steps, tokens) of the trajectories with these ids, prompts included."""
+        row = self._row(
+            "SELECT ifnull(sum((SELECT count(*) FROM steps WHERE trajectory = number)), 0), ifnull(sum(length(prompt) "
+            "+ (SELECT ifnull(sum(length(tokens)), 0) FROM steps WHERE trajectory = number)), 0) / 4 "
+            "FROM trajectories WHERE id IN (SELECT value FROM json_each(?))",
+            json.dumps(ids),
         )
+        return row[0], row[1]
 
     # ---- verdicts
 
@@ -358,7 +355,12 @@ class Store:
         """The hashes, each once and in order, without a verdict or with UNKNOWN: those to ask the judge about."""
         wanted = list(dict.fromkeys(hashes))
         stored = self.verdicts(judge_id, wanted)
-        return [one for one in wanted if one not in stored or stored[one].verdict is Verdict.UNKNOWN]
+        return [key for key in wanted if key not in stored or stored[key].verdict is Verdict.UNKNOWN]
+
+    def main_judge(self) -> str:
+        """The id of the judge with most verdicts here, empty where there is none."""
+        row = self._row("SELECT judge_id FROM verdicts GROUP BY judge_id ORDER BY count(*) DESC, judge_id LIMIT 1")
+        return row[0] if row else ""
 
     def add_verdicts(self, judge_id: str, judgements: Mapping[str, Judgement]) -> None:
         """Keeps judgements under their content hashes. UNKNOWN gives way to a later verdict; GOOD and BAD stay, so that
@@ -368,7 +370,10 @@ class Store:
                 "INSERT INTO verdicts VALUES (?, ?, ?, CAST(? AS TEXT)) ON CONFLICT DO UPDATE "
                 "SET verdict = excluded.verdict, reason = excluded.reason "
                 f"WHERE verdicts.verdict = '{Verdict.UNKNOWN.value}'",
-                [(judge_id, key, one.verdict.value, _utf8(one.reason)) for key, one in judgements.items()],
+                [
+                    (judge_id, key, judgement.verdict.value, _utf8(judgement.reason))
+                    for key, judgement in judgements.items()
+                ],
             )
 
     # ---- SQL
@@ -392,18 +397,14 @@ class Store:
         return self._row(sql)[0]
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
 def _natural(id_: str) -> tuple[list[str | int], str]:
     parts: list[str | int] = list(re.split(r"([0-9]+)", id_))
     parts[1::2] = [int(digits) for digits in parts[1::2]]
     return parts, id_
 
 
-def _int32(tokens: list[int]) -> bytes:
-    return np.asarray(tokens, "<i4").tobytes()
+def _to_bytes(tokens: NDArray[np.int32]) -> bytes:
+    return tokens.astype("<i4", copy=False).tobytes()
 
 
 def _utf8(text: str) -> bytes:

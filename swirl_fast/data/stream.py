@@ -2,7 +2,7 @@
 
 Why the library's LocalDataset and an order of our own, and not StreamingDataset's iterator: that one fills the tail of
 an epoch with duplicates, and its batches end with the epoch. Here the order is a function of the seed, the epoch and
-`shuffle_shards` alone, and rank r takes every world_size-th trajectory of a global batch, so nothing is lost or doubled in
+`shuffle_shards` only, and rank r takes every world_size-th trajectory of a global batch, so nothing is lost or doubled in
 an epoch, and resuming on any number of ranks continues the same sequence of global batches. Where the shards come from,
 what of them is cached and how far ahead they are read changes nothing about it.
 
@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from swirl_fast.data.shard_source import ShardCache, ShardFolder
-from swirl_fast.data.shards import StepSample, decode, streaming
+from swirl_fast.data.shards import StepSample, decode_sample, streaming
 
 READS = 10  # tries to read a sample whose shard other processes keep removing from a cache that is too small
 
@@ -32,9 +32,8 @@ class TrajectoryStream:
     shards: a folder, or what `open_shards` returns.
     global_batch: trajectories in a batch, over all ranks; at least world_size. It need not divide anything: a batch
     runs over the border of an epoch, and shares differ by at most one.
-    shuffle: a new order every epoch; otherwise the order written.
-    shuffle_shards: trajectories are shuffled within groups of so many shards, and the groups come one after the other, so
-    that a cache need not hold more; which shards form a group is drawn anew every epoch. 0: all shards are one group.
+    shuffle_shards: the order is new every epoch; trajectories are shuffled within groups of so many shards, and the groups come one after
+    the other, so that a cache need not hold more; which shards form a group is drawn again every epoch. 0: all shards are one group.
     skip_bad: leave out the trajectories of shards that are missing or damaged. All shards are read once to know them
     (remote ones are downloaded); `problems` names those that this rank found. Ranks on several machines must exchange
     them and hand the union to `skip`. Otherwise the first such shard is an error: at once when the shards lie in a folder,
@@ -56,7 +55,6 @@ class TrajectoryStream:
         rank: int,
         world_size: int,
         seed: int,
-        shuffle: bool = True,
         shuffle_shards: int = 0,
         skip_bad: bool = False,
         prefetch: int = 0,
@@ -71,7 +69,7 @@ class TrajectoryStream:
         self.store = ShardFolder(shards) if isinstance(shards, str | Path) else shards
         self.manifest = self.store.manifest
         self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
-        self.seed, self.shuffle, self.shuffle_shards, self.skip_bad = seed, shuffle, shuffle_shards, skip_bad
+        self.seed, self.shuffle_shards, self.skip_bad = seed, shuffle_shards, skip_bad
         self.position = 0  # places of the endless order handed out or skipped so far, over all ranks and epochs
         self._reader = streaming().LocalDataset(str(self.store.folder))
         self._epoch, self._order = -1, list[int]()
@@ -85,18 +83,13 @@ class TrajectoryStream:
         self.prefetch = prefetch
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="stream") if prefetch else None
         self._coming: deque[Future[tuple[list[StepSample], int]]] = deque()
-        self._ahead = 0  # position behind the last batch read; only the worker changes it while batches are coming
+        self._ahead = 0  # position after the last batch read; only the worker changes it while batches are coming
         for name, problem in self.store.verify_all(self._names) if skip_bad or self.store.in_place else ():
             if problem is not None:
                 if not skip_bad:
                     raise self._error(name, problem)
                 self.problems[name] = problem
         self.skip(self.problems)
-
-    @property
-    def epoch(self) -> float:
-        """Epochs handed out so far, e.g. 1.5."""
-        return self.position / self.manifest.trajectories
 
     @property
     def skipped_samples(self) -> int:
@@ -147,26 +140,26 @@ class TrajectoryStream:
         self._ahead = self.position
 
     def _read_next(self) -> tuple[list[StepSample], int]:
-        """The share of the batch behind the last one read, and the position behind that batch."""
+        """This rank's share of the next global batch, and the stream position after it."""
         places, ahead = self._plan(self._ahead)
         places = places[self.rank :: self.world_size]
         of_shard: dict[str, list[int]] = {}
         for place in dict.fromkeys(places):
             of_shard.setdefault(self._shard_of(place), []).append(place)
-        found = {}
+        samples = {}
         for name, problem in self.store.fetch_all(of_shard):
             for place in of_shard[name]:
-                found[place] = self._read(name, problem, place)
+                samples[place] = self._read(name, problem, place)
         self.store.check_unchanged()
         self._ahead = ahead
-        return [found[place] for place in places], ahead
+        return [samples[place] for place in places], ahead
 
     def _read(self, name: str, problem: str | None, place: int) -> StepSample:
         for _ in range(READS):
             if problem is not None:
                 raise self._error(name, problem)
             try:
-                return decode(self._reader[place])
+                return decode_sample(self._reader[place])
             except FileNotFoundError:  # removed from the cache by another process, or from the folder
                 problem = self.store.fetch(name)
         raise ValueError(
@@ -174,7 +167,7 @@ class TrajectoryStream:
         )
 
     def _plan(self, position: int) -> tuple[list[int], int]:
-        """The samples of the global batch that starts at `position`, and the position behind it."""
+        """The samples of the global batch that starts at `position`, and the position after it."""
         places: list[int] = []
         while len(places) < self.global_batch:
             place = self._index(position)
@@ -195,8 +188,6 @@ class TrajectoryStream:
     def _permutation(self, epoch: int) -> list[int]:
         """Sorting by a hash: unlike NumPy's generators, the same in every version of every library."""
         bounds = self._reader.spanner.shard_bounds.tolist()
-        if not self.shuffle:
-            return list(range(bounds[-1]))
 
         def drawn(what: str) -> int:
             return xxhash.xxh64_intdigest(f"{self.seed}/{epoch}/{what}".encode())
@@ -220,25 +211,24 @@ class TrajectoryStream:
         return {
             "position": self.position,
             "seed": self.seed,
-            "shuffle": self.shuffle,
             "shuffle_shards": self.shuffle_shards,
             "content_hash": self.manifest.content_hash,
             "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on behind the last batch of the stream that gave the state; world size and global_batch may be others.
+        """Goes on after the last batch of the stream that gave the state; world size and global_batch may be others.
 
         Shards that were skipped stay skipped, also when they are whole by now: the order stays that of the run. Of shards
         that are bad since, only what would still have come in this epoch is left out.
 
-        Raises ValueError when seed, shuffle or the shards are not those of the state: the order would be another.
+        Raises ValueError when seed, shuffle_shards or the shards are not those of the state: the order would be another.
         """
-        own = self.state_dict()
-        for key in ("seed", "shuffle", "shuffle_shards", "content_hash"):
-            if state[key] != own[key]:
+        here = self.state_dict()
+        for key in ("seed", "shuffle_shards", "content_hash"):
+            if state[key] != here[key]:
                 raise ValueError(
-                    f"{self.store.shown()}: the checkpoint's {key} is {state[key]!r}, here it is {own[key]!r}: "
+                    f"{self.store.shown()}: the checkpoint's {key} is {state[key]!r}, here it is {here[key]!r}: "
                     "resume with the settings and shards it was trained on, or start another run.name"
                 )
         self.position = int(state["position"])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from swirl_fast.config import Config, ConfigError
-from swirl_fast.files import digest
+from swirl_fast.files import hash_file
 from swirl_fast.models.load import model_fingerprint
 from swirl_fast.tools.search.dense import folder_hash, model_folder
 
@@ -30,10 +30,10 @@ def inputs(configs: Iterable[Config]) -> dict[str, str]:
                 found[config.search.model] = folder_hash(model_folder(config.search.model))
         for file in (config.tasks.path, config.tasks.eval_path, config.model.chat_template):
             if file and file not in found and Path(file).expanduser().is_file():
-                found[file] = digest(Path(file).expanduser())
+                found[file] = hash_file(Path(file).expanduser())
     return found
 
 
 def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The paths where something else lies now. One that only one side knows is no difference."""
-    return [path for path, digest in recorded.items() if now.get(path, digest) != digest]
+    return [path for path, hashed in recorded.items() if now.get(path, hashed) != hashed]

@@ -80,7 +80,7 @@ def _check_inputs(experiment: Experiment) -> None:
 
 def write_outputs(experiment: Experiment) -> None:
     """summary.json, report.html and the table on the screen, from the cells that are done. Raises ValueError when none is."""
-    from swirl_fast.experiments.summary import summarise, table
+    from swirl_fast.experiments.summary import results_table, summarise
     from swirl_fast.report.experiment import write_experiment_report
 
     results = experiment.done()
@@ -92,7 +92,7 @@ def write_outputs(experiment: Experiment) -> None:
     summary = summarise(experiment.arms, experiment.evaluations, experiment.seeds, experiment.compare, results)
     write_json(experiment.summary, summary)
     report = write_experiment_report(experiment.results, experiment.name, summary, results)
-    print(f"\n{table(summary)}\n\n{experiment.summary}  {report}")
+    print(f"\n{results_table(summary)}\n\n{experiment.summary}  {report}")
 
 
 def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _cost(cells: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     return cost | {"trajectories": float(np.mean([cell["filter"]["kept"] for cell in trained]))}
 
 
-def table(summary: Mapping[str, Any]) -> str:
+def results_table(summary: Mapping[str, Any]) -> str:
     """As text, one line an arm: accuracy and its interval, and the process label, of every evaluation."""
     names = ["in_domain", *next(iter(summary["arms"].values()))["out_of_domain"]]
     width = max(12, *(len(arm) + 2 for arm in summary["arms"]))

@@ -1,15 +1,19 @@
-"""Verdicts that are in the store already are not asked for again, and those that were given are kept whatever comes after them."""
+"""Asks a judge only about steps without a stored verdict, and stores every chunk of answers before the next question.
+
+Trajectories are read and judged in batches: no more of a store is held than what is asked about next.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import TypeVar
 
 from tqdm import tqdm
 
 from swirl_fast.data.store import Store
 from swirl_fast.judges.judge import GIVEN_UP, NO_REPLY, Judge, Refusal, judge_malformed
-from swirl_fast.trajectory import Trajectory
+from swirl_fast.trajectory import StepView, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
 T = TypeVar("T")
@@ -19,59 +23,92 @@ NOT_JUDGED = Judgement(Verdict.UNKNOWN, "not judged yet: run the judge stage")
 
 
 def judge_missing(
-    store: Store, judge_id: str, asked: Mapping[str, T], ask: Callable[[list[T]], Sequence[Judgement]], what: str
+    store: Store,
+    judge_id: str,
+    asked: Iterable[tuple[str, T]],
+    ask: Callable[[list[T]], Sequence[Judgement]],
+    what: str,
 ) -> None:
-    """asked: content hash -> a step, or an answer. ask: as Judge.judge. what: of the progress bar.
+    """asked: (content hash, a step or an answer), read as they are needed; each content is asked about once. ask: as Judge.judge.
+    what: of error messages.
 
     A Refusal comes through when what was answered before it is written: those verdicts were paid for. Raises RuntimeError when an
     endpoint has stopped answering; verdicts until then are kept.
     """
-    missing = store.missing(judge_id, asked)
-    before = store.verdicts(judge_id, missing)  # UNKNOWN: what got no reply another time may be the reason itself
-    with tqdm(desc=what, total=len(missing), unit="verdict", disable=None, leave=False) as bar:
-        for at in range(0, len(missing), CHUNK):
-            keys = missing[at : at + CHUNK]
-            try:
-                judgements: Sequence[Judgement | None] = ask([asked[key] for key in keys])
-            except Refusal as error:
-                _keep(store, judge_id, keys, error.answered)
-                raise
-            _keep(store, judge_id, keys, judgements)
-            bar.update(len(keys))
-            reasons = [one.reason for one in judgements if one is not None and one.verdict is Verdict.UNKNOWN]
-            silent = len(reasons) == len(keys) and all(reason.startswith(NO_REPLY) for reason in reasons)
-            if silent and sum(key not in before for key in keys) >= SILENT_CHUNK:
-                raise RuntimeError(
-                    f"{what}: the judge {judge_id} replied to none of {len(keys)} prompts: {reasons[-1]}. Verdicts until then are kept; "
-                    "start it again when the endpoint at judge.model.url answers, or raise judge.model.timeout"
-                )
+    rest = iter(asked)
+    waiting: dict[str, T] = {}
+    answered_in_vain: set[str] = set()  # asked about in this call, and still without a verdict
+    while pairs := dict(islice(rest, CHUNK)):
+        keys = (key for key in store.missing(judge_id, pairs) if key not in answered_in_vain)
+        waiting |= {key: pairs[key] for key in keys}
+        while len(waiting) >= CHUNK:
+            chunk = {key: waiting.pop(key) for key in list(waiting)[:CHUNK]}
+            answered_in_vain |= _judge_chunk(store, judge_id, chunk, ask, what)
+    if waiting:
+        _judge_chunk(store, judge_id, waiting, ask, what)
 
 
-def _keep(store: Store, judge_id: str, keys: Sequence[str], judgements: Sequence[Judgement | None]) -> None:
-    """But for those that were not asked about."""
-    given = {key: one for key, one in zip(keys, judgements, strict=True) if one is not None}
-    store.add_verdicts(judge_id, {key: one for key, one in given.items() if not one.reason.startswith(GIVEN_UP)})
-
-
-def judgements_of(judge: Judge, store: Store, trajectories: Sequence[Trajectory]) -> dict[str, list[Judgement]]:
-    """Trajectory id -> one judgement a step; NOT_JUDGED where the judge was not asked yet."""
-    found: dict[str, list[Judgement]] = {}
-    for trajectory in trajectories:
-        hashes = [view.content_hash() for view in trajectory.views()]
-        stored = store.verdicts(judge.id, hashes)
-        found[trajectory.id] = [
-            judge_malformed(step.action) if step.action.kind == "malformed" else stored.get(key, NOT_JUDGED)
-            for step, key in zip(trajectory.steps, hashes, strict=True)
-        ]
-    return found
-
-
-def judge_steps(judge: Judge, store: Store, trajectories: Sequence[Trajectory], what: str) -> None:
-    """Asks the judge about every well-formed step without a verdict, and keeps the answers chunk by chunk."""
-    steps = {
-        view.content_hash(): view
-        for trajectory in trajectories
-        for view, step in zip(trajectory.views(), trajectory.steps, strict=True)
-        if step.action.kind != "malformed"
+def _judge_chunk(
+    store: Store, judge_id: str, chunk: dict[str, T], ask: Callable[[list[T]], Sequence[Judgement]], what: str
+) -> set[str]:
+    """Returns the keys that got no verdict."""
+    keys = list(chunk)
+    before = store.verdicts(judge_id, keys)  # UNKNOWN: what got no reply another time may be the reason itself
+    try:
+        judgements: Sequence[Judgement | None] = ask(list(chunk.values()))
+    except Refusal as error:
+        _store_answers(store, judge_id, keys, error.answered)
+        raise
+    _store_answers(store, judge_id, keys, judgements)
+    unknown = {
+        key: judgement.reason
+        for key, judgement in zip(keys, judgements, strict=True)
+        if judgement is not None and judgement.verdict is Verdict.UNKNOWN
     }
-    judge_missing(store, judge.id, steps, judge.judge, what)
+    reasons = list(unknown.values())
+    silent = len(reasons) == len(keys) and all(reason.startswith(NO_REPLY) for reason in reasons)
+    if silent and sum(key not in before for key in keys) >= SILENT_CHUNK:
+        raise RuntimeError(
+            f"{what}: the judge {judge_id} replied to none of {len(keys)} prompts: {reasons[-1]}. Verdicts until then are kept; "
+            "start it again when the endpoint at judge.model.url answers, or raise judge.model.timeout"
+        )
+    return set(unknown)
+
+
+def _store_answers(store: Store, judge_id: str, keys: Sequence[str], judgements: Sequence[Judgement | None]) -> None:
+    """Those that were asked about."""
+    given = {key: judgement for key, judgement in zip(keys, judgements, strict=True) if judgement is not None}
+    asked = {key: judgement for key, judgement in given.items() if not judgement.reason.startswith(GIVEN_UP)}
+    store.add_verdicts(judge_id, asked)
+
+
+def judge_steps(judge: Judge, store: Store, ids: Sequence[str], what: str) -> None:
+    """Asks the judge about every well-formed step of these trajectories without a verdict, and keeps the answers chunk by chunk."""
+
+    def steps() -> Iterator[tuple[str, StepView]]:
+        with tqdm(desc=what, total=len(ids), unit="trajectory", disable=None, leave=False) as bar:
+            for trajectory in store.trajectories(ids):
+                keys, views = trajectory.content_hashes(), trajectory.views()
+                for step, key, view in zip(trajectory.steps, keys, views, strict=True):
+                    if step.action.kind != "malformed":
+                        yield key, view
+                bar.update()
+
+    judge_missing(store, judge.id, steps(), judge.judge, what)
+
+
+def judged_trajectories(
+    store: Store, judge_id: str, ids: Sequence[str]
+) -> Iterator[tuple[Trajectory, list[Judgement]]]:
+    """Each of these trajectories, in order, with one judgement a step; NOT_JUDGED where the judge was not asked yet."""
+    for batch in store.batches(ids):
+        keys = [trajectory.content_hashes() for trajectory in batch]
+        stored = store.verdicts(judge_id, chain.from_iterable(keys))
+        for trajectory, hashes in zip(batch, keys, strict=True):
+            yield (
+                trajectory,
+                [
+                    judge_malformed(step.action) if step.action.kind == "malformed" else stored.get(key, NOT_JUDGED)
+                    for step, key in zip(trajectory.steps, hashes, strict=True)
+                ],
+            )

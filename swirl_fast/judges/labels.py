@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swirl_fast.data.store import Store
+from swirl_fast.files import write_text
 from swirl_fast.formats.tags import TOOL_TAGS, Action, parse
-from swirl_fast.trajectory import StepView, Trajectory
+from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Verdict
 
 SOURCES = ("human", "rule", "construction")
@@ -85,25 +87,23 @@ def write_labels(path: str | Path, steps: Iterable[LabelledStep]) -> int:
         }
         for step in steps
     ]
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
     # ensure_ascii keeps lone surrogates, which UTF-8 has no bytes for
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
 
 
-def steps_to_label(
-    trajectories: Sequence[Trajectory], tools: Sequence[str], count: int, seed: int
-) -> list[LabelledStep]:
-    """`count` well-formed steps of a run without a label, drawn evenly from all; malformed ones are no matter of judgement."""
-    views = {
-        view: None
-        for trajectory in trajectories
-        for view, step in zip(trajectory.views(), trajectory.steps, strict=True)
-        if step.action.kind != "malformed"
-    }
-    drawn = random.Random(seed).sample(list(views), min(count, len(views)))
-    return [LabelledStep(view, tuple(tools), None, "", "human") for view in drawn]
+def steps_to_label(store: Store, ids: Sequence[str], tools: Sequence[str], count: int, seed: int) -> list[LabelledStep]:
+    """`count` well-formed steps of these trajectories, drawn evenly from all, without a label; steps that look the same to a judge count
+    once, and malformed ones are no matter of judgement."""
+    places: dict[str, tuple[str, int]] = {}  # content hash -> (trajectory, step)
+    for trajectory in store.trajectories(ids):
+        for i, (step, key) in enumerate(zip(trajectory.steps, trajectory.content_hashes(), strict=True)):
+            if step.action.kind != "malformed":
+                places.setdefault(key, (trajectory.id, i))
+    drawn = random.Random(seed).sample(list(places.values()), min(count, len(places)))
+    trajectories = store.trajectories([id_ for id_, _ in drawn])
+    views = (trajectory.view(i) for trajectory, (_, i) in zip(trajectories, drawn, strict=True))
+    return [LabelledStep(view, tuple(tools), None, "", "human") for view in views]
 
 
 def _step(line: str, number: int, where: str) -> LabelledStep:

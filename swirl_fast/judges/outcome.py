@@ -6,7 +6,7 @@ verdicts are kept in the store, under the hash of question, key and answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from swirl_fast.config import EndpointConfig
 from swirl_fast.data.store import Store
@@ -14,20 +14,27 @@ from swirl_fast.judges.cached import judge_missing
 from swirl_fast.judges.model import GivenAnswer, ModelJudge, model_answer_judge_id
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Trajectory
-from swirl_fast.verdict import Verdict
+from swirl_fast.verdict import Judgement, Verdict
 
 
 def judge_outcomes(
-    config: EndpointConfig, store: Store, trajectories: Sequence[Trajectory], questions: Mapping[str, Question]
+    config: EndpointConfig, store: Store, trajectories: Iterable[Trajectory], questions: Mapping[str, Question]
 ) -> None:
-    """Asks about every answer without a verdict, and keeps the verdicts; questions: by id. Raises ConfigError for an endpoint that
-    cannot work."""
+    """Asks about every answer without a verdict, and keeps the verdicts. trajectories: read one by one. questions: by id. Raises
+    ConfigError for an endpoint that cannot work; one that is not needed is not tried."""
     judge = ModelJudge(config)
-    try:
-        given = {one.content_hash(): one for one in _given(trajectories, questions).values()}
-        if store.missing(judge.outcome_id, given):
+    checked = False
+
+    def ask(answers: Sequence[GivenAnswer]) -> list[Judgement]:
+        nonlocal checked
+        if not checked:
             judge.check()
-        judge_missing(store, judge.outcome_id, given, judge.judge_answers, "judge answers")
+            checked = True
+        return judge.judge_answers(answers)
+
+    try:
+        answers = ((answer.content_hash(), answer) for _, answer in _given_answers(trajectories, questions))
+        judge_missing(store, judge.outcome_id, answers, ask, "judge answers")
     finally:
         judge.close()
 
@@ -38,18 +45,21 @@ def outcome_judge_id(config: EndpointConfig) -> str:
 
 
 def read_outcomes(
-    config: EndpointConfig, store: Store, trajectories: Sequence[Trajectory], questions: Mapping[str, Question]
+    judge_id: str, store: Store, trajectories: Iterable[Trajectory], questions: Mapping[str, Question]
 ) -> dict[str, bool | None]:
-    """Trajectory id -> is its answer right; None where the judge gave no verdict or was not asked. Only trajectories with an answer."""
-    keys = {id_: one.content_hash() for id_, one in _given(trajectories, questions).items()}
-    stored = store.verdicts(outcome_judge_id(config), keys.values())
+    """Trajectory id -> is its answer right; None where the judge gave no verdict or was not asked. Only trajectories with an answer.
+    judge_id: of `outcome_judge_id`."""
+    keys = {id_: answer.content_hash() for id_, answer in _given_answers(trajectories, questions)}
+    stored = store.verdicts(judge_id, keys.values())
     right = {Verdict.GOOD: True, Verdict.BAD: False, Verdict.UNKNOWN: None}
     return {id_: right[stored[key].verdict] if key in stored else None for id_, key in keys.items()}
 
 
-def _given(trajectories: Sequence[Trajectory], questions: Mapping[str, Question]) -> dict[str, GivenAnswer]:
-    return {
-        t.id: GivenAnswer(questions[t.question_id].text, questions[t.question_id].answers, t.answer)
-        for t in trajectories
-        if t.answer is not None
-    }
+def _given_answers(
+    trajectories: Iterable[Trajectory], questions: Mapping[str, Question]
+) -> Iterator[tuple[str, GivenAnswer]]:
+    """(trajectory id, its answer beside the key) of those that have one."""
+    for trajectory in trajectories:
+        if trajectory.answer is not None:
+            question = questions[trajectory.question_id]
+            yield trajectory.id, GivenAnswer(question.text, question.answers, trajectory.answer)

@@ -16,10 +16,11 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+from swirl_fast.files import write_text
 from swirl_fast.report import reading
 from swirl_fast.report.curves import curves
 from swirl_fast.report.headline import headline
-from swirl_fast.report.inputs import Run, by_question, load
+from swirl_fast.report.inputs import Run, by_question, load_run
 from swirl_fast.report.markup import escape, is_number, show
 from swirl_fast.report.page import page
 
@@ -35,11 +36,8 @@ def write_report(run_folder: Path) -> Path:
     folder = Path(run_folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: check run.folder and run.name, or start a run first")
-    page = _page(load(folder))
     path = folder / REPORT_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, _page(load_run(folder)))
     return path
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swirl_fast.files import write_text
 from swirl_fast.report.charts import Series, interval_bar, lines
 from swirl_fast.report.markup import escape, is_number, show
 from swirl_fast.report.page import page
@@ -22,7 +23,7 @@ NOTE = (
 def write_experiment_report(
     folder: Path, name: str, summary: Mapping[str, Any], results: Mapping[tuple[str, int], Mapping[str, Any]]
 ) -> Path:
-    """Writes folder/report.html. summary: of experiment_summary.summarise. results: (arm, seed) -> a finished cell."""
+    """Writes folder/report.html. summary: of experiments.summary.summarise. results: (arm, seed) -> a finished cell."""
     sections = {
         "Results": _results(summary),
         "Gains": _gains(summary),
@@ -32,9 +33,7 @@ def write_experiment_report(
         f"{escape(json.dumps(summary, indent=2))}</div></details>\n",
     }
     path = folder / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(name, _lede(summary), sections), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page(name, _lede(summary), sections))
     return path
 
 

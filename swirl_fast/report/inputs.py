@@ -88,7 +88,7 @@ def by_question(evaluation: dict[str, Any], key: str) -> dict[str, float]:
     return {id_: number for id_, number in found.items() if is_number(number)}
 
 
-def load(folder: Path) -> Run:
+def load_run(folder: Path) -> Run:
     """Reads only. What cannot be read is named in `problems`."""
     run = Run(folder)
     config = folder / "config.yaml"
@@ -115,7 +115,7 @@ def load(folder: Path) -> Run:
     if run.metrics and isinstance(wanted, int) and run.metrics[-1]["step"] < wanted:
         step = show(run.metrics[-1]["step"], "")
         run.problems.append(
-            f"training stands at step {step} of {wanted:,}: <code>swirl-fast train</code> goes on from there"
+            f"training is at step {step} of {wanted:,}: <code>swirl-fast train</code> goes on from there"
         )
     run.problems += _outdated(run)
     return run

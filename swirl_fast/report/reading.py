@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from swirl_fast.data.store import Store
+from swirl_fast.judges.cached import NOT_JUDGED, judged_trajectories
 from swirl_fast.report.markup import block, escape, short
 from swirl_fast.tasks import TEXT_ANSWERS
 from swirl_fast.tasks.scoring import score_number, score_text
@@ -54,7 +54,7 @@ class Reading:
     @property
     def verdicts(self) -> list[str]:
         """The names of the steps' verdicts; `NONE` for a step that was not judged."""
-        return [one.verdict.value if one else "NONE" for one in self.judgements]
+        return [each.verdict.value if each else "NONE" for each in self.judgements]
 
     @property
     def good(self) -> str:
@@ -70,36 +70,32 @@ class Reading:
         return (*sorted(set(self.verdicts)), MATCHES[self.matches], FINISHES[self.trajectory.finish])
 
 
-def read(path: Path, judge_id: str | None, scores: Mapping[str, float] | None = None) -> Iterator[Reading]:
-    """Every trajectory of a store with its verdicts by `judge_id`, None: by the judge with most verdicts there. scores: question id ->
-    mean accuracy of its trajectories; 1 and 0 tell each of them.
-    Raises ValueError for a file that is no store of ours."""
-    with Store(path, writable=False) as store:
-        judge_id = judge_id or _main_judge(path)
-        gold = {question.id: question.answers for question in store.questions()}
-        for trajectory in store.trajectories():
-            hashes = [view.content_hash() for view in trajectory.views()]
-            stored = store.verdicts(judge_id, hashes)
-            judgements = tuple(
-                _judgement(step, stored.get(key)) for step, key in zip(trajectory.steps, hashes, strict=True)
-            )
-            right = {1.0: True, 0.0: False}.get((scores or {}).get(trajectory.question_id, 0.5))
-            yield Reading(trajectory, gold[trajectory.question_id], judgements, right)
+class Readings:
+    """The trajectories of a store with their verdicts by `judge_id`, a batch of them at a time.
 
+    judge_id: None for the judge with most verdicts there. scores: question id -> mean accuracy of its trajectories; 1 and 0 tell each of
+    them.
+    """
 
-def _judgement(step: Step, stored: Judgement | None) -> Judgement | None:
-    if step.action.kind == "malformed":  # BAD by the environment's own rule: the judge is never asked
-        return Judgement(Verdict.BAD, f"malformed: {step.action.error}")
-    return stored
+    def __init__(self, store: Store, judge_id: str | None, scores: Mapping[str, float] | None = None) -> None:
+        self._store, self._judge_id = store, judge_id or store.main_judge()
+        self._gold = {question.id: question.answers for question in store.questions()}
+        self._scores = scores or {}
 
+    def kinds(self) -> dict[str, tuple[str, ...]]:
+        """Trajectory id -> `Reading.kind`, of all, in natural order."""
+        shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # few kinds, many trajectories
+        return {
+            reading.trajectory.id: shared.setdefault(reading.kind, reading.kind)
+            for reading in self.of(self._store.ids())
+        }
 
-def _main_judge(path: Path) -> str:
-    with closing(sqlite3.connect(path, timeout=60.0)) as db:
-        db.execute("PRAGMA query_only = ON")
-        row = db.execute(
-            "SELECT judge_id FROM verdicts GROUP BY judge_id ORDER BY count(*) DESC, judge_id LIMIT 1"
-        ).fetchone()
-    return row[0] if row else ""
+    def of(self, ids: Sequence[str]) -> Iterator[Reading]:
+        """Of the trajectories with these ids, in this order."""
+        for trajectory, judgements in judged_trajectories(self._store, self._judge_id, ids):
+            shown = tuple(None if judgement is NOT_JUDGED else judgement for judgement in judgements)
+            right = {1.0: True, 0.0: False}.get(self._scores.get(trajectory.question_id, 0.5))
+            yield Reading(trajectory, self._gold[trajectory.question_id], shown, right)
 
 
 def sample(kinds: Mapping[str, tuple[str, ...]], limit: int) -> set[str]:
@@ -114,10 +110,12 @@ def sample(kinds: Mapping[str, tuple[str, ...]], limit: int) -> set[str]:
 
 def collected(path: Path, judge_id: str | None) -> tuple[str, int, int]:
     """(HTML, shown, total) of the collected trajectories."""
-    kinds = {reading.trajectory.id: reading.kind for reading in read(path, judge_id)}
-    chosen = sample(kinds, SAMPLE)
-    shown = [reading for reading in read(path, judge_id) if reading.trajectory.id in chosen]
-    return "".join(_block({"collected": reading}) for reading in shown), len(shown), len(kinds)
+    with closing(Store(path, writable=False)) as store:
+        readings = Readings(store, judge_id)
+        kinds = readings.kinds()
+        chosen = sample(kinds, SAMPLE)
+        blocks = [_block({"collected": reading}) for reading in readings.of([id_ for id_ in kinds if id_ in chosen])]
+    return "".join(blocks), len(blocks), len(kinds)
 
 
 def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]]) -> tuple[str, int, int]:
@@ -126,16 +124,22 @@ def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]]
 
     Sample k of a question has the same id in every evaluation, so ids pair what belongs together.
     """
-    kinds: dict[str, tuple[str, ...]] = {}
-    for name, store in stores.items():
-        for reading in read(*store):
-            id_ = reading.trajectory.id
-            kinds[id_] = (*kinds.get(id_, ()), name, *reading.kind)
-    chosen = sample(kinds, SAMPLE)
     rows: dict[str, dict[str, Reading]] = {}
-    for name, store in stores.items():
-        for reading in read(*store):
-            if reading.trajectory.id in chosen:
+    kinds: dict[str, tuple[str, ...]] = {}
+    ids: dict[str, list[str]] = {}
+    with ExitStack() as stack:
+        readings = {
+            name: Readings(stack.enter_context(closing(Store(path, writable=False))), judge_id, scores)
+            for name, (path, judge_id, scores) in stores.items()
+        }
+        for name, each in readings.items():
+            of_store = each.kinds()
+            ids[name] = list(of_store)
+            for id_, kind in of_store.items():
+                kinds[id_] = (*kinds.get(id_, ()), name, *kind)
+        chosen = sample(kinds, SAMPLE)
+        for name, each in readings.items():
+            for reading in each.of([id_ for id_ in ids[name] if id_ in chosen]):
                 rows.setdefault(reading.trajectory.id, {})[name] = reading
     return "".join(map(_block, rows.values())), len(rows), len(kinds)
 

@@ -75,7 +75,7 @@ def recorded_actions(trajectories: Sequence[Trajectory], stop_id: int) -> list[S
     for t, trajectory in enumerate(trajectories):
         for step, view in zip(trajectory.steps, trajectory.views(), strict=True):
             tokens = trajectory.tokens[step.start : step.end]
-            finish: Literal["stop", "length"] = "stop" if tokens[-1:] == [stop_id] else "length"
+            finish: Literal["stop", "length"] = "stop" if tokens[-1:].tolist() == [stop_id] else "length"
             completion = Completion(np.asarray(tokens, np.int32), step.logprobs, finish, step.policy_version)
             sampled.append(SampledAction(t, len(sampled), completion, step.action, view))
     return sampled

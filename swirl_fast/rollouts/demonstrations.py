@@ -1,10 +1,12 @@
-"""collect.source=solutions: trajectories written down from worked solutions, with the real tools, to warm a model up that could not do the
+"""collect.source=solutions: trajectories written down from worked solutions, with the real tools, to warm up a model that could not do the
 task at all. Train on them with filter.kind=none and algorithm.name=sft.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
 
 from swirl_fast.config import ConfigError
 from swirl_fast.formats.tags import ANSWER_TAG, TOOL_TAGS, parse
@@ -34,21 +36,23 @@ def demonstrations(
         if not expressions or len(expressions) >= max_steps:
             continue
         tokens = prompt(question.text)
-        one = Trajectory(f"{question.id}/0", question.id, question.task, question.text, 0, len(tokens), tokens)
+        trajectory = Trajectory(
+            f"{question.id}/0", question.id, question.task, question.text, 0, len(tokens), np.asarray(tokens, np.int32)
+        )
         texts = [f"<{tag}>{expression}</{tag}>" for expression in expressions]
         for text in [*texts, f"<{ANSWER_TAG}>{question.answers[0]}</{ANSWER_TAG}>"]:
             action = parse(text, tools.keys())
             ids = [*renderer.tokens(text), renderer.stop_id]
-            start = len(one.tokens)
+            start = len(trajectory.tokens)
             step = Step(start, start + len(ids), text, action, [0.0] * len(ids), 0)
-            one.tokens = [*one.tokens, *ids]
-            one.steps.append(step)
+            trajectory.extend(ids)
+            trajectory.steps.append(step)
             if action.kind == "tool":
                 step.observation = observation(action.argument, tools["calculator"].call(action.argument))
-                one.tokens += renderer.observation(step.observation, stopped=True)
-        one.finish = Finish.ANSWER
+                trajectory.extend(renderer.observation(step.observation, stopped=True))
+        trajectory.finish = Finish.ANSWER
         written += 1
-        yield one
+        yield trajectory
     if not written:
         raise ConfigError(
             f"collect.source=solutions: no question of {task.name} has a worked solution of at most {max_steps} actions; use gsm8k or "

@@ -15,7 +15,7 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.shard_source import open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
-from swirl_fast.files import difference, read_json, write_json
+from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.judges import judge_id, load_judge
 from swirl_fast.judges.judge import Judge
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer
@@ -220,7 +220,7 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> 
     source = config.folder / "checkpoints" / name
     recorded, wanted = recorded_state(source)["settings"]["model"], model_settings(config)
     if recorded != wanted:
-        raise ConfigError(f"{source} was trained from another model: {difference(recorded, wanted, 'model')}")
+        raise ConfigError(f"{source} was trained from another model: {describe_changes(recorded, wanted, 'model')}")
     policy = make_policy(config, ranks)
     load_weights(source, policy)
     export(target, policy, load_tokenizer(config.model), ranks)

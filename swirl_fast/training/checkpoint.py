@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from swirl_fast.files import digest, fsync, lock
+from swirl_fast.files import fsync, hash_file, lock
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import TIMEOUT, Ranks
 
@@ -201,7 +201,7 @@ class Checkpoints:
             raise RuntimeError(f"{failed}: {error}") from error
         own: dict[str, str] | str
         try:
-            own = {file.name: digest(file) for file in writing.glob(f"__{self._ranks.rank}_*")}
+            own = {file.name: hash_file(file) for file in writing.glob(f"__{self._ranks.rank}_*")}
         except OSError as error:
             own = str(error)
         of_ranks = self._gather(own)
@@ -225,7 +225,7 @@ class Checkpoints:
                     f"{name}, written by another rank, is not there: {self.folder} must be shared by all machines"
                 )
         (writing / _STATE).write_text(state)
-        hashes |= {name: digest(writing / name) for name in (".metadata", _STATE)}
+        hashes |= {name: hash_file(writing / name) for name in (".metadata", _STATE)}
         (writing / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True))
         for path in (writing / _STATE, writing / _MANIFEST, writing):
             fsync(path)
@@ -315,7 +315,7 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
         for name in sorted(hashes)[part::parts]:
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if digest(path / name) != hashes[name]:
+            if hash_file(path / name) != hashes[name]:
                 return f"{name} does not match its hash"
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -63,7 +63,7 @@ def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:
     """Raises ConfigError, before any work, when the longest recorded state with a longest action, or for algorithm.name=sft with the
     recorded one, fits neither a micro-batch nor the longest path allowed nor the context."""
     training = config.training
-    if config.algorithm.name == "sft" and manifest.longest_path:
+    if config.algorithm.name == "sft":
         path = manifest.longest_path["tokens"]
         what = f"trajectory {manifest.longest_path['id']} has {path} tokens up to its last action"
         key = f"tasks.max_steps={config.tasks.max_steps}"

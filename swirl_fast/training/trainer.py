@@ -21,7 +21,7 @@ from torch import Tensor
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.exits import Resumable
-from swirl_fast.files import difference
+from swirl_fast.files import describe_changes
 from swirl_fast.metrics import PhaseTimer
 from swirl_fast.models.load import DTYPES
 from swirl_fast.models.policy import Policy, model_size
@@ -157,7 +157,7 @@ class Trainer:
         steps = self.config.training.steps
         if state["settings"] != self.settings:
             raise ConfigError(
-                f"{self.folder} was trained with other settings: {difference(state['settings'], self.settings)}. "
+                f"{self.folder} was trained with other settings: {describe_changes(state['settings'], self.settings)}. "
                 "Go back to them, or use another run.name"
             )
         if state["step"] > steps:

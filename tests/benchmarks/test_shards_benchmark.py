@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+from support.stores import read_samples
 
 from benchmarks.shards import WAYS, SeededSampler, main, make_samples, summarize, write_data
-from swirl_fast.data.shards import StepSample, read_trajectories
+from swirl_fast.data.shards import StepSample
 
 COUNT, BATCH = 12, 4
 
@@ -40,7 +41,7 @@ def test_every_way_hands_out_the_same_trajectories_and_resumes(data: Path, way: 
 
 
 def test_the_data_is_what_it_says(data: Path) -> None:
-    samples = list(read_trajectories(data / "shards"))
+    samples = list(read_samples(data / "shards"))
     assert samples == list(make_samples(COUNT, 2))
     for sample in samples:
         sample.trajectory.check()

@@ -1,12 +1,14 @@
 """The four filters by hand and against their definition, and the subset under a limit."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swirl_fast.data.filters import REASONS, judged_enough, keep, subset
+from swirl_fast.data.filters import REASONS, Candidate, judged_enough, select, subset
 from swirl_fast.formats.tags import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
@@ -22,6 +24,14 @@ def make(id_: str, question: str, num_steps: int, answer: bool, finished: bool =
         steps[-1].action = Action("answer", argument="1")
     finish = None if not finished else Finish.ANSWER if answer else Finish.STEP_LIMIT
     return Trajectory(id_, question, "gsm8k", "?", 0, 0, list(range(num_steps)), steps, finish)
+
+
+def candidates(
+    trajectories: Iterable[Trajectory],
+    judgements: Mapping[str, list[Judgement]],
+    outcomes: Mapping[str, bool | None] = MappingProxyType({}),
+) -> list[Candidate]:
+    return [Candidate.of(one, judgements[one.id], outcomes.get(one.id)) for one in trajectories]
 
 
 def judged(letters: str) -> list[Judgement]:
@@ -42,6 +52,7 @@ TABLE = {
 TRAJECTORIES = [make(name, name, len(row[0]), row[1], row[3]) for name, row in TABLE.items()]
 JUDGEMENTS = {name: judged(row[0]) for name, row in TABLE.items()}
 OUTCOMES = {name: row[2] for name, row in TABLE.items() if row[1]}
+CANDIDATES = candidates(TRAJECTORIES, JUDGEMENTS, OUTCOMES)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +69,7 @@ OUTCOMES = {name: row[2] for name, row in TABLE.items() if row[1]}
     ],
 )
 def test_each_filter_by_hand(kind, kept: str, dropped: dict[str, int]) -> None:
-    selection = keep(TRAJECTORIES, JUDGEMENTS, OUTCOMES, kind)
+    selection = select(CANDIDATES, kind)
     assert selection.kept == tuple(kept.split())
     expected = {"unfinished": 1, "no_steps": 1, **dropped}
     assert {reason: count for reason, count in selection.dropped.items() if count} == expected
@@ -85,40 +96,36 @@ def test_a_trajectory_stays_by_definition_and_every_other_has_one_reason(rows, k
         outcome = "outcome" not in kind or (answer and right)
         if finished and letters and process and outcome:
             expected.append(f"t{i}")
-    selection = keep(iter(trajectories), judgements, outcomes, kind)
+    selection = select(iter(candidates(trajectories, judgements, outcomes)), kind)
     assert list(selection.kept) == expected
     assert sum(selection.dropped.values()) == len(rows) - len(expected)
 
 
-def test_only_what_a_filter_looks_at_is_needed() -> None:
-    trajectory = make("t", "q", 2, True)
-    assert keep([trajectory], {}, {}, "none").kept == ("t",)
-    assert keep([trajectory], {}, {"t": True}, "outcome").kept == ("t",)
-    assert keep([trajectory], {"t": judged("GG")}, {}, "process").kept == ("t",)
-    with pytest.raises(ValueError, match="'t' has 2 steps and 0 judgements"):
-        keep([trajectory], {}, {}, "process")
+def test_only_what_a_filter_looks_at_decides() -> None:
+    trajectory, silent = make("t", "q", 2, True), judged("UU")
+    assert select([Candidate.of(trajectory, silent)], "none").kept == ("t",)
+    assert select([Candidate.of(trajectory, silent, True)], "outcome").kept == ("t",)
+    assert select([Candidate.of(trajectory, judged("GG"))], "process").kept == ("t",)
     with pytest.raises(ValueError, match="'t' has 2 steps and 3 judgements"):
-        keep([trajectory], {"t": judged("GGG")}, {}, "process")
-    with pytest.raises(ValueError, match="'t' has an answer and no outcome"):
-        keep([trajectory], {}, {}, "outcome")
+        Candidate.of(trajectory, judged("GGG"))
     with pytest.raises(ValueError, match="'t' comes twice"):
-        keep([trajectory, trajectory], {}, {}, "none")
+        select([Candidate.of(trajectory, silent)] * 2, "none")
     with pytest.raises(ValueError, match="'good'.*process_and_outcome"):
-        keep([trajectory], {}, {}, "good")  # type: ignore[arg-type]
+        select([], "good")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="-1"):
-        keep([trajectory], {}, {}, "none", max_trajectories=-1)
+        select([], "none", max_trajectories=-1)
 
 
 def test_the_line_says_what_was_dropped_and_the_remedy_meets_the_largest_loss() -> None:
-    selection = keep(TRAJECTORIES, JUDGEMENTS, OUTCOMES, "process")
+    selection = select(CANDIDATES, "process")
     assert selection.describe() == (
         "filter process kept 3 of 8 trajectories: "
         "1 not finished, 1 without a step, 2 with a BAD step, 1 with an UNKNOWN and no BAD step"
     )
     assert "filter.kind=none" in selection.remedy()
-    unknown = keep(TRAJECTORIES[:1], {"good_right": judged("UUU")}, {}, "process")
+    unknown = select(candidates(TRAJECTORIES[:1], {"good_right": judged("UUU")}), "process")
     assert "run judge again" in unknown.remedy()
-    assert "collect" in keep([], {}, {}, "process").remedy()
+    assert "collect" in select([], "process").remedy()
 
 
 def test_a_limit_takes_one_trajectory_of_every_question_first() -> None:
@@ -145,9 +152,9 @@ def test_a_limit_prefers_no_part_of_the_data() -> None:
 
 
 def test_the_limit_counts_what_it_drops() -> None:
-    selection = keep(TRAJECTORIES, JUDGEMENTS, OUTCOMES, "none", max_trajectories=4, seed=1)
+    selection = select(CANDIDATES, "none", max_trajectories=4, seed=1)
     assert len(selection.kept) == 4 and selection.dropped["over_limit"] == 2
-    assert keep(TRAJECTORIES, JUDGEMENTS, OUTCOMES, "none", max_trajectories=4, seed=1) == selection
+    assert select(CANDIDATES, "none", max_trajectories=4, seed=1) == selection
 
 
 @pytest.mark.parametrize(
@@ -179,14 +186,18 @@ def test_nothing_passed_is_a_result_only_where_the_judge_answered(
                 step.action = Action("malformed", error="no tag")
         trajectories.append(one)
         judgements[one.id] = judged(own.replace("M", "B"))
-    selection = keep(trajectories, judgements, {one.id: outcome for one in trajectories}, kind)
+    made = candidates(trajectories, judgements, {one.id: outcome for one in trajectories})
+    selection = select(made, kind)
     assert not selection.kept
-    assert judged_enough(selection, trajectories, judgements) is enough
+    assert judged_enough(selection, made) is enough
 
 
 def test_without_an_answer_the_steps_were_judged_all_the_same() -> None:
     trajectories = [make(f"t{i}", "q", 1, answer=False) for i in range(4)]
-    judgements = {one.id: judged("G") for one in trajectories[:3]} | {"t3": judged("U")}
-    assert judged_enough(keep(trajectories, judgements, {}, "process_and_outcome"), trajectories, judgements)
-    judgements["t2"] = judged("U")
-    assert not judged_enough(keep(trajectories, judgements, {}, "process_and_outcome"), trajectories, judgements)
+
+    def enough(letters: str) -> bool:
+        made = candidates(trajectories, {f"t{i}": judged(letter) for i, letter in enumerate(letters)})
+        return judged_enough(select(made, "process_and_outcome"), made)
+
+    assert enough("GGGU")
+    assert not enough("GGUU")

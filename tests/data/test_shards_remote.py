@@ -20,12 +20,12 @@ from filelock import FileLock
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
-from support.stores import FINGERPRINT, ids, make_samples, open_stream
+from support.stores import FINGERPRINT, ids, make_samples, open_stream, read_samples
 
 from swirl_fast.data import shard_source as shard_store
 from swirl_fast.data import shards
 from swirl_fast.data.shard_source import ShardCache, open_shards, upload_shards
-from swirl_fast.data.shards import read_trajectories, streaming, verify_shards, write_shards
+from swirl_fast.data.shards import streaming, verify_shards, write_shards
 from swirl_fast.data.stream import TrajectoryStream
 
 COUNT = 40
@@ -81,7 +81,7 @@ def free_port() -> int:
 def in_shard(folder: Path, name: str) -> set[str]:
     """Ids of the trajectories in a shard of a whole folder."""
     index = json.loads((folder / "index.json").read_text())
-    everything = ids(list(read_trajectories(folder)))
+    everything = ids(list(read_samples(folder)))
     begin = 0
     for shard in index["shards"]:
         end = begin + shard["samples"]

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
-from support.stores import make_question, make_trajectory, prefix
+from support.stores import count_rows, make_question, make_trajectory, prefix
 
+from swirl_fast.data import store as store_module
 from swirl_fast.data.store import SCHEMA, Store
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Trajectory
@@ -35,12 +37,32 @@ def test_what_is_recorded_comes_back(tmp_path: Path) -> None:
         by_number = sorted(given_, key=lambda t: tuple(int(part) for part in t.id[1:].split("-")))
         assert [t.id for t in by_number][::5] == ["q1-0", "q2-0", "q10-0"]
         assert list(store.trajectories()) == by_number
-        assert list(store.trajectories(finished=True)) == [t for t in by_number if t.finish]
-        assert list(store.trajectories(finished=False)) == [t for t in by_number if not t.finish]
-        counts = store.counts()
-        assert (counts.questions, counts.trajectories, counts.finished) == (3, 15, 9)
-        assert counts.steps == sum(t.num_steps for t in given_)
-        assert counts.tokens == sum(len(t.tokens) for t in given_)
+        assert all(t.tokens.dtype == np.int32 for t in store.trajectories())
+        assert store.ids() == [t.id for t in by_number]
+        assert store.ids(finished=True) == [t.id for t in by_number if t.finish]
+        assert store.ids(finished=False) == [t.id for t in by_number if not t.finish]
+        assert [count_rows(store, table) for table in ("questions", "trajectories")] == [3, 15]
+        backwards = by_number[::-2]
+        wanted = [t.id for t in backwards]
+        assert list(store.trajectories(wanted)) == backwards, "in the order asked for"
+        assert store.count(wanted) == (sum(t.num_steps for t in backwards), sum(len(t.tokens) for t in backwards))
+        assert store.count([]) == (0, 0)
+        with pytest.raises(ValueError, match="no trajectory 'q3-0'"):
+            list(store.trajectories(["q1-0", "q3-0"]))
+
+
+def test_a_store_is_read_in_batches_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "BATCH", 4)
+    question = make_question(1)
+    given_ = [make_trajectory(question, index, 2, Finish.ANSWER) for index in range(10)]
+    with Store(tmp_path / "t.db") as store:
+        store.add_questions([question])
+        store.record(given_)
+        sizes = []
+        for batch in store.batches(store.ids()):
+            sizes.append(len(batch))
+            store.record([make_trajectory(question, 10 + len(sizes), 1, None)])
+        assert sizes == [4, 4, 2] and count_rows(store, "trajectories") == 13
 
 
 @settings(max_examples=25, deadline=None)
@@ -61,7 +83,7 @@ def test_any_sequence_of_records_ends_in_the_same_store(tmp_path_factory, seed: 
         store.add_questions([question])
         store.record([whole])
         assert list(store.trajectories()) == [whole]
-        assert store.counts().steps == 6
+        assert count_rows(store, "steps") == 6
 
 
 def test_a_changed_trajectory_is_refused_and_nothing_of_the_batch_is_written(tmp_path: Path) -> None:
@@ -79,7 +101,7 @@ def test_a_changed_trajectory_is_refused_and_nothing_of_the_batch_is_written(tmp
             assert list(store.trajectories()) == [prefix(whole, 2)]
 
         def longer_observation(t: Trajectory) -> None:
-            t.tokens.insert(t.steps[1].end, 7)
+            t.tokens = np.insert(t.tokens, t.steps[1].end, 7)
             for step in t.steps[2:]:
                 step.start, step.end = step.start + 1, step.end + 1
 
@@ -102,7 +124,8 @@ def test_a_changed_trajectory_is_refused_and_nothing_of_the_batch_is_written(tmp
         )
         refused(replace(steps=whole.steps[:1], finish=None), "1 steps and")
         refused(
-            lambda t: replace(steps=t.steps[:2], finish=None, tokens=prefix(t, 2).tokens + [5])(t), "come with a step"
+            lambda t: replace(steps=t.steps[:2], finish=None, tokens=np.append(prefix(t, 2).tokens, np.int32(5)))(t),
+            "come with a step",
         )
         refused(replace(question="another"), "add_questions comes first")
         refused(replace(question_id="q9"), "q9.* is not in the store")
@@ -135,10 +158,11 @@ def test_unknown_verdicts_are_asked_again_and_definite_ones_stay(tmp_path: Path)
         assert store.verdicts("rules-1", ["a", "b", "d"]) == {"a": good, "b": unknown}
         store.add_verdicts("rules-1", {"a": bad, "b": bad, "c": unknown})
         assert store.verdicts("rules-1", "abc") == {"a": good, "b": bad, "c": bad}
-        assert (store.counts().verdicts, store.counts().unknown) == (3, 0)
+        assert (count_rows(store, "verdicts"), count_rows(store, "verdicts", "verdict = 'UNKNOWN'")) == (3, 0)
         many = {str(i): good for i in range(40_000)}  # more than SQLite's limit on parameters
         store.add_verdicts("rules-3", many)
         assert store.verdicts("rules-3", many) == many
+        assert store.main_judge() == "rules-3"
 
 
 def test_meta_names_both_values(tmp_path: Path) -> None:
@@ -198,7 +222,7 @@ def test_a_reader_reads_while_a_writer_writes_and_cannot_write(tmp_path: Path) -
         # A store may be written to while it is read.
         for trajectory in writer.trajectories():
             writer.record([trajectory, make_trajectory(question, 1, 1, None)])
-        assert reader.counts().trajectories == 2
+        assert count_rows(reader, "trajectories") == 2
 
 
 # Records rounds of 8 trajectories and says after each which it was. Run again, it takes up what it finds.

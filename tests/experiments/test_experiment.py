@@ -18,7 +18,7 @@ from swirl_fast import cli, stages
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.experiments.grid import read_experiment
 from swirl_fast.experiments.inputs import changed
-from swirl_fast.experiments.summary import summarise, table
+from swirl_fast.experiments.summary import results_table, summarise
 from swirl_fast.report.experiment import write_experiment_report
 
 
@@ -392,7 +392,7 @@ def test_gains_and_their_intervals() -> None:
     low, high = summary["arms"]["base"]["in_domain"]["interval"]
     assert (low, high) == (pytest.approx(0.2 - 0.045, abs=0.006), pytest.approx(0.2 + 0.045, abs=0.006))
     assert summary["arms"]["new"]["cost"]["trajectories"] == 4 and summary["arms"]["base"]["cost"] is None
-    assert "new against base, in-domain: +150.0% relative" in table(summary)
+    assert "new against base, in-domain: +150.0% relative" in results_table(summary)
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
@@ -430,7 +430,7 @@ def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
         row["process_label"] = None
     summary = summarise(["new"], ["in_domain", "far"], [0], ("new", "new"), {("new", 0): one})
     assert summary["arms"]["new"]["in_domain"]["process_label"] is None
-    assert "label –" in table(summary)
+    assert "label –" in results_table(summary)
     assert "<td>–</td>" in write_experiment_report(tmp_path, "silent", summary, {("new", 0): one}).read_text()
 
 

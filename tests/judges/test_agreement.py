@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.endpoints import completion, prompt_of, serving
 from support.labels import SUM, labels
+from support.stores import count_rows
 
 from swirl_fast import cli
 from swirl_fast.data.store import Store
@@ -136,7 +137,7 @@ def test_the_verdicts_of_a_model_are_kept_and_unknown_ones_asked_anew(tmp_path: 
     report = json.loads((tmp_path / "r" / "agreement.json").read_text())
     assert (report["unknown"], report["accuracy"]) == (0, 0.75)
     with Store(tmp_path / "r" / "agreement.db", writable=False) as store:
-        assert store.counts().verdicts == 4
+        assert count_rows(store, "verdicts") == 4
 
 
 def test_a_file_without_any_label_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

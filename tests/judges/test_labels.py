@@ -7,8 +7,10 @@ import pytest
 from support.collected import collected
 
 from swirl_fast import cli
+from swirl_fast.data.store import Store
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges.labels import LabelledStep, read_labels, steps_to_label, write_labels
+from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Step, StepView, Trajectory
 from swirl_fast.verdict import Verdict
 
@@ -84,23 +86,31 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path: Path, capsys: p
     assert "l.jsonl:1: key 'history': must be a list" in capsys.readouterr().err
 
 
-def test_steps_of_a_run_to_be_labelled() -> None:
+def test_steps_of_a_run_to_be_labelled(tmp_path: Path) -> None:
     """Each well-formed step at most once, evenly from all, none with a label."""
     texts = ("<math_exp>1+2</math_exp>", "no tag", "<answer>3</answer>")
+    questions = [Question(f"q{q}", "sums", f"Question {q}", ("3",)) for q in range(4)]
     trajectories = []
     for t in range(8):  # four pairs of equal trajectories
         steps = [
             Step(i, i + 1, text, parse(text, ["calculator"]), [0.0], 0, None if i == 2 else "1+2 -> 3.0")
             for i, text in enumerate(texts)
         ]
+        question = questions[t // 2]
         trajectories.append(
-            Trajectory(f"t{t}", "q", "sums", f"Question {t // 2}", 0, 0, [1, 2, 3], steps, Finish.ANSWER)
+            Trajectory(f"t{t}", question.id, "sums", question.text, 0, 0, [1, 2, 3], steps, Finish.ANSWER)
         )
-    every = steps_to_label(trajectories, ("calculator",), 100, seed=0)
-    assert {step.view for step in every} == {t.view(i) for t in trajectories for i in (0, 2)} and len(every) == 8
-    some = steps_to_label(trajectories, ("calculator",), 5, seed=0)
-    assert len(some) == 5 and some == steps_to_label(trajectories, ("calculator",), 5, seed=0)
-    assert some != steps_to_label(trajectories, ("calculator",), 5, seed=1)
+    with Store(tmp_path / "t.db") as store:
+        store.add_questions(questions)
+        store.record(trajectories)
+
+        def drawn(count: int, seed: int) -> list[LabelledStep]:
+            return steps_to_label(store, store.ids(), ("calculator",), count, seed)
+
+        every, some = drawn(100, seed=0), drawn(5, seed=0)
+        assert {step.view for step in every} == {t.view(i) for t in trajectories for i in (0, 2)} and len(every) == 8
+        assert len(some) == 5 and some == drawn(5, seed=0)
+        assert some != drawn(5, seed=1)
     assert all(step.label is None and step.tools == ("calculator",) for step in some)
 
 

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 from support.collected import ANSWERS, collected, trajectory
 from support.endpoints import completion, prompt_of, serving
+from support.scores import scored
+from support.stores import count_rows
 
 from swirl_fast import cli
 from swirl_fast.config import ConfigError, EndpointConfig, load
-from swirl_fast.data.filters import keep
+from swirl_fast.data.filters import Candidate, select
 from swirl_fast.data.store import Store
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges import cached as kept
 from swirl_fast.judges.model import GivenAnswer
 from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
-from swirl_fast.stages.evaluation import by_question, summarise, table
+from swirl_fast.stages.scores import accuracy_table
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish
@@ -36,12 +38,12 @@ def test_verdicts_are_kept_by_content_and_unknown_ones_asked_anew(tmp_path: Path
     trajectories = [trajectory(name, question, answer) for name, answer in ANSWERS.items()]
     with serving(respond) as (endpoint, _), Store(tmp_path / "t.db") as store:
         config = EndpointConfig(url=endpoint.url, model="judge-1", retries=0)
-        before = read_outcomes(config, store, trajectories, {"q": question})
+        before = read_outcomes(outcome_judge_id(config), store, trajectories, {"q": question})
         assert before == dict.fromkeys(("right", "wrong", "silent", "again")), (
             "not asked yet: no outcome, and none is wrong"
         )
         judge_outcomes(config, store, trajectories, {"q": question})
-        outcomes = read_outcomes(config, store, trajectories, {"q": question})
+        outcomes = read_outcomes(outcome_judge_id(config), store, trajectories, {"q": question})
         assert outcomes == {"right": True, "wrong": False, "silent": None, "again": True}
         assert len(endpoint.requests) == 1 + 3, "the check, and each different answer once"
         judge_outcomes(config, store, trajectories, {"q": question})
@@ -49,8 +51,9 @@ def test_verdicts_are_kept_by_content_and_unknown_ones_asked_anew(tmp_path: Path
         judge_outcomes(config, store, [trajectories[0]], {"q": question})
         assert len(endpoint.requests) == 6, "nothing to ask: not even the check"
         other_key = Question("q", "sums", question.text, ("11",))
-        assert read_outcomes(config, store, trajectories[:1], {"q": other_key}) == {"right": None}
-    selection = keep(trajectories, {}, outcomes, "outcome")
+        assert read_outcomes(outcome_judge_id(config), store, trajectories[:1], {"q": other_key}) == {"right": None}
+    candidates = [Candidate.of(one, [Judgement(Verdict.UNKNOWN, "")], outcomes.get(one.id)) for one in trajectories]
+    selection = select(candidates, "outcome")
     assert selection.kept == ("right", "again")
     assert {reason: n for reason, n in selection.dropped.items() if n} == {
         "no_answer": 1,
@@ -58,7 +61,7 @@ def test_verdicts_are_kept_by_content_and_unknown_ones_asked_anew(tmp_path: Path
         "unknown_outcome": 1,
     }
     assert "1 with an answer that the outcome judge gave no verdict on" in selection.describe()
-    assert "run judge again" in keep(trajectories[2:3], {}, outcomes, "outcome").remedy()
+    assert "run judge again" in select(candidates[2:3], "outcome").remedy()
 
 
 def test_what_was_answered_before_the_key_was_refused_is_kept(tmp_path: Path) -> None:
@@ -74,11 +77,11 @@ def test_what_was_answered_before_the_key_was_refused_is_kept(tmp_path: Path) ->
         config = EndpointConfig(url=endpoint.url, model="judge-1", retries=0, concurrency=1)
         with pytest.raises(ConfigError, match="no more credit"):
             judge_outcomes(config, store, trajectories, {"q": question})
-        assert store.counts().verdicts == 2
+        assert count_rows(store, "verdicts") == 2
         refusing, asked = False, len(endpoint.requests)
         judge_outcomes(config, store, trajectories, {"q": question})
         assert len(endpoint.requests) == asked + 1 + 4, "the check, and the answers that are left"
-        assert set(read_outcomes(config, store, trajectories, {"q": question}).values()) == {False}
+        assert set(read_outcomes(outcome_judge_id(config), store, trajectories, {"q": question}).values()) == {False}
 
 
 def test_what_a_verdict_depends_on_is_in_its_key() -> None:
@@ -117,21 +120,21 @@ def test_evaluation_tells_the_judged_accuracy_beside_the_exact_one() -> None:
         for i, (question, answer) in enumerate(zip(questions, ANSWERS.values(), strict=True))
     ]
     judgements = {t.id: [Judgement(Verdict.GOOD, "")] for t in made}
-    plain = summarise(task, questions, made, judgements)
+    plain = scored(task, questions, made, judgements).summary()
     assert "judge_accuracy" not in plain
-    judged = summarise(task, questions, made, judgements, {"0": True, "1": False, "2": None, "4": True})
+    judged = scored(task, questions, made, judgements, {"0": True, "1": False, "2": None, "4": True}).summary(True)
     assert judged["judge_accuracy"] == 2 / 4, "no answer is wrong, one without a verdict is left out"
     assert judged["unknown_answers"] == 1 and judged["accuracy"] == plain["accuracy"]
     low, high = judged["judge_accuracy_interval"]
     assert low < 0.5 < high
-    silent = summarise(task, questions, made[:3], judgements, dict.fromkeys("012"))
+    silent = scored(task, questions, made[:3], judgements, dict.fromkeys("012")).summary(True)
     assert silent["judge_accuracy"] is silent["judge_accuracy_interval"] is None and silent["unknown_answers"] == 3
-    head, line, other = table({"judged": judged, "silent": silent}).splitlines()
+    head, line, other = accuracy_table({"judged": judged, "silent": silent}).splitlines()
     assert head.split() == (
         "accuracy by the judge unknown mean process label unknown malformed repeated steps questions".split()
     )
     assert " 50.0% [" in line and re.search(r"–  +3 +100.0% \[", other) and len(line) == len(other) == len(head)
-    assert "by the judge" not in table({"plain": plain})
+    assert "by the judge" not in accuracy_table({"plain": plain})
 
 
 def test_a_judge_without_a_verdict_gives_no_label_rather_than_none_good() -> None:
@@ -140,12 +143,13 @@ def test_a_judge_without_a_verdict_gives_no_label_rather_than_none_good() -> Non
     questions = task.questions("eval")
     made = [trajectory(str(i), question, "1") for i, question in enumerate(questions)]
     unknown = {t.id: [Judgement(Verdict.UNKNOWN, "")] for t in made}
-    summary = summarise(task, questions, made, unknown)
+    scores = scored(task, questions, made, unknown)
+    summary = scores.summary()
     assert summary["process_label"] is summary["process_label_interval"] is None and summary["unknown"] == 2
-    assert [one["process_label"] for one in by_question(task, questions, made, unknown).values()] == [None, None]
-    head, line = table({"base": summary}).splitlines()
+    assert [one["process_label"] for one in scores.by_question().values()] == [None, None]
+    head, line = accuracy_table({"base": summary}).splitlines()
     assert re.search(r"\] +– +2 +0\.0%", line) and len(line) == len(head)
-    bad = summarise(task, questions, made, {t.id: [Judgement(Verdict.BAD, "")] for t in made})
+    bad = scored(task, questions, made, {t.id: [Judgement(Verdict.BAD, "")] for t in made}).summary()
     assert bad["process_label"] == 0.0 and bad["unknown"] == 0
 
 
@@ -234,8 +238,8 @@ def test_an_endpoint_that_dies_stops_the_stage_and_earlier_verdicts_are_kept(
     assert re.search("replied to none of 8 prompts: no reply.* in 1 tries, the last: HTTP 503: out of memory", shown)
     assert "judge.model.url" in shown
     with Store(tmp_path / "r" / "trajectories.db", writable=False) as store:
-        asked = store.counts().unknown
-        assert store.counts().verdicts == 8 + asked and 4 <= asked <= 8, (
+        asked = count_rows(store, "verdicts", "verdict = 'UNKNOWN'")
+        assert count_rows(store, "verdicts") == 8 + asked and 4 <= asked <= 8, (
             "what was given up was not asked, and is no verdict"
         )
 

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.html_page import Node, page
 from support.paths import ROOT
+from support.scores import scored
 
 from swirl_fast import __version__, report
 from swirl_fast.config import Config, TasksConfig, TrainingConfig, dump
-from swirl_fast.data.filters import keep
+from swirl_fast.data.filters import Candidate, select
 from swirl_fast.data.store import Store
 from swirl_fast.formats.tags import parse
 from swirl_fast.intervals import wilson
@@ -29,7 +30,6 @@ from swirl_fast.report.curves import MAX_POINTS, curves
 from swirl_fast.report.headline import headline
 from swirl_fast.report.inputs import Run
 from swirl_fast.rollouts.gaming import GamingSigns, gaming_metrics
-from swirl_fast.stages.evaluation import summarise
 from swirl_fast.tasks.gsm8k import GSM8K
 from swirl_fast.tasks.task import Question
 from swirl_fast.training.metrics_log import MetricsLog
@@ -83,7 +83,7 @@ def make_trajectory(
         start = len(trajectory.tokens)
         last = i == len(texts) - 1 and finish is not None
         step = Step(start, start + 1, text, parse(text, {"calculator"}), [-0.5], 0, None if last else f"{result} {i}")
-        trajectory.tokens = [*trajectory.tokens, 9]
+        trajectory.extend([9])
         trajectory.steps.append(step)
     trajectory.finish = finish
     return trajectory
@@ -207,10 +207,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Made:
         ]
         judgements = add(name, folder / "evaluations" / f"{name}.db", held_out, own)
         summary = {"name": name, "model": f"models/{name}", "judge": JUDGE, "temperature": 0.0}
-        summary |= summarise(task, held_out, own, judgements) | {"seconds": 100.5}
+        summary |= scored(task, held_out, own, judgements).summary() | {"seconds": 100.5}
         (folder / "evaluations" / f"{name}.json").write_text(json.dumps(summary))
         made.evaluations[name] = summary
-    selection = keep(collected, judged, {t.id: True for t in collected}, "process")
+    selection = select([Candidate.of(t, judged[t.id], True) for t in collected], "process")
     made.selection = selection.survivors()
     described = {"kind": "process", "kept": len(selection.kept), "total": selection.total}
     (folder / "filter.json").write_text(
@@ -827,7 +827,7 @@ def test_a_training_under_way_is_called_so(copy: Path) -> None:
     rows = (copy / "metrics.jsonl").read_text().splitlines()
     (copy / "metrics.jsonl").write_text("\n".join(rows[:5]) + "\n" + rows[5][:40])  # the writer died in line 6
     root = written(copy)
-    assert "training stands at step 5 of 12" in root.one(kind="missing").text
+    assert "training is at step 5 of 12" in root.one(kind="missing").text
     assert len(root.one("details", "numbers").one("tbody").all("tr")) == 5
 
 

@@ -67,7 +67,7 @@ def test_demonstrations_are_whole_trajectories_and_teach(tmp_path: Path, tiny_mo
     task = load_task(TasksConfig(dataset="gsm_symbolic", limit=24, eval_limit=2), 0)
     questions = {question.id: question for question in task.questions("train")}
     with Store(tmp_path / "r" / "trajectories.db", writable=False) as store:
-        written = list(store.trajectories(finished=True))
+        written = list(store.trajectories(store.ids(finished=True)))
     assert 3 <= len(written) <= 24
     for one in written:
         question = questions[one.question_id]

@@ -12,6 +12,7 @@ from support.engine_conformance import assert_hits
 from support.labels import labels
 from support.real_servers import GENERATED, Log, attached, launched
 from support.runs import overrides, start
+from support.stores import count_rows
 from transformers import AutoTokenizer
 
 from swirl_fast import cli
@@ -111,4 +112,4 @@ def test_a_judge_on_a_server_is_measured_against_labels(server: SGLangEngine, tm
     assert report["confusion"]["GOOD"]["UNKNOWN"] == 1 and report["confusion"]["BAD"]["UNKNOWN"] == 3
     assert report["accuracy"] is None and report["accuracy_unknown_wrong"] == 0 and report["unknown_share"] == 1
     with Store(tmp_path / "r" / "agreement.db", writable=False) as store:
-        assert store.counts().verdicts == 4 and store.counts().unknown == 4
+        assert count_rows(store, "verdicts") == count_rows(store, "verdicts", "verdict = 'UNKNOWN'") == 4

@@ -7,28 +7,28 @@ import json
 import operator
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.runs import STEPS, command, copy_of, environment, kill_when, overrides, start, weights
 from support.small_models import CHAT_TEMPLATE, train_tokenizer
+from support.stores import count_rows, read_samples
 from support.task_files import write_lines
 
 from swirl_fast import cli
 from swirl_fast.config import load as load_config
-from swirl_fast.data.shards import read_trajectories
 from swirl_fast.data.store import Store
 from swirl_fast.metrics import read_metrics
 from swirl_fast.models.load import weights_hash
 from swirl_fast.objective import policy_loss
 from swirl_fast.rollouts import pipeline as sampler
 from swirl_fast.rollouts.at_states import SampledAction, sample_actions
-from swirl_fast.stages.evaluation import FILES, make_room
+from swirl_fast.stages.evaluation_files import FILES, make_room
 from swirl_fast.training import build
 from swirl_fast.training import trainer as loop
 from swirl_kernels import PolicyLossMetrics
@@ -92,26 +92,26 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
             0 <= row[n] < 1 for n in ("cut_off", "outside_tag", "repeated")
         )
     assert all(row["engine_gap_mean"] < 1e-4 for row in rows), "engine and trainer disagree on log-probs"  # invariant 4
-    begin = time.monotonic()
     second = start(["run", *arguments])
     assert "trained to step" in second.stdout
+    assert "tokens generated" not in second.stdout, "nothing is drawn again"
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert time.monotonic() - begin < 60
 
 
 def test_trajectories_nest_and_shards_hold_them(collected: Path) -> None:
     """Invariant 3 on what was really collected, and the same datum in the store and in the shards."""
     with Store(collected / "r" / "trajectories.db", writable=False) as store:
-        stored = {t.id: t for t in store.trajectories(finished=True)}
+        stored = {t.id: t for t in store.trajectories(store.ids(finished=True))}
     assert len(stored) == 18
     for trajectory in stored.values():
         trajectory.check()
         for i in range(1, trajectory.num_steps):
             state = trajectory.state(i)
             before = trajectory.steps[i - 1]
-            assert state[: before.end] == trajectory.tokens[: before.end]
-            assert state[: before.start] == trajectory.state(i - 1)
-    assert {s.trajectory.id: s.trajectory for s in read_trajectories(collected / "r" / "shards")} == stored
+            assert np.shares_memory(state, trajectory.tokens), "a view, never a copy"
+            assert np.array_equal(state[: before.end], trajectory.tokens[: before.end])
+            assert np.array_equal(state[: before.start], trajectory.state(i - 1))
+    assert {s.trajectory.id: s.trajectory for s in read_samples(collected / "r" / "shards")} == stored
 
 
 def test_collect_killed_at_any_moment_loses_and_doubles_nothing(
@@ -126,7 +126,7 @@ def test_collect_killed_at_any_moment_loses_and_doubles_nothing(
             return 0
         try:
             with Store(db, writable=False) as store:
-                return store.counts().steps
+                return count_rows(store, "steps")
         except ValueError:  # the tables are not there yet
             return 0
 
@@ -136,7 +136,7 @@ def test_collect_killed_at_any_moment_loses_and_doubles_nothing(
     found, expected = [], []
     for folder, into in ((tmp_path, found), (collected, expected)):
         with Store(folder / "r" / "trajectories.db", writable=False) as store:
-            into += [(t.id, t.finish, t.tokens, [s.text for s in t.steps]) for t in store.trajectories()]
+            into += [(t.id, t.finish, t.tokens.tolist(), [s.text for s in t.steps]) for t in store.trajectories()]
     assert found == expected
 
 
@@ -452,10 +452,10 @@ def test_a_budget_below_the_longest_trunk_is_refused_before_any_work(
     assert not (folder / "r" / "checkpoints").exists()
 
 
-def test_another_prompt_is_another_collection_and_one_from_before_the_hash_goes_on(
+def test_another_prompt_is_another_collection(
     tiny_model: Path, judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The contents of the template, not its path; a fingerprint that does not tell is no difference."""
+    """The contents of the template, not its path."""
     template = tmp_path / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
     few = (f"model.chat_template={template}", "tasks.limit=1", "tasks.eval_limit=1")
@@ -467,14 +467,9 @@ def test_another_prompt_is_another_collection_and_one_from_before_the_hash_goes_
     template.write_text(CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"))
     assert cli.main(["collect", *arguments]) == 1
     assert "was made with another collection: prompt was '" in capsys.readouterr().err
-    stores = {"collection": tmp_path / "r" / "trajectories.db", "evaluation": evaluations / "base.db"}
-    for key, path in stores.items():
-        with Store(path) as store:
-            store.set_meta(key, {name: value for name, value in store.meta()[key].items() if name != "prompt"})
-    assert cli.main(["collect", *arguments]) == 0 and cli.main(["evaluate", *arguments, "--of", "base"]) == 0
-    assert sorted(path.name for path in evaluations.glob("*.json")) == ["base.json"]
+    template.write_text(CHAT_TEMPLATE)
     assert cli.main(["collect", *arguments, "collect.temperature=0.5"]) == 1
-    assert "sampling was" in capsys.readouterr().err
+    assert "sampling.temperature was" in capsys.readouterr().err
 
 
 def test_weights_in_bin_files_are_hashed(tmp_path: Path) -> None:

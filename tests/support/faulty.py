@@ -26,7 +26,7 @@ folder, faults = Path(sys.argv[1]), sys.argv[2].split(",")
 now = ""
 noted = threading.Event()
 real_step, real_sample, real_judge = loop.Trainer.train_step, sampler.sample_actions, sampler.judge_sampled
-real_hash, real_note = checkpoint.digest, interrupt.Interrupts._note
+real_hash, real_note = checkpoint.hash_file, interrupt.Interrupts._note
 
 
 def due(kind: str, place: str) -> bool:
@@ -78,5 +78,5 @@ def hash_of(file: Path) -> str:
 if __name__ == "__main__":  # the engine's process imports this file too
     loop.Trainer.train_step = train_step  # type: ignore[method-assign]
     sampler.sample_actions, sampler.judge_sampled = sample_actions, judge_sampled
-    checkpoint.digest, interrupt.Interrupts._note = hash_of, note  # type: ignore[method-assign]
+    checkpoint.hash_file, interrupt.Interrupts._note = hash_of, note  # type: ignore[method-assign]
     sys.exit(cli.main(sys.argv[3:]))

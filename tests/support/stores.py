@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from swirl_fast.data.shards import StepSample
+from swirl_fast.data.shards import StepSample, decode_sample, streaming, verify_shards
+from swirl_fast.data.store import Store
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.formats.tags import Action
 from swirl_fast.tasks.task import Question
@@ -26,9 +28,7 @@ def make_trajectory(question: Question, index: int, num_steps: int, finish: Fini
     """A trajectory whose numbers and texts are all different; between two steps lie observation tokens."""
     rng = random.Random(f"{seed}/{question.id}/{index}")
     tokens = [rng.randrange(50_000) for _ in range(rng.randint(1, 9))]
-    trajectory = Trajectory(
-        f"{question.id}-{index}", question.id, question.task, question.text, rng.randrange(2**70), len(tokens), tokens
-    )
+    seed, prompt_length, steps = rng.randrange(2**70), len(tokens), []
     for i in range(num_steps):
         tokens += [rng.randrange(50_000) for _ in range(rng.randint(0, 2))]  # header of the turn
         start, length = len(tokens), rng.randint(1, 7)
@@ -43,11 +43,13 @@ def make_trajectory(question: Question, index: int, num_steps: int, finish: Fini
             action = Action("tool", tool="calculator", argument=rng.choice(TEXTS))
         observation = None if last else rng.choice(TEXTS)
         text = f"step {i} {rng.choice(TEXTS)}"
-        trajectory.steps.append(Step(start, start + length, text, action, logprobs, rng.randrange(9), observation))
+        steps.append(Step(start, start + length, text, action, logprobs, rng.randrange(9), observation))
         if not last:
             tokens += [rng.randrange(50_000) for _ in range(rng.randint(0, 5))]
-    trajectory.finish = finish
-    return trajectory
+    id_ = f"{question.id}-{index}"
+    return Trajectory(
+        id_, question.id, question.task, question.text, seed, prompt_length, np.array(tokens, np.int32), steps, finish
+    )
 
 
 def prefix(trajectory: Trajectory, num_steps: int) -> Trajectory:
@@ -75,6 +77,19 @@ def make_samples(count: int, seed: int = 0) -> list[StepSample]:
 
 def ids(samples: list[StepSample]) -> list[str]:
     return [sample.trajectory.id for sample in samples]
+
+
+def read_samples(folder: Path) -> Iterator[StepSample]:
+    """Every sample of a shard folder, in the order written, after the folder was verified."""
+    verify_shards(folder)
+    reader = streaming().LocalDataset(str(folder))
+    for i in range(len(reader)):
+        yield decode_sample(reader[i])
+
+
+def count_rows(store: Store, table: str, where: str = "true") -> int:
+    """Rows of a table of a store: questions, trajectories, steps, verdicts."""
+    return store._value(f"SELECT count(*) FROM {table} WHERE {where}")
 
 
 def open_stream(folder: Path, batch: int, rank: int = 0, world: int = 1, seed: int = 5, **more) -> TrajectoryStream:

@@ -14,7 +14,7 @@ from support.small_models import SENTENCE_WORDS, sentence_model
 
 from swirl_fast.config import ConfigError, SearchConfig, load
 from swirl_fast.engines.engine import Sampling
-from swirl_fast.rollouts.collector import fingerprint
+from swirl_fast.rollouts.provenance import fingerprint
 from swirl_fast.tools.search import NOTHING_FOUND, Search, load_search
 from swirl_fast.tools.search import dense as search_dense
 from swirl_fast.tools.search.dense import Dense, folder_hash, model_folder

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.stores import read_samples
 from transformers import AutoModelForCausalLM
 
 from swirl_fast import cli
-from swirl_fast.data.shards import read_trajectories
 from swirl_fast.metrics import read_metrics
 from swirl_fast.objective import Actions, advantages, trajectory_advantages
 from swirl_fast.rollouts import whole as outcomes
@@ -62,7 +62,7 @@ def naive_gradient(model_path: Path, weighted: list[tuple[Trajectory, list[float
     nll, tokens = 0.0, 0
     for trajectory, weights in weighted:
         for step, weight in zip(trajectory.steps, weights, strict=True):
-            row = torch.tensor(trajectory.tokens[: step.end])
+            row = torch.tensor(trajectory.tokens[: step.end].tolist())
             logits = model(row[None]).logits[0, step.start - 1 : -1]
             logp = logits.log_softmax(-1).gather(1, row[step.start :, None]).sum()
             (-weight * logp).backward()
@@ -80,7 +80,7 @@ def test_sft_is_cross_entropy_on_the_recorded_actions(
         raise AssertionError("sft needs no engine")
 
     monkeypatch.setattr(build, "load_engine", refuse)
-    recorded = [sample.trajectory for sample in read_trajectories(collected / "r" / "shards")]
+    recorded = [sample.trajectory for sample in read_samples(collected / "r" / "shards")]
     assert len(recorded) == 12
     arguments = settings(collected, tiny_model, "algorithm.name=sft", "training.trajectories_per_step=12")
     assert cli.main(["train", *arguments, f"training.shards={collected}/r/shards", "run.name=sft"]) == 0

@@ -1,0 +1,67 @@
+"""What the stages build from a config: its task, its judge, its engine; and the copy of the config in the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from swirl_fast.config import Config, dump
+from swirl_fast.engines.engine import Engine
+from swirl_fast.files import write_text
+from swirl_fast.judges import load_judge
+from swirl_fast.judges.judge import Judge
+from swirl_fast.tasks import load_task
+from swirl_fast.tasks.task import Question, Task
+
+
+def build_task(config: Config) -> Task:
+    return load_task(config.tasks, config.run.seed)
+
+
+def questions_by_id(questions: Sequence[Question]) -> dict[str, Question]:
+    return {question.id: question for question in questions}
+
+
+@contextlib.contextmanager
+def task_judge(config: Config, task: Task) -> Iterator[Judge]:
+    """The judge of the steps of a task. A model judge's endpoint is asked once, so that one that cannot work fails here."""
+    with closing_judge(load_judge(config.judge, {task.name: task.tools}, tasks=[task])) as judge:
+        yield judge
+
+
+@contextlib.contextmanager
+def labels_judge(config: Config, tools_by_task: Mapping[str, Sequence[str]]) -> Iterator[Judge]:
+    """The judge of labelled steps, which may be of several tasks. tools_by_task: task name -> names of the tools on offer."""
+    with closing_judge(load_judge(config.judge, tools_by_task)) as judge:
+        yield judge
+
+
+@contextlib.contextmanager
+def closing_judge(judge: Judge) -> Iterator[Judge]:
+    """Closes the connections of a judge that has some."""
+    try:
+        yield judge
+    finally:
+        close = getattr(judge, "close", None)
+        if close is not None:
+            close()
+
+
+@contextlib.contextmanager
+def built_engine(config: Config, weights: str | None) -> Iterator[Engine]:
+    """weights: a Hugging Face folder; None: those of model.path."""
+    import torch
+
+    from swirl_fast.engines import load_engine
+
+    engine = load_engine(config, "cuda" if torch.cuda.is_available() else "cpu", weights)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def save_config(config: Config, path: Path | None = None) -> None:
+    """By default as config.yaml in the run's folder."""
+    write_text(path or config.folder / "config.yaml", dump(config))

@@ -1,0 +1,143 @@
+"""Stage 4: held-out questions, step by step with tools, scored and judged; runs/NAME/evaluations/NAME.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swirl_fast.config import Config, ConfigError
+from swirl_fast.data.store import Store
+from swirl_fast.engines.engine import Sampling
+from swirl_fast.files import read_json, write_json
+from swirl_fast.judges.cached import judge_steps, judged_trajectories
+from swirl_fast.judges.judge import Judge
+from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
+from swirl_fast.rollouts.provenance import provenance
+from swirl_fast.seeds import seed_of
+from swirl_fast.stages.build import build_task, questions_by_id, save_config, task_judge
+from swirl_fast.stages.evaluation_files import check_evaluation_name, make_room
+from swirl_fast.stages.roll_out import roll_out
+from swirl_fast.stages.scores import EvaluationScores, accuracy_table
+from swirl_fast.tasks.task import Question, Task
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """weights: a Hugging Face folder, None for model.path. weights_hash: of what is evaluated, None where it is no folder here. offered:
+    names of the tools. fingerprint: what an evaluation that is gone on with must have been made with."""
+
+    name: str
+    folder: Path
+    task: Task
+    questions: Sequence[Question]
+    sampling: Sampling
+    offered: Sequence[str]
+    weights: str | None
+    weights_hash: str | None
+    fingerprint: dict[str, Any]
+
+
+def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str, Any]:
+    """Evaluates `model.path`, or the Hugging Face folder `weights`, under a name. Returns the summary.
+
+    The task need not be the run's: the run's config.yaml stays, that of the evaluation lies beside its results. Raises
+    ConfigError for a name that an evaluation of another task has or that is none, and for a folder whose weights cannot be asked with
+    model.path's tokenizer.
+    """
+    plan = _plan(config, name, weights)
+    start = time.perf_counter()
+    with task_judge(config, plan.task) as judge:
+        make_room(plan.folder, name, plan.fingerprint)  # not before the judge is there: it may fail
+        with Store(plan.folder / f"{name}.db") as store:
+            store.check_meta("evaluation", plan.fingerprint)
+            save_config(config, plan.folder / f"{name}.yaml")
+            if not (config.folder / "config.yaml").is_file():
+                save_config(config)
+            spent = store.meta().get("seconds", 0.0)
+            scores = _score(config, plan, judge, store)
+            seconds = spent + time.perf_counter() - start
+            store.set_meta("seconds", seconds)
+    summary = _summary(config, plan, judge.id, scores, seconds)
+    write_json(plan.folder / f"{name}.json", summary)
+    print(accuracy_table({name: summary}))
+    return summary
+
+
+def evaluate_trained(config: Config, name: str = "trained") -> dict[str, Any]:
+    folder = config.folder / "model"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"run.name={config.run.name}: {folder} holds no trained model yet; run train first")
+    return evaluate(config, name, str(folder))
+
+
+def _plan(config: Config, name: str, weights: str | None) -> _Plan:
+    """What to do, checked; nothing is written."""
+    from swirl_fast.models.load import check_weights_folder, resolve, weights_hash
+
+    check_evaluation_name(name)
+    if weights is not None:
+        check_weights_folder(config.model, weights)
+    task, folder, settings = build_task(config), config.folder / "evaluations", config.evaluate
+    other = (read_json(folder / f"{name}.json") or {}).get("task", task.name)
+    if other != task.name:
+        raise ConfigError(
+            f"{folder / name}.json is an evaluation on {other}; give this one on {task.name} a name of its own, "
+            f"e.g. --name {name}-{task.name}"
+        )
+    sampling = Sampling(settings.max_action_tokens or config.collect.max_action_tokens, settings.temperature)
+    offered = task.tools if settings.use_tools else ()
+    source = Path(weights or resolve(config.model.path))
+    hashed = weights_hash(source) if source.is_dir() else None
+    fingerprint = provenance(config, task, offered, sampling) | {
+        "weights": weights and hashed,
+        "use_tools": settings.use_tools,
+    }
+    return _Plan(name, folder, task, task.questions("eval"), sampling, offered, weights, hashed, fingerprint)
+
+
+def _score(config: Config, plan: _Plan, judge: Judge, store: Store) -> EvaluationScores:
+    """Answers, judges and scores the questions; what is in the store already is not done again."""
+    settings, seed, what = config.evaluate, seed_of(config.run.seed, "evaluate"), f"evaluate {plan.name}"
+    ids = roll_out(
+        config,
+        plan.task,
+        plan.offered,
+        plan.questions,
+        settings.samples,
+        plan.sampling,
+        store,
+        seed,
+        what,
+        plan.weights,
+    )
+    judge_steps(judge, store, ids, f"judge {plan.name}")
+    questions = questions_by_id(plan.questions)
+    outcome_id = None
+    if settings.outcome == "judge":
+        judge_outcomes(config.judge.model, store, store.trajectories(ids), questions)
+        outcome_id = outcome_judge_id(config.judge.model)
+    scores = EvaluationScores(plan.task, plan.questions)
+    for trajectory, judgements in judged_trajectories(store, judge.id, ids):
+        outcomes = {} if outcome_id is None else read_outcomes(outcome_id, store, [trajectory], questions)
+        scores.add(trajectory, judgements, outcomes.get(trajectory.id, False))
+    return scores
+
+
+def _summary(config: Config, plan: _Plan, judge_id: str, scores: EvaluationScores, seconds: float) -> dict[str, Any]:
+    """What is written, and shown by the report."""
+    by_model = config.evaluate.outcome == "judge"
+    return {
+        "name": plan.name,
+        "model": plan.weights or config.model.path,
+        "weights": plan.weights_hash,
+        "task": plan.task.name,
+        "judge": judge_id,
+        **({"outcome_judge": outcome_judge_id(config.judge.model)} if by_model else {}),
+        "temperature": config.evaluate.temperature,
+        **scores.summary(outcome_judge=by_model),
+        "seconds": seconds,
+        "by_question": scores.by_question(),
+    }

@@ -1,0 +1,19 @@
+"""A checkpoint of stage 3 as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from swirl_fast.config import Config
+
+
+def export(config: Config, checkpoint: str, out: str | None = None) -> None:
+    """Writes the weights of a checkpoint (`best`, `step_000020`) to a Hugging Face folder, by default runs/NAME/model-CHECKPOINT."""
+    from swirl_fast.ranks import start, stop
+    from swirl_fast.training.build import export_checkpoint
+
+    ranks = start()
+    try:
+        export_checkpoint(config, ranks, checkpoint, Path(out or config.folder / f"model-{checkpoint}"))
+    finally:
+        stop()

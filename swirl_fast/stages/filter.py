@@ -1,0 +1,106 @@
+"""Stage 2: the trajectories that training learns from, as runs/NAME/shards/, and what was left out why, in filter.json.
+
+First everything is decided on what is known of each trajectory, then those that are kept are read again and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from swirl_fast.config import Config
+from swirl_fast.data.filters import Candidate, Selection, judged_enough, select
+from swirl_fast.data.shard_source import upload_shards
+from swirl_fast.data.shards import StepSample, write_shards
+from swirl_fast.data.store import Store
+from swirl_fast.files import write_json
+from swirl_fast.judges import judge_id as id_of_judge
+from swirl_fast.judges.cached import NOT_JUDGED, judged_trajectories
+from swirl_fast.judges.outcome import outcome_judge_id, read_outcomes
+from swirl_fast.stages.build import build_task, questions_by_id
+from swirl_fast.stages.collect import COLLECTION, collected_ids
+from swirl_fast.tasks.task import Task
+
+SAME_JUDGE = "run judge with the same judge.* settings"
+
+
+def filter(config: Config) -> None:
+    task = build_task(config)
+    judge_id = id_of_judge(config.judge, {task.name: task.tools})
+    with Store(config.store, writable=False) as store:
+        candidates, silent, asked = _candidates(config, task, store, judge_id)
+        selection = _select(config, candidates, silent, asked, judge_id)
+        verdicts = {candidate.id: candidate.verdicts for candidate in candidates}
+        samples = (
+            StepSample(trajectory, list(verdicts[trajectory.id])) for trajectory in store.trajectories(selection.kept)
+        )
+        fingerprint = _fingerprint(config, store, judge_id)
+        write_shards(config.folder / "shards", samples, fingerprint=fingerprint, replace=True)
+    _write_summary(config, selection, judge_id)
+    if target := config.filter.upload:
+        done = "uploaded to" if upload_shards(config.folder / "shards", target) else "are already at"
+        print(f"filter: the shards {done} {target}")
+
+
+def _candidates(config: Config, task: Task, store: Store, judge_id: str) -> tuple[list[Candidate], int, int]:
+    """What is known of the collected trajectories; how many of their steps have no verdict; how many are well-formed."""
+    questions = questions_by_id(task.questions("train"))
+    outcome_id = outcome_judge_id(config.judge.model) if config.filter.outcome == "judge" else None
+    candidates, silent, asked = [], 0, 0
+    for trajectory, judgements in judged_trajectories(store, judge_id, collected_ids(config, task, store, "filter")):
+        right: bool | None = None
+        if trajectory.answer is not None:
+            if outcome_id is not None:
+                right = read_outcomes(outcome_id, store, [trajectory], questions)[trajectory.id]
+            else:
+                question = questions[trajectory.question_id]
+                right = task.score(question, trajectory.answer).exact_match == 1.0
+        candidates.append(Candidate.of(trajectory, judgements, right))
+        silent += sum(judgement is NOT_JUDGED for judgement in judgements)
+        asked += sum(step.action.kind != "malformed" for step in trajectory.steps)
+    return candidates, silent, asked
+
+
+def _select(config: Config, candidates: Sequence[Candidate], silent: int, asked: int, judge_id: str) -> Selection:
+    """Raises ValueError, with the remedy, where nothing is left to train on and filter.when_empty does not help."""
+    settings, seed = config.filter, config.run.seed
+    selection = select(candidates, settings.kind, max_trajectories=settings.max_trajectories, seed=seed)  # type: ignore[arg-type]
+    if silent and "process" in settings.kind:
+        lack = f"{silent} of {asked} well-formed steps have no verdict by the judge {judge_id}"
+        if not selection.kept:
+            raise ValueError(f"{selection.describe()}; but {lack}: {SAME_JUDGE}")
+        print(f"filter: {lack}, and their trajectories are left out: {SAME_JUDGE} to have them too")
+    if not selection.kept and settings.when_empty == "none":
+        if not judged_enough(selection, candidates):
+            raise ValueError(
+                f"filter.when_empty=none: {selection.describe()}; too many have no verdict to say that the judge turned all down: "
+                f"{SAME_JUDGE}, which asks about them again, or use filter.kind=none"
+            )
+        print(f"filter: {selection.describe()}; filter.when_empty=none, so all finished trajectories are used")
+        selection = select(candidates, "none", max_trajectories=settings.max_trajectories, seed=seed)
+    if not selection.kept:
+        raise ValueError(f"nothing is left to train on: {selection.describe()}. {selection.remedy().capitalize()}")
+    return selection
+
+
+def _fingerprint(config: Config, store: Store, judge_id: str) -> dict[str, Any]:
+    """What the shards depend on."""
+    settings = asdict(config.filter)
+    if config.filter.outcome == "judge":
+        settings["outcome"] = outcome_judge_id(config.judge.model)
+    del settings["upload"]  # where copies lie says nothing about the contents
+    return {"collection": store.meta().get(COLLECTION, {}), "judge": judge_id, "filter": settings}
+
+
+def _write_summary(config: Config, selection: Selection, judge_id: str) -> None:
+    summary = {
+        "kind": selection.kind,
+        "judge": judge_id,
+        "kept": len(selection.kept),
+        "total": selection.total,
+        "survivors": selection.survivors(),
+        "describe": selection.describe(),
+    }
+    write_json(config.folder / "filter.json", summary)
+    print(f"filter: {selection.describe()}")

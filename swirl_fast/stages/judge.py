@@ -1,0 +1,86 @@
+"""Verdicts on the collected steps, into runs/NAME/trajectories.db; and how far a judge agrees with labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from swirl_fast.config import Config, ConfigError
+from swirl_fast.data.store import Store
+from swirl_fast.files import write_json
+from swirl_fast.judges.agreement import agreement, describe
+from swirl_fast.judges.cached import judge_missing, judge_steps, judged_trajectories
+from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
+from swirl_fast.judges.outcome import judge_outcomes
+from swirl_fast.stages.build import build_task, labels_judge, questions_by_id, task_judge
+from swirl_fast.stages.collect import collected_ids
+from swirl_fast.verdict import Verdict
+
+
+def judge(config: Config) -> None:
+    task = build_task(config)
+    Store(config.store, writable=False).close()  # says so when nothing was collected yet
+    with task_judge(config, task) as process_judge, Store(config.store) as store:
+        ids = collected_ids(config, task, store, "judge")
+        judge_steps(process_judge, store, ids, "judge")
+        stats = process_judge.stats()
+        counts = Counter(
+            judgement.verdict
+            for _, judgements in judged_trajectories(store, process_judge.id, ids)
+            for judgement in judgements
+        )
+        if config.filter.outcome == "judge" and "outcome" in config.filter.kind:
+            questions = questions_by_id(task.questions("train"))
+            judge_outcomes(config.judge.model, store, store.trajectories(ids), questions)
+    shares = ", ".join(f"{counts[kind]} {kind.value}" for kind in Verdict)
+    print(f"judge: {counts.total()} steps by {process_judge.id}: {shares}")
+    if stats.prompt_tokens:
+        share = stats.cached_tokens / stats.prompt_tokens
+        print(f"judge: {share:.0%} of {stats.prompt_tokens} prompt tokens came from a prefix cache")
+
+
+def judge_against(config: Config, labels: str, out: str | None = None) -> dict[str, Any]:
+    """How far the judge of the config agrees with labelled steps (judges/labels.py): printed, and written to `out`, by default
+    runs/NAME/agreement.json. Needs no run; verdicts are kept in runs/NAME/agreement.db. Returns the report.
+
+    The judge is asked about every step, also about malformed ones, which the stages call BAD without asking.
+    """
+    steps = read_labels(labels)
+    labelled = [step for step in steps if step.label is not None]
+    if not labelled:
+        raise ConfigError(
+            f"--against {labels}: none of its {len(steps)} lines has a label yet; write GOOD or BAD into them"
+        )
+    tools_by_task = {step.view.task: step.tools for step in labelled}
+    keys = [step.view.content_hash() for step in labelled]
+    with labels_judge(config, tools_by_task) as process_judge, Store(config.folder / "agreement.db") as store:
+        asked = ((key, step.view) for key, step in zip(keys, labelled, strict=True))
+        judge_missing(store, process_judge.id, asked, process_judge.judge, "judge")
+        stored = store.verdicts(process_judge.id, keys)
+    not_labelled = len(steps) - len(labelled)
+    report = {
+        "labels": labels,
+        "judge": process_judge.id,
+        "not_labelled": not_labelled,
+        **agreement(labelled, [stored[key] for key in keys]),
+    }
+    path = Path(out) if out else config.folder / "agreement.json"
+    write_json(path, report)
+    if not_labelled:
+        print(f"judge: {not_labelled} of the {len(steps)} steps in {labels} have no label yet and are left out")
+    print(f"judge: {process_judge.id} against {labels}\n\n{describe(report)}\n\n{path}")
+    return report
+
+
+def export_steps(config: Config, path: str, count: int) -> None:
+    """Steps of a run, drawn at random, into a file for people to label."""
+    task = build_task(config)
+    with Store(config.store, writable=False) as store:
+        ids = collected_ids(config, task, store, "judge")
+        if Path(path).exists():
+            raise ConfigError(
+                f"--export-steps {path}: the file is there already, perhaps with labels; name another one"
+            )
+        written = write_labels(path, steps_to_label(store, ids, task.tools, count, config.run.seed))
+    print(f'judge: {written} steps in {path}; write GOOD or BAD into "label", then: swirl-fast judge --against {path}')

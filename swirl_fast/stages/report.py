@@ -1,0 +1,10 @@
+"""runs/NAME/report.html: one HTML file about the run."""
+
+from __future__ import annotations
+
+from swirl_fast.config import Config
+from swirl_fast.report import write_report
+
+
+def report(config: Config) -> None:
+    print(f"report: {write_report(config.folder)}")

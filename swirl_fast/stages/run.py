@@ -1,0 +1,46 @@
+"""Every stage in order, base -> trained."""
+
+from __future__ import annotations
+
+import time
+
+from swirl_fast.config import Config
+from swirl_fast.files import read_json, write_json
+from swirl_fast.stages.collect import check_collection, collect
+from swirl_fast.stages.evaluate import evaluate, evaluate_trained
+from swirl_fast.stages.filter import filter
+from swirl_fast.stages.judge import judge
+from swirl_fast.stages.report import report
+from swirl_fast.stages.scores import accuracy_table
+from swirl_fast.stages.train import train
+
+SHOWN = (
+    "accuracy",
+    "accuracy_interval",
+    "process_label",
+    "process_label_interval",
+    "unknown",
+    "malformed",
+    "questions",
+)
+
+
+def run(config: Config) -> None:
+    """Every stage in order, then the table base -> trained and summary.json."""
+    start = time.perf_counter()
+    previous = read_json(config.folder / "summary.json")
+    check_collection(config)  # before the evaluation sets an earlier one aside
+    base = evaluate(config, "base")
+    collect(config)
+    judge(config)
+    filter(config)
+    train(config)
+    trained = evaluate_trained(config)
+    rows = {"base": {key: base[key] for key in SHOWN}, "trained": {key: trained[key] for key in SHOWN}}
+    seconds = time.perf_counter() - start
+    if previous is not None and {name: previous.get(name) for name in rows} == rows:
+        seconds = previous["seconds"]  # everything was there already: keep the time that it took to make
+    write_json(config.folder / "summary.json", {**rows, "seconds": seconds})
+    report(config)
+    table = accuracy_table({"base": base, "trained": trained})
+    print(f"\n{table}\n\n{config.folder / 'summary.json'}  ({seconds:.0f} s)")
