@@ -26,8 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "rollouts", "tasks", "tools", "trajectory", "verdict",
     },
     "rollouts": {
-        "config", "data", "engines", "formats", "judges", "metrics", "models", "ranks", "rendering", "seeds", "tasks", "tools", "trajectory",
-        "verdict",
+        "config", "data", "engines", "formats", "judges", "metrics", "models", "ranks", "rendering", "seeds", "tasks", "tools",
+        "trajectory", "verdict",
     },
     "report": {"data", "formats", "files", "intervals", "judges", "metrics", "models", "tasks", "trajectory", "verdict"},
     "judges": {
