@@ -505,7 +505,7 @@ def test_over_http_as_from_the_hugging_face_hub(own: Path, tmp_path: Path) -> No
     found, skipped = json.loads(done.stdout.splitlines()[-1])
     assert skipped == len(lost)
     assert sorted(found) == sorted(set(ids(make_samples(COUNT))) - lost)
-    assert f"ValueError: hf://datasets/org/name/runs/1/{name} is missing: upload the shards anew" in done.stderr
+    assert f"ValueError: hf://datasets/org/name/runs/1/{name} is missing: upload the shards again" in done.stderr
 
 
 # ---- bad shards
@@ -523,7 +523,7 @@ def test_a_bad_remote_shard_stops_the_batch_that_needs_it(own: Path, tmp_path: P
     whole = next(number for number, batch in enumerate(expected) if lost & set(batch))
     for batch in expected[:whole]:
         assert ids(stream.next_batch()) == batch
-    message = rf"file://.*/{name} {words}: upload the shards anew, or set training.bad_shards=skip to go on without its {len(lost)} traj"
+    message = rf"file://.*/{name} {words}: upload the shards again, or set training.bad_shards=skip to go on without its {len(lost)} traj"
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             stream.next_batch()
