@@ -6,7 +6,7 @@
 
 The same shards are trained on with lag 0 and 1 and several seeds, the local engine in a process of its own, each process with one
 thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one; handing over the
-weights, when both stand still, is neither), how much of it was hidden behind the other, in the steps that lag;
+weights, when both stand still, is neither), how much of it ran beside the other, in the steps that lag;
 hidden_share_of_run: in all of them, those before training.on_policy_batches included. reward_mean: over the steps of a run. With
 lag 1 every batch but the first (and training.on_policy_batches more) comes from the policy one update before, which moves the
 curve by one step; reward_of_policies is the mean over the same policies for both, those after 0, 1, 2, … updates, and tells
@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from benchmarks.environment import environment
+from swirl_fast.files import write_text
 from swirl_fast.metrics import read_metrics
 
 QUICK = (
@@ -72,12 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not done:
                 _stage(options, "train", name, [*more, *overrides])
             rows = read_metrics(options.folder / name)
-            after = yaml.safe_load((options.folder / name / "config.yaml").read_text())["training"]["on_policy_batches"]
+            settings = yaml.safe_load((options.folder / name / "config.yaml").read_text(encoding="utf-8"))
+            after = settings["training"]["on_policy_batches"]
             runs.append({"lag": lag, "seed": seed, **measure(rows, lag, after)})
             print(json.dumps({key: value for key, value in runs[-1].items() if key != "steps"}), file=sys.stderr)
     result = {"environment": environment(), "overrides": overrides, "summary": summary(runs), "runs": runs}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(options.out, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["summary"], indent=1))
 
 

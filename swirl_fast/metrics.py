@@ -82,15 +82,13 @@ class Computed:
 
 @dataclass(frozen=True)
 class Metric:
-    """unit: "share" for a number in [0, 1], "" where there is none. always: whether every step has it. console: format of its part of the
-    console line, with what separates it from the part before it; "" for none."""
+    """unit: "share" for a number in [0, 1], "" where there is none. always: whether every step has it."""
 
     name: str
     unit: str
     source: Sum | Max | Mean | Same | FirstRank | Computed
     meaning: str
     always: bool = True
-    console: str = ""
 
 
 # Signs of a policy that plays for the judge instead of the question; evaluation reports them, too.
@@ -137,29 +135,17 @@ METRICS = (
         "share",
         Mean("rewards", "rewarded"),
         "mean reward of the actions with a verdict, or of whole trajectories with algorithm.reward=outcome",
-        console="  reward {:.3f}",
     ),
     Metric(
         "process_label",
         "share",
         Mean("process_label", "judged_states"),
         "mean reward within a state, averaged over states; not measured with algorithm.reward=outcome",
-        console="  label {:.3f}",
     ),
     Metric(
-        "malformed",
-        "share",
-        Mean("malformed", "actions", empty=0.0),
-        "actions that are neither a call nor an answer",
-        console="  malformed {:.2f}",
+        "malformed", "share", Mean("malformed", "actions", empty=0.0), "actions that are neither a call nor an answer"
     ),
-    Metric(
-        "unknown",
-        "actions",
-        Sum("unknown"),
-        "actions without a verdict, left out of baseline and loss",
-        console="  unknown {:.0f}",
-    ),
+    Metric("unknown", "actions", Sum("unknown"), "actions without a verdict, left out of baseline and loss"),
     *GAMING,
     Metric("loss", "", Sum("loss"), "the loss before the update, KL term included"),
     Metric("nll", "nats a token", Mean("nll", "tokens", empty=0.0), "negative log-prob of the trained tokens"),
@@ -168,14 +154,12 @@ METRICS = (
         "nats a token",
         Mean("kl", "tokens", empty=0.0),
         "KL divergence from the reference model (estimator k3); 0 without one",
-        console="  kl {:.4f}",
     ),
     Metric(
         "entropy",
         "nats a token",
         Mean("surprisal", "generated_tokens"),
         "mean of -log-prob of the sampled tokens, an unbiased estimate of the policy's entropy",
-        console="  entropy {:.2f}",
     ),
     Metric(
         "clip_fraction",
@@ -184,14 +168,13 @@ METRICS = (
         "tokens whose ratio was clipped, over all updates on the batch (algorithm.name=ppo)",
     ),
     Metric("ratio_max", "", Max("ratio_max"), "largest probability ratio of new to old policy"),
-    Metric("grad_norm", "", Same(), "norm of the whole gradient before clipping", console="  grad {:.2f}"),
+    Metric("grad_norm", "", Same(), "norm of the whole gradient before clipping"),
     Metric("learning_rate", "", Same(), "the optimizer's, in this step"),
     Metric(
         "engine_gap_mean",
         "nats",
         Mean("gap", "tokens", empty=0.0),
         "mean difference of the rollout engine's log-prob of a token and the trainer's; above training.max_engine_gap training stops",
-        console="  gap {:.1e}",
     ),
     Metric("engine_gap_max", "nats", Max("gap_max"), "largest such difference"),
     Metric(
@@ -211,7 +194,6 @@ METRICS = (
         "share",
         Mean("cached_tokens", "prompt_tokens", empty=0.0),
         "prompt tokens that the rollout engine took from its prefix cache",
-        console="  cached {:.0%}",
     ),
     Metric(
         "cache_hit_rate_of_possible",
@@ -230,14 +212,12 @@ METRICS = (
         "tokens a second",
         Mean("computed_tokens", "seconds"),
         "computed tokens over the seconds of the whole step",
-        console="  tok/s {:.0f}",
     ),
     Metric(
         "tokens_effective_per_second",
         "tokens a second",
         Mean("effective_tokens", "seconds"),
         "effective tokens over the seconds of the whole step",
-        console=" ({:.0f} effective)",
     ),
     Metric(
         "tokens_computed_per_second_per_rank",
@@ -269,7 +249,6 @@ METRICS = (
         Computed("tflops / peak of all devices"),
         "model FLOPs utilization of forward and backward; only where the device's peak is known",
         always=False,
-        console="  mfu {:.1%}",
     ),
     Metric(
         "mfu_step",
@@ -277,16 +256,9 @@ METRICS = (
         Computed("work / seconds / peak of all devices"),
         "model FLOPs utilization of the whole step",
         always=False,
-        console=" ({:.1%} of the step)",
     ),
-    Metric(
-        "memory_gib",
-        "GiB",
-        Max("memory_gib"),
-        "peak since the start: of tensors on a GPU, else of the process",
-        console="  memory {:.1f} GiB",
-    ),
-    Metric("seconds", "seconds", Max("seconds"), "the whole step", console="  {:.1f} s"),
+    Metric("memory_gib", "GiB", Max("memory_gib"), "peak since the start: of tensors on a GPU, else of the process"),
+    Metric("seconds", "seconds", Max("seconds"), "the whole step"),
     Metric(
         "seconds_hidden",
         "seconds",
@@ -299,6 +271,25 @@ METRICS = (
     ),
     Metric("unknown_steps", "steps", Same(), "steps so far without an update for a judge that gave no verdict"),
 )
+
+# The console line: formats, each with what separates it from the part before it.
+CONSOLE = {
+    "reward": "  reward {:.3f}",
+    "process_label": "  label {:.3f}",
+    "malformed": "  malformed {:.2f}",
+    "unknown": "  unknown {:.0f}",
+    "kl": "  kl {:.4f}",
+    "entropy": "  entropy {:.2f}",
+    "grad_norm": "  grad {:.2f}",
+    "engine_gap_mean": "  gap {:.1e}",
+    "cache_hit_rate": "  cached {:.0%}",
+    "tokens_computed_per_second": "  tok/s {:.0f}",
+    "tokens_effective_per_second": " ({:.0f} effective)",
+    "mfu": "  mfu {:.1%}",
+    "mfu_step": " ({:.1%} of the step)",
+    "memory_gib": "  memory {:.1f} GiB",
+    "seconds": "  {:.1f} s",
+}
 
 BY_NAME = {metric.name: metric for metric in METRICS}
 
@@ -340,7 +331,7 @@ class PhaseTimer:
 
 def console_line(row: Mapping[str, float], steps: int) -> str:
     """The console line of a training step. steps: training.steps. What a row does not have is left out."""
-    shown = (metric.console.format(row[metric.name]) for metric in METRICS if metric.console and metric.name in row)
+    shown = (text.format(row[name]) for name, text in CONSOLE.items() if name in row)
     return f"step {row['step']:.0f}/{steps}" + "".join(shown)
 
 
@@ -367,7 +358,8 @@ def glossary() -> str:
         "Generated by `python -m swirl_fast.metrics > docs/metrics.md`; do not edit by hand.",
         "",
         "A row of `runs/NAME/metrics.jsonl` has these numbers, and TensorBoard and Weights & Biases show the same ones.",
-        "A share is a number from 0 to 1. Where there is nothing to average a value is null in the file and a gap in the curves.",
+        "A share is a number from 0 to 1. Over ranks: `x / y` is the sum of x over all ranks, divided by that of y. Where there is",
+        "nothing to average a value is null in the file and a gap in the curves.",
         "",
         "| metric | unit | over ranks | meaning |",
         "|---|---|---|---|",

@@ -39,6 +39,7 @@ from benchmarks.step_training.ways import SHAPES
 from benchmarks.train_throughput.setup import MODELS, llama, make_batch, make_trainer
 from swirl_fast.config import Config, load
 from swirl_fast.config.schema import CHECKPOINTING
+from swirl_fast.files import write_text
 from swirl_fast.ranks import Ranks, start, stop
 from swirl_fast.training import fsdp, layers
 from swirl_fast.training.utilization import peak_flops
@@ -206,7 +207,7 @@ def earlier(path: Path, result: dict[str, Any], ranks: int) -> list[dict[str, An
     """The rows of other numbers of ranks in a file that --append adds to; raises ValueError where they cannot be compared."""
     if not path.is_file():
         return []
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text(encoding="utf-8"))
     for part, what in (("settings", "other settings"), ("environment", "another environment")):
         keys = {*before[part], *result[part]} - {"date"}
         if names := sorted(key for key in keys if before[part].get(key) != result[part].get(key)):
@@ -236,8 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = SHAPES[options.trajectory]
     ranks = start()
     try:
-        fsdp.check(config.training, ranks)
-        layers.check(config.training, llama(cut, shape.state(options.states)), ranks.device)
+        fsdp.check_sharding(config.training, ranks)
+        layers.check_layers(config.training, llama(cut, shape.state(options.states)), ranks.device)
         named = {key: value for key, value in vars(options).items() if key not in ("out", "append", "quick")}
         named |= {"model": cut._asdict(), "lengths": vars(shape), "peak_tflops": _tflops(options, ranks)}
         result: dict[str, Any] = {"environment": environment(), "settings": named}
@@ -260,8 +261,6 @@ def _tflops(options: argparse.Namespace, ranks: Ranks) -> float | None:
 def _write(path: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     rows.sort(key=lambda row: row["ranks"])
     result |= {"summary": summarize(rows), "results": rows}
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(table(rows))
     print(json.dumps(result["summary"], indent=1))

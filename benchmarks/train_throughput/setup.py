@@ -8,7 +8,6 @@ Legend: K states of a trajectory, G actions drawn at each.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +23,8 @@ from swirl_fast.models.load import DTYPES
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction
-from swirl_fast.rollouts.pipeline import SampledBatch
+from swirl_fast.rollouts.pipeline import RolloutCounts, SampledBatch
 from swirl_fast.training import fsdp, layers
-from swirl_fast.training.step_metrics import StepSums
 from swirl_fast.training.trainer import Trainer
 from swirl_fast.trajectory import Step, StepView, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
@@ -93,7 +91,9 @@ def make_batch(
     rows: every state with one action is a trajectory of its own whose first token no other one has, so that the trainer has nothing
     to share: plain packing. Else the tokens, weights and advantages are the same.
     """
-    batch = SampledBatch([], [], [], StepSums(), 0.0)
+    made: list[Trajectory] = []
+    sampled: list[SampledAction] = []
+    judgements: list[Judgement] = []
     answer = parse("<answer>1</answer>", ())
     for t in range(trajectories):
         place = ranks.rank * trajectories + t  # among those of all ranks
@@ -101,9 +101,7 @@ def make_batch(
         trunk = draw.integers(1, vocab, shape.state(states) + shape.action).tolist()
         trunk[0] = 1 + place
         if not rows:
-            batch.trajectories.append(
-                _trajectory(place, trunk, [shape.state(k + 1) for k in range(states)], shape.action)
-            )
+            made.append(_trajectory(place, trunk, [shape.state(k + 1) for k in range(states)], shape.action))
         for k in range(states):
             length = shape.state(k + 1)
             others = np.setdiff1d(np.arange(1, vocab), trunk[length])
@@ -112,14 +110,12 @@ def make_batch(
                 tokens = [int(firsts[g]), *draw.integers(1, vocab, shape.action - 1).tolist()]
                 if rows:
                     number = (place * states + k) * samples + g
-                    batch.trajectories.append(_trajectory(number, [1 + number, *trunk[1:length]], [length], 0))
+                    made.append(_trajectory(number, [1 + number, *trunk[1:length]], [length], 0))
                 view = StepView("none", "?", () if rows else (("", ""),) * k, "")
                 completion = Completion(tokens, [-1.0] * len(tokens), "stop", step)
-                trajectory = len(batch.trajectories) - 1
-                batch.sampled.append(SampledAction(trajectory, t * states + k, completion, answer, view))
-                batch.judgements.append(Judgement(Verdict.BAD if g % 2 else Verdict.GOOD, ""))
-    batch.totals.generated_tokens = float(len(batch.sampled) * shape.action)
-    return batch
+                sampled.append(SampledAction(len(made) - 1, t * states + k, completion, answer, view))
+                judgements.append(Judgement(Verdict.BAD if g % 2 else Verdict.GOOD, ""))
+    return SampledBatch(made, sampled, judgements, RolloutCounts(generated_tokens=len(sampled) * shape.action), 0.0)
 
 
 def _trajectory(number: int, tokens: list[int], starts: Sequence[int], action: int) -> Trajectory:
@@ -128,12 +124,14 @@ def _trajectory(number: int, tokens: list[int], starts: Sequence[int], action: i
 
 
 class Prepared:
-    """In place of the trainer's sampler: hands out batches that are ready."""
+    """In place of the trainer's RolloutPipeline: hands out batches that are ready."""
 
     lagged = False
+    skipped_samples = 0
+    judge_id = "none"
 
-    def __init__(self, batches: Iterable[SampledBatch]) -> None:
-        self._batches = iter(batches)
+    def __init__(self, batches: Iterable[SampledBatch], engine: Unused) -> None:
+        self._batches, self.engine = iter(batches), engine
 
     def take(self) -> SampledBatch:
         return next(self._batches)
@@ -159,9 +157,6 @@ def make_trainer(
     """The trainer over a new model, and the number of its parameters."""
     policy = make_policy(model, config, ranks)
     reference = make_policy(model, config, ranks, frozen=True) if config.algorithm.kl_coef > 0 else None
-    engine: Any = Unused(model.max_position_embeddings)
-    nothing: Any = SimpleNamespace(id="none", skipped_samples=0)  # in place of judge, renderer and stream
-    trainer = Trainer(config, ranks, policy, reference, engine, nothing, nothing, (), nothing, {})
-    prepared: Any = Prepared(batches)
-    trainer.sampler = prepared
+    rollouts: Any = Prepared(batches, Unused(model.max_position_embeddings))
+    trainer = Trainer(config, ranks, policy, reference, rollouts, {})
     return trainer, sum(parameter.numel() for parameter in policy.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swirl_fast.metrics import METRICS_FILE
+from swirl_fast.metrics import BY_NAME, METRICS_FILE
 from swirl_fast.report.charts import Series, lines, smoothing, stacked
 from swirl_fast.report.markup import escape, is_number
 
@@ -41,27 +41,33 @@ def curves(metrics: Sequence[Row], kl_measured: bool = True) -> str:
     speed = series(computed="tokens_computed_per_second", effective="tokens_effective_per_second")
     cached = series(prompt_tokens_from_the_cache="cache_hit_rate")
     charts = [
-        lines("Reward and process label", steps, reward, "%", top=1.0),
-        lines("Malformed, cut off and repeated actions", steps, faults, "%"),
-        lines("Action length by verdict", steps, length, "tokens"),
-        lines("Text outside the tag", steps, series(share_of_characters="outside_tag"), "%"),
-        lines("KL to the reference model", steps, series(KL="kl") if kl_measured else [], "nats a token"),
-        lines("Entropy", steps, series(entropy="entropy"), "nats a token"),
-        lines("Gradient norm", steps, series(before_clipping="grad_norm"), ""),
-        lines("Engine–trainer log-prob gap", steps, gap, "nats", log=True),
-        lines("Throughput", steps, speed, "tokens a second"),
-        lines("Rollout cache hit rate", steps, cached, "%", top=1.0),
-        stacked("Time by phase", steps, _phases(rows), "seconds a step"),
+        lines("Reward and process label", steps, reward, _unit("reward"), top=1.0),
+        lines("Malformed, cut off and repeated actions", steps, faults, _unit("malformed")),
+        lines("Action length by verdict", steps, length, _unit("action_length_good")),
+        lines("Text outside the tag", steps, series(share_of_characters="outside_tag"), _unit("outside_tag")),
+        lines("KL to the reference model", steps, series(KL="kl") if kl_measured else [], _unit("kl")),
+        lines("Entropy", steps, series(entropy="entropy"), _unit("entropy")),
+        lines("Gradient norm", steps, series(before_clipping="grad_norm"), _unit("grad_norm")),
+        lines("Engine–trainer log-prob gap", steps, gap, _unit("engine_gap_mean"), log=True),
+        lines("Throughput", steps, speed, _unit("tokens_computed_per_second")),
+        lines("Rollout cache hit rate", steps, cached, _unit("cache_hit_rate"), top=1.0),
+        stacked("Time by phase", steps, _phases(rows), f"{_unit('seconds')} a step"),
     ]
     if any("mfu" in row for row in rows):  # the peak of a CPU, or of an unknown GPU, is not known
         used = series(forward_and_backward="mfu", whole_step="mfu_step")
-        charts.append(lines("Model FLOPs utilization", steps, used, "%"))
+        charts.append(lines("Model FLOPs utilization", steps, used, _unit("mfu")))
     notes = [HOW]
     if width > 1:
         notes.append(f"Each point is the mean of {width} steps.")
     if smoothing(len(rows)) > 1:
         notes.append(f"Bold lines are running means over {smoothing(len(rows))} points.")
     return f'<p>{" ".join(notes)}</p>\n<div class="charts">{"".join(charts)}</div>\n{_table(metrics)}'
+
+
+def _unit(metric: str) -> str:
+    """As charts take it."""
+    unit = BY_NAME[metric].unit
+    return "%" if unit == "share" else unit
 
 
 def _value(row: Row, key: str) -> float | None:
@@ -102,7 +108,7 @@ def _table(rows: Sequence[Row]) -> str:
     every = -(-len(rows) // MAX_ROWS)
     shown = [row for i, row in enumerate(rows) if (len(rows) - 1 - i) % every == 0]  # the last one is always there
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "policy_version"))  # equal to the step
-    head = "".join(f'<th scope="col">{escape(key.replace("_", " "))}</th>' for key in keys)
+    head = "".join(f'<th scope="col"{_meaning(key)}>{escape(key.replace("_", " "))}</th>' for key in keys)
     body = "".join(f"<tr>{''.join(f'<td>{_plain(row.get(key))}</td>' for key in keys)}</tr>\n" for row in shown)
     which = "every step" if every == 1 else f"one in {every} steps"
     return (
@@ -111,6 +117,14 @@ def _table(rows: Sequence[Row]) -> str:
         f"<caption>Metrics of {which}, as in <code>{METRICS_FILE}</code>, to 5 digits</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>\n"
     )
+
+
+def _meaning(key: str) -> str:
+    """An attribute that browsers show as a tooltip."""
+    if key not in BY_NAME:
+        return ""
+    metric = BY_NAME[key]
+    return f' title="{escape(f"{metric.meaning} [{metric.unit}]" if metric.unit else metric.meaning)}"'
 
 
 def _plain(value: object) -> str:

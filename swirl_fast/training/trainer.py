@@ -79,10 +79,11 @@ class Trainer:
             weight_decay=training.weight_decay,
             fused=ranks.device.type == "cuda",
         )
-        context = int(policy.model.config.get_text_config().max_position_embeddings)
-        self.packer = Packer(
-            config, ranks, model_size(policy.model), self.engine.max_context if self.engine else context
-        )
+        if self.engine is not None:
+            max_context = self.engine.max_context
+        else:
+            max_context = int(policy.model.config.get_text_config().max_position_embeddings)
+        self.packer = Packer(config, ranks, model_size(policy.model), max_context)
         self.peak = peak_flops(training.peak_tflops, ranks.device, DTYPES[config.model.dtype])
         self.step = 0  # batches done; also the policy version
         self.folder = config.folder / "checkpoints"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import pytest
 import torch
 from naive.rows import separate_rows
 
-from benchmarks import step_training
 from benchmarks.step_training import growth_exponent, main
 from benchmarks.step_training import measure as step_training_measure
 from benchmarks.step_training.measure import PeakMemory, Settings, forward_backward
-from benchmarks.step_training.ways import MODELS, SHAPES, WAYS, Shape, build, make_case
+from benchmarks.step_training.ways import SHAPES, WAYS, Shape, build, make_case
 from swirl_fast.comb.tree import pack
 
 PROMPT, ACTION, RESULT = 200, 80, 32  # the math shape
@@ -145,15 +143,6 @@ def test_math_shape_has_the_token_ratio_it_was_chosen_for() -> None:
     assert comb.effective_tokens / comb.computed_tokens == pytest.approx(5.3, abs=0.05)
 
 
-def test_a_cut_model_says_so_and_keeps_the_output_layer_in_proportion() -> None:
-    model, called = build("tiny", 1, "cpu")
-    assert called == "tiny cut to 1 of 2 layers, 128 of 256 tokens"
-    assert len(model.model.layers) == 1 and model.config.vocab_size == 128
-    assert MODELS["tiny"].num_hidden_layers == 2
-    whole, again = build("tiny", 2, "cpu")[0], build("tiny", None, "cpu")[0]
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
-
-
 def test_autocast_is_compared_in_float32(tmp_path: Path) -> None:
     result = run(tmp_path, "--steps", "1,2", "--samples", "2", "--dtype", "bfloat16", "--ways", "comb,padded")
     assert (result["equality"]["steps"], result["equality"]["dtype"]) == (2, "float32")
@@ -161,23 +150,6 @@ def test_autocast_is_compared_in_float32(tmp_path: Path) -> None:
     padded, comb = result["results"][-2:]
     assert comb["loss"] == pytest.approx(padded["loss"], rel=2e-2) and comb["loss"] != padded["loss"]
     assert result["summary"]["comb_vs_packed"] is None and result["summary"]["exponent_packed"] is None
-
-
-def test_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = step_training.measure
-
-    def interrupted(model: Any, initial: Any, way: str, *rest: Any) -> dict[str, Any]:
-        if way == "comb":
-            raise KeyboardInterrupt
-        return whole(model, initial, way, *rest)
-
-    monkeypatch.setattr(step_training, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "--steps", "1", "--samples", "2")
-    kept = json.loads((tmp_path / "result.json").read_text())
-    assert [row["way"] for row in kept["results"]] == ["padded", "packed"]
-    assert kept["summary"]["comb_vs_padded"] is None and kept["summary"]["token_ratio"] is None
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_growth_exponent() -> None:
@@ -198,42 +170,6 @@ def test_peak_memory_sees_what_came_and_went() -> None:
     del block
     assert 60 < memory.mib() < 80
     assert PeakMemory("cpu").mib() < 16, "an earlier peak is forgotten"
-
-
-@pytest.mark.parametrize("name", ["plot.svg", "plot.png"])
-def test_plot(result: dict[str, Any], tmp_path: Path, name: str) -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks.step_training.plot import draw
-
-    draw(result, tmp_path / name)
-    drawn = (tmp_path / name).read_bytes()
-    assert drawn.startswith(b"<?xml" if name.endswith("svg") else b"\x89PNG") and len(drawn) > 10_000
-    draw(result, tmp_path / f"again.{name}")
-    assert (tmp_path / f"again.{name}").read_bytes() == drawn
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "0,2"], r"--steps 0,2: every value must lie in \[1, 10\]"),
-        (["--samples", "17"], r"--samples 17: every value must lie in \[1, 16\]"),
-        (["--steps", "1,x"], "give whole numbers"),
-        (["--ways", "padded,tree"], "tree is none of padded, packed, comb"),
-        (["--layers", "3"], "tiny has 2; give 1 to 2"),
-        (["--repeats", "0"], "must be at least 1"),
-        (["--token-budget", "300", "--steps", "2"], "longest row has 392 tokens"),
-        (["--plot", "plot.pdf"], "must end in .svg or .png"),
-        (["--plot", "missing/plot.svg"], "does not exist"),
-    ],
-)
-def test_bad_arguments_are_refused(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, *arguments)
-    assert stopped.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_overlap_of_sampling_and_learning_by_hand() -> None:

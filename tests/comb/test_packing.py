@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,11 +25,10 @@ from swirl_fast.formats.tags import Action
 from swirl_fast.models import policy as policy_module
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.objective import policy_loss
+from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction
-from swirl_fast.training import step_metrics as totals_module
+from swirl_fast.training.batch import MicroBatch, Packer, RankActions
 from swirl_fast.training.resume import check_budget
-from swirl_fast.training.step_metrics import StepSums
-from swirl_fast.training.trainer import MicroBatch, Trainer
 from swirl_fast.trajectory import Step, StepView, Trajectory
 
 V = SHAPE["vocab_size"]
@@ -142,16 +140,6 @@ def test_model_size() -> None:
 # ---- ranks share the work
 
 
-class OneOf(SimpleNamespace):
-    """A rank whose `gather` returns what was prepared."""
-
-    device = torch.device("cpu")
-
-    def gather(self, value: object) -> list[object]:
-        self.mine = value
-        return self.others or [value]
-
-
 def trajectory(name: str, steps: int, draw: np.random.Generator) -> Trajectory:
     tokens = [3, 4, 5, *draw.integers(1, V, 14 * steps).tolist()]
     made = [Step(3 + 14 * i, 7 + 14 * i, "", Action("answer", ""), [0.0] * 4, 0) for i in range(steps)]
@@ -173,14 +161,12 @@ def sampled_at(trajectories: list[Trajectory], draw: np.random.Generator) -> lis
     ]
 
 
-def packed_on(ranks: OneOf, budget: int, policy: Policy, data: tuple) -> tuple[list[MicroBatch], StepSums]:
-    trainer = Trainer.__new__(Trainer)
-    trainer.config = load(None, [f"training.token_budget={budget}", "algorithm.kl_coef=0"])
-    trainer.ranks, trainer.max_context, trainer.size = ranks, 512, model_size(policy.model)
-    totals = StepSums()
-    batches = trainer._pack(*data, totals)
-    assert totals.seconds.keys() == {"gather"}, "the wait for other ranks is timed apart"
-    return batches, totals
+def packer(policy: Policy, rank: int = 0, size: int = 1) -> Packer:
+    config = load(None, ["training.token_budget=90", "algorithm.kl_coef=0"])
+    return Packer(config, Ranks(rank, size, torch.device("cpu")), model_size(policy.model), max_context=512)
+
+
+NOBODY = ([], [], torch.zeros(0), torch.zeros(0))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -215,22 +201,19 @@ def test_ranks_together_compute_what_one_computes(size: int) -> None:
             loss.backward()
         return [parameter.grad.clone() for parameter in policy.parameters()]
 
-    alone, totals = packed_on(OneOf(rank=0, size=1, others=[]), 90, policy, everything)
-    wanted = gradients(alone)
-    payloads = []
-    for data in shares:
-        ranks = OneOf(rank=0, size=1, others=[])
-        packed_on(ranks, 90, policy, data)
-        payloads.append(ranks.mine)
-    found, work, effective, counts = [], [], 0.0, set()
-    for rank, data in enumerate(shares):
-        batches, of_rank = packed_on(OneOf(rank=rank, size=size, others=payloads), 90, policy, data)
+    alone = packer(policy)
+    whole = alone.micro_batches([alone.rank_actions(*everything)])
+    wanted = gradients(whole)
+    of_ranks: list[RankActions] = [alone.rank_actions(*data) for data in shares]
+    found, work, effective, counts = [], [], 0, set()
+    for rank in range(size):
+        batches = packer(policy, rank, size).micro_batches(of_ranks)
         found.append(gradients(batches))
-        work.append(of_rank.flops)
-        effective += of_rank.effective_tokens
+        work.append(sum(batch.flops for batch in batches))
+        effective += sum(batch.effective_tokens for batch in batches)
         counts.add(len(batches))
     assert len(counts) == 1, "FSDP's collectives must match"
-    assert effective == totals.effective_tokens
+    assert effective == sum(batch.effective_tokens for batch in whole)
     assert max(work) < 1.3 * np.mean(work)
     for k, gradient in enumerate(wanted):
         torch.testing.assert_close(sum(rank[k] for rank in found), gradient, rtol=1e-9, atol=1e-12)
@@ -242,24 +225,12 @@ def test_the_plans_are_made_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> No
     draw = np.random.default_rng(0)
     trajectories = [trajectory("a", 2, draw)]
     data = (trajectories, sampled_at(trajectories, draw)[:1], *torch.ones(2, 1))
-    rows = [packed_on(OneOf(rank=rank, size=2, others=[]), 90, policy, data)[0][0].row for rank in range(2)]
+    packers = [packer(policy, rank, 2) for rank in range(2)]
+    rows = [one.micro_batches([one.rank_actions(*data)])[0].row for one in packers]
     assert min(len(row.tokens_1T[0]) for row in rows) == 1, "no rank is idle"
     monkeypatch.setattr(policy_module, "tree_plan", None)
     for row in rows:
         policy(row)
-
-
-def test_seconds_of_a_phase_are_without_those_of_phases_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 1.0, 4.0, 5.0, 20.0, 22.0, 30.0])
-    monkeypatch.setattr(totals_module, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    totals = StepSums()
-    with totals.phase("pack"):
-        with totals.phase("gather"):
-            pass
-    assert totals.seconds == {"gather": 3.0, "pack": 2.0}
-    with totals.phase("gather"):
-        pass
-    assert totals.seconds == {"gather": 5.0, "pack": 2.0}
 
 
 def test_idle_ranks_run_empty_micro_batches() -> None:
@@ -267,18 +238,13 @@ def test_idle_ranks_run_empty_micro_batches() -> None:
     draw = np.random.default_rng(0)
     trajectories = [trajectory("a", 1, draw)]
     sampled = sampled_at(trajectories, draw)[:1]
-    data = (trajectories, sampled, torch.ones(1), torch.ones(1))
-    first = OneOf(rank=0, size=1, others=[])
-    packed_on(first, 90, policy, data)
     for rank in (0, 1):
-        nobody = ([], [], torch.zeros(0), torch.zeros(0))
-        batches, totals = packed_on(
-            OneOf(rank=rank, size=2, others=[first.mine]), 90, policy, data if rank == 0 else nobody
-        )
-        assert len(batches) == 1
-        assert bool(batches[0].weight_N.any()) == (rank == 0)
-        assert (totals.computed_tokens > 0) == (rank == 0)
-        assert torch.isfinite(policy(batches[0].row)).all()
+        own = packer(policy, rank, 2)
+        of_ranks = [own.rank_actions(trajectories, sampled, torch.ones(1), torch.ones(1)), own.rank_actions(*NOBODY)]
+        (batch,) = own.micro_batches(of_ranks)
+        assert bool(batch.weight_N.any()) == (rank == 0)
+        assert (batch.computed_tokens > 0) == (batch.effective_tokens > 0) == (batch.flops > 0) == (rank == 0)
+        assert torch.isfinite(policy(batch.row)).all()
 
 
 def test_settings_that_cannot_hold_the_longest_path_are_refused() -> None:

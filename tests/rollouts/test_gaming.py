@@ -19,16 +19,16 @@ def test_each_number_by_hand() -> None:
         ("<answer> 3 </answer>", 4, Verdict.GOOD),
         ("<answer>3</answer>", 30, Verdict.UNKNOWN),
     ]
-    behaviour, earlier = GamingSigns(), []
+    signs, earlier = GamingSigns(), []
     for text, tokens, verdict in texts:
         action = parse(text, TOOLS)
-        behaviour.observe(text, action, tokens, verdict, earlier)
+        signs.observe(text, action, tokens, verdict, earlier)
         earlier.append(action)
     text = "<answer>4</answer>"
-    behaviour.observe(text, parse(text, TOOLS, truncated=True), 64, Verdict.BAD, earlier)
+    signs.observe(text, parse(text, TOOLS, truncated=True), 64, Verdict.BAD, earlier)
     well_formed = [text for text, _, _ in texts if "no tag" not in text]
     outside = len("Sum: ") + 2  # and the spaces in the answer's tag
-    assert gaming_metrics(vars(behaviour)) == {
+    assert gaming_metrics(vars(signs)) == {
         "action_length": (10 + 6 + 20 + 4 + 30 + 64) / 6,
         "action_length_good": (10 + 4) / 2,
         "action_length_bad": (6 + 20 + 64) / 3,
@@ -39,13 +39,13 @@ def test_each_number_by_hand() -> None:
 
 
 def test_answers_and_malformed_turns_repeat_no_call() -> None:
-    behaviour = GamingSigns()
+    signs = GamingSigns()
     answer, malformed = Action("answer", argument="3"), Action("malformed", error="The turn has no tag.")
     call = Action("tool", "calculator", "3")
     for action in (answer, malformed, call):
-        behaviour.observe("<answer>3</answer>", action, 1, Verdict.GOOD, [answer, malformed])
-    behaviour.observe("", call, 1, Verdict.GOOD, [Action("tool", "search", "3")])
-    assert behaviour.repeated == 0
+        signs.observe("<answer>3</answer>", action, 1, Verdict.GOOD, [answer, malformed])
+    signs.observe("", call, 1, Verdict.GOOD, [Action("tool", "search", "3")])
+    assert signs.repeated == 0
 
 
 def test_nothing_to_average_is_nan() -> None:

@@ -1,4 +1,4 @@
-"""The command line with faults built in, for tests/test_faults.py: `python faulty.py FOLDER FAULTS ARGUMENTS…`
+"""The command line with faults built in, for tests/stages/test_faults.py: `python faulty.py FOLDER FAULTS ARGUMENTS…`
 
 FAULTS: STEP:RANK:KIND,…; each happens once, in the middle of that step, between its rollout and its update:
     kill    SIGKILL to the rank itself            write   the same, while it writes the step's checkpoint

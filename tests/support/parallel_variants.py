@@ -1,6 +1,6 @@
 """Three training steps of a small model in several ways, one after another in one process group: for `torchrun`, or imported.
 
-    python -m torch.distributed.run --nproc-per-node N tests/parallel_variants.py OUT MODEL:VARIANT …
+    python -m torch.distributed.run --nproc-per-node N tests/support/parallel_variants.py OUT MODEL:VARIANT …
 
 Everything is the trainer's own but rollouts, judge and stream, which are made up here from seeds. Rank 0 writes OUT/VARIANT.json
 (metrics, micro-batches, collectives) and OUT/VARIANT.safetensors (the trained parameters). MODEL:load only loads: OUT/NAME.json has
@@ -29,12 +29,15 @@ from support.small_models import SHAPE
 from swirl_fast.config import Config, load
 from swirl_fast.engines.engine import Completion, EngineStats, Request
 from swirl_fast.formats.tags import parse
+from swirl_fast.judges.judge import Judge
 from swirl_fast.ranks import Ranks, start, stop
+from swirl_fast.rollouts.pipeline import RolloutPipeline
 from swirl_fast.training import sharded_weights
-from swirl_fast.training import trainer as loop
+from swirl_fast.training.batch import MicroBatch
 from swirl_fast.training.build import make_policy
 from swirl_fast.training.export import export
 from swirl_fast.training.fsdp import full_parameters
+from swirl_fast.training.trainer import Metrics, Trainer
 from swirl_fast.trajectory import Step, StepView, Trajectory
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
@@ -157,19 +160,19 @@ def counted() -> Iterator[Counter[str]]:
             setattr(dist, name, original)
 
 
-class Watched(loop.Trainer):
+class Watched(Trainer):
     """Keeps the metrics of every step, how many micro-batches the last update had, and which collectives its backward called."""
 
-    rows: list[loop.Metrics]
+    rows: list[Metrics]
 
-    def train_step(self) -> loop.Metrics:
+    def train_step(self) -> Metrics:
         metrics = super().train_step()
         self.rows.append(metrics)
         return metrics
 
-    def _update(self, batches: list[loop.MicroBatch], totals: loop.StepSums, first: bool) -> float:
+    def _update(self, batches: list[MicroBatch], *rest: Any, **named: Any) -> float:
         with counted() as calls:
-            norm = super()._update(batches, totals, first)
+            norm = super()._update(batches, *rest, **named)
         self.seen = {"micro_batches": len(batches), **calls}
         return norm
 
@@ -178,13 +181,14 @@ def train(model: Path, variant: str, ranks: Ranks, out: Path) -> tuple[dict[str,
     """(what was seen, the trained parameters)"""
     config = config_of(model, variant)
     config.run.folder = str(out)
-    rows: list[loop.Metrics] = []
+    rows: list[Metrics] = []
     config.folder.mkdir(parents=True, exist_ok=True)
     # a second trainer, with weights from the files again, goes on from the first one's checkpoint
     if variant == "resumed":
         for config.training.steps in (1, STEPS):
             trainer = trainer_of(config, ranks, rows)
-            trainer.train()
+            trainer.restore()
+            trainer.run()
     else:
         trainer = trainer_of(config, ranks, rows)
         for _ in range(STEPS):
@@ -198,11 +202,13 @@ def train(model: Path, variant: str, ranks: Ranks, out: Path) -> tuple[dict[str,
     return seen, {name: tensor.clone() for name, tensor in full_parameters(trainer.policy)}
 
 
-def trainer_of(config: Config, ranks: Ranks, rows: list[loop.Metrics]) -> Watched:
+def trainer_of(config: Config, ranks: Ranks, rows: list[Metrics], judge: Judge | None = None) -> Watched:
+    """judge: Coin() where None."""
     policy, reference = make_policy(config, ranks), make_policy(config, ranks, frozen=True)
     renderer: Any = SimpleNamespace(stop_id=1, text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream: Any = Stream(ranks, config.training.trajectories_per_step)
-    trainer = Watched(config, ranks, policy, reference, Rollouts(), Coin(), renderer, (), stream, {})
+    rollouts = RolloutPipeline(config, ranks, Rollouts(), judge or Coin(), renderer, (), stream)
+    trainer = Watched(config, ranks, policy, reference, rollouts, {})
     trainer.rows = rows
     return trainer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import overrides
 from support.stores import read_samples
 from transformers import AutoModelForCausalLM
 
@@ -21,28 +22,14 @@ from swirl_fast.trajectory import Finish, Trajectory
 
 
 def settings(folder: Path, model: Path, *more: str) -> list[str]:
-    return [
-        f"run.folder={folder}",
-        "run.name=r",
-        f"model.path={model}",
-        "tasks.options={min_terms: 2, max_terms: 2, max_digits: 1}",
-        "tasks.limit=6",
+    own = (
         "tasks.eval_limit=4",
-        "tasks.examples=1",
         "collect.trajectories_per_question=2",
-        "tasks.max_steps=3",
-        "collect.max_action_tokens=24",
-        "filter.kind=none",
         "algorithm.kl_coef=0",
         "training.steps=1",
-        "training.trajectories_per_step=4",
         "training.group_size=6",
-        "training.max_action_tokens=24",
-        "training.learning_rate=1e-3",
-        "training.token_budget=1024",
-        "training.tensorboard=false",
-        *more,
-    ]
+    )
+    return overrides(folder, model, *own, *more)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,8 @@ def test_what_is_not_finite_is_skipped_and_counted(loss: float, norm: float) -> 
     assert found.finite(1, 0.1, 1.0) and not found.skipped
     with pytest.warns(UserWarning, match="training step 2: the gradient norm is"):
         assert not found.finite(2, loss, norm)
-    assert found.skipped and found.end(2, 0.0) == {"skipped_steps": 1, "unknown_steps": 0}
+    found.end(2, 0.0)
+    assert found.skipped and (found.counts.skipped_steps, found.counts.unknown_steps) == (1, 0)
 
 
 def test_a_loss_that_is_not_finite_on_another_rank_skips_the_step_here() -> None:

@@ -22,14 +22,13 @@ from benchmarks.step_training.ways import Shape
 from benchmarks.train_throughput.setup import MODELS, llama, make_batch, make_trainer
 from swirl_fast.comb.tree import SampledState, Trunk, pack
 from swirl_fast.config import ConfigError, TrainingConfig, load
-from swirl_fast.metrics import read_metrics
+from swirl_fast.metrics import console_line, read_metrics
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.ranks import Ranks
 from swirl_fast.report.curves import curves
-from swirl_fast.training import metrics_log as metrics
 from swirl_fast.training import utilization
 from swirl_fast.training.build import settings_of
-from swirl_fast.training.metrics_log import MetricsLog
+from swirl_fast.training.metrics_log import MetricsLog, check_wandb
 from swirl_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -140,17 +139,17 @@ def test_weights_and_biases_without_the_package_is_refused(
     monkeypatch: pytest.MonkeyPatch, wandb: Wandb, tmp_path: Path
 ) -> None:
     training = TrainingConfig(wandb="project")
-    metrics.check(training)
+    check_wandb(training)
     (tmp_path / "wandb").mkdir()  # as a run in this folder leaves it
     monkeypatch.syspath_prepend(tmp_path)
     for there in (None, ModuleType("wandb")):
         monkeypatch.setitem(sys.modules, "wandb", there)
         with pytest.raises(ConfigError, match=r"training\.wandb=project: .* pip install wandb"):
-            metrics.check(training)
-        metrics.check(TrainingConfig())
+            check_wandb(training)
+        check_wandb(TrainingConfig())
 
 
-def test_rows_behind_the_checkpoint_are_dropped_and_older_nan_is_mended(tmp_path: Path) -> None:
+def test_rows_after_the_checkpoint_are_dropped_and_older_nan_is_mended(tmp_path: Path) -> None:
     old = json.dumps(row(1, reward=math.nan)) + "\n" + json.dumps(row(2)) + "\n" + json.dumps(row(3))[:50]
     assert "NaN" in old
     (tmp_path / "metrics.jsonl").write_text(old)
@@ -233,12 +232,12 @@ def test_mfu_counts_the_work_of_every_update_and_nothing_done_again(settings: tu
     assert found["mfu"] == pytest.approx(work / busy / 2e9)
     assert found["mfu_step"] == pytest.approx(work / found["seconds"] / 2e9) and found["mfu_step"] < found["mfu"]
     assert 0.1 < found["memory_gib"] < 64
-    assert f"mfu {found['mfu']:.1%} ({found['mfu_step']:.1%} of the step)" in metrics.line(found, 3)
+    assert f"mfu {found['mfu']:.1%} ({found['mfu_step']:.1%} of the step)" in console_line(found, 3)
 
 
 def test_an_unknown_device_has_no_mfu() -> None:
     found = trainer("algorithm.kl_coef=0").train_step()
-    assert "mfu" not in found and "mfu_step" not in found and "mfu" not in metrics.line(found, 3)
+    assert "mfu" not in found and "mfu_step" not in found and "mfu" not in console_line(found, 3)
     assert found["tflops"] > 0
 
 

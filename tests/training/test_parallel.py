@@ -105,7 +105,7 @@ def test_three_steps_are_the_same(ranks: int, variant: str, llama: Path, runs: d
 
 
 def test_ranks_wait_longer_than_a_servers_restart_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that hangs, and the start of its server anew, by the settings' own defaults."""
+    """A request that hangs, and a restart of its server, by the settings' own defaults."""
     for name, value in (
         ("WORLD_SIZE", "1"),
         ("RANK", "0"),
@@ -274,12 +274,12 @@ def test_layers_are_compiled_one_by_one() -> None:
 
 def test_settings_that_the_ranks_or_the_machine_cannot_follow(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="training.shard_size=3: does not divide the 4 ranks"):
-        fsdp.check(TrainingConfig(shard_size=3), Ranks(0, 4, CPU))
-    fsdp.check(TrainingConfig(shard_size=2), Ranks(0, 4, CPU))
+        fsdp.check_sharding(TrainingConfig(shard_size=3), Ranks(0, 4, CPU))
+    fsdp.check_sharding(TrainingConfig(shard_size=2), Ranks(0, 4, CPU))
     with pytest.raises(ConfigError, match="reference_offload=true: without a GPU"):
-        fsdp.check(TrainingConfig(reference_offload=True), Ranks(0, 4, CPU))
+        fsdp.check_sharding(TrainingConfig(reference_offload=True), Ranks(0, 4, CPU))
     with pytest.raises(ConfigError, match="reference_offload=true: one process without torchrun"):
-        fsdp.check(TrainingConfig(reference_offload=True), Ranks(0, 1, torch.device("cuda")))
+        fsdp.check_sharding(TrainingConfig(reference_offload=True), Ranks(0, 1, torch.device("cuda")))
     assert cli.main(["train", "training.shard_size=2"]) == 2
     assert "training.shard_size=2: does not divide the 1 ranks" in capsys.readouterr().err
 
@@ -289,14 +289,14 @@ def test_liger_replaces_norm_rotary_embedding_and_mlp_alone(monkeypatch: pytest.
     training, cuda = TrainingConfig(liger=True), torch.device("cuda")
     config = build("llama", torch.float32).config
     with pytest.raises(ConfigError, match="training.liger=true: .* need a GPU"):
-        layers.check(training, config, CPU)
+        layers.check_layers(training, config, CPU)
     find_spec = layers.importlib.util.find_spec
     spec: object = None
     monkeypatch.setattr(
         layers.importlib.util, "find_spec", lambda name, *a: spec if name == "liger_kernel" else find_spec(name, *a)
     )
     with pytest.raises(ConfigError, match="training.liger=true: the package is missing"):
-        layers.check(training, config, cuda)
+        layers.check_layers(training, config, cuda)
 
     asked: dict[str, object] = {}
     package = types.ModuleType("liger_kernel.transformers")
@@ -307,9 +307,9 @@ def test_liger_replaces_norm_rotary_embedding_and_mlp_alone(monkeypatch: pytest.
         monkeypatch.setitem(sys.modules, module.__name__, module)
     spec = object()
     monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
-    layers.check(training, config, cuda)
+    layers.check_layers(training, config, cuda)
     with pytest.raises(ConfigError, match="does not know model type gemma3_text"):
-        layers.check(training, build("gemma3", torch.float32).config, cuda)
+        layers.check_layers(training, build("gemma3", torch.float32).config, cuda)
     policy = Policy(build("llama", torch.float32))
     layers.prepare(policy, training)
     assert asked.pop("model") is policy.model
@@ -370,9 +370,9 @@ def test_flash_attention_needs_a_gpu_its_package_and_half_precision(
 ) -> None:
     config = small_models.build("llama", torch.float32).config
     with pytest.raises(ConfigError, match="training.flash_attention=true: flash-attn needs a GPU"):
-        layers.check(TrainingConfig(flash_attention=True), config, CPU)
+        layers.check_layers(TrainingConfig(flash_attention=True), config, CPU)
     monkeypatch.setattr(layers.importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(ConfigError, match="training.flash_attention=true: the package is missing"):
-        layers.check(TrainingConfig(flash_attention=True), config, torch.device("cuda"))
+        layers.check_layers(TrainingConfig(flash_attention=True), config, torch.device("cuda"))
     assert cli.main(["train", "training.flash_attention=true"]) == 2
     assert "set model.dtype=bfloat16" in capsys.readouterr().err
