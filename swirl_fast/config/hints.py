@@ -103,17 +103,19 @@ def closest(kind: type, key: str) -> list[str]:
         its_section, _, its_last = candidate.rpartition(".")
         return 0.7 * _likeness(last, its_last) + 0.3 * _likeness(section, its_section)
 
-    alike = sorted((one for one in known if _likeness(last, one.rpartition(".")[2]) >= 0.6), key=likeness, reverse=True)
-    slips = [one for one in alike if likeness(one) > 0.9]
-    meant = [one for one in SYNONYMS.get(last, ()) if one in known] + [
-        one for one in known if one.rpartition(".")[2] == last
+    alike = sorted(
+        (name for name in known if _likeness(last, name.rpartition(".")[2]) >= 0.6), key=likeness, reverse=True
+    )
+    slips = [name for name in alike if likeness(name) > 0.9]
+    meant = [name for name in SYNONYMS.get(last, ()) if name in known] + [
+        name for name in known if name.rpartition(".")[2] == last
     ]
-    meant.sort(key=lambda one: not (section and f"{one}.".startswith(f"{section}.")))
+    meant.sort(key=lambda name: not (section and f"{name}.".startswith(f"{section}.")))
     return list(dict.fromkeys([*slips, *meant] or alike))[:3]
 
 
-def _likeness(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other).ratio()
+def _likeness(word: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, word, other).ratio()
 
 
 def unknown_key(kind: type, key: str, node: Tree, source: str) -> ConfigError:

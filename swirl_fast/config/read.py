@@ -127,7 +127,9 @@ def _values(kind: type, tree: Tree, source: str, prefix: str = "") -> Iterator[t
 
 def _table_of(kind: type, key: str) -> Setting | None:
     """The table of free keys that a dotted key lies in."""
-    return next((one for one in settings(kind).values() if one.is_table and key.startswith(f"{one.key}.")), None)
+    return next(
+        (entry for entry in settings(kind).values() if entry.is_table and key.startswith(f"{entry.key}.")), None
+    )
 
 
 def _value(entry: Setting, node: Tree, source: str) -> Any:
@@ -226,9 +228,10 @@ def check_each(config: Any) -> None:
         if entry.words and value not in entry.words:
             raise ConfigError(f"{key}={value}: must be {entry.accepted}")
         if not entry.range.accepts(value):
-            limits = entry.accepted if isinstance(value, list) else str(entry.range) or "finite"
-            finite = "" if isinstance(value, list) or math.isfinite(value) else "a finite number, "
-            raise ConfigError(f"{key}={value}: must be {finite}{_article(limits)}")
+            limits = entry.accepted if isinstance(value, list) else str(entry.range)
+            if isinstance(value, float) and not math.isfinite(value):
+                limits = f"{limits}, and a {'' if entry.range.endless else 'finite '}number"
+            raise ConfigError(f"{key}={value}: must be {_article(limits)}")
 
 
 def _article(accepted: str) -> str:

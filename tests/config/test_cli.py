@@ -11,6 +11,7 @@ from support.paths import ROOT
 from support.runs import environment
 
 from swirl_fast import cli
+from swirl_fast.config import dump, load
 
 WITHOUT_TORCH = """
 import sys
@@ -84,3 +85,15 @@ def test_overrides_may_come_after_options(tmp_path: Path, capsys: pytest.Capture
     ):
         assert cli.main(["config", *arguments]) == 0
         assert capsys.readouterr().out.startswith("training.steps=4\n")
+
+
+def test_a_report_shows_a_text_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "a secret")
+    overrides = [f"run.folder={tmp_path}", "run.name=${oc.env:TOKEN}", "judge.model.model=???"]
+    config = load(None, overrides)
+    assert config.folder == tmp_path / "${oc.env:TOKEN}"
+    config.folder.mkdir()
+    (config.folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    assert cli.main(["report", *overrides]) == 0
+    page = (config.folder / "report.html").read_text(encoding="utf-8")
+    assert "${oc.env:TOKEN}" in page and "???" in page and "a secret" not in page

@@ -70,7 +70,7 @@ def test_what_resembles_nothing_points_to_the_list() -> None:
         load(None, ["nonsense.key=3"])
 
 
-def test_every_synonym_means_keys_that_exist_and_is_no_key_of_their_sections() -> None:
+def test_every_synonym_and_every_new_name_is_a_key_that_exists() -> None:
     known = settings(Config)
     for word, keys in SYNONYMS.items():
         assert keys and set(keys) <= known.keys(), word
