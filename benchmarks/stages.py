@@ -55,7 +55,7 @@ MIB = 1 << 20
 
 
 def settings(folder: Path, trajectories: int) -> list[str]:
-    """Of the run `r` in the folder."""
+    """The settings of the run `r` in the folder."""
     return [
         f"run.folder={folder}",
         "run.name=r",

@@ -1,4 +1,4 @@
-"""Servers on this machine: no proxy of the environment stands between them and us."""
+"""Servers on this machine: they are asked without the environment's proxy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds that depend on what they are for alone: not on the process, the rank, or the order of the work."""
+"""Seeds derived from what they are used for, never from the process, the rank or the order of work."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 is shown (describe, hints).
 
 YAML is read as text, and each value by the type of its setting (read, yaml_text): no library of configs leaves `3.10`, `${x}` and `???`
-in a text alone.
+only in a text.
 """
 
 from swirl_fast.config.check import check

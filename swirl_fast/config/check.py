@@ -1,4 +1,4 @@
-"""Which settings can work together: `check` raises ConfigError for those that can be told impossible without loading anything.
+"""Which settings can work together: `check` raises ConfigError for those that are known to be impossible without loading anything.
 
 The words and the range that a single setting accepts are declared with it, in schema.py. Here are the rules that join settings, look at
 files, or ask for a form that words and ranges cannot say.
@@ -24,7 +24,7 @@ HTTP = ("http://", "https://")
 
 
 def check(config: Config, files: bool = True) -> None:
-    """Raises ConfigError for values that can be told impossible without loading anything. files: also for files that are not there."""
+    """Raises ConfigError for values that are known to be impossible without loading anything. files: also for missing files."""
     check_each(config)
     values = _Values(config)
     _check_data(config, values)
@@ -77,7 +77,7 @@ def _check_engine(config: Config, values: _Values) -> None:
     fail, engine = values.fail, config.engine
     for url in engine.urls:
         if not re.fullmatch(r"https?://[^/\s]+/?", url):
-            fail("engine.urls", f"{url!r} is no address of a server, such as http://10.0.0.2:30000")
+            fail("engine.urls", f"{url!r} is not the address of a server, such as http://10.0.0.2:30000")
     if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
         fail("engine.urls", "names a server twice")
     launch = engine.launch

@@ -69,7 +69,7 @@ class ShardFolder:
         return str(self.folder / name)
 
     def fetch(self, name: str) -> str | None:
-        """Brings a file to `folder`. Returns what is wrong with it, None when it can be read; here by its size alone."""
+        """Brings a file to `folder`. Returns what is wrong with it, None when it can be read; here only by its size."""
         try:
             size = (self.folder / name).stat().st_size
         except FileNotFoundError:
@@ -166,7 +166,7 @@ class ShardCache:
         with tempfile.TemporaryDirectory() as folder:
             problem = self._download(MANIFEST, Path(folder) / "download", None)
             if problem is not None:
-                raise ValueError(f"{self.shown(MANIFEST)} {problem}: {self.url} is no complete shard folder")
+                raise ValueError(f"{self.shown(MANIFEST)} {problem}: {self.url} is not a complete shard folder")
             return parse_manifest((Path(folder) / "download" / MANIFEST).read_bytes(), self.shown(MANIFEST))
 
     def _whole(self, name: str) -> bool:

@@ -299,7 +299,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises ValueError for a folder without an intact manifest, and for one with shards that are not in it."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: {folder} is no complete shard folder, {REMEDY}")
+        raise ValueError(f"{path} does not exist: {folder} is not a complete shard folder, {REMEDY}")
     manifest = parse_manifest(path.read_bytes(), str(path))
     for file in sorted(folder.glob("*.mds")):
         if file.name not in manifest.files:
@@ -340,7 +340,7 @@ def streaming() -> Any:
     in `storage` its downloaders and uploaders).
 
     The package's own `__init__` imports vision data sets and so torchvision, which nothing here needs: an empty package
-    stands in for it during the import.
+    takes its place during the import.
     """
     if "streaming.base" in sys.modules:
         return sys.modules["streaming.base"]

@@ -70,7 +70,7 @@ class Store:
 
     writable: take the one writer's place; False: read only, also while another process writes.
 
-    Raises ValueError when another process writes, when the file is no store of ours or has another schema, and, for a
+    Raises ValueError when another process writes, when the file is not one of our stores or has another schema, and, for a
     reader, when there is no file; RuntimeError, with the name of the file, for what SQLite fails at later, such as a full disk. Use as a
     context manager, or call `close`. One thread.
     """
@@ -84,7 +84,7 @@ class Store:
             self._lock = lock(self.path)
         elif not self.path.is_file():
             raise ValueError(f"{self.path} does not exist: collect first, or check run.folder and run.name")
-        # Autocommit: transactions are opened by hand. A reader's connection is no read-only one: it may be the first
+        # Autocommit: transactions are opened by hand. A reader's connection is not read-only: it may be the first
         # after a killed writer, and then recovers the log; `_transaction` keeps it from writing anything else.
         self._db = sqlite3.connect(self.path, isolation_level=None, timeout=60.0)
         self._db.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
@@ -95,7 +95,7 @@ class Store:
             self._raise(error)
         except sqlite3.DatabaseError as error:
             self.close()
-            raise ValueError(f"{self.path} is no readable store ({error}): use another run.name") from error
+            raise ValueError(f"{self.path} is not a readable store ({error}): use another run.name") from error
         except BaseException:
             self.close()
             raise
@@ -272,7 +272,7 @@ class Store:
             self._db.execute("UPDATE trajectories SET finish = ? WHERE number = ?", (finish, number))
 
     def ids(self, finished: bool | None = None) -> list[str]:
-        """Of all, the finished or the unfinished trajectories, in natural order (2 before 10)."""
+        """The ids of all, the finished or the unfinished trajectories, in natural order (2 before 10)."""
         where = {None: "", True: " WHERE finish IS NOT NULL", False: " WHERE finish IS NULL"}[finished]
         return sorted((row[0] for row in self._db.execute("SELECT id FROM trajectories" + where)), key=_natural)
 

@@ -34,7 +34,7 @@ def load_engine(
     from swirl_fast.seeds import seed_of
 
     folder = Path(weights) if weights else local_folder(config.model)
-    # of this run and these weights alone, so that servers that somebody else uses too are noticed, not mixed up
+    # only of this run and these weights, so that servers that somebody else uses too are noticed, not mixed up
     label = f"{config.run.name}-{seed_of(config.folder.absolute(), weights_hash(folder)) % 16**8:08x}"
     logs = config.folder / "engine"
     if ranks is None or not ranks.distributed:
@@ -50,9 +50,9 @@ def load_engine(
             shared = e.weight_sync.folder
             e = replace(e, weight_sync=replace(e.weight_sync, folder=shared and f"{shared}/node-{node}"))
         engine = SGLangEngine(e, folder.absolute(), logs, label=label, seed=config.run.seed + ranks.rank)
-    told = ranks.gather((node, engine.urls if engine is not None else []))
+    urls_by_node = ranks.gather((node, engine.urls if engine is not None else []))
     if engine is None:
-        urls = [url for where, own in told for url in own if e.urls or where == node]
+        urls = [url for where, of_node in urls_by_node for url in of_node if e.urls or where == node]
         engine = SGLangEngine(e, folder.absolute(), logs, label=label, leader=False, urls=urls)
     return engine
 

@@ -173,7 +173,7 @@ def _serve(pipe: Any, threads: int, make: Callable[..., Engine], arguments: tupl
 
 def _update(engine: Engine, pipe: Any, version: int) -> None:
     """Reads buckets until the empty one, or None, and answers each of the others, whatever becomes of the update: the other side goes on
-    sending (gathering is a collective call there), and hears of an error behind the last one."""
+    sending (gathering is a collective call there), and hears of an error after the last one."""
     owed = ended = False  # whether the bucket read last is to be answered; whether the end was read
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What the cells of an experiment were made of besides their settings: models and data files, which the settings name by path alone."""
+"""What the cells of an experiment were made of besides their settings: models and data files, which the settings name only by path."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Intervals are percentile bootstraps at 95 % with two levels: seeds are drawn with replacement, then the questions of each drawn seed.
 Arms share seeds and questions, so a difference is drawn in pairs: the same seeds and questions for both. Where all answers are alike (no
-right one, say) a bootstrap knows no doubt; Wilson's interval over all questions stands there instead.
+right one, say) a bootstrap knows no doubt; Wilson's interval over all questions is given instead.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class LabelledStep:
 
     @property
     def action(self) -> Action:
-        """An action cut off at the length limit cannot be told from its text alone; such a one has no complete tag, mostly."""
+        """An action cut off at the length limit cannot be told only from its text; such a one has no complete tag, mostly."""
         return parse(self.view.action_text, self.tools)
 
 
@@ -94,7 +94,7 @@ def write_labels(path: str | Path, steps: Iterable[LabelledStep]) -> int:
 
 def steps_to_label(store: Store, ids: Sequence[str], tools: Sequence[str], count: int, seed: int) -> list[LabelledStep]:
     """`count` well-formed steps of these trajectories, drawn evenly from all, without a label; steps that look the same to a judge count
-    once, and malformed ones are no matter of judgement."""
+    once, and malformed ones are not a matter of judgement."""
     places: dict[str, tuple[str, int]] = {}  # content hash -> (trajectory, step)
     for trajectory in store.trajectories(ids):
         for i, (step, key) in enumerate(zip(trajectory.steps, trajectory.content_hashes(), strict=True)):

@@ -35,7 +35,7 @@ def write_report(run_folder: Path) -> Path:
     """
     folder = Path(run_folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: check run.folder and run.name, or start a run first")
+        raise ValueError(f"{folder} is not a folder: check run.folder and run.name, or start a run first")
     path = folder / REPORT_FILE
     write_text(path, _page(load_run(folder)))
     return path

@@ -60,7 +60,7 @@ def lines(
 ) -> str:
     """A figure with one line a series over training steps, or over whole numbers of something else, which `over` names.
 
-    unit: "%" for shares, else the text behind the title. top: fixed upper end of the axis. log: decades, where all
+    unit: "%" for shares, else the text after the title. top: fixed upper end of the axis. log: decades, where all
     values are 0 a plain axis; values of 0 are then not drawn. Where nothing was recorded the figure says so.
     """
     known = [value for one in series for value in one.values if is_number(value)]

@@ -122,7 +122,7 @@ def load_run(folder: Path) -> Run:
 
 
 def _outdated(run: Run) -> list[str]:
-    """Evaluations of the run's own model/ that a longer training has left behind."""
+    """Evaluations of the run's own model/ that a longer training has replaced."""
     model = run.folder / "model"
     if not (model / "config.json").is_file():
         return []

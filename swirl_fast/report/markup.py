@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 from swirl_fast.formats.tags import ANSWER_TAG, TOOL_TAGS
 
-MAX_CHARS = 4_000  # of one text; three quarters from its beginning, the rest from its end, where the tag stands
+MAX_CHARS = 4_000  # of one text; three quarters from its beginning, the rest from its end, where the tag is
 
 # Control characters, lone surrogates and noncharacters have no place in an HTML file; bidirectional controls could
 # make a line read as another.
@@ -26,7 +26,7 @@ def escape(text: str) -> str:
 
 
 def block(text: str, mark_tags: bool = False) -> str:
-    """A text as it is, to be set with `white-space: pre-wrap`; in the middle of one longer than MAX_CHARS stands how
+    """A text as it is, to be set with `white-space: pre-wrap`; the middle of one longer than MAX_CHARS says how
     much is left out.
 
     mark_tags: the tag of an action is marked.

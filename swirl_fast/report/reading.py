@@ -91,7 +91,7 @@ class Readings:
         }
 
     def of(self, ids: Sequence[str]) -> Iterator[Reading]:
-        """Of the trajectories with these ids, in this order."""
+        """The trajectories with these ids, in this order."""
         for trajectory, judgements in judged_trajectories(self._store, self._judge_id, ids):
             shown = tuple(None if judgement is NOT_JUDGED else judgement for judgement in judgements)
             right = {1.0: True, 0.0: False}.get(self._scores.get(trajectory.question_id, 0.5))

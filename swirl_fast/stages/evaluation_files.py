@@ -17,7 +17,7 @@ FILES = ("db", "db-wal", "db-shm", "db.lock", "json", "yaml")  # of the evaluati
 
 
 def check_evaluation_name(name: str) -> None:
-    """Raises ConfigError for a name of an evaluation that is no plain file name."""
+    """Raises ConfigError for a name of an evaluation that is not a plain file name."""
     if not name or "/" in name or name.startswith("."):
         raise ConfigError(
             f"--name {name}: must be a plain file name, e.g. --name {name.strip('./').replace('/', '-') or 'other'}"

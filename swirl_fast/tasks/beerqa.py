@@ -4,7 +4,7 @@ Official format (beerqa_train_v1.0.json, beerqa_dev_v1.0.json from beerqa.github
 an object with `version`, `split` and `data`, a list of objects with `id`, `src` (squad or hotpotqa), `question`,
 `answers` and `context` = [[title, text], …]. The test file has no answers.
 
-`context` has the gold paragraphs alone, and the authors search all of Wikipedia (August 2020), which the files do not
+`context` has only the gold paragraphs, and the authors search all of Wikipedia (August 2020), which the files do not
 hold: the search here, over all gold paragraphs of the files, is easier than theirs. The official script,
 utils/eval_beerqa.py, takes the gold answer with the best F1, as here, and averages over the sources in addition.
 """

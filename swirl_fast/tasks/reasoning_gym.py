@@ -37,7 +37,7 @@ _ROUNDED = (
 class ReasoningGym:
     """dataset: the generator's name; options: its settings, as reasoning-gym names them.
 
-    Its seed and size are no options: they are run.seed and tasks.limit. Questions are kept as they are generated,
+    Its seed and size are not options: they are run.seed and tasks.limit. Questions are kept as they are generated,
     without duplicates.
 
     The worked examples come from the same generator when it states the expression behind a question, and are then in

@@ -31,7 +31,7 @@ def number(text: str) -> Fraction | None:
     """The one number a text states, None when it states none or several.
 
     `10`, `10.00`, `$10`, `10 clips`, `1,200`, `3/4` and `50%` (= 1/2) are numbers. `48/2` is an unfinished calculation
-    rather than a number: a fraction counts only when it is no whole number. Never raises.
+    rather than a number: a fraction counts only when it is not a whole number. Never raises.
     """
     if len(text) > _MAX_CHARS:
         return None

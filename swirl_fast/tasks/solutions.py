@@ -22,7 +22,7 @@ _UNIT = re.compile(r"(?<=[\d)%])\s*[A-Za-z][A-Za-z/\- ]*?(?=\s*[-+*/×÷=)])")  
 
 
 def step_results(solution: str, answer: str) -> tuple[Fraction, ...]:
-    """The numbers behind the equals signs of a solution, in order, and the answer. answer: one number."""
+    """The numbers after the equals signs of a solution, in order, and the answer. answer: one number."""
     found = [number(match[1]) for match in _RESULT.finditer(solution)]
     return tuple(value for value in [*found, number(answer)] if value is not None)
 

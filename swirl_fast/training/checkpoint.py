@@ -290,7 +290,7 @@ def recorded_state(path: Path) -> dict[str, Any]:
     """The state in one checkpoint. Raises ValueError when it is not there or damaged."""
     if not path.is_dir():
         there = ", ".join(one.name for one in checkpoints(path.parent)) or "none"
-        raise ValueError(f"{path} is no checkpoint; those in {path.parent}: {there}")
+        raise ValueError(f"{path} is not a checkpoint; those in {path.parent}: {there}")
     if (problem := damage(path)) is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
     state: dict[str, Any] = json.loads((path / _STATE).read_text())
@@ -298,7 +298,7 @@ def recorded_state(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, policy: Policy | torch.nn.Module) -> None:
-    """Restores the model alone from a checkpoint. Collective."""
+    """Restores only the model from a checkpoint. Collective."""
     weights = get_model_state_dict(policy)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's; as it should be

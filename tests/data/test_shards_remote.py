@@ -711,7 +711,7 @@ def test_skipping_stops_when_nothing_is_left_or_the_index_is_bad(own: Path, tmp_
     with pytest.raises(ValueError, match="file://.*/manifest.json is damaged"):
         cached(own, tmp_path / "cache")
     (own / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="file://.*/manifest.json is missing: .* is no complete shard folder"):
+    with pytest.raises(ValueError, match="file://.*/manifest.json is missing: .* is not a complete shard folder"):
         cached(own, tmp_path / "cache")
 
 

@@ -760,7 +760,7 @@ def test_an_empty_folder_gives_a_report_that_says_what_to_do(tmp_path: Path) -> 
 
 
 def test_no_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere is no folder: check run\.folder and run\.name"):
+    with pytest.raises(ValueError, match=r"nowhere is not a folder: check run\.folder and run\.name"):
         write_report(tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
 

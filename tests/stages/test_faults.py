@@ -299,7 +299,7 @@ def test_a_checkpoint_is_exported_and_settings_of_a_later_version_do_not_hinder(
     assert "is already there" in capsys.readouterr().err
     assert cli.main(["export", *stage]) == 0 and (folder / "r" / "model-best" / "tokenizer.json").is_file()
     assert cli.main(["export", *stage, "--checkpoint", "step_7"]) == 1
-    assert "is no checkpoint; those in" in capsys.readouterr().err
+    assert "is not a checkpoint; those in" in capsys.readouterr().err
 
     marker = json.loads((final / "trained.json").read_text())
     for section, key in (("training", "on_policy_batches"), ("algorithm", "importance_level")):

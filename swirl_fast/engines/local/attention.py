@@ -129,8 +129,8 @@ def arrange(paths: Sequence[np.ndarray], block_tokens: int) -> tuple[list[Block]
     # What is left is padded to the longest row: rows much longer than the others become blocks of their own.
     order = sorted(range(rows), key=lambda row: -len(rest[row]))
     lengths = [*(len(rest[row]) for row in order), 0]
-    alone = min(range(rows + 1), key=lambda k: block_tokens * k + rows * lengths[k])
-    for row in order[:alone]:
+    single = min(range(rows + 1), key=lambda k: block_tokens * k + rows * lengths[k])
+    for row in order[:single]:
         if len(rest[row]):
             add(row, row + 1, rest[row])
             rest[row] = rest[row][:0]

@@ -1,6 +1,6 @@
 """Rollouts by SGLang servers, started here or attached by URL, on one node or many.
 
-    order     all states of a trajectory go to one server, the longest first, alone, so that its radix cache holds the trunk when the
+    order     all states of a trajectory go to one server, the longest first and by itself, so that its radix cache holds the trunk when the
               others arrive (prefix_order.py)
     versions  every set of weights has a name; completions of any other are refused, and the cache is keyed by it besides being flushed
     faults    a server that dies or hangs is started again with the current weights, or dropped where it is not ours; its requests are
@@ -67,7 +67,7 @@ class SGLangEngine:
         self._vocabulary = vocabulary_of(weights)
         self._stats = EngineStats()
         self._lock = threading.Lock()
-        # of trajectories: in whose cache, and what; of this version alone
+        # of trajectories: in whose cache, and what; only of this version
         self._rows: OrderedDict[str, tuple[Start | None, np.ndarray]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine", daemon=True)
@@ -223,7 +223,7 @@ class SGLangEngine:
 
         async def send(i: int, known: int, where: Start | None) -> None:
             results[i], answered[i] = await self._sample(requests[i], keys[i])
-            if answered[i] != where:  # one that was started anew meanwhile, or another
+            if answered[i] != where:  # one that was started again meanwhile, or another
                 known = 0
             cached = min(completion.cached_tokens for completion in results[i])
             # For n > 1 SGLang computes the prompt before it counts: what nobody computed before was computed then.
@@ -265,7 +265,7 @@ class SGLangEngine:
     async def _sample(self, request: Request, key: str) -> tuple[list[Completion], Start | None]:
         """The completions, and where they come from; None: from more than one server or start."""
         seeded = all(server.info is not None and server.info.deterministic for server in self._servers.all)
-        if seeded and request.n > 1:  # SGLang gives one seed to all n samples: each goes alone
+        if seeded and request.n > 1:  # SGLang gives one seed to all n samples: each goes by itself
             seeds = [(request.seed + index * 0x9E3779B1) % 2**31 for index in range(request.n)]
             ones = [self._sample(replace(request, n=1, seed=seed), key) for seed in seeds]
             found = await gather(ones)

@@ -48,7 +48,7 @@ def claim_port(first: int, host: str) -> tuple[int, IO[str]]:
 
 
 class ServerProcess:
-    """One server, started anew as often as needed on the same port. number: its place among this node's servers. claim: on the port, kept
+    """One server, started again as often as needed on the same port. number: its place among this node's servers. claim: on the port, kept
     as long as this object lives."""
 
     def __init__(

@@ -143,7 +143,7 @@ class Servers:
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
     def forget(self) -> None:
-        """With new weights all caches are empty, and the trajectories that come are best spread anew."""
+        """With new weights all caches are empty, and the trajectories that come are best spread again."""
         self._home = OrderedDict()
 
     async def attempt(self, work: Callable[[Server], Awaitable[T]], key: str, sequences: int) -> T:

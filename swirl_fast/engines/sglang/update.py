@@ -213,7 +213,7 @@ class WeightUpdater:
         return up
 
     def _join(self, up: list[Server]) -> None:
-        """A group of this process and these servers; made anew when they are others than before."""
+        """A group of this process and these servers; made again when they are others than before."""
         members = " ".join(f"{server.url} {server.restarts}" for server in up)
         if self._group is not None and self._group_of == members:
             return

@@ -1,4 +1,4 @@
-"""A process judge and an outcome judge behind any OpenAI-compatible chat endpoint.
+"""A process judge and an outcome judge that ask any OpenAI-compatible chat endpoint.
 
 The prompts of one trajectory nest (prompts.py). The longest is asked first and by itself, the others when it is answered: a server with a
 prefix cache then reads the trunk once, which it would not if all came together (swirl_fast/prefixes.py).

@@ -147,7 +147,7 @@ class Endpoint:
             self._count(answer.get("usage"))
             return str(choice["message"]["content"] or ""), str(choice.get("finish_reason") or "")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Failed(f"the body is no chat completion ({type(error).__name__}): {text[:200]}") from None
+            raise Failed(f"the body is not a chat completion ({type(error).__name__}): {text[:200]}") from None
 
     def _post(self, prompt: str, max_tokens: int) -> tuple[httpx.Response, str]:
         """The response and its body, whatever the status. Raises Failed without one."""
