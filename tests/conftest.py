@@ -1,4 +1,4 @@
-"""What makes every run of the tests the same one, and a small real model for the tests of whole stages, made here: nothing is downloaded."""
+"""What makes every run of the tests the same, and a small real model for the tests of whole stages: made here, nothing is downloaded."""
 
 from __future__ import annotations
 
