@@ -251,14 +251,14 @@ for line in sys.stdin:
 
 
 def test_processes_that_die_or_hang_lose_their_own_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "CASE_SECONDS", 1.0)
+    monkeypatch.setattr(gpu_check, "CASE_SECONDS", 5.0)
     items = [(name, "x", "float32") for name in ("first", "dies", "second", "spoils", "third", "hangs", "fourth")]
     rows: list[dict[str, Any]] = []
     gpu_check.run_cases(items, [sys.executable, "-c", WORKER], 1, time.monotonic() + 60, rows.append)
     failures = {row["name"]: row["failure"] for row in rows if not row["passed"]}
     assert [row["name"] for row in rows] == [name for name, _, _ in items] and failures.keys() == {"dies", "hangs"}
     assert failures["dies"] == "the process died with exit code 1: Segmentation fault, as it were"
-    assert failures["hangs"].startswith("no answer within 1 s, killed")
+    assert failures["hangs"].startswith("no answer within 5 s, killed")
     rows.clear()
     gpu_check.run_cases(items, [sys.executable, "-c", WORKER], 3, time.monotonic() - 1, rows.append)
     assert len(rows) == 7 and all("the time for parity was up" in row["failure"] for row in rows)
@@ -278,7 +278,7 @@ def test_a_run_from_end_to_end(
         "--out",
         str(tmp_path / "results"),
         "--minutes",
-        "0.4",
+        "10",
     ]
     assert gpu_check.main(arguments) == 1
     found = {path.name.split("-", 3)[3]: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}

@@ -65,19 +65,3 @@ def test_a_summary_is_of_all_reopenings_and_says_when_answers_differ() -> None:
     )
     assert found["query_ms_median"] == pytest.approx(2.5) and found["first_query_ms"] == 4
     assert not summarize(built, [one, other | {"answers": [[[1, 2.5]]]}])["equal"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--passages", "0"], "--passages 0: must be above 0"),
-        (["--index", "ivf"], "invalid choice: 'ivf'"),
-        (["--out", "/no/such/folder/x.json"], "make it first"),
-    ],
-)
-def test_bad_options_are_refused(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path / "x.json"), *arguments])
-    assert message in capsys.readouterr().err

@@ -84,20 +84,3 @@ def test_the_share_of_a_quickstart_step_is_of_both() -> None:
     found = summarize(rows, {"steps": [{"seconds": 3.0}, {"seconds": 15.0}]})
     assert found["share_of_quickstart_step"] == {"mean": 0.1, "quickest": 0.25}
     assert "share_of_quickstart_step" not in summarize(rows, None)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--ways", "stream,tar"], "--ways stream,tar: tar is none of stream"),
-        (["--batch", "0"], "--batch 0: must be above 0"),
-        (["--steps", "11"], "--steps 11: give 1 to 10"),
-        (["--out", "/no/such/folder/x.json"], "make it first"),
-    ],
-)
-def test_bad_options_are_refused(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path / "x.json"), *arguments])
-    assert message in capsys.readouterr().err

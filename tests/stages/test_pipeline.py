@@ -6,7 +6,6 @@ import functools
 import json
 import operator
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import STEPS, command, copy_of, environment, kill_when, overrides, start, weights
+from support.runs import STEPS, attempt, copy_of, kill_when, overrides, start, weights
 from support.small_models import CHAT_TEMPLATE, train_tokenizer
 from support.stores import count_rows, read_samples
 from support.task_files import write_lines
@@ -52,7 +51,7 @@ def trained(collected: Path, tiny_model: Path, judged: str, tmp_path_factory: py
 
 def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_model: Path, judged: str) -> None:
     arguments = overrides(tmp_path, tiny_model, judged, "training.tensorboard=true", "evaluate.outcome=judge")
-    first = start(["run", *arguments])
+    first = start(["run", *arguments], own_process=True)
     folder = tmp_path / "r"
     summary = json.loads((folder / "summary.json").read_text())
     for name in ("base", "trained"):
@@ -272,7 +271,7 @@ def test_other_settings_do_not_continue_a_checkpoint(
 ) -> None:
     folder = copy_of(trained, tmp_path)
     arguments = ["train", *overrides(folder, tiny_model, judged, "training.learning_rate=2e-3")]
-    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
+    done = attempt(arguments)
     assert done.returncode == 2 and "training.learning_rate was 0.001, is 0.002 now" in done.stderr
 
 
@@ -281,7 +280,7 @@ def test_a_judge_without_verdicts_stops_training(
 ) -> None:
     folder = copy_of(collected, tmp_path)
     arguments = ["train", *overrides(folder, tiny_model, judged.replace("/v1", "/silent/v1"))]
-    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
+    done = attempt(arguments)
     assert done.returncode == 1 and "gave no verdict on any of" in done.stderr and "max_skipped_steps" in done.stderr
     assert not (folder / "r" / "model").exists()
     rows = read_metrics(folder / "r")
@@ -446,7 +445,7 @@ def test_a_budget_below_the_longest_trunk_is_refused_before_any_work(
 ) -> None:
     folder = copy_of(collected, tmp_path)
     arguments = ["train", *overrides(folder, tiny_model, judged, "training.token_budget=64")]
-    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120)
+    done = attempt(arguments)
     assert done.returncode == 2 and "training.token_budget=64" in done.stderr and "at least" in done.stderr
     assert not (folder / "r" / "checkpoints").exists()
 

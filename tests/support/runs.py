@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -9,12 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from support.paths import ROOT
+
+from swirl_fast import cli
 
 STEPS = 4
 
@@ -64,10 +69,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def start(arguments: Sequence[str], ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300
-    )
+def attempt(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """A command in this process, its warnings in stderr: most take less time than importing torch and transformers again."""
+    out, errors = io.StringIO(), io.StringIO()
+    with warnings.catch_warnings(record=True) as warned, redirect_stdout(out), redirect_stderr(errors):
+        warnings.simplefilter("always")
+        code = cli.main(arguments)
+    shown = "".join(f"{warning.category.__name__}: {warning.message}\n" for warning in warned)
+    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), errors.getvalue() + shown)
+
+
+def start(arguments: Sequence[str], ranks: int = 0, own_process: bool = False) -> subprocess.CompletedProcess[str]:
+    """A command that must succeed; with ranks under torchrun."""
+    if ranks or own_process:
+        line = command(*arguments, ranks=ranks)
+        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=600)
+    else:
+        done = attempt(arguments)
     assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done
 
