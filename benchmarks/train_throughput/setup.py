@@ -114,7 +114,7 @@ def make_batch(
                     number = (place * states + k) * samples + g
                     batch.trajectories.append(_trajectory(number, [1 + number, *trunk[1:length]], [length], 0))
                 view = StepView("none", "?", () if rows else (("", ""),) * k, "")
-                completion = Completion(tokens, [-1.0] * len(tokens), "stop", step)
+                completion = Completion(np.array(tokens, np.int32), [-1.0] * len(tokens), "stop", step)
                 trajectory = len(batch.trajectories) - 1
                 batch.sampled.append(SampledAction(trajectory, t * states + k, completion, answer, view))
                 batch.judgements.append(Judgement(Verdict.BAD if g % 2 else Verdict.GOOD, ""))

@@ -19,7 +19,7 @@ def load_engine(
 ) -> Engine:
     """The engine of `engine.kind`, with the weights of `model.path` or of the Hugging Face folder `weights`.
 
-    ranks: those that call this together; of SGLang servers each node's first one starts its node's, and the first of all leads
+    ranks: those that call this together. The first rank of each node starts its node's SGLang servers; the first of all leads
     attached ones.
     """
     e = config.engine
@@ -34,7 +34,7 @@ def load_engine(
     from swirl_fast.seeds import seed_of
 
     folder = Path(weights) if weights else local_folder(config.model)
-    # of this run and these weights alone, so that servers that somebody else uses too are noticed, not mixed up
+    # only of this run and these weights, so that servers that somebody else uses too are noticed, not mixed up
     label = f"{config.run.name}-{seed_of(config.folder.absolute(), weights_hash(folder)) % 16**8:08x}"
     logs = config.folder / "engine"
     if ranks is None or not ranks.distributed:
@@ -43,16 +43,15 @@ def load_engine(
     leads = ranks.main if e.urls else os.environ["LOCAL_RANK"] == "0"
     engine = None
     if leads:
-        if not e.urls and ranks.size > int(
-            os.environ["LOCAL_WORLD_SIZE"]
-        ):  # several nodes, which may share their folders
+        # several nodes may share their folders
+        if not e.urls and ranks.size > int(os.environ["LOCAL_WORLD_SIZE"]):
             logs = logs / f"node-{node}"
             shared = e.weight_sync.folder
             e = replace(e, weight_sync=replace(e.weight_sync, folder=shared and f"{shared}/node-{node}"))
         engine = SGLangEngine(e, folder.absolute(), logs, label=label, seed=config.run.seed + ranks.rank)
-    told = ranks.gather((node, engine.urls if engine is not None else []))
+    urls_by_node = ranks.gather((node, engine.urls if engine is not None else []))
     if engine is None:
-        urls = [url for where, own in told for url in own if e.urls or where == node]
+        urls = [url for where, started in urls_by_node for url in started if e.urls or where == node]
         engine = SGLangEngine(e, folder.absolute(), logs, label=label, leader=False, urls=urls)
     return engine
 

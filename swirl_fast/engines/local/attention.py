@@ -88,7 +88,7 @@ class PrefillPass:
 
 @dataclass(frozen=True)
 class Block:
-    """Keys that rows lo..hi share at these depths: read once; their scores stand in columns from `column` on."""
+    """Keys that rows lo..hi share at these depths: read once; their scores are in columns from `column` on."""
 
     lo: int
     hi: int
@@ -129,8 +129,8 @@ def arrange(paths: Sequence[np.ndarray], block_tokens: int) -> tuple[list[Block]
     # What is left is padded to the longest row: rows much longer than the others become blocks of their own.
     order = sorted(range(rows), key=lambda row: -len(rest[row]))
     lengths = [*(len(rest[row]) for row in order), 0]
-    alone = min(range(rows + 1), key=lambda k: block_tokens * k + rows * lengths[k])
-    for row in order[:alone]:
+    single = min(range(rows + 1), key=lambda k: block_tokens * k + rows * lengths[k])
+    for row in order[:single]:
         if len(rest[row]):
             add(row, row + 1, rest[row])
             rest[row] = rest[row][:0]
@@ -152,7 +152,7 @@ class DecodePass:
     equal prefixes are neighbours. sampled: how many tokens each row has fed since; where that is not 0, their keys are
     in row source[i] of `previous`. steps: how many more tokens will be fed at most.
 
-    The keys of fed tokens stand in tails [Hkv, B, columns, D], aligned at the right: all rows write column `at` in the
+    The keys of fed tokens are in tails [Hkv, B, columns, D], aligned at the right: all rows write column `at` in the
     same step, rows that began earlier own earlier columns too.
     """
 

@@ -75,7 +75,7 @@ class Client:
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise AnswerError(
-                f"{self.url} is no SGLang server of 0.5 or later: its description lacks or garbles {error}"
+                f"{self.url} is not an SGLang server of 0.5 or later: its description lacks or garbles {error}"
             ) from None
 
     async def healthy(self, timeout: float = 30.0) -> bool:
@@ -140,7 +140,7 @@ class Client:
             "top_k": top_k or -1,
             "n": request.n,
             # Without stop ids nothing shall stop it. With them the model's own end-of-sequence token does too: SGLang has no
-            # switch for the one alone.
+            # switch for only one of them.
             "ignore_eos": not request.stop_ids,
             "stop_token_ids": list(request.stop_ids),
             "skip_special_tokens": False,
@@ -246,7 +246,7 @@ class Client:
         try:
             return response.json()
         except ValueError:
-            raise AnswerError(f"{self.url}{path}: the answer is no JSON: {response.text[:200]!r}") from None
+            raise AnswerError(f"{self.url}{path}: the answer is not JSON: {response.text[:200]!r}") from None
 
     async def _send(
         self, method: str, path: str, body: Any, timeout: float, accept: tuple[int, ...] = (200,)

@@ -1,10 +1,10 @@
 """Rollouts by SGLang servers, started here or attached by URL, on one node or many.
 
-    order     all states of a trajectory go to one server, the longest first, alone, so that its radix cache holds the trunk when the
-              others arrive (prefix_order.py)
+    order     all states of a trajectory go to one server, the longest first and by itself, so that its radix cache holds the trunk when the
+              others arrive (prefixes.py)
     versions  every set of weights has a name; completions of any other are refused, and the cache is keyed by it besides being flushed
     faults    a server that dies or hangs is started again with the current weights, or dropped where it is not ours; its requests are
-              tried elsewhere; what cannot be mended stops the command, with the reason (sglang_servers.py)
+              tried elsewhere; what cannot be mended stops the command, with the reason (servers.py)
 
 Under torchrun one process of every node leads: it starts its node's servers, sends them weights and starts them again. The
 others only ask them. Calls of `generate` and `update_weights` exclude each other.
@@ -67,7 +67,7 @@ class SGLangEngine:
         self._vocabulary = vocabulary_of(weights)
         self._stats = EngineStats()
         self._lock = threading.Lock()
-        # of trajectories: in whose cache, and what; of this version alone
+        # of trajectories: in whose cache, and what; only of this version
         self._rows: OrderedDict[str, tuple[Start | None, np.ndarray]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine", daemon=True)
@@ -206,9 +206,8 @@ class SGLangEngine:
 
     async def _generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         prompts = [np.asarray(request.tokens, np.int64) for request in requests]
-        keys = [
-            request.cache_key or f"\0{i}" for i, request in enumerate(requests)
-        ]  # without a key: a trajectory of its own
+        # without a key: a trajectory of its own
+        keys = [request.cache_key or f"\0{i}" for i, request in enumerate(requests)]
         results: dict[int, list[Completion]] = {}
         answered: dict[int, Start | None] = {}
         computed = [0] * len(requests)  # tokens of each prompt
@@ -223,7 +222,7 @@ class SGLangEngine:
 
         async def send(i: int, known: int, where: Start | None) -> None:
             results[i], answered[i] = await self._sample(requests[i], keys[i])
-            if answered[i] != where:  # one that was started anew meanwhile, or another
+            if answered[i] != where:  # one that was started again meanwhile, or another
                 known = 0
             cached = min(completion.cached_tokens for completion in results[i])
             # For n > 1 SGLang computes the prompt before it counts: what nobody computed before was computed then.
@@ -265,7 +264,7 @@ class SGLangEngine:
     async def _sample(self, request: Request, key: str) -> tuple[list[Completion], Start | None]:
         """The completions, and where they come from; None: from more than one server or start."""
         seeded = all(server.info is not None and server.info.deterministic for server in self._servers.all)
-        if seeded and request.n > 1:  # SGLang gives one seed to all n samples: each goes alone
+        if seeded and request.n > 1:  # SGLang gives one seed to all n samples: each is a request of its own
             seeds = [(request.seed + index * 0x9E3779B1) % 2**31 for index in range(request.n)]
             ones = [self._sample(replace(request, n=1, seed=seed), key) for seed in seeds]
             found = await gather(ones)

@@ -48,7 +48,7 @@ def claim_port(first: int, host: str) -> tuple[int, IO[str]]:
 
 
 class ServerProcess:
-    """One server, started anew as often as needed on the same port. number: its place among this node's servers. claim: on the port, kept
+    """One server, started again as often as needed on the same port. number: its place among this node's servers. claim: on the port, kept
     as long as this object lives."""
 
     def __init__(
@@ -172,8 +172,10 @@ class ServerProcess:
             await asyncio.sleep(0.5)
 
     def stop(self) -> None:
-        """Ends the server and the processes it started, and no other. First politely, after 5 seconds not. Two calls at a time both
-        return when it is done: until then its port is taken."""
+        """Ends the server and the processes it started, and no others: with SIGTERM, and after 5 seconds with SIGKILL.
+
+        Of two calls at a time both return when it is done: until then its port is taken.
+        """
         with self._ending:
             process, self._process = self._process, None
             if process is None:

@@ -143,7 +143,7 @@ class Servers:
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
     def forget(self) -> None:
-        """With new weights all caches are empty, and the trajectories that come are best spread anew."""
+        """With new weights all caches are empty, and the trajectories that come are best spread again."""
         self._home = OrderedDict()
 
     async def attempt(self, work: Callable[[Server], Awaitable[T]], key: str, sequences: int) -> T:
@@ -328,7 +328,7 @@ class Servers:
         return True
 
     async def _await_leader(self, server: Server, reason: str) -> None:
-        """The process that leads this node starts the server again; until then it is asked for its weights."""
+        """The process that leads this node starts the server again; until then this process asks it which weights it serves."""
         end = time.monotonic() + self.config.launch.startup_timeout
         while time.monotonic() < end:
             await asyncio.sleep(1.0)

@@ -33,7 +33,7 @@ _INDEX = "model.safetensors.index.json"
 
 def tied_names(folder: Path) -> frozenset[str]:
     """Weights of the output layer, which need not be sent where they are the embedding's."""
-    # not from config.json alone, which leaves out what is its model type's default
+    # not only from config.json, which leaves out what is its model type's default
     tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
     return frozenset({"lm_head.weight"}) if tied else frozenset()
 
@@ -96,7 +96,7 @@ def match_weights(
 
 
 def buckets(named: Iterable[tuple[str, Tensor]], limit: int, dtype: torch.dtype) -> Iterator[Bucket]:
-    """Gathers and casts tensors, and groups them to at most `limit` bytes; one that is larger goes alone."""
+    """Gathers and casts tensors, and groups them to at most `limit` bytes; one that is larger gets a bucket of its own."""
     bucket: Bucket = []
     size = 0
     for name, given in named:
@@ -170,7 +170,7 @@ def pickle_handles(bucket: Bucket, copies: int) -> list[str]:
                 "install it there, or use disk or distributed"
             ) from None
         monkey_patch_torch_reductions()
-    # file descriptors cannot be handed to a process that is no child of this one; names of files can
+    # file descriptors cannot be handed to a process that is not a child of this one; names of files can
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -202,7 +202,7 @@ def _start_keeper() -> None:
 
 
 class Broadcast:
-    """A process group of the trainer (rank 0) and all ranks of some servers, for their weights alone.
+    """A process group of the trainer (rank 0) and all ranks of some servers, only for their weights.
 
     The default process group is left as it is; torch has no public way to make a group with processes outside of it, so this uses the
     helper that SGLang itself uses on its side.
@@ -240,8 +240,8 @@ class Broadcast:
         _world.pg_group_ranks[self._group] = {i: i for i in range(self.world_size)}
 
     def send(self, bucket: Bucket, failed: Callable[[], str | None]) -> None:
-        """Broadcasts a bucket. failed: asked meanwhile for a server's refusal; a server that does not take part would let this wait for
-        ever. Raises EngineError then, and after the time-out; the group is of no use any more."""
+        """Broadcasts a bucket. failed: asked meanwhile for a server's refusal; a server that does not take part would let this wait
+        forever. Raises EngineError then, and after the time-out; the group is of no use any more."""
         tensors = [tensor.contiguous() for _, tensor in bucket]
         works = [torch.distributed.broadcast(tensor, 0, group=self._group, async_op=True) for tensor in tensors]
         end = time.monotonic() + self.timeout
