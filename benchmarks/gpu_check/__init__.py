@@ -35,8 +35,8 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.gpu_check.parity import MANDATORY, table
-from benchmarks.gpu_check.parity_measure import TOLERANCES
+from benchmarks.gpu_check.parity import MANDATORY, parity_cases
+from benchmarks.gpu_check.parity.measure import TOLERANCES
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE_SECONDS = 150.0  # compiling and running one case; the slowest compile in some 20 s
@@ -55,9 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     started = time.monotonic()
     deadline = started + 60 * options.minutes
-    items = [(c.name, c.op, d) for c in table() for d in c.dtypes if all(w in c.name for w in options.only.split())]
+    items = [
+        (c.name, c.op, d) for c in parity_cases() for d in c.dtypes if all(w in c.name for w in options.only.split())
+    ]
     if not items:
-        print(f"gpu_check: --only {options.only!r} names none of the {len(table())} cases", file=sys.stderr)
+        print(f"gpu_check: --only {options.only!r} names none of the {len(parity_cases())} cases", file=sys.stderr)
         return 1
     about = _environment()
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
@@ -107,13 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder; made if it is not there")
     parser.add_argument(
         "--only", default="", metavar="WORDS", help="cases whose name contains every one of these words"
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; what does not fit is reported")
-    parser.add_argument("--skip-benchmarks", action="store_true", help="parity alone")
+    parser.add_argument("--skip-benchmarks", action="store_true", help="only parity")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a test of this program")
     parser.add_argument("--workers", type=int, help="processes, by default one a core up to 12; 1 on a CPU")
     options = parser.parse_args(arguments)
@@ -317,5 +323,5 @@ def _memory(device: str) -> float | None:
 def _write(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)

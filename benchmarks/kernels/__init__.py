@@ -203,7 +203,11 @@ def summarize(
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes, fewer repeats")
     parser.add_argument("--only", default=",".join(OPS), metavar="OP,...", help="operations, default: all")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
@@ -283,5 +287,5 @@ def _line(row: dict[str, Any]) -> str:
 def _write(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all, so that an interrupted run leaves what it measured."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)

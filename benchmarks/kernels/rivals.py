@@ -1,4 +1,4 @@
-"""The implementations that benchmarks.kernels sets beside each other, all behind one signature: a case's inputs -> one tensor.
+"""The implementations that benchmarks.kernels sets beside each other, all with one signature: a case's inputs -> one tensor.
 
 A loader prepares what is made once per batch (an attention plan, a mask) and returns the call, or raises Absent with the reason. `torch`
 and its like come first and are the reference. Foreign functions are called, not copied, with their defaults:

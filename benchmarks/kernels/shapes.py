@@ -5,7 +5,7 @@ Hkv key heads, D head dimension.
 
 What is counted, whatever an implementation computes again or reads twice (e: bytes of an element of the inputs):
 
-    linear_logprob     FLOP    forward 2NHV        forward_backward 8NHV          logits, and twice the gradients behind logits made anew
+    linear_logprob     FLOP    forward 2NHV        forward_backward 8NHV          logits, and twice the gradients after logits made again
     tree_attention     FLOP    4 Hq D pairs        14 Hq D pairs                  pairs: of query and key that the tree lets see each other
     selective_logprob  bytes   e NV                3 e NV                         logits read; read again and the gradient written
     policy_loss        bytes   3 e N               4 e N                          three log-probs read; the gradient written

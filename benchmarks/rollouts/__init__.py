@@ -13,9 +13,9 @@ The same rows, K * G a trajectory, are generated in three ways, each of which be
     uncached      the cache is off: every row's prompt is computed for itself
 
 All rows generate equally many tokens (nothing stops them). Prompt tokens are counted as separate rows, G * length a state;
-possible is what an ideal cache would not compute again (swirl_fast.engines.engine.cacheable); a hit rate may pass 1 by a
+possible is what an ideal cache would not compute again (swirl_fast.prefixes.cacheable); a hit rate may pass 1 by a
 little where rows wait for others, whose sampled tokens a later prompt begins with. A row's random numbers depend
-on its seed alone and the first row of every state has the same seed in all ways, so that tokens, and with them log-probs,
+only on its seed, and the first row of every state has the same seed in all ways, so that tokens, and with them log-probs,
 can be compared: nothing is written when they differ.
 
 Other work on the same cores distorts the ratio: two full runs on a shared machine found `cached` 6.3 and 18 times as fast
@@ -189,7 +189,7 @@ def compare(found: dict[str, dict[Row, Completion]]) -> tuple[float, int]:
 
 
 def _pairs(completion: Completion) -> list[tuple[int, float]]:
-    return list(zip(completion.tokens, completion.logprobs, strict=True))
+    return list(zip(completion.tokens.tolist(), completion.logprobs, strict=True))
 
 
 def combine(repeats: Sequence[dict[str, Any]], possible: int) -> dict[str, Any]:
@@ -213,7 +213,11 @@ def combine(repeats: Sequence[dict[str, Any]], possible: int) -> dict[str, Any]:
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     e = EngineConfig()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rollouts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help=f"where unset: {_shown(QUICK)}; else {_shown(FULL)}")
     parser.add_argument("--engine", choices=ENGINES, default="local")
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="a Hugging Face folder or name")
@@ -338,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ConfigError, ValueError, RuntimeError) as error:
         raise SystemExit(f"benchmarks.rollouts: {error}") from error
     partial = options.out.with_name(options.out.name + ".tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, options.out)
     for way, row in result["results"][options.engine].items():
         print(

@@ -28,7 +28,7 @@ TOOLS: dict[str, Any] = {"calculator": Calculator, "search": Search}  # name and
 
 
 def make_task(data: Path | None, trajectories: int, seed: int) -> Task:
-    """GSM8K or HotPotQA from a file in the official format, which is told by HotPotQA's field `context`; without a file
+    """GSM8K or HotPotQA from a file in the official format, which is recognised by HotPotQA's field `context`; without a file
     generated word problems. Raises ConfigError or ValueError for a file that is neither."""
     if data is None:
         return load_task(TasksConfig(dataset="gsm_symbolic", limit=64 + 64 * trajectories, eval_limit=1), seed)
@@ -78,7 +78,7 @@ def nested_states(
         ]
         for trunk, (completion,) in zip(trunks, engine.generate(requests), strict=True):
             trunk += [
-                *completion.tokens,
+                *completion.tokens.tolist(),
                 *renderer.observation(_text(renderer, source, result), completion.finish == "stop"),
             ]
             if len(trunk) + room > engine.max_context:

@@ -112,7 +112,7 @@ def make_batch(
                     number = (place * states + k) * samples + g
                     made.append(_trajectory(number, [1 + number, *trunk[1:length]], [length], 0))
                 view = StepView("none", "?", () if rows else (("", ""),) * k, "")
-                completion = Completion(tokens, [-1.0] * len(tokens), "stop", step)
+                completion = Completion(np.array(tokens, np.int32), [-1.0] * len(tokens), "stop", step)
                 sampled.append(SampledAction(len(made) - 1, t * states + k, completion, answer, view))
                 judgements.append(Judgement(Verdict.BAD if g % 2 else Verdict.GOOD, ""))
     return SampledBatch(made, sampled, judgements, RolloutCounts(generated_tokens=len(sampled) * shape.action), 0.0)

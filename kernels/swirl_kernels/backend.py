@@ -16,7 +16,7 @@ def choose_backend(operation: str, tensor: torch.Tensor, dtype: torch.dtype | No
     """The backend for `operation` on `tensor`; dtype: what it computes in, the tensor's own by default.
 
     SWIRL_KERNELS_BACKEND=torch|triton forces one. Unset or empty: Triton for CUDA tensors in fp32, bf16 and fp16, torch for all
-    else (float64 among it). Triton on CPU tensors works under its interpreter alone (TRITON_INTERPRET=1, for tests).
+    else (float64 among it). Triton on CPU tensors works only under its interpreter (TRITON_INTERPRET=1, for tests).
 
     Raises ValueError for another value of the variable and for tensors that the forced backend cannot compute.
     """

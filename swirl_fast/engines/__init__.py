@@ -19,7 +19,7 @@ def load_engine(
 ) -> Engine:
     """The engine of `engine.kind`, with the weights of `model.path` or of the Hugging Face folder `weights`.
 
-    ranks: those that call this together; of SGLang servers each node's first one starts its node's, and the first of all leads
+    ranks: those that call this together. The first rank of each node starts its node's SGLang servers; the first of all leads
     attached ones.
     """
     e = config.engine
@@ -43,16 +43,15 @@ def load_engine(
     leads = ranks.main if e.urls else os.environ["LOCAL_RANK"] == "0"
     engine = None
     if leads:
-        if not e.urls and ranks.size > int(
-            os.environ["LOCAL_WORLD_SIZE"]
-        ):  # several nodes, which may share their folders
+        # several nodes may share their folders
+        if not e.urls and ranks.size > int(os.environ["LOCAL_WORLD_SIZE"]):
             logs = logs / f"node-{node}"
             shared = e.weight_sync.folder
             e = replace(e, weight_sync=replace(e.weight_sync, folder=shared and f"{shared}/node-{node}"))
         engine = SGLangEngine(e, folder.absolute(), logs, label=label, seed=config.run.seed + ranks.rank)
     urls_by_node = ranks.gather((node, engine.urls if engine is not None else []))
     if engine is None:
-        urls = [url for where, of_node in urls_by_node for url in of_node if e.urls or where == node]
+        urls = [url for where, started in urls_by_node for url in started if e.urls or where == node]
         engine = SGLangEngine(e, folder.absolute(), logs, label=label, leader=False, urls=urls)
     return engine
 

@@ -36,7 +36,7 @@ class ProcessEngine:
         self._process = context.Process(target=_serve, args=(theirs, threads, make, arguments), daemon=True)
         _start(self._process)
         theirs.close()
-        # Run by close(), or before multiprocessing's own end: that sends SIGTERM, and would wait for ever.
+        # Run by close(), or before multiprocessing's own end: that sends SIGTERM, and would wait forever.
         self._finish = Finalize(self, _end, (self._process, self._pipe), exitpriority=1)
         self._lock = threading.Lock()
         self._stats = EngineStats()
@@ -74,7 +74,9 @@ class ProcessEngine:
                 if bucket:
                     self._hand_over(bucket)
             except Exception:
-                with contextlib.suppress(Exception):  # the other side answers that it was broken off, which is no news
+                with contextlib.suppress(
+                    Exception
+                ):  # the other side answers that it was broken off, which is known here
                     self._end_update(None)
                 raise
             self._end_update([])
@@ -113,7 +115,7 @@ class ProcessEngine:
     def _died(self) -> EngineError:
         self._process.join(5)
         return EngineError(
-            f"the engine's process ended with code {self._process.exitcode} (-9: killed, perhaps for want of memory). "
+            f"the engine's process ended with code {self._process.exitcode} (-9: killed, perhaps for lack of memory). "
             "Start the command again; it goes on from what is stored"
         )
 

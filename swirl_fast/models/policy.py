@@ -1,4 +1,4 @@
-"""A transformers causal language model over a comb: hidden states by tree attention, log-probs of only the comb's edges.
+"""A transformers causal language model over a comb: hidden states by tree attention, log-probs of the comb's edges only.
 
 Everything happens inside one forward, so that FSDP has the output layer's weight gathered when `linear_logprob` needs it. The
 model's own code is untouched: attention is reached through transformers' attention interface, which hands the packing's extra
@@ -169,7 +169,7 @@ class Policy(nn.Module):
         unknown = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
         if unknown:
             raise ConfigError(
-                f"model type {text.model_type}: {', '.join(unknown[:3])} stand between the hidden states and the output layer, or beside "
+                f"model type {text.model_type}: {', '.join(unknown[:3])} are between the hidden states and the output layer, or beside "
                 "it; the fused log-probs know only the output layer"
             )
         model.set_attn_implementation(ATTENTION)

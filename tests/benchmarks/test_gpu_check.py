@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,18 +21,16 @@ from torch import Tensor
 
 import swirl_kernels
 from benchmarks import gpu_check
-from benchmarks.gpu_check import parity as kernel_parity
-from benchmarks.gpu_check import parity_logprob as kernel_parity_logprob
-from benchmarks.gpu_check import parity_loss as kernel_parity_loss
-from benchmarks.gpu_check.parity import ALL, MANDATORY, run_case, table
-from benchmarks.gpu_check.parity_loss import SPECS
-from benchmarks.gpu_check.parity_measure import DTYPES, TOLERANCES, Case, NotRun, Run
+from benchmarks.gpu_check import parity
+from benchmarks.gpu_check.parity import ALL, MANDATORY, logprob, loss, parity_cases, run_case
+from benchmarks.gpu_check.parity.loss import SPECS
+from benchmarks.gpu_check.parity.measure import DTYPES, TOLERANCES, Case, NotRun, Run
 from swirl_kernels.linear_logprob.triton import TritonTiles
 from swirl_kernels.policy_loss import spec as policy_loss_spec
 from swirl_kernels.segment_reduce import Operation
 from swirl_kernels.tree_attention import kernels as tree_attention_kernels
 from swirl_kernels.tree_attention import triton as tree_attention_triton
-from swirl_kernels.tree_attention.triton import OPTIONS
+from swirl_kernels.tree_attention.aot import OPTIONS
 
 OPERATIONS = ("linear_logprob", "policy_loss", "segment_reduce", "selective_logprob", "tree_attention")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is on only where there is no GPU")
@@ -48,7 +47,7 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def row_of(name: str, dtype: str = "float32") -> dict[str, Any]:
-    return run_case(next(case for case in table() if case.name == name), dtype, "cpu")
+    return run_case(next(case for case in parity_cases() if case.name == name), dtype, "cpu")
 
 
 def stand_in(measure: Callable[[Run], None]) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def stand_in(measure: Callable[[Run], None]) -> dict[str, Any]:
 
 
 def test_the_table_covers_every_operation_and_every_word() -> None:
-    cases = table()
+    cases = parity_cases()
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     naive = {name.removeprefix("naive_") for name in swirl_kernels.__all__ if name.startswith("naive_")}
@@ -82,12 +81,12 @@ def test_the_table_covers_every_operation_and_every_word() -> None:
     for number in range(8):
         words = [word for bit, word in enumerate(("bias", "softcap", "entropy")) if number >> bit & 1]
         assert frozenset(words or ["plain"]) in flags
-    variants = [case for case in cases if case.measure.args[0] in (kernel_parity.variant, kernel_parity.policy_spec)]  # type: ignore[attr-defined]
+    variants = [case for case in cases if case.measure.args[0] in (parity.variant, parity.policy_spec)]  # type: ignore[attr-defined]
     assert {case.op for case in variants if case.dtypes == ALL} >= {"tree_attention", "linear_logprob", "policy_loss"}
 
 
 def test_every_mandatory_case_is_named() -> None:
-    names = [case.name for case in table()]
+    names = [case.name for case in parity_cases()]
     logprobs = ("linear_logprob", "selective_logprob")
     only = {phrase: ("linear_logprob",) for phrase in ("frozen weight", "frozen hidden")}
     only |= {phrase: logprobs for phrase in MANDATORY if phrase not in only}
@@ -102,7 +101,7 @@ def test_every_mandatory_case_is_named() -> None:
 
 
 def test_all_fp32_cases_pass_on_a_cpu() -> None:
-    rows = [run_case(case, "float32", "cpu") for case in table() if "float32" in case.dtypes]
+    rows = [run_case(case, "float32", "cpu") for case in parity_cases() if "float32" in case.dtypes]
     assert len(rows) > 90
     assert [row["not_run"] for row in rows if "liger" in row["name"]] == ["needs a GPU"]
     for row in (row for row in rows if "liger" not in row["name"]):
@@ -192,20 +191,20 @@ def test_other_breakages_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(logits: Tensor, targets: Tensor, **options: Any) -> Any:  # an ignored row counts
         return real["selective_logprob"](logits, targets.clamp(min=0), **options)
 
-    monkeypatch.setattr(kernel_parity_logprob, "selective_logprob", leaking)
+    monkeypatch.setattr(logprob, "selective_logprob", leaking)
     assert not row_of("selective_logprob: ignored rows hold poison")["passed"]
 
     def restless(*arguments: Any, **options: Any) -> Tensor:  # other bits every time
         return real["segment_reduce"](*arguments, **options) * (1 + 1e-6 * torch.rand(()))
 
-    monkeypatch.setattr(kernel_parity_loss, "segment_reduce", restless)
+    monkeypatch.setattr(loss, "segment_reduce", restless)
     assert not row_of("segment_reduce: bits over repeats")["passed"]
     assert row_of("segment_reduce: sum")["passed"], "1e-6 is rounding"
 
     def unread(x: Tensor, *arguments: Any) -> Tensor:  # memory that nobody wrote
         return real["segment_reduce"](x, *arguments) + torch.empty(())
 
-    monkeypatch.setattr(kernel_parity_loss, "segment_reduce", unread)
+    monkeypatch.setattr(loss, "segment_reduce", unread)
     row = row_of("segment_reduce: sum")
     assert not row["passed"] and None in row["errors"].values(), "NaN is no JSON"
 
@@ -214,7 +213,7 @@ def test_other_breakages_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         logp.register_hook(lambda g: g[2].expand_as(g))
         return logp, entropy
 
-    monkeypatch.setattr(kernel_parity_logprob, "linear_logprob", uniform)
+    monkeypatch.setattr(logprob, "linear_logprob", uniform)
     assert not row_of("linear_logprob: non-uniform upstream gradients")["passed"]
 
 
@@ -242,7 +241,7 @@ for line in sys.stdin:
     if name == "dies":
         sys.exit("Segmentation fault, as it were")
     if name == "hangs":
-        time.sleep(60)
+        time.sleep(600)
     row = {"name": name, "op": "x", "dtype": "float32", "errors": {}, "tolerance": {}, "passed": True, "seconds": 0.0}
     print(json.dumps(row | {"failure": "", "not_run": "", "restart": name == "spoils"}), flush=True)
     if name == "spoils":
@@ -251,14 +250,19 @@ for line in sys.stdin:
 
 
 def test_processes_that_die_or_hang_lose_their_own_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "CASE_SECONDS", 5.0)
+    answer = gpu_check.Worker.answer
+
+    def answer_in_time(worker: gpu_check.Worker, item: gpu_check.Item, limit: float) -> dict[str, Any]:
+        return answer(worker, item, 1.0 if item[0] == "hangs" else limit)
+
+    monkeypatch.setattr(gpu_check.Worker, "answer", answer_in_time)
     items = [(name, "x", "float32") for name in ("first", "dies", "second", "spoils", "third", "hangs", "fourth")]
     rows: list[dict[str, Any]] = []
-    gpu_check.run_cases(items, [sys.executable, "-c", WORKER], 1, time.monotonic() + 60, rows.append)
+    gpu_check.run_cases(items, [sys.executable, "-c", WORKER], 1, time.monotonic() + 600, rows.append)
     failures = {row["name"]: row["failure"] for row in rows if not row["passed"]}
     assert [row["name"] for row in rows] == [name for name, _, _ in items] and failures.keys() == {"dies", "hangs"}
     assert failures["dies"] == "the process died with exit code 1: Segmentation fault, as it were"
-    assert failures["hangs"].startswith("no answer within 5 s, killed")
+    assert failures["hangs"].startswith("no answer within 1 s, killed")
     rows.clear()
     gpu_check.run_cases(items, [sys.executable, "-c", WORKER], 3, time.monotonic() - 1, rows.append)
     assert len(rows) == 7 and all("the time for parity was up" in row["failure"] for row in rows)
@@ -278,7 +282,7 @@ def test_a_run_from_end_to_end(
         "--out",
         str(tmp_path / "results"),
         "--minutes",
-        "10",
+        "60",
     ]
     assert gpu_check.main(arguments) == 1
     found = {path.name.split("-", 3)[3]: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
@@ -300,9 +304,9 @@ def test_a_run_from_end_to_end(
 
 
 def test_a_benchmark_is_killed_at_its_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slow = ["-c", "import time; print('begun'); time.sleep(60)"]
+    slow = ["-c", "import time; time.sleep(600)"]
     row = gpu_check.run_benchmark("slow", slow, tmp_path / "slow.json", 5.0, "cpu")
-    assert row["timed_out"] and row["exit_code"] != 0 and row["last_lines"] == ["begun"] and row["seconds"] < 20
+    assert row["timed_out"] and row["exit_code"] == -signal.SIGKILL
     row = gpu_check.run_benchmark("slow", slow, tmp_path / "slow.json", 1.0, "cpu")
     assert row["timed_out"] and row["exit_code"] is None and row["last_lines"] == ["not started: the time was up"]
 
@@ -328,8 +332,8 @@ importlib.import_module(sys.argv[1])
 def test_a_comb_of_a_model_runs_there_too() -> None:
     """What a case imports when it runs is not seen by importing its module."""
     run = """
-from benchmarks.gpu_check.parity import run_case, table
-row = run_case(next(case for case in table() if case.name == "policy: a comb of llama"), "float32", "cpu")
+from benchmarks.gpu_check.parity import parity_cases, run_case
+row = run_case(next(case for case in parity_cases() if case.name == "policy: a comb of llama"), "float32", "cpu")
 assert row["passed"], row
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
@@ -338,10 +342,8 @@ assert row["passed"], row
     assert done.returncode == 0, done.stderr[-1500:]
 
 
-@pytest.mark.parametrize("module", ["gpu_check", "kernel_parity", "step_training", "kernels"])
+@pytest.mark.parametrize("module", ["gpu_check", "gpu_check.parity", "step_training", "kernels"])
 def test_it_imports_with_torch_triton_transformers_and_numpy_alone(module: str) -> None:
-    if not (ROOT / "benchmarks" / f"{module}.py").is_file():
-        pytest.skip(f"benchmarks/{module}.py is not there")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-c", WITHOUT, f"benchmarks.{module}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.rollouts import WAYS, calls_of, compare, main, options_of, rows_of
+from benchmarks.rollouts.workload import make_task
 from swirl_fast.engines.engine import Completion
 from swirl_fast.engines.local.engine import LocalEngine
 
@@ -81,19 +82,6 @@ def test_the_ways_differ_in_what_they_compute_and_agree_in_what_they_say(result:
     assert result["compared_tokens"] >= 2 * NEW * (rows + 2 * firsts) * 0.9
 
 
-def test_summary(result: dict[str, Any]) -> None:
-    ways = result["results"]["local"]
-    assert result["summary"] == {
-        "local": {
-            "hit_rate_of_possible": ways["cached"]["hit_rate_of_possible"],
-            "cached_vs_uncached": ways["uncached"]["seconds"] / ways["cached"]["seconds"],
-            "generated_tokens_per_second": ways["cached"]["generated_tokens_per_second"],
-        }
-    }
-    assert {"date", "commit", "cpu", "threads", "versions"} <= result["environment"].keys()
-    assert result["settings"]["layers"] == 2 and result["settings"]["task"] == "gsm_symbolic"
-
-
 def test_every_way_has_every_row_once_and_the_first_of_a_state_has_one_seed() -> None:
     options = options_of(["--samples", "3", "--new-tokens", "4", "--out", "x.json"])
     states = [[1, 2], [1, 2, 3], [1, 2, 3, 4]]
@@ -115,8 +103,8 @@ def test_every_way_has_every_row_once_and_the_first_of_a_state_has_one_seed() ->
 
 
 def test_log_probs_are_compared_up_to_the_first_other_token() -> None:
-    a = Completion([5, 6, 7], [-1.0, -2.0, -3.0], "length", 0)
-    b = Completion([5, 6, 8], [-1.0, -2.5, -9.0], "length", 0)
+    a = Completion(np.array([5, 6, 7], np.int32), [-1.0, -2.0, -3.0], "length", 0)
+    b = Completion(np.array([5, 6, 8], np.int32), [-1.0, -2.5, -9.0], "length", 0)
     assert compare({"one": {(0, 0): a}, "other": {(0, 0): b}}) == (0.5, 2)
     assert compare({"one": {(0, 0): a}}) == (0.0, 0)
 
@@ -137,53 +125,13 @@ def test_ways_that_disagree_are_not_written(model: Path, tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_questions_from_a_file(model: Path, tmp_path: Path) -> None:
+def test_the_kind_of_a_file_of_questions_is_recognised(tmp_path: Path) -> None:
+    context = [["Lake", ["A lake. " * 9]]]
     rows = [
-        {
-            "_id": str(i),
-            "question": f"Where is lake {i}?",
-            "answer": f"land {i}",
-            "context": [[f"Lake {i}", ["A lake. " * 9]]],
-        }
-        for i in range(6)
+        {"_id": str(i), "question": f"Where is lake {i}?", "answer": f"land {i}", "context": context} for i in range(6)
     ]
-    (tmp_path / "hotpot.json").write_text(json.dumps(rows))
-    (tmp_path / "gsm.jsonl").write_text(
-        "\n".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(6))
-    )
-    for name, task in (("hotpot.json", "hotpotqa"), ("gsm.jsonl", "gsm8k")):
-        found = run(tmp_path, model, "--data", str(tmp_path / name), "--states", "2", "--max-sequences", "64")
-        assert (found["settings"]["task"], found["settings"]["data"]) == (task, name)
-        for way in ("cached", "naive_order"):  # no row waits for another, so that nothing sampled can be found again
-            assert found["results"]["local"][way]["hit_rate_of_possible"] == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--states", "0"], "--states 0: must be at least 1"),
-        (["--new-tokens", "-1"], "--new-tokens -1: must be at least 1"),
-        (["--data", "missing.json"], "--data missing.json: no such file"),
-        (["--temperature", "-1"], "--temperature -1.0"),
-        (["--out", "missing/result.json"], "missing does not exist; make it first"),
-        (["--layers", "3"], "--layers 3: the model has 2"),
-        (
-            ["--result", "4000"],
-            r"state 2 has \d+ tokens, which leaves no room for 5 new ones .* of 4096; lower --states",
-        ),
-        (["--trajectories", "3", "--data", "FEW"], "2 questions to train on; 3 trajectories need more"),
-        (["--data", "BROKEN"], "broken.jsonl:1: not a JSON object"),
-    ],
-)
-def test_bad_arguments_are_refused(
-    arguments: list[str], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    few, broken = tmp_path / "few.jsonl", tmp_path / "broken.jsonl"
-    few.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(3)))
-    broken.write_text("{]")
-    given = [{"FEW": str(few), "BROKEN": str(broken)}.get(argument, argument) for argument in arguments]
-    out = [] if "--out" in given else ["--out", str(tmp_path / "result.json")]
-    with pytest.raises(SystemExit) as stopped:
-        main(["--model", str(model), "--device", "cpu", *SMALL.split(), *out, *given])
-    assert re.search(message, f"{stopped.value} {capsys.readouterr().err}")
-    assert not (tmp_path / "result.json").exists()
+    (tmp_path / "hotpot.json").write_text(json.dumps(rows), encoding="utf-8")
+    lines = (json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(6))
+    (tmp_path / "gsm.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for name, kind in (("hotpot.json", "hotpotqa"), ("gsm.jsonl", "gsm8k")):
+        assert make_task(tmp_path / name, 2, 1).name == kind

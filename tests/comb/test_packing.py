@@ -152,7 +152,7 @@ def sampled_at(trajectories: list[Trajectory], draw: np.random.Generator) -> lis
         SampledAction(
             t,
             state,
-            Completion(draw.integers(1, V, n).tolist(), draw.normal(size=n).tolist(), "stop", 0),
+            Completion(draw.integers(1, V, n).astype(np.int32), draw.normal(size=n).tolist(), "stop", 0),
             Action("answer", ""),
             StepView("t", "", (("", ""),) * i, ""),
         )

@@ -1,6 +1,5 @@
 """Both implementations against float64; Triton compiled on a GPU, interpreted without one."""
 
-import importlib
 import itertools
 import math
 import threading
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from swirl_kernels import naive_selective_logprob, selective_logprob
+from swirl_kernels.selective_logprob import eager
 
-implementation = importlib.import_module("swirl_kernels.selective_logprob")  # the package names the function so
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -26,7 +25,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(kernels, "FORWARD_BLOCK", 512)
         monkeypatch.setattr(kernels, "BACKWARD_BLOCK", 256)
-    monkeypatch.setattr(implementation, "BLOCK_ELEMENTS", 7000)
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 7000)
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", request.param)
     return request.param
 
@@ -325,7 +324,7 @@ def test_memory_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
             return out
 
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "torch")
-    monkeypatch.setattr(implementation, "BLOCK_ELEMENTS", 4000)
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 4000)
     logits, targets = (x.cpu() for x in inputs(64, 1000))
     leaf = logits.float().requires_grad_()
     scaled = leaf * 1.0

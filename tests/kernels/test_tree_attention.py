@@ -7,53 +7,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.trees import comb, pack
+from support.trees import queries_keys_values as inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swirl_kernels import naive_tree_attention, tree_attention, tree_plan
 from swirl_kernels.tree_attention import eager as implementation
 from swirl_kernels.tree_attention import plan as planning
-
-
-def pack(*forest: Any) -> Tensor:
-    """subtree_end of trees written as (length, child, child, …)."""
-    end: list[int] = []
-
-    def walk(tree: Any) -> None:
-        length, *children = tree
-        start = len(end)
-        end.extend([0] * length)
-        for child in children:
-            walk(child)
-        end[start : start + length] = [len(end)] * length
-
-    for tree in forest:
-        walk(tree)
-    return torch.tensor(end, dtype=torch.int32)
-
-
-def comb(prompt: int, steps: int, teeth: int, tooth: int) -> Any:
-    """A tree whose trunk has `steps` states, each with its teeth."""
-    tree: Any = None
-    for i in reversed(range(steps)):
-        tree = (prompt if i == 0 else tooth, *[(tooth,)] * teeth, *([tree] if tree else []))
-    return tree
-
-
-def inputs(
-    end: Tensor,
-    *,
-    heads: int = 2,
-    key_heads: int = 1,
-    dim: int = 8,
-    queries: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as a model makes them: token-major in memory, seen head-major."""
-    torch.manual_seed(0)
-    sizes = ((len(end) if queries is None else queries, heads), (len(end), key_heads), (len(end), key_heads))
-    q, k, v = (torch.randn(n, h, dim, dtype=torch.float64).to(dtype) for n, h in sizes)
-    return tuple(x.transpose(0, 1).requires_grad_() for x in (q, k, v))  # type: ignore[return-value]
 
 
 def results(function: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.trees import comb, pack, queries_keys_values
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -47,29 +48,8 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch, *sizes: tuple[int, int], edge: in
     monkeypatch.setattr(implementation, "EDGE", edge)
 
 
-def pack(*forest: Any) -> Tensor:
-    """subtree_end of trees written as (length, child, child, …)."""
-    end: list[int] = []
-
-    def walk(tree: Any) -> None:
-        length, *children = tree
-        start = len(end)
-        end.extend([0] * length)
-        for child in children:
-            walk(child)
-        end[start : start + length] = [len(end)] * length
-
-    for tree in forest:
-        walk(tree)
-    return torch.tensor(end, dtype=torch.int32)
-
-
-def comb(prompt: int, steps: int, teeth: int, tooth: int) -> Any:
-    """A tree whose trunk has `steps` states, each with its teeth."""
-    tree: Any = None
-    for i in reversed(range(steps)):
-        tree = (prompt if i == 0 else tooth, *[(tooth,)] * teeth, *([tree] if tree else []))
-    return tree
+def inputs(end: Tensor, *, dim: int = 16, dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[Tensor, ...]:
+    return queries_keys_values(end, dim=dim, dtype=dtype, device=DEVICE, **sizes)
 
 
 def random_forest(length: int, seed: int) -> Tensor:
@@ -83,22 +63,6 @@ def random_forest(length: int, seed: int) -> Tensor:
             end[path.pop()] = j
         path.append(j)
     return torch.tensor(end, dtype=torch.int32)
-
-
-def inputs(
-    end: Tensor,
-    *,
-    heads: int = 2,
-    key_heads: int = 1,
-    dim: int = 16,
-    queries: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as a model makes them: token-major in memory, seen head-major."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((len(end) if queries is None else queries, heads), (len(end), key_heads), (len(end), key_heads))
-    tensors = [torch.randn(n, h, dim, generator=generator).to(DEVICE, dtype).transpose(0, 1) for n, h in sizes]
-    return tuple(x.requires_grad_() for x in tensors)  # type: ignore[return-value]
 
 
 def upstream(out: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Rollouts:
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         def sample(request: Request, k: int) -> Completion:
             draw = np.random.default_rng([request.seed, k])
-            tokens = draw.integers(1, SHAPE["vocab_size"], draw.integers(1, 9)).tolist()
+            tokens = draw.integers(1, SHAPE["vocab_size"], draw.integers(1, 9)).astype(np.int32)
             return Completion(tokens, [-1.0] * len(tokens), "stop", 0)
 
         return [[sample(request, k) for k in range(request.n)] for request in requests]

@@ -25,11 +25,11 @@ from pathlib import Path
 from swirl_kernels.aot.case import AotCase
 
 MODULES = (  # each has aot_cases()
-    "swirl_kernels.linear_logprob.triton",
-    "swirl_kernels.policy_loss.triton",
-    "swirl_kernels.segment_reduce.triton",
-    "swirl_kernels.selective_logprob.triton",
-    "swirl_kernels.tree_attention.triton",
+    "swirl_kernels.linear_logprob.aot",
+    "swirl_kernels.policy_loss.aot",
+    "swirl_kernels.segment_reduce.aot",
+    "swirl_kernels.selective_logprob.aot",
+    "swirl_kernels.tree_attention.aot",
 )
 # Bytes of shared memory that one program may have. A configuration for 8.0 also serves 8.6, 8.9 and 12.0, which have less.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
@@ -153,7 +153,7 @@ def _compile_numbered(job: tuple[tuple[str, ...], int, int]) -> Compiled:
     return compile_case(all_cases(modules)[number], target)
 
 
-def table(results: list[Compiled]) -> str:
+def case_table(results: list[Compiled]) -> str:
     """Markdown, one row a kernel and target."""
     import triton
 
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(result)
             if sys.stderr.isatty():
                 print(f"\r{len(results)}/{len(jobs)} {result.name[:60]:60}", end="", file=sys.stderr)
-    text = table(results)
+    text = case_table(results)
     print(text)
     if options.out is not None:
         options.out.write_text(text)

@@ -31,7 +31,7 @@ HALF_SCALE = 256.0
 
 @dataclass(frozen=True)
 class Settings:
-    """The checked arguments of linear_logprob that are no tensors. compute_dtype: of the matrix products."""
+    """The checked arguments of linear_logprob that are not tensors. compute_dtype: of the matrix products."""
 
     compute_dtype: torch.dtype
     temperature: float

@@ -48,10 +48,10 @@ def policy_loss(
 
     Tokens of weight 0 contribute exactly nothing to loss, gradient, metrics and the means over their segment, whatever stands
     beside them (NaN included). A token whose ω or advantage is 0 adds nothing through its ratio, not even one that overflowed, and
-    with kl_coef=0 the KL term is a metric alone.
+    with kl_coef=0 the KL term is only a metric.
 
     Returns the loss [], fp32 (float64 for float64 logp), and PolicyLossMetrics. All is computed in the dtype of the loss, sums
-    over segments in float64. Gradient for logp alone, in its dtype; it is made in the forward and scaled in the backward.
+    over segments in float64. Gradient only for logp, in its dtype; it is made in the forward and scaled in the backward.
 
     Repeatability: nothing is atomic; the same arguments give the same bits. No value is read back from the device.
 

@@ -10,7 +10,7 @@ Legend: N tokens, A segments (steps). T, S: numbers of used tokens and of steps 
 The loss is the sum over micro-batches and ranks. A wrapper that averages gradients over ranks (DDP, FSDP) wants it times their number.
 
 Left out of all presets: entropy bonus, auxiliary losses, advantages. The libraries guard exponentials and divisions by constants
-(named below) that lie outside any useful training; there alone the presets differ.
+(named below) that lie outside any useful training; only there do the presets differ.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swirl_kernels.aot.case import AotCase
 from swirl_kernels.policy_loss.spec import SUMS, PolicyLossSpec
 from swirl_kernels.segment_reduce.triton import bounds
 
@@ -321,58 +320,3 @@ def _kind(weight: Tensor | None, tokens: int) -> str:
     if weight is None:
         return "none"
     return "scalar" if not weight.dim() else "token" if len(weight) == tokens else "segment"
-
-
-def aot_cases() -> list[AotCase]:
-    """Every word of the spec, in combinations that hold much in registers, and the smallest kernel."""
-    specs = [
-        (PolicyLossSpec(clip="none"), "none", False),
-        (PolicyLossSpec(kl="k3", kl_coef=0.1), "token", True),
-        (PolicyLossSpec(clip="dual", kl="k3", kl_coef=0.1, correction="tis"), "token", True),
-        (PolicyLossSpec(ratio="step", clip="dual", kl="k3", kl_coef=0.1, correction="icepop", correction_level="step"), "segment", True),
-        (PolicyLossSpec(ratio="step_token", kl="k2", kl_coef=0.1, correction="mask", correction_level="step_mean"), "token", True),
-        (PolicyLossSpec(ratio="step", clip="cispo", kl="k1", kl_coef=0.1), "scalar", True),
-        (PolicyLossSpec(ratio="step"), "segment", True),
-        (PolicyLossSpec(clip="cispo", kl="k3", kl_coef=0.1, correction="icepop"), "token", True),
-    ]  # fmt: skip
-    cases = [_case(spec, weight, slope, dtype) for spec, weight, slope in specs for dtype in ("fp32", "bf16")]
-    return [*cases, _case(PolicyLossSpec(), "token", True, "fp32", unit=True)]
-
-
-def _case(spec: PolicyLossSpec, weight: str, slope: bool, dtype: str, unit: bool = False) -> AotCase:
-    constants = {
-        "RATIO": spec.ratio,
-        "CLIP": spec.clip,
-        "KL": spec.kl,
-        "CORRECTION": spec.correction,
-        "LEVEL": spec.correction_level,
-        "WEIGHT": weight,
-        "ADVANTAGE_PER_TOKEN": spec.ratio == "step_token",
-        "UNIT": unit,
-        "HAS_SLOPE": slope,
-        "BLOCK": BLOCK,
-    }
-    pointers = {"logp": f"*{dtype}", **dict.fromkeys(("old", "advantage", "ref", "behaviour"), "*fp32")}
-    pointers["weight"] = "*fp64"  # what loss_weights returns
-    pointers |= {"offsets": "*i64", "slope": "*fp32", "partial": "*fp32"}
-    present = {
-        "weight": weight != "none",
-        "ref": spec.kl != "none",
-        "behaviour": spec.correction != "none",
-        "slope": slope,
-    }
-    absent = [name for name, there in present.items() if not there]
-    scalars = ("low", "high", "dual_clip", "kl_coef", "kl_limit", "correction_low", "correction_high")
-    signature = pointers | dict.fromkeys(absent, "constexpr") | {"tokens": "i32", "segments": "i32"}
-    signature |= dict.fromkeys(scalars, "fp32") | dict.fromkeys(constants, "constexpr")
-    words = (
-        dtype,
-        spec.ratio,
-        spec.clip,
-        spec.kl,
-        spec.correction,
-        spec.correction_level,
-        *(("unit",) if unit else ()),
-    )
-    name = f"policy_loss {' '.join(words)}"
-    return AotCase(name, _policy_loss_kernel, signature, constants | dict.fromkeys(absent), WARPS, 3)

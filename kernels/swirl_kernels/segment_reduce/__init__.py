@@ -1,9 +1,9 @@
-"""Sum, mean, maximum and count over segments of a vector that lie one behind the other.
+"""Sum, mean, maximum and count over segments of a vector that follow one another.
 
-Legend: N entries of x, M positions, S segments. Segment s owns the positions offsets[s] : offsets[s + 1]. Position p stands for
+Legend: N entries of x, M positions, S segments. Segment s owns the positions offsets[s] : offsets[s + 1]. Position p means
 entry p of x (then M = N), or with `index` for entry index[p]: so several segments may share an entry.
 
-    sum    out[s] = Σ x[index[p]]                   d out[s] / d x[n] = how often n stands in segment s
+    sum    out[s] = Σ x[index[p]]                   d out[s] / d x[n] = how often n is in segment s
     mean   the sum over the segment's length        the same over the length
     max    the largest                              1 for the entry of the first position that holds it, else 0
     count  the segment's length                     none
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swirl_kernels.backend import Backend, choose_backend
+from swirl_kernels.segment_reduce.eager import segment_reduce_torch, segment_sums
 
 Operation = Literal["sum", "mean", "max", "count"]
 
@@ -32,7 +33,7 @@ def segment_reduce(x: Tensor, offsets: Tensor, op: Operation, index: Tensor | No
     segments. op: "sum", "mean", "max" or "count". index: integer [M] with values in [0, N), repeats allowed; None: M = N and
     position p is entry p.
 
-    Returns [S], fp32 (float64 for float64 x), and int64 for "count", which looks at offsets alone. Sums are accumulated in the
+    Returns [S], fp32 (float64 for float64 x), and int64 for "count", which looks only at offsets. Sums are accumulated in the
     result's dtype or a wider one. An empty segment has sum 0, mean 0, maximum -inf and no gradient. A maximum over
     NaN is NaN. Gradient for x in its own dtype, accumulated before it is rounded.
 
@@ -139,20 +140,7 @@ def _reduce(x: Tensor, offsets: Tensor, op: str, index: Tensor | None, backend: 
         from swirl_kernels.segment_reduce.triton import segment_reduce_triton
 
         return segment_reduce_triton(x, offsets, op, index)
-    taken = (x if index is None else x.index_select(0, index)).to(torch.promote_types(x.dtype, torch.float32))
-    lengths = offsets.diff()
-    if op != "max":
-        total = segment_sums(taken, offsets)
-        return total if op == "sum" else total / lengths.clamp(min=1), lengths.new_zeros(0)
-    out = torch.segment_reduce(taken, "max", offsets=offsets, unsafe=True)
-    top = torch.repeat_interleave(out, lengths, output_size=len(taken))
-    place = torch.arange(len(taken), dtype=torch.float64, device=x.device)  # exact up to 2^53
-    place = place.masked_fill(~((taken == top) | taken.isnan()), math.inf)
-    first = torch.segment_reduce(place, "min", offsets=offsets, unsafe=True)
-    chosen = torch.where(lengths > 0, first, -1.0).long()
-    if index is not None and len(index):
-        chosen = torch.where(chosen < 0, chosen, index.long()[chosen.clamp(min=0)])
-    return out, chosen
+    return segment_reduce_torch(x, offsets, op, index)
 
 
 def _spread(values: Tensor, offsets: Tensor, positions: int, backend: Backend) -> Tensor:
@@ -175,8 +163,3 @@ def _collect(values: Tensor, entries: Tensor, length: int, backend: Backend) -> 
 
         return segment_reduce_triton(values, edges, "sum", order, partial=True)[0]
     return segment_sums(values[order], edges)
-
-
-def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """In float64: torch adds up one after the other, which in fp32 loses digits with every position."""
-    return torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True).to(values.dtype)

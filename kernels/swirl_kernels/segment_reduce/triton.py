@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swirl_kernels.aot.case import AotCase
-
 BLOCK = 512
 WARPS = 4
 NOWHERE = tl.constexpr(2**62)
@@ -145,33 +143,3 @@ def segment_spread_triton(values: Tensor, offsets: Tensor, positions: int) -> Te
                 values.contiguous(), offsets.contiguous(), out, positions, segments, BLOCK=BLOCK, num_warps=WARPS
             )
     return out
-
-
-def aot_cases() -> list[AotCase]:
-    cases = []
-    for dtype in ("bf16", "fp32"):
-        for op in ("sum", "mean", "max"):
-            for has_index in (False, True):
-                cases.append(_reduce_case(dtype, op, has_index, partial=False))
-    cases.append(_reduce_case("fp32", "sum", has_index=True, partial=True))
-    signature = {"values": "*fp32", "offsets": "*i64", "out": "*fp32", "positions": "i32", "segments": "i32"}
-    signature["BLOCK"] = "constexpr"
-    cases.append(AotCase("segment_reduce spread fp32", _spread_kernel, signature, {"BLOCK": BLOCK}, WARPS, 3))
-    return cases
-
-
-def _reduce_case(dtype: str, op: str, has_index: bool, partial: bool) -> AotCase:
-    constants = {"OP": op, "HAS_INDEX": has_index, "PARTIAL": partial, "BLOCK": BLOCK}
-    signature = {
-        "x": f"*{dtype}",
-        "offsets": "*i64",
-        "index": "*i64" if has_index else "constexpr",
-        "out": "*fp32",
-        "chosen": "*i64",
-        "entries": "i32",
-        "positions": "i32",
-        "segments": "i32",
-        **dict.fromkeys(constants, "constexpr"),
-    }
-    name = f"segment_reduce {op} {dtype}{' index' if has_index else ''}{' partial' if partial else ''}"
-    return AotCase(name, _reduce_kernel, signature, constants | ({} if has_index else {"index": None}), WARPS, 3)

@@ -11,7 +11,7 @@ Left out: soft-cap, gradient through the temperature, double backward.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from swirl_kernels.backend import Backend, choose_backend
 from swirl_kernels.linear_logprob.autograd import MIN_LOGP, merge_statistics
-
-BLOCK_ELEMENTS = 2**22  # of logits that the torch path widens at a time: 16 MiB in fp32
+from swirl_kernels.selective_logprob.eager import BackwardRows, dlogits_torch, statistics_torch
 
 
 @overload
@@ -74,7 +73,7 @@ def selective_logprob(
     dtype of the logits, through both; rows whose upstream gradient is exactly zero get exactly zero.
 
     Precision: sums are fp32 (float64 for float64); a nearly certain target keeps its digits in logp and gradient.
-    Repeatability: nothing is atomic, and a row's bits depend on that row alone (in Triton also on whether the rows lie on
+    Repeatability: nothing is atomic, and a row's bits depend only on that row (in Triton also on whether the rows lie on
     16-byte boundaries, which decides how they are read).
 
     Raises ValueError for wrong shapes, dtypes, devices or settings, for a target outside the vocabulary (row and value
@@ -148,30 +147,15 @@ class _SelectiveLogprob(torch.autograd.Function):
         if h is not None:
             at_target = at_target - h * logp.exp() * (logp.clamp(min=MIN_LOGP) + entropies)
         out = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        rows = _Rows(targets, flows, inverse_temperature, largest, log_total, entropies, at_target, g, h)
+        rows = BackwardRows(targets, flows, inverse_temperature, largest, log_total, entropies, at_target, g, h)
         if ctx.backend == "triton":
             from swirl_kernels.selective_logprob.triton import dlogits_triton
 
             dlogits_triton(out, logits, *rows, ctx.valid)
             torch.autograd.graph.increment_version(out)  # autograd does not see what a kernel writes
         else:
-            _dlogits_torch(out, logits, rows, ctx.valid)
+            dlogits_torch(out, logits, rows, ctx.valid)
         return out, None, None, None, None, None, None, None
-
-
-class _Rows(NamedTuple):
-    """What the backward knows of its rows, [N] each. flows: bool, a gradient comes in. largest + log_total: logsumexp of
-    the forward. at_target: the gradient of z at the target. g, h: upstream of logp and entropy."""
-
-    targets: Tensor
-    flows: Tensor
-    inverse_temperature: Tensor
-    largest: Tensor
-    log_total: Tensor
-    entropy: Tensor
-    at_target: Tensor
-    g: Tensor
-    h: Tensor | None
 
 
 def _statistics(
@@ -189,38 +173,7 @@ def _statistics(
         from swirl_kernels.selective_logprob.triton import statistics_triton
 
         return statistics_triton(logits, targets, live, inverse_temperature, valid, entropy)
-    top, others, weighted, target = (torch.zeros_like(inverse_temperature) for _ in range(4))
-    for rows in torch.nonzero(live)[:, 0].split(max(1, BLOCK_ELEMENTS // valid)):
-        z = logits[rows, :valid].to(top.dtype) * inverse_temperature[rows, None]
-        column = targets[rows, None].long()
-        target[rows] = z.gather(1, column)[:, 0]
-        z.scatter_(1, column, -torch.inf)
-        # Where all others are forbidden the bound must stay finite, else inf - inf makes it NaN.
-        top[rows] = z.amax(1).clamp(min=torch.finfo(z.dtype).min / 2)
-        z.sub_(top[rows, None])
-        p = z.exp()
-        others[rows] = p.sum(1)
-        if entropy:
-            weighted[rows] = z.clamp_(min=MIN_LOGP).mul_(p).sum(1)
-    return top, others, weighted, target
-
-
-def _dlogits_torch(out: Tensor, logits: Tensor, rows: _Rows, valid: int) -> None:
-    """Writes the gradient of the logits into out, which may be the logits."""
-    out[torch.nonzero(~rows.flows)[:, 0]] = 0
-    out[:, valid:] = 0
-    for block in torch.nonzero(rows.flows)[:, 0].split(max(1, BLOCK_ELEMENTS // valid)):
-        inverse_temperature = rows.inverse_temperature[block, None]
-        z = logits[block, :valid].to(rows.largest.dtype) * inverse_temperature
-        log_p = z.sub_(rows.largest[block, None]).sub_(rows.log_total[block, None])
-        dz = log_p.exp().neg_()
-        if rows.h is None:
-            dz.mul_(rows.g[block, None])
-        else:
-            log_p.clamp_(min=MIN_LOGP).add_(rows.entropy[block, None]).mul_(rows.h[block, None])
-            dz.mul_(log_p.add_(rows.g[block, None]))
-        dz.scatter_(1, rows.targets[block, None].long(), rows.at_target[block, None])
-        out[block, :valid] = dz.mul_(inverse_temperature).to(out.dtype)
+    return statistics_torch(logits, targets, live, inverse_temperature, valid, entropy)
 
 
 def _checked(

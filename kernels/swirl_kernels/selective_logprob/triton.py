@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swirl_kernels.aot.case import AotCase
 from swirl_kernels.linear_logprob.autograd import MIN_LOGP
 
 FORWARD_BLOCK, BACKWARD_BLOCK = 4096, 2048  # columns at a time; 4096 spill in the backward on 8.0 (8 B)
@@ -102,7 +101,7 @@ def _dlogits_kernel(
 def statistics_triton(
     logits: Tensor, targets: Tensor, live: Tensor, inverse_temperature: Tensor, valid: int, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What selective_logprob._statistics promises, fp32 [N] each."""
+    """What `statistics_torch` (eager.py) returns, fp32 [N] each."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     top, others, weighted, target = (torch.zeros_like(inverse_temperature) for _ in range(4))
     if len(logits):
@@ -166,27 +165,3 @@ def dlogits_triton(
                 BLOCK=BACKWARD_BLOCK,
                 num_warps=WARPS,
             )
-
-
-def aot_cases() -> list[AotCase]:
-    cases = []
-    for dtype in ("bf16", "fp32"):
-        for entropy in (False, True):
-            suffix = f"{dtype}{' entropy' if entropy else ''}"
-            constants = {"ENTROPY": entropy, "BLOCK": FORWARD_BLOCK}
-            options = dict.fromkeys(constants, "constexpr")
-            statistics = ("inverse_temperature", "tops", "others", "weighted", "target_logits")
-            signature = {"logits": f"*{dtype}", "targets": "*i64", "live": "*u8", **dict.fromkeys(statistics, "*fp32")}
-            signature |= {"V": "i32", "stride": "i32"} | options
-            aligned = ("logits", "stride")
-            name = f"selective_logprob forward {suffix}"
-            cases.append(AotCase(name, _statistics_kernel, signature, constants, WARPS, 3, aligned=aligned))
-            rows = ("inverse_temperature", "largest", "log_total", "entropy", "at_target", "g")
-            signature = {"out": f"*{dtype}", "logits": f"*{dtype}", "targets": "*i64", "flows": "*u8"}
-            signature |= {**dict.fromkeys(rows, "*fp32"), "h": "*fp32" if entropy else "constexpr"}
-            signature |= dict.fromkeys(("V", "W", "blocks", "out_stride", "stride"), "i32") | options
-            gradient = {"ENTROPY": entropy, "BLOCK": BACKWARD_BLOCK} | ({} if entropy else {"h": None})
-            pointers = ("out", "logits", "out_stride", "stride")
-            name = f"selective_logprob backward {suffix}"
-            cases.append(AotCase(name, _dlogits_kernel, signature, gradient, WARPS, 3, aligned=pointers))
-    return cases

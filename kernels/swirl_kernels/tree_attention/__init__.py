@@ -52,7 +52,7 @@ def tree_attention(
     query_index: Tensor | None = None,
     plan: TreePlan | None = None,
 ) -> Tensor:
-    """softmax(mask(cap(scale q k^T))) v with the mask of a forest in preorder, at the cost of the visible pairs alone.
+    """softmax(mask(cap(scale q k^T))) v with the mask of a forest in preorder, at the cost of only the visible pairs.
 
     q: [Hq, Q, D]; k, v: [Hkv, T, D], Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv)); one floating
     dtype, any strides. Under autocast all three are cast to the autocast dtype, as scaled_dot_product_attention does.

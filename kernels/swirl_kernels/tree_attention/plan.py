@@ -131,7 +131,7 @@ def tree_plan(
     """Checks a packing and derives what every layer needs. Do it once per packing (and window), not once per layer.
 
     subtree_end: integer [T], first preorder index after each token's subtree.
-    depth: integer [T], position on the path from the root, used by the window alone; None: the number of ancestors.
+    depth: integer [T], position on the path from the root, used only by the window; None: the number of ancestors.
     window: a query sees keys whose depth is less than `window` below its own; None: all.
     query_index: integer [Q], preorder index of each query, any order; None: every token is a query.
 
@@ -212,7 +212,7 @@ def _integers(x: Tensor, name: str, device: torch.device) -> Tensor:
 
 
 def count_ancestors(end: Tensor) -> Tensor:
-    """Tokens before i whose subtree has ended are no ancestors of i; the others are."""
+    """Tokens before i whose subtree has ended are not ancestors of i; the others are."""
     index = torch.arange(len(end), device=end.device)
     return index - torch.searchsorted(end.sort().values, index, right=True)
 
@@ -282,7 +282,7 @@ class _Builder:
         for a, b in self._pieces(starts):
             q0, q1, q2 = (bisect_left(position, at) for at in (a, b, ends[a]))
             if q0 < q1:
-                last = position[q1 - 1] + 1  # keys behind the segment's last query are seen by none of its queries
+                last = position[q1 - 1] + 1  # keys after the segment's last query are seen by none of its queries
                 whole = distinct and q1 - q0 == last - a
                 span = _Span(q0, q1, a, last)
                 (complete if whole and not self._window_cuts(a, last) else masked).append(span)

@@ -5,21 +5,17 @@ Legend: T packed tokens (keys), Q queries, D head dimension, Hq query heads, Hkv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swirl_kernels.aot.case import AotCase
-from swirl_kernels.tree_attention.blocks import count_tiles, key_blocks, query_blocks, tree_of
+from swirl_kernels.tree_attention.blocks import key_blocks, query_blocks, tree_of
 from swirl_kernels.tree_attention.kernels import backward_kv, backward_q, forward
 from swirl_kernels.tree_attention.plan import TreePlan
 
-OPTIONS = ("", "softcap", "window", "softcap window", "query_index")  # what a kernel is compiled for separately
 EDGE = 32  # queries of a masked tile of dK/dV: 64 spill inside it (D = 256 on sm_90: 168 B, 37 loads, 28 stores)
 
 
@@ -187,81 +183,3 @@ def _tiles(kernel: str, q: Tensor) -> tuple[Tiles, int]:
     # The interpreter takes the tiles of an H100.
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
     return configuration(kernel, block_d, q.dtype, capability), block_d
-
-
-def aot_cases() -> list[AotCase]:
-    """Every kernel in every shipped configuration."""
-    cases = [_case(count_tiles, None, 0, Tiles(128, 64, 1, 1), option) for option in ("", "window", "query_index")]
-    for kernel in (forward, backward_q, backward_kv):
-        for dim in (64, 128, 256):
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                options = OPTIONS if dtype == torch.bfloat16 else OPTIONS[:1]
-                if dtype != torch.float16 or dim == 64:  # fp16 compiles like bf16
-                    cases += [case for option in options for case in _cases(kernel, dtype, dim, option)]
-    return cases
-
-
-def _cases(kernel: Any, dtype: torch.dtype, dim: int, option: str) -> Iterator[AotCase]:
-    """One for all targets that share a configuration."""
-    targets: dict[Tiles, list[int]] = {}
-    for target in (80, 90, 100):
-        tiles = configuration(kernel.fn.__name__, dim, dtype, divmod(target, 10))
-        targets.setdefault(tiles, []).append(target)
-    for tiles, shared_by in targets.items():
-        yield _case(kernel, dtype, dim, tiles, option, tuple(shared_by))
-
-
-def _case(
-    kernel: Any,
-    dtype: torch.dtype | None,
-    dim: int,
-    tiles: Tiles,
-    option: str,
-    targets: tuple[int, ...] = (80, 90, 100),
-) -> AotCase:
-    tensors = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", None: ""}[dtype]
-    kinds = dict.fromkeys(("dout", "q", "k", "v", "out", "dq", "dk", "dv"), tensors)
-    kinds |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "softcap": "fp32"}
-    lists = ("counts", "ranges", "end", "parent", "run", "depth", "position", "query_depth", "shallowest")
-    kinds |= dict.fromkeys(lists, "*i32")
-    present = {"softcap": {"softcap"}, "window": {"depth", "query_depth", "shallowest"}, "query_index": {"position"}}
-    optional: set[str] = set().union(*present.values())
-    sizes = {
-        "HEAD_DIM": dim,
-        "BLOCK_D": dim,
-        "BLOCK_M": tiles.block_m,
-        "EDGE_M": min(EDGE, tiles.block_m),
-        "BLOCK_N": tiles.block_n,
-    }
-    names = list(kernel.arg_names)
-    constants = dict.fromkeys(optional.difference(*(present[word] for word in option.split()))) | sizes
-    operation = kernel.fn.__name__
-    words = ["tree_attention", operation, option, *([f"D={dim}", str(dtype)[6:]] if dtype else [])]
-    spill_bytes, spill_reason = _SPILLS.get((operation, option, dim, dtype == torch.float32), (0, ""))
-    return AotCase(
-        name=" ".join(filter(None, words)),
-        kernel=kernel,
-        signature={name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names},
-        constants={name: value for name, value in constants.items() if name in names},
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        targets=targets,
-        tensor_cores=dtype in (torch.bfloat16, torch.float16),
-        aligned=tuple(
-            name
-            for name in names
-            if name not in constants and (name.endswith(("_head", "_row")) or kinds.get(name, "").startswith("*"))
-        ),
-        spill_bytes=spill_bytes,
-        spill_reason=spill_reason,
-    )
-
-
-_OUTSIDE = "none of it inside a loop over tiles"
-_FP32_DQ = "q and dout lie in registers; a full tile on sm_90: 37 loads, 25 stores of 1259 instructions; other tiles spill more"
-_SPILLS = {  # (kernel, option, D, fp32): bytes on the worst target, and where they are used
-    ("backward_q", "", 256, True): (264, _FP32_DQ),
-    ("backward_kv", "", 64, True): (8, _OUTSIDE),
-    ("backward_kv", "", 256, False): (16, _OUTSIDE),
-    ("backward_kv", "query_index", 256, False): (16, _OUTSIDE),
-}

@@ -88,7 +88,7 @@ class PrefillPass:
 
 @dataclass(frozen=True)
 class Block:
-    """Keys that rows lo..hi share at these depths: read once; their scores stand in columns from `column` on."""
+    """Keys that rows lo..hi share at these depths: read once; their scores are in columns from `column` on."""
 
     lo: int
     hi: int
@@ -152,7 +152,7 @@ class DecodePass:
     equal prefixes are neighbours. sampled: how many tokens each row has fed since; where that is not 0, their keys are
     in row source[i] of `previous`. steps: how many more tokens will be fed at most.
 
-    The keys of fed tokens stand in tails [Hkv, B, columns, D], aligned at the right: all rows write column `at` in the
+    The keys of fed tokens are in tails [Hkv, B, columns, D], aligned at the right: all rows write column `at` in the
     same step, rows that began earlier own earlier columns too.
     """
 

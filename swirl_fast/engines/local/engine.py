@@ -4,7 +4,7 @@
               computed once, and what an earlier call computed not at all.
     decode    one row a sequence, n rows a request; keys that rows share are read once for all of them.
 
-The last prompt token is fed by the first decode step, never by the prefill: a fully cached prompt then is no special
+The last prompt token is fed by the first decode step, never by the prefill: a fully cached prompt is then not a special
 case, and the prefill needs no logits. Rows that have ended are replaced by waiting sequences as soon as the work wasted
 on them has cost as much as a new arrangement. Left out: CUDA graphs, paging, speculation; large models have SGLang.
 
@@ -90,7 +90,7 @@ class LocalEngine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """One list of `request.n` completions a request, in order. The random numbers of a completion come from its
-        request's seed and its own index, not from the requests around it.
+        request's seed and its own index only, not from the requests around it.
 
         Raises ValueError for an empty prompt, one that leaves no room for `max_new_tokens`, a token outside the
         vocabulary and impossible sampling settings, before anything is computed; RuntimeError for logits that are not
@@ -294,7 +294,7 @@ class LocalEngine:
         self._model.set_attn_implementation(ATTENTION)
         plain = logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None])[:, 0].cpu()
         gap = (plain - torch.tensor(completion.logprobs)).abs().max().item()
-        # In bfloat16 rounding by itself makes a gap of some hundredths; a model with other state is far off.
+        # In bfloat16 rounding makes a gap of some hundredths; a model with other state is far off.
         if gap > (1e-3 if self._model.dtype == torch.float32 else 0.25):
             raise ValueError(
                 f"LocalEngine cannot run {name}: decoding from cached keys and values differs by {gap:.2g} in "

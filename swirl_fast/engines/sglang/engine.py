@@ -1,10 +1,10 @@
 """Rollouts by SGLang servers, started here or attached by URL, on one node or many.
 
     order     all states of a trajectory go to one server, the longest first and by itself, so that its radix cache holds the trunk when the
-              others arrive (prefix_order.py)
+              others arrive (prefixes.py)
     versions  every set of weights has a name; completions of any other are refused, and the cache is keyed by it besides being flushed
     faults    a server that dies or hangs is started again with the current weights, or dropped where it is not ours; its requests are
-              tried elsewhere; what cannot be mended stops the command, with the reason (sglang_servers.py)
+              tried elsewhere; what cannot be mended stops the command, with the reason (servers.py)
 
 Under torchrun one process of every node leads: it starts its node's servers, sends them weights and starts them again. The
 others only ask them. Calls of `generate` and `update_weights` exclude each other.
@@ -206,9 +206,8 @@ class SGLangEngine:
 
     async def _generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         prompts = [np.asarray(request.tokens, np.int64) for request in requests]
-        keys = [
-            request.cache_key or f"\0{i}" for i, request in enumerate(requests)
-        ]  # without a key: a trajectory of its own
+        # without a key: a trajectory of its own
+        keys = [request.cache_key or f"\0{i}" for i, request in enumerate(requests)]
         results: dict[int, list[Completion]] = {}
         answered: dict[int, Start | None] = {}
         computed = [0] * len(requests)  # tokens of each prompt
@@ -265,7 +264,7 @@ class SGLangEngine:
     async def _sample(self, request: Request, key: str) -> tuple[list[Completion], Start | None]:
         """The completions, and where they come from; None: from more than one server or start."""
         seeded = all(server.info is not None and server.info.deterministic for server in self._servers.all)
-        if seeded and request.n > 1:  # SGLang gives one seed to all n samples: each goes by itself
+        if seeded and request.n > 1:  # SGLang gives one seed to all n samples: each is a request of its own
             seeds = [(request.seed + index * 0x9E3779B1) % 2**31 for index in range(request.n)]
             ones = [self._sample(replace(request, n=1, seed=seed), key) for seed in seeds]
             found = await gather(ones)

@@ -172,8 +172,10 @@ class ServerProcess:
             await asyncio.sleep(0.5)
 
     def stop(self) -> None:
-        """Ends the server and the processes it started, and no other. First politely, after 5 seconds not. Two calls at a time both
-        return when it is done: until then its port is taken."""
+        """Ends the server and the processes it started, and no others: with SIGTERM, and after 5 seconds with SIGKILL.
+
+        Of two calls at a time both return when it is done: until then its port is taken.
+        """
         with self._ending:
             process, self._process = self._process, None
             if process is None:

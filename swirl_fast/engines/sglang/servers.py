@@ -328,7 +328,7 @@ class Servers:
         return True
 
     async def _await_leader(self, server: Server, reason: str) -> None:
-        """The process that leads this node starts the server again; until then it is asked for its weights."""
+        """The process that leads this node starts the server again; until then this process asks it which weights it serves."""
         end = time.monotonic() + self.config.launch.startup_timeout
         while time.monotonic() < end:
             await asyncio.sleep(1.0)

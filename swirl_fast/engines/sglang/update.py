@@ -185,7 +185,7 @@ class WeightUpdater:
         await server.client.control("/update_weights_from_tensor", body, self._config.timeout)
 
     def _broadcast(self, up: list[Server], bucket: Bucket, snapshot: bool) -> list[Server]:
-        """Returns the servers that took it: all or none, for when one of them does not, the others wait in vain. They then get the
+        """Returns the servers that took it: all or none, since when one of them does not, the others wait in vain. They then get the
         weights from the snapshot; without one this raises EngineError."""
         group = self._group
         assert group is not None
@@ -213,7 +213,7 @@ class WeightUpdater:
         return up
 
     def _join(self, up: list[Server]) -> None:
-        """A group of this process and these servers; made again when they are others than before."""
+        """A group of this process and these servers; made again when they differ from before."""
         members = " ".join(f"{server.url} {server.restarts}" for server in up)
         if self._group is not None and self._group_of == members:
             return

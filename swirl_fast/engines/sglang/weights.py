@@ -96,7 +96,7 @@ def match_weights(
 
 
 def buckets(named: Iterable[tuple[str, Tensor]], limit: int, dtype: torch.dtype) -> Iterator[Bucket]:
-    """Gathers and casts tensors, and groups them to at most `limit` bytes; a larger one goes by itself."""
+    """Gathers and casts tensors, and groups them to at most `limit` bytes; one that is larger gets a bucket of its own."""
     bucket: Bucket = []
     size = 0
     for name, given in named:
@@ -240,8 +240,8 @@ class Broadcast:
         _world.pg_group_ranks[self._group] = {i: i for i in range(self.world_size)}
 
     def send(self, bucket: Bucket, failed: Callable[[], str | None]) -> None:
-        """Broadcasts a bucket. failed: asked meanwhile for a server's refusal; a server that does not take part would let this wait for
-        ever. Raises EngineError then, and after the time-out; the group is of no use any more."""
+        """Broadcasts a bucket. failed: asked meanwhile for a server's refusal; a server that does not take part would let this wait
+        forever. Raises EngineError then, and after the time-out; the group is of no use any more."""
         tensors = [tensor.contiguous() for _, tensor in bucket]
         works = [torch.distributed.broadcast(tensor, 0, group=self._group, async_op=True) for tensor in tensors]
         end = time.monotonic() + self.timeout

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.parity_measure import Problem, Run, evaluate, parity
+from benchmarks.gpu_check.parity.measure import Problem, Run, evaluate, parity
 from swirl_kernels import PolicyLossSpec, naive_policy_loss, naive_segment_reduce, policy_loss, segment_reduce
 
 LENGTHS = (0, 1, 17, 0, 600, 3, 1, 130, 0)  # none, one token, less than a block of 256, several

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.parity_measure import NotRun, Run
+from benchmarks.gpu_check.parity.measure import NotRun, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from benchmarks.step_training.ways import Case
 
-FAMILIES = ("llama", "gemma2")  # tied and plain; soft-caps, sliding windows and norms behind the blocks
+FAMILIES = ("llama", "gemma2")  # tied and plain; soft-caps, sliding windows and norms after the blocks
 COARSER = 1.5  # how much more than one row at a time may a comb be off in 16 bits: both round the same operations
 
 

@@ -11,18 +11,15 @@ paths, or with SWIRL_KERNELS_BACKEND=triton TRITON_INTERPRET=1 the interpreted k
 Not checked: speed (benchmarks.kernels), several devices, autocast, what is refused (tests/kernels). The bits of tree_attention
 under repacking are not promised and not compared: tiles are cut where a packing puts them.
 
-The cases lie in kernel_parity_logprob.py, kernel_parity_attention.py, kernel_parity_loss.py and, for the policy that they make up,
-kernel_parity_model.py; kernel_parity_measure.py says what is measured and allowed.
+The cases are in logprob.py, attention.py, loss.py and, for the policy that they make up, model.py; measure.py says what is measured
+and allowed.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -33,14 +30,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.parity_attention import (
+from benchmarks.gpu_check.parity.attention import (
     branch_at_every_offset,
     poisoned_branches,
     small_segments,
     strided_attention,
     tree,
 )
-from benchmarks.gpu_check.parity_logprob import (
+from benchmarks.gpu_check.parity.logprob import (
     LOGPROB,
     beyond_2_31,
     entropy_gradient_alone,
@@ -55,7 +52,7 @@ from benchmarks.gpu_check.parity_logprob import (
     upstream_over_decades,
     zero_row_sums,
 )
-from benchmarks.gpu_check.parity_loss import (
+from benchmarks.gpu_check.parity.loss import (
     SPECS,
     permuted_segments,
     poisoned_entries,
@@ -65,7 +62,7 @@ from benchmarks.gpu_check.parity_loss import (
     reduced,
     unused_tokens,
 )
-from benchmarks.gpu_check.parity_measure import (
+from benchmarks.gpu_check.parity.measure import (
     DTYPES,
     Case,
     NotRun,
@@ -76,7 +73,7 @@ from benchmarks.gpu_check.parity_measure import (
     parity,
     poisoned_memory,
 )
-from benchmarks.gpu_check.parity_model import FAMILIES, comb_of_a_model
+from benchmarks.gpu_check.parity.model import FAMILIES, comb_of_a_model
 
 ALL = tuple(DTYPES)
 TWO = ("float32", "bfloat16")
@@ -144,7 +141,7 @@ def variant(run: Run, op: str, *arguments: Any, **options: Any) -> None:
     parity(run, STANDARD[op](run, *arguments, **options))
 
 
-def table() -> list[Case]:
+def parity_cases() -> list[Case]:
     """Every operation in every variant that is compiled for itself, and the mandatory cases of each."""
     cases: list[Case] = []
 
@@ -240,7 +237,7 @@ def run_case(case: Case, dtype: str, device: str) -> dict[str, Any]:
             torch.cuda.synchronize()
     except NotRun as reason:
         not_run = str(reason)
-    except Exception as error:  # it belongs to this case alone
+    except Exception as error:  # it belongs only to this case
         failure = f"{type(error).__name__}: {error}"[:2000]
     if device == "cuda":
         try:
@@ -259,26 +256,3 @@ def run_case(case: Case, dtype: str, device: str) -> dict[str, Any]:
         "not_run": not_run,
         "restart": restart,
     }
-
-
-def main() -> int:
-    """A worker: reads `NAME / DTYPE` lines, answers each with one line of JSON; all else it prints goes to stderr."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check.parity", description=main.__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    device = parser.parse_args().device
-    if device == "cuda":
-        os.environ["SWIRL_KERNELS_BACKEND"] = "triton"
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    cases = {case.name: case for case in table()}
-    for line in sys.stdin:
-        name, dtype = line.rstrip("\n").rsplit(" / ", 1)
-        row = run_case(cases[name], dtype, device)
-        print(json.dumps(row), file=answers, flush=True)
-        if row["restart"]:
-            return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.parity_measure import NotRun, Problem, Run, evaluate, parity
+from benchmarks.gpu_check.parity.measure import NotRun, Problem, Run, evaluate, parity
 from swirl_kernels import linear_logprob, naive_linear_logprob, naive_selective_logprob, selective_logprob
 
 
@@ -37,7 +37,7 @@ def logprob_call(function: Any, tensors: tuple[str, ...], **options: Any) -> Cal
 
 
 def linear(run: Run, flags: str = "entropy", *, upstream: str = "logp entropy", **change: Any) -> Problem:
-    """flags: words of bias, softcap, entropy. Several row blocks, splits, tiles and workspace chunks; padding behind the
+    """flags: words of bias, softcap, entropy. Several row blocks, splits, tiles and workspace chunks; padding after the
     vocabulary, ignored rows, a temperature per row. change: rows, vocab, size, or inputs to replace."""
     rows, vocab, size = (change.pop(n, d) for n, d in zip(("rows", "vocab", "size"), sizes(run), strict=True))
     padding = change.pop("padding", 7)
@@ -177,7 +177,7 @@ def sliced_logprob(run: Run, op: str) -> None:
 
 
 def masked_logprob(run: Run, op: str) -> None:
-    """A third of the tokens and a stretch wider than a tile are forbidden by -inf; the padding behind the vocabulary is NaN."""
+    """A third of the tokens and a stretch wider than a tile are forbidden by -inf; the padding after the vocabulary is NaN."""
     vocab = sizes(run)[1]
     column = torch.arange(vocab, device=run.device)
     forbidden = (column % 3 == 0) | ((column >= 1000) & (column < 1600))
@@ -211,7 +211,10 @@ def masked_logprob(run: Run, op: str) -> None:
 
 
 def permuted_logprob(run: Run, op: str) -> None:
-    """The rows in another order, and a third of them alone. linear_logprob's gradients come out of cuBLAS, which promises no bits."""
+    """The rows in another order, and a third of them without the others.
+
+    linear_logprob's gradients come from cuBLAS, which promises no bits.
+    """
     problem = LOGPROB[op](run, padding=0, **{"bias": None} if op == "linear_logprob" else {})
     whole, rows = evaluate(problem), len(problem.inputs["targets"])
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(3)).to(run.device)

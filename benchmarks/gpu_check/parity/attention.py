@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.parity_measure import Problem, Run, evaluate, parity
+from benchmarks.gpu_check.parity.measure import Problem, Run, evaluate, parity
 from swirl_kernels import naive_tree_attention, tree_attention
 
 Tree = tuple  # (length, child, child, …)

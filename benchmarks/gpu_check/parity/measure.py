@@ -1,4 +1,4 @@
-"""What a case of kernel_parity measures with: a machine, an operation beside its reference in float64, and what error is allowed."""
+"""What a case of parity measures with: a machine, an operation beside its reference in float64, and what error is allowed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOLERANCES = {
     "bfloat16": Tolerance(
         2**-7,
         2**-6,
-        "u = 2^-9. At most four roundings to bf16 lie one behind the other: a stored gradient of scores or logits (or p), the scaled "
+        "u = 2^-9. At most four roundings to bf16 follow one another: a stored gradient of scores or logits (or p), the scaled "
         "hidden states or attention's out inside delta, the result, and one for their spread. 4 u; the worst row twice that",
     ),
     "float16": Tolerance(2**-9, 2**-8, "u = 2^-11; the roundings of bfloat16"),
@@ -207,7 +207,7 @@ def _compare_loss(run: Run, got: dict[str, Tensor], exact: dict[str, Tensor]) ->
 
 @contextlib.contextmanager
 def poisoned_memory(on: bool = True) -> Iterator[None]:
-    """torch.empty hands out NaN. warn_only: operations without a deterministic form are no error here."""
+    """torch.empty hands out NaN. warn_only: operations without a deterministic form are not an error here."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(on, warn_only=True)
