@@ -197,7 +197,7 @@ def _tree_attention(shape: Shape, device: str, dtype: torch.dtype, draw: torch.G
 
 
 def comb_subtree_end(*, prompt: int, action: int, result: int, K: int, G: int) -> Tensor:
-    """int32 [T] of a comb (drawn in swirl_fast/comb.py): a trunk of the prompt and K - 1 actions with results, and G teeth at the end
+    """int32 [T] of a comb (drawn in swirl_fast/comb/tree.py): a trunk of the prompt and K - 1 actions with results, and G teeth at the end
     of the prompt and of every result. An action's last token predicts nothing and is not packed."""
     total = prompt + (K - 1) * (action + result) + K * G * (action - 1)
     ends: list[int] = []

@@ -1,4 +1,4 @@
-"""What every rollout engine owes the trainer, as one suite: tests/test_engine_conformance.py runs it on the embedded engine,
+"""What every rollout engine owes the trainer, as one suite: tests/engines/test_engine_conformance.py runs it on the embedded engine,
 tests/sglang/test_conformance.py on a real SGLang server.
 
 A test class inherits `EngineConformance` and gives two fixtures:
