@@ -27,10 +27,10 @@ from urllib.parse import urlparse
 
 from filelock import FileLock
 
+from swirl_fast.data.shard_index import INDEX, check_index
 from swirl_fast.data.shards import MANIFEST, REMEDY, Manifest, find_damage, parse_manifest, read_manifest, streaming
 from swirl_fast.files import fsync
 
-INDEX = "index.json"
 TRIES = 4  # downloads of one file before giving up
 BACK_OFF = 1.0  # seconds before the second try; twice as long before each further one
 TIMEOUT = 60.0  # seconds, of one download: what the library's downloaders take it for
@@ -51,7 +51,7 @@ PACKAGES = {
 class ShardFolder:
     """A folder on this machine, or mounted on it, that `write_shards` wrote.
 
-    Raises ValueError when the manifest or the index is missing or damaged.
+    Raises ValueError when the manifest or the index is missing, damaged, or says what write_shards would not write.
     """
 
     remedy = REMEDY
@@ -63,6 +63,9 @@ class ShardFolder:
         self.manifest = read_manifest(self.folder)
         if (problem := find_damage(self.folder, INDEX, self.manifest)) is not None:
             raise ValueError(f"{self.shown(INDEX)} {problem}: {self.remedy}")
+        check_index(
+            (self.folder / INDEX).read_bytes(), self.manifest.files, self.manifest.trajectories, self.shown(INDEX)
+        )
 
     def shown(self, name: str = "") -> str:
         """What error messages call a file."""
@@ -99,8 +102,9 @@ class ShardCache:
     limit: bytes of all shards in `cache`; before a download, those used least recently are removed until the new one fits.
     What is being downloaded by others comes on top. None: no limit.
 
-    Raises ValueError when the manifest or the index is missing or damaged and for a limit below the largest shard, OSError
-    when the store cannot be reached, ImportError naming the package that the kind of URL needs.
+    Raises ValueError when the manifest or the index is missing, damaged, or says what write_shards would not write, and for a
+    limit below the largest shard, OSError when the store cannot be reached, ImportError naming the package that the kind of
+    URL needs.
     """
 
     remedy = "upload the shards again"
@@ -122,6 +126,9 @@ class ShardCache:
             )
         if (problem := self.fetch(INDEX)) is not None:
             raise ValueError(f"{self.shown(INDEX)} {problem}: {self.remedy}")
+        check_index(
+            (self.folder / INDEX).read_bytes(), self.manifest.files, self.manifest.trajectories, self.shown(INDEX)
+        )
 
     def shown(self, name: str = "") -> str:
         return f"{self.url}/{name}".rstrip("/")

@@ -26,13 +26,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from swirl_fast.data.shard_index import COLUMNS, DISTRUST, INDEX, check_files, check_index
 from swirl_fast.files import canonical_json, describe_changes, fsync, hash_file
 from swirl_fast.formats.tags import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
@@ -40,7 +41,6 @@ from swirl_fast.verdict import Verdict
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-COLUMNS = {"tokens": "ndarray:int32", "spans": "ndarray:int32", "logprobs": "ndarray:float32", "meta": "json"}
 SHARD_BYTES = 1 << 26  # the library's default
 REMEDY = "run filter again, or copy the folder again"
 
@@ -292,6 +292,7 @@ def verify_shards(folder: str | Path) -> Manifest:
     for name in manifest.files:
         if (problem := find_damage(folder, name, manifest)) is not None:
             raise ValueError(f"{folder / name} {problem}: {REMEDY}")
+    check_index((folder / INDEX).read_bytes(), manifest.files, manifest.trajectories, str(folder / INDEX))
     return manifest
 
 
@@ -308,18 +309,38 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(text: bytes, shown: str) -> Manifest:
-    """shown: what error messages call it. Raises ValueError when it is not intact or of another format."""
+    """shown: what error messages call it. Raises ValueError when it is not intact, of another format, or not
+    what write_shards writes."""
     try:
         body = json.loads(text)
         written = body.pop("xxh64")
         intact = _hash_json(body) == written
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise ValueError(f"{shown} is damaged: {REMEDY}")
     if (version := body.pop("format", None)) != FORMAT:
         raise ValueError(f"{shown} has format {version}, this swirl-fast reads format {FORMAT}: run filter again")
+    if body.keys() != {field.name for field in fields(Manifest)} or not _whole_numbers(body):
+        raise ValueError(f"{shown} does not say what a manifest of format {FORMAT} says: {DISTRUST}")
+    check_files(body["files"], shown)
     return Manifest(**body)
+
+
+def _whole_numbers(body: dict[str, Any]) -> bool:
+    """Whether the fields of a manifest, its files aside, are of the kinds that they should be."""
+    longest = (body["longest_state"], body["longest_path"])
+    if not isinstance(body["stop_ids"], list) or not all(
+        isinstance(value, dict) for value in (body["fingerprint"], body["verdicts"], *longest)
+    ):
+        return False
+    if any(value.keys() != {"id", "tokens"} or not isinstance(value["id"], str) for value in longest):
+        return False
+    numbers = [body["trajectories"], body["steps"], body["tokens"], *body["stop_ids"], *body["verdicts"].values()]
+    numbers += [value["tokens"] for value in longest]
+    return body["verdicts"].keys() == {verdict.value for verdict in Verdict} and all(
+        type(number) is int and 0 <= number < 1 << 63 for number in numbers
+    )
 
 
 def find_damage(folder: Path, name: str, manifest: Manifest) -> str | None:
