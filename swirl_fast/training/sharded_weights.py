@@ -57,7 +57,7 @@ def empty_model(config: ModelConfig, dtype: str) -> PreTrainedModel:
     _make_buffers(model)
     try:
         model.generation_config = GenerationConfig.from_pretrained(resolve(config.path))
-    except OSError:  # the folder has none: the one made from config.json stands
+    except OSError:  # the folder has none: the one made from config.json is used
         pass
     return model.eval()
 
@@ -77,7 +77,7 @@ def _make_buffers(model: PreTrainedModel) -> None:
     model.initialize_weights()
     for name, buffer in model.named_non_persistent_buffers():
         if not buffer.is_floating_point() or bool(buffer.isnan().any()):
-            raise Unsharded(f"transformers does not make the buffer {name} anew")
+            raise Unsharded(f"transformers does not make the buffer {name} again")
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
@@ -141,7 +141,7 @@ def _places(config: ModelConfig) -> Iterator[tuple[str, Path]]:
     index = locate(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         raise Unsharded("it has no safetensors files")
-    weight_map = json.loads(Path(index).read_text())["weight_map"]
+    weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     paths = {}
     for file in sorted(set(weight_map.values())):
         path = locate(file)

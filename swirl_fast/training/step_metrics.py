@@ -73,14 +73,14 @@ class StepSums:
         self.process_label, self.judged_states = float(means.double().sum()), len(means)
 
     def add_work(self, computed_tokens: int, effective_tokens: int, flops: float) -> None:
-        """Of one micro-batch."""
+        """Adds one micro-batch."""
         self.computed_tokens += computed_tokens
         self.effective_tokens += effective_tokens
         self.flops += flops
         self.flops_of_rank += flops
 
     def add_loss(self, sums: LossSums, first: bool) -> None:
-        """Of one update; first: of the batch."""
+        """Adds one update; first: of the batch."""
         if first:
             self.tokens += sums.tokens
             self.kl += sums.kl
