@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.step_training.measure import Comparison, Settings, compare_in_float32, forward_backward, measure
+from benchmarks.step_training.measure import Comparison, Settings, compare_in_float32, forward_backward, measure_way
 from benchmarks.step_training.plot import draw, require_matplotlib
 from benchmarks.step_training.ways import MODELS, SHAPES, WAYS, Shape, build, make_case
 from swirl_fast.files import write_text
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for k, g in cells:
             case, comparison = make_case(shape, k, g, vocab), Comparison()
             for way in options.ways:
-                found = measure(model, initial, way, case, settings, options.repeats, comparison, bar)
+                found = measure_way(model, initial, way, case, settings, options.repeats, comparison, bar)
                 rows.append({"steps": k, "samples": g, "way": way, **found})
                 result["summary"] = summarize(rows, equality)
                 result["results"] = rows
