@@ -62,9 +62,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[float] | None = None
         self._window: list[float] = []  # the metric `best` since the last scheduled checkpoint
-        warnings.filterwarnings(
-            "ignore", message="torch.distributed is disabled"
-        )  # DCP's; in one process as it should be
+        # DCP's; in one process as it should be
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._lock, problem = -1, ""
         if ranks.main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +148,7 @@ class Checkpoints:
         source = self._latest()
         if source is None:
             return None
-        state = json.loads((source / _STATE).read_text())
+        state = json.loads((source / _STATE).read_text(encoding="utf-8"))
         check(state)
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         try:
@@ -224,9 +223,9 @@ class Checkpoints:
                 raise OSError(
                     f"{name}, written by another rank, is not there: {self.folder} must be shared by all machines"
                 )
-        (writing / _STATE).write_text(state)
+        (writing / _STATE).write_text(state, encoding="utf-8")
         hashes |= {name: hash_file(writing / name) for name in (".metadata", _STATE)}
-        (writing / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True))
+        (writing / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True), encoding="utf-8")
         for path in (writing / _STATE, writing / _MANIFEST, writing):
             fsync(path)
         writing.rename(target)
@@ -278,7 +277,7 @@ def best_of(paths: list[Path], metric: str) -> Path | None:
     means: dict[Path, float] = {}
     for path in paths if metric else ():
         try:
-            mark = json.loads((path / _STATE).read_text())[BEST]
+            mark = json.loads((path / _STATE).read_text(encoding="utf-8"))[BEST]
             if mark["metric"] == metric and mark["mean"] is not None:
                 means[path] = -mark["mean"] if metric in SMALLER_IS_BETTER else mark["mean"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -293,7 +292,7 @@ def recorded_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint; those in {path.parent}: {there}")
     if (problem := damage(path)) is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
-    state: dict[str, Any] = json.loads((path / _STATE).read_text())
+    state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
     return state
 
 
@@ -309,7 +308,7 @@ def load_weights(path: Path, policy: Policy | torch.nn.Module) -> None:
 def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, or with every `parts`-th of its files from number `part` on; None when it is whole."""
     try:
-        hashes: dict[str, str] = json.loads((path / _MANIFEST).read_text())
+        hashes: dict[str, str] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         if missing := {_STATE, ".metadata"} - hashes.keys():
             return f"{_MANIFEST} does not name {' and '.join(sorted(missing))}"
         for name in sorted(hashes)[part::parts]:

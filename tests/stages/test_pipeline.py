@@ -27,7 +27,7 @@ from swirl_fast.objective import policy_loss
 from swirl_fast.rollouts import pipeline as sampler
 from swirl_fast.rollouts.at_states import SampledAction, sample_actions
 from swirl_fast.stages.evaluation_files import FILES, make_room
-from swirl_fast.training import build
+from swirl_fast.training import backward, build
 from swirl_fast.training import trainer as loop
 from swirl_kernels import PolicyLossMetrics
 
@@ -370,7 +370,7 @@ def test_the_first_update_on_a_batch_has_ratio_one_and_the_second_has_not(
         return loss, metrics
 
     monkeypatch.setattr(build, "Trainer", Watched)
-    monkeypatch.setattr(loop, "policy_loss", watched)
+    monkeypatch.setattr(backward, "policy_loss", watched)
     ppo = ("algorithm.name=ppo", "algorithm.updates_per_batch=2", "training.steps=2", "training.token_budget=512")
     assert cli.main(["train", *overrides(folder, tiny_model, judged, *ppo)]) == 0
     assert of_update.keys() == {(step, update) for step in range(2) for update in range(2)}

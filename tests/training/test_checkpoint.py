@@ -212,15 +212,19 @@ def test_the_last_n_and_the_best_are_kept(tmp_path: Path) -> None:
         checkpoints.save(7, *new_training(), {"step": 7}, scheduled=False)  # told to stop
     assert names(tmp_path) == ["best", "step_000004", "step_000006", "step_000007"]
     assert (tmp_path / "best").resolve().name == "step_000004"
-    mark = json.loads((tmp_path / "step_000004" / "state.json").read_text())["best"]
+    mark = json.loads((tmp_path / "step_000004" / "state.json").read_text(encoding="utf-8"))["best"]
     assert mark == {"metric": "process_label", "mean": pytest.approx(0.7), "window": []}
-    assert json.loads((tmp_path / "step_000006" / "state.json").read_text())["best"]["mean"] == pytest.approx(0.5)
+    assert json.loads((tmp_path / "step_000006" / "state.json").read_text(encoding="utf-8"))["best"][
+        "mean"
+    ] == pytest.approx(0.5)
     with Checkpoints(tmp_path, ALONE, keep=2, best="process_label") as checkpoints:
         checkpoints.load_latest(*new_training())
         save_on(iter(range(8, 11)), checkpoints)
     assert names(tmp_path) == ["best", "step_000004", "step_000008", "step_000010"]
     # of steps 7 and 8, although the training was stopped between them
-    assert json.loads((tmp_path / "step_000008" / "state.json").read_text())["best"]["mean"] == pytest.approx(0.675)
+    assert json.loads((tmp_path / "step_000008" / "state.json").read_text(encoding="utf-8"))["best"][
+        "mean"
+    ] == pytest.approx(0.675)
 
 
 @pytest.mark.parametrize("best", ["", "reward"])
