@@ -17,6 +17,7 @@ from support.runs import STEPS, attempt, copy_of, kill_when, overrides, start, w
 from support.small_models import CHAT_TEMPLATE, train_tokenizer
 from support.task_files import write_lines
 
+from benchmarks import quickstart
 from swirl_fast import cli
 from swirl_fast.config import load as load_config
 from swirl_fast.data.shards import read_trajectories
@@ -90,6 +91,9 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
             0 <= row[n] < 1 for n in ("cut_off", "outside_tag", "repeated")
         )
     assert all(row["engine_gap_mean"] < 1e-4 for row in rows), "engine and trainer disagree on log-probs"  # invariant 4
+    kept = tmp_path / "kept.json"
+    quickstart.main(["--run", str(folder), "--out", str(kept)])
+    assert [row["reward"] for row in json.loads(kept.read_text())["steps"]] == [row["reward"] for row in rows]
     second = start(["run", *arguments])
     assert "trained to step" in second.stdout
     assert json.loads((folder / "summary.json").read_text()) == summary
