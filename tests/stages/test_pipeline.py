@@ -18,6 +18,7 @@ from support.small_models import CHAT_TEMPLATE, train_tokenizer
 from support.stores import count_rows, read_samples
 from support.task_files import write_lines
 
+from benchmarks import quickstart
 from swirl_fast import cli
 from swirl_fast.config import load as load_config
 from swirl_fast.data.store import Store
@@ -90,6 +91,9 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
             0 <= row[n] < 1 for n in ("cut_off", "outside_tag", "repeated")
         )
     assert all(row["engine_gap_mean"] < 1e-4 for row in rows), "engine and trainer disagree on log-probs"  # invariant 4
+    kept = tmp_path / "kept.json"
+    quickstart.main(["--run", str(folder), "--out", str(kept)])
+    assert [row["reward"] for row in json.loads(kept.read_text())["steps"]] == [row["reward"] for row in rows]
     second = start(["run", *arguments])
     assert "trained to step" in second.stdout
     assert "tokens generated" not in second.stdout, "nothing is drawn again"
