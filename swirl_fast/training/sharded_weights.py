@@ -51,7 +51,7 @@ def empty_model(config: ModelConfig, dtype: str) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(load_config(config), dtype=DTYPES[dtype])
+            model = AutoModelForCausalLM.from_config(load_config(config), dtype=DTYPES[dtype], trust_remote_code=False)
     except (RuntimeError, NotImplementedError) as error:
         raise Unsharded(f"cannot be built without storage ({error})") from error
     _make_buffers(model)
