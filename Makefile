@@ -22,7 +22,7 @@ quickstart: install
 # the same examples and random numbers.
 WORKERS ?= 2
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The property tests with examples that no run had before. A failure prints the smallest example that it found, and a line
 # `@reproduce_failure(…)`: that line above the test repeats it anywhere. In the same folder `make fuzz` tries it first again. Add the

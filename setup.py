@@ -29,6 +29,7 @@ setup(
         "transformers>=5.12",
         "accelerate>=1.15",
         "PyYAML>=6.0",
+        "omegaconf>=2.4",
         "numpy>=2.0",
         "httpx>=0.28",
         "jinja2>=3.1",

@@ -6,7 +6,7 @@
 
 The same shards are trained on with lag 0 and 1 and several seeds, the local engine in a process of its own, each process with one
 thread. hidden_share: of the shorter of a step's two halves (sampling the next batch; learning from this one; handing over the
-weights, when both stand still, is neither), how much of it ran beside the other, in the steps that lag;
+weights, when both wait, is neither), how much of it ran beside the other, in the steps that lag;
 hidden_share_of_run: in all of them, those before training.on_policy_batches included. reward_mean: over the steps of a run. With
 lag 1 every batch but the first (and training.on_policy_batches more) comes from the policy one update before, which moves the
 curve by one step; reward_of_policies is the mean over the same policies for both, those after 0, 1, 2, … updates, and tells
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(rows: Sequence[dict[str, float]], lag: int, on_policy_batches: int = 0) -> dict[str, Any]:
-    """Of one run's metrics. With lag, batches on_policy_batches and on_policy_batches + 1 come from the same policy."""
+    """What one run's metrics say. With lag, batches on_policy_batches and on_policy_batches + 1 come from the same policy."""
     hidden = shorter = lagging = 0.0
     for i, (row, following) in enumerate(zip(rows, rows[1:], strict=False)):
         sampling = sum(following[name] for name in SAMPLING)

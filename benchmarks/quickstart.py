@@ -2,13 +2,14 @@
 
     make quickstart && .venv/bin/python -m benchmarks.quickstart --out benchmarks/results/DATE-quickstart.json
 
-Not a comparison of methods: one seed, one small model, an easy task; the seconds hold for this machine alone.
+Not a comparison of methods: one seed, one small model, an easy task; the seconds hold for this machine only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.environment import environment
@@ -29,18 +30,18 @@ STEP_KEYS = (
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     result = {
         "environment": environment(),
-        "summary": json.loads((options.run / "summary.json").read_text()),
-        "filter": json.loads((options.run / "filter.json").read_text())["describe"],
+        "summary": json.loads((options.run / "summary.json").read_text(encoding="utf-8")),
+        "filter": json.loads((options.run / "filter.json").read_text(encoding="utf-8"))["describe"],
         "steps": [{key: row[key] for key in STEP_KEYS} for row in read_metrics(options.run)],
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(options.out)
 
 

@@ -164,7 +164,7 @@ def _cache(options: dict[str, Any]) -> Path:
 
 
 def _peak_memory() -> int:
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found, "/proc of Linux"
     return int(found[1]) * 1024
 
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "build": {key: value for key, value in built.items() if key != "answers"},
         "reopen": [{key: value for key, value in one.items() if key != "answers"} for one in reopened],
     }
-    parsed.out.write_text(json.dumps(result, indent=1) + "\n")
+    parsed.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary, indent=1))
     if not summary["equal"]:
         raise SystemExit("the memory-mapped index answers otherwise than the one in memory")

@@ -39,12 +39,22 @@ settings.register_profile("fixed", derandomize=True, database=None, **PATIENT)
 settings.register_profile("fuzz", max_examples=300, **PATIENT)
 settings.load_profile("fixed")
 
+LONGEST = ("tests/stages", "tests/training", "tests/kernels", "tests/engines", "tests/benchmarks", "tests/experiments")
+
 
 @pytest.hookimpl(trylast=True)  # when Hypothesis has read --hypothesis-profile
 def pytest_configure() -> None:
     if settings.get_current_profile_name() == "fixed":
         # Hypothesis also draws constants of the modules that happen to be imported, and those depend on the tests that ran before.
         providers._get_local_constants = Constants
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers the longest files come first, so that none is left alone with one of them at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(
+            key=lambda item: next((i for i, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST))
+        )
 
 
 def _seed(name: str) -> None:

@@ -9,7 +9,9 @@ import pytest
 from support.paths import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NAMED = re.compile(r"\]\(([^)#\s]+)|(?<![\w/])((?:swirl_fast|tests|benchmarks|kernels|configs)/[\w./-]+\.(?:py|yaml|md|json))")
+NAMED = re.compile(
+    r"\]\(([^)#\s]+)|(?<![\w/])((?:swirl_fast|tests|benchmarks|kernels|configs)/[\w./-]+\.(?:py|yaml|md|json))"
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -8,7 +8,7 @@ random weights (put back before every step) and the same loss; that they agree i
 shape cut to 2 layers with real lengths, sized for a few minutes on two CPU cores.
 
 Read with care: `padded` keeps the logits of its positions for the backward and, in the few micro-batches that mix lengths, is handed
-a mask by transformers; `packed` is without either, so that `comb_vs_packed` is the closest to what sharing alone gives.
+a mask by transformers; `packed` is without either, so that `comb_vs_packed` is the closest to what only sharing gives.
 
 Not measured: drawing and judging the actions, the reference model, more than one device. Random tokens share less than real ones,
 where actions of one state often begin alike. One trajectory a step: at small K and G a GPU is not filled by any of the ways.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.step_training.measure import Comparison, Settings, compare_in_float32, forward_backward, measure
+from benchmarks.step_training.measure import Comparison, Settings, compare_in_float32, forward_backward, measure_way
 from benchmarks.step_training.plot import draw, require_matplotlib
 from benchmarks.step_training.ways import MODELS, SHAPES, WAYS, Shape, build, make_case
+from swirl_fast.files import write_text
 
 
 def fitted_steps(steps: Sequence[int]) -> list[int]:
@@ -51,7 +51,7 @@ def growth_exponent(steps: Sequence[int], costs: Sequence[float]) -> float | Non
 
 
 def summarize(results: list[dict[str, Any]], equality: dict[str, Any] | None) -> dict[str, Any]:
-    """Of the largest cell measured; the exponents over K at its G. None where a way was left out."""
+    """The largest cell measured; the exponents over K at its G. None where a way was left out."""
     largest = max(results, key=lambda row: row["tokens_effective"])
     cell = {row["way"]: row for row in results if _key(row) == _key(largest)}
     comb = cell.get("comb", {})
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for k, g in cells:
             case, comparison = make_case(shape, k, g, vocab), Comparison()
             for way in options.ways:
-                found = measure(model, initial, way, case, settings, options.repeats, comparison, bar)
+                found = measure_way(model, initial, way, case, settings, options.repeats, comparison, bar)
                 rows.append({"steps": k, "samples": g, "way": way, **found})
                 result["summary"] = summarize(rows, equality)
                 result["results"] = rows
@@ -212,6 +212,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all, so that an interrupted run leaves what it measured."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(result, indent=1) + "\n")

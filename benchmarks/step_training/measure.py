@@ -127,7 +127,7 @@ class Comparison:
         }
 
 
-def measure(
+def measure_way(
     model: PreTrainedModel,
     initial: dict[str, torch.Tensor],
     way: str,

@@ -28,7 +28,7 @@ def require_matplotlib() -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Of the results at the largest cell's G. The kind of picture follows from the name (.svg, .png)."""
+    """Plots the results at the largest cell's G. The kind of picture follows from the name (.svg, .png)."""
     require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("picture", type=Path, help="a name ending in .svg or .png")
     options = parser.parse_args()
-    draw(json.loads(options.result.read_text()), options.picture)
+    draw(json.loads(options.result.read_text(encoding="utf-8")), options.picture)
     print(options.picture)
 
 

@@ -155,7 +155,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PaddedInputs:
-    """tokens_BT, mask_BT int64 (None without padding); keep_P: positions that get logits; targets_BP: the token behind each, 0 where
+    """tokens_BT, mask_BT int64 (None without padding); keep_P: positions that get logits; targets_BP: the token after each, 0 where
     none is wanted."""
 
     tokens_BT: Tensor
@@ -189,7 +189,7 @@ def padded_batches(case: Case, budget: int, max_rows: int, device: str) -> list[
     """At most `max_rows` rows each, fewer where their padded tokens exceed the budget; the longest row of each sets its width.
 
     Rows of one state are neighbours, so that padding is rare: where a micro-batch holds one state only, its logits are those of the
-    action tokens alone; else every row gets logits wherever one of them needs them, since logits_to_keep is common to a micro-batch.
+    action tokens; else every row gets logits wherever one of them needs them, since logits_to_keep is common to a micro-batch.
     """
     groups: list[list[tuple[Ints, Ints, int]]] = [[]]
     for row in case.rows():
@@ -250,7 +250,7 @@ def _varlen_attention(
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         longest = max(packed.lengths)
         out = varlen_attn(q, k, v, packed.starts, packed.starts, longest, longest, scale=scaling, window_size=(-1, 0))
-        assert isinstance(out, Tensor), "varlen_attn was asked for its output alone"
+        assert isinstance(out, Tensor), "varlen_attn was asked for its output only"
         return out[None], None
     runs = [(length, len(list(same))) for length, same in groupby(packed.lengths)]
     parts = zip(*(x[0].split([length * rows for length, rows in runs], 1) for x in (query, key, value)), strict=True)

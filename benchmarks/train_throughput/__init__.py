@@ -180,7 +180,7 @@ def measure(options: argparse.Namespace, config: Config, ranks: Ranks, way: str)
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the largest number of ranks, of the comb where it was measured. comb_vs_rows: seconds of a step, comb_vs_rows_cpu: of CPU time,
+    """The run on most ranks, of the comb where it was measured. comb_vs_rows: seconds of a step, comb_vs_rows_cpu: of CPU time,
     to which on a CPU it matters less what else is running; None where a way is missing."""
     ranks = max(row["ranks"] for row in rows)
     ways = {row["way"]: row for row in rows if row["ranks"] == ranks}

@@ -31,7 +31,7 @@ from swirl_fast.verdict import Judgement, Verdict
 
 
 class ModelShape(NamedTuple):
-    """Of a Llama: RMSNorm, rotary embedding, gated MLP, no biases. tied: output layer and embeddings are one matrix."""
+    """The shape of a Llama: RMSNorm, rotary embedding, gated MLP, no biases. tied: output layer and embeddings are one matrix."""
 
     hidden: int
     layers: int

@@ -1,26 +1,47 @@
-"""`load` is the only entrance to the settings: defaults, a YAML file, `key=value` overrides, checked."""
+"""`load` is the only entrance to the settings: defaults, a YAML file or a table, `key=value` overrides, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from swirl_fast.config.check import check
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.read import Layer, fill, read_file, read_override
 from swirl_fast.config.schema import Config
-from swirl_fast.config.yaml_text import write
+from swirl_fast.config.yaml_text import parse, write
 
 
-def load(path: str | Path | None = None, overrides: Sequence[str] = (), files: bool = True) -> Config:
-    """Defaults, then the YAML file, then `section.key=value` overrides; checked. Tables are merged key by key, but for `{}`: it empties a
+def load(
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = (), files: bool = True
+) -> Config:
+    """Defaults, then the source, then `section.key=value` overrides; checked. Tables are merged key by key, but for `{}`: it empties a
     table of free keys, such as `tasks.options`. files: whether those that the settings name must be there.
+
+    source: a YAML file; or sections as a table, also one that OmegaConf or Hydra composed, whose interpolations are resolved.
 
     Raises ConfigError for a missing or unreadable file, an unknown key, a wrong type or an impossible value.
     """
-    layers = [] if path is None else [read_config(path)]
+    layers = []
+    if isinstance(source, Mapping):
+        layers = [_read_table(source)]
+    elif source is not None:
+        layers = [read_config(source)]
     return load_layers([*layers, *(read_override(Config, override) for override in overrides)], files)
+
+
+def _read_table(table: Mapping[str, Any]) -> Layer:
+    from omegaconf import DictConfig, OmegaConf  # here, for the benchmarks of a step need neither it nor its parser
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(table, DictConfig):
+        try:
+            table = OmegaConf.to_container(table, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"the table of settings cannot be resolved: {str(error).splitlines()[0]}") from None
+    return Layer(parse(write(dict(table))), "table")
 
 
 def load_layers(layers: Sequence[Layer], files: bool = True) -> Config:

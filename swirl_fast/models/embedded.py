@@ -51,10 +51,11 @@ def embedded_folder() -> Path:
     source = str(Path(spec.origin).parent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).save_pretrained(building)
-        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(building)
+        options |= {"dtype": torch.float32, "trust_remote_code": False}
+        AutoModelForCausalLM.from_pretrained(source, **options).save_pretrained(building)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF, trust_remote_code=False).save_pretrained(building)
     _split_digits(building / "tokenizer.json")
-    AutoConfig.from_pretrained(building)  # fails here rather than on the next start
+    AutoConfig.from_pretrained(building, trust_remote_code=False)  # fails here rather than on the next start
     try:
         building.rename(target)
     except OSError:  # another rank was first

@@ -41,7 +41,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, with `model.chat_template` in place of its own template when that is set."""
     source = resolve(config.path)
     with named_errors(config):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if config.chat_template:
         tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     if not tokenizer.chat_template:
@@ -70,7 +70,9 @@ def check_weights_folder(config: ModelConfig, folder: str) -> None:
         )
     if not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
         return
-    own, others = load_tokenizer(config).get_vocab(), AutoTokenizer.from_pretrained(folder).get_vocab()
+    own = load_tokenizer(config).get_vocab()
+    with named_errors(config, folder):
+        others = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     if own != others:
         raise ConfigError(
             f"--of {folder}: its tokenizer has another vocabulary ({len(others)} tokens) than that of model.path={config.path} "
@@ -84,8 +86,8 @@ def load_model(config: ModelConfig, dtype: str, weights: str | None = None) -> P
     weights: a checkpoint's exported folder to load in place of `config.path`.
     """
     source = weights or resolve(config.path)
-    with named_errors(config):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+    with named_errors(config, weights):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
     return model.eval()
 
 
@@ -105,19 +107,27 @@ def local_folder(config: ModelConfig) -> Path:
 def load_config(config: ModelConfig) -> transformers.PreTrainedConfig:
     source = resolve(config.path)
     with named_errors(config):
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager
-def named_errors(config: ModelConfig) -> Iterator[None]:
-    """Turns what loading from `config.path` raises into a ConfigError that says what to do."""
+def named_errors(config: ModelConfig, folder: str | None = None) -> Iterator[None]:
+    """Turns what loading from `folder`, by default `config.path`, raises into a ConfigError that says what to do."""
+    name = f"model.path={config.path}" if folder is None else folder
     try:
         yield
     except OSError as error:
         # what transformers raises for a wrong name, a gated repository and a missing network alike
         raise ConfigError(
-            f"model.path={config.path}: cannot be loaded ({' '.join(str(error).split())[:300]}). Give a folder that save_pretrained "
+            f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]}). Give a folder that save_pretrained "
             "wrote, or a name on the Hugging Face hub that this machine can reach (for a gated one, log in with `hf auth login`)"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(
+            f"{name}: brings code of its own (auto_map in its config.json or tokenizer_config.json), which is never run. Give a model "
+            "that transformers itself knows, or remove auto_map where model_type is one of those"
         ) from error
 
 

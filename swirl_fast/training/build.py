@@ -157,8 +157,8 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
         stack.callback(judge.close)
     tokenizer = load_tokenizer(config.model)
     rollouts = _open_rollouts(config, ranks, stream, task, judge, Renderer(tokenizer, config.model.path), stack)
-    max_context = model_config.get_text_config().max_position_embeddings
-    check_budget(config, stream.manifest, rollouts.engine.max_context if rollouts.engine else max_context)
+    context = rollouts.engine.max_context if rollouts.engine else model_config.get_text_config().max_position_embeddings
+    check_budget(config, stream.manifest, context)
     if ranks.main:
         _say_what_to_expect(config, ranks, stream, model_config)
     policy = make_policy(config, ranks)

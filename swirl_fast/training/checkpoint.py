@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 from swirl_fast.files import fsync, hash_file, lock
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import TIMEOUT, Ranks
+from swirl_fast.training.checkpoint_reader import load
 
 # Of the metrics that training.keep_best may name; of the others a larger mean is better.
 SMALLER_IS_BETTER = ("malformed",)
@@ -62,9 +63,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[float] | None = None
         self._window: list[float] = []  # the metric `best` since the last scheduled checkpoint
-        warnings.filterwarnings(
-            "ignore", message="torch.distributed is disabled"
-        )  # DCP's; in one process as it should be
+        # DCP's; in one process as it should be
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._lock, problem = -1, ""
         if ranks.main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +77,7 @@ class Checkpoints:
         if ranks.main:
             for left in folder.glob(f"*{_TEMPORARY}"):  # of a process that was killed while it wrote or removed one
                 _remove(left)
+            self._link_best()  # the process may have been killed before it did
         ranks.barrier()
         if not all(ranks.gather(folder.is_dir())):
             raise ValueError(f"{folder} is not there on every rank: run.folder must be shared by all machines")
@@ -144,20 +145,16 @@ class Checkpoints:
         """Restores the newest whole checkpoint and returns its state, None when there is none at all.
 
         check: gets the state before anything is restored, and raises when it must not be. Damaged ones are warned about and set
-        aside as `step_N.damaged`. Raises ValueError when all are damaged.
+        aside as `step_N.damaged`. Raises ValueError when all are damaged, or the newest whole one names code to run.
         """
         source = self._latest()
         if source is None:
             return None
-        state = json.loads((source / _STATE).read_text())
+        state = json.loads((source / _STATE).read_text(encoding="utf-8"))
         check(state)
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         try:
-            dcp.load(
-                {"model": model_state, "optimizer": optimizer_state},
-                checkpoint_id=source,
-                no_dist=self._group is None,
-            )
+            load(source, {"model": model_state, "optimizer": optimizer_state})
         except CheckpointException as error:
             raise RuntimeError(f"checkpoint {source} cannot be loaded into this model: {error}") from error
         set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
@@ -174,6 +171,9 @@ class Checkpoints:
             problems = self._ranks.gather(damage(path, self._ranks.rank, self._ranks.size))
             problem = next((one for one in problems if one is not None), None)
             if problem is None:
+                if self._ranks.main:
+                    self._remove_old(self._link_best())
+                self._ranks.barrier()
                 return path
             if self._ranks.main:
                 aside = path.with_name(f"{name}.damaged")
@@ -224,21 +224,30 @@ class Checkpoints:
                 raise OSError(
                     f"{name}, written by another rank, is not there: {self.folder} must be shared by all machines"
                 )
-        (writing / _STATE).write_text(state)
+        (writing / _STATE).write_text(state, encoding="utf-8")
         hashes |= {name: hash_file(writing / name) for name in (".metadata", _STATE)}
-        (writing / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True))
+        (writing / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True), encoding="utf-8")
         for path in (writing / _STATE, writing / _MANIFEST, writing):
             fsync(path)
         writing.rename(target)
         fsync(self.folder)
-        kept = checkpoints(self.folder)
-        best = best_of(kept, self._best)
-        if best is not None:
-            link = self.folder / f"{BEST}{_TEMPORARY}"
-            _remove(link)
-            link.symlink_to(best.name)
-            link.replace(self.folder / BEST)
-        for old in kept[: -self._keep]:
+        self._remove_old(self._link_best())
+
+    def _link_best(self) -> Path | None:
+        """On rank 0: `best` names the best checkpoint there is. Returns it."""
+        best, link = best_of(checkpoints(self.folder), self._best), self.folder / BEST
+        if best is not None and not (link.is_symlink() and os.readlink(link) == best.name):
+            new = link.with_name(f"{BEST}{_TEMPORARY}")
+            _remove(new)
+            new.symlink_to(best.name)
+            new.replace(link)
+        elif best is None and link.is_symlink() and not link.exists():
+            link.unlink()
+        return best
+
+    def _remove_old(self, best: Path | None) -> None:
+        """On rank 0, when the newest checkpoint is known to be whole."""
+        for old in checkpoints(self.folder)[: -self._keep]:
             if old != best:
                 _remove(old)
 
@@ -278,7 +287,7 @@ def best_of(paths: list[Path], metric: str) -> Path | None:
     means: dict[Path, float] = {}
     for path in paths if metric else ():
         try:
-            mark = json.loads((path / _STATE).read_text())[BEST]
+            mark = json.loads((path / _STATE).read_text(encoding="utf-8"))[BEST]
             if mark["metric"] == metric and mark["mean"] is not None:
                 means[path] = -mark["mean"] if metric in SMALLER_IS_BETTER else mark["mean"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -293,7 +302,7 @@ def recorded_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint; those in {path.parent}: {there}")
     if (problem := damage(path)) is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
-    state: dict[str, Any] = json.loads((path / _STATE).read_text())
+    state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
     return state
 
 
@@ -302,14 +311,14 @@ def load_weights(path: Path, policy: Policy | torch.nn.Module) -> None:
     weights = get_model_state_dict(policy)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's; as it should be
-        dcp.load({"model": weights}, checkpoint_id=path, no_dist=not dist.is_initialized())
+        load(path, {"model": weights})
     set_model_state_dict(policy, weights)
 
 
 def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, or with every `parts`-th of its files from number `part` on; None when it is whole."""
     try:
-        hashes: dict[str, str] = json.loads((path / _MANIFEST).read_text())
+        hashes: dict[str, str] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         if missing := {_STATE, ".metadata"} - hashes.keys():
             return f"{_MANIFEST} does not name {' and '.join(sorted(missing))}"
         for name in sorted(hashes)[part::parts]:

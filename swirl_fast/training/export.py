@@ -66,7 +66,7 @@ def _write_files(folder: Path, policy: Policy, ranks: Ranks, file_bytes: int) ->
         return
     if len(set(file_of.values())) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():

@@ -51,7 +51,7 @@ def empty_model(config: ModelConfig, dtype: str) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(load_config(config), dtype=DTYPES[dtype])
+            model = AutoModelForCausalLM.from_config(load_config(config), dtype=DTYPES[dtype], trust_remote_code=False)
     except (RuntimeError, NotImplementedError) as error:
         raise Unsharded(f"cannot be built without storage ({error})") from error
     _make_buffers(model)
@@ -141,7 +141,7 @@ def _places(config: ModelConfig) -> Iterator[tuple[str, Path]]:
     index = locate(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         raise Unsharded("it has no safetensors files")
-    weight_map = json.loads(Path(index).read_text())["weight_map"]
+    weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     paths = {}
     for file in sorted(set(weight_map.values())):
         path = locate(file)

@@ -10,9 +10,6 @@ parameters in bfloat16, norms and embeddings too.
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
-import operator
 import time
 from typing import Any
 
@@ -25,22 +22,13 @@ from swirl_fast.files import describe_changes
 from swirl_fast.metrics import PhaseTimer
 from swirl_fast.models.load import DTYPES
 from swirl_fast.models.policy import Policy, model_size
-from swirl_fast.objective import (
-    Actions,
-    LossSums,
-    advantages,
-    counts,
-    imitation_advantages,
-    policy_loss,
-    trajectory_advantages,
-    weights,
-)
+from swirl_fast.objective import Actions, advantages, counts, imitation_advantages, trajectory_advantages, weights
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
 from swirl_fast.training import weight_sync
+from swirl_fast.training.backward import backward
 from swirl_fast.training.batch import MicroBatch, Packer, to_actions
 from swirl_fast.training.checkpoint import Checkpoints
-from swirl_fast.training.fsdp import set_gradient_sync
 from swirl_fast.training.guards import Guards
 from swirl_fast.training.interrupt import Interrupts
 from swirl_fast.training.metrics_log import MetricsLog
@@ -48,7 +36,6 @@ from swirl_fast.training.schedule import learning_rate
 from swirl_fast.training.step_metrics import StepSums, gaming_signs, over_ranks, step_metrics
 from swirl_fast.training.utilization import peak_flops, peak_memory
 from swirl_fast.verdict import Verdict
-from swirl_kernels import PolicyLossMetrics
 
 Metrics = dict[str, float]
 
@@ -274,7 +261,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with timer.phase("forward_backward"):
-            losses = self._backward(batches, sums, first)
+            losses = backward(self.policy, batches, self.config, self.ranks, sums, first)
             if first and self.engine is not None and not self.rollouts.lagged:
                 self._check_gap(sums)
         with timer.phase("optimizer"):
@@ -288,49 +275,6 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.ranks.wait()
         return grad_norm
-
-    def _backward(self, batches: list[MicroBatch], sums: StepSums, first: bool) -> list[Tensor]:
-        """The loss of each micro-batch, NaN where a log-prob of a trained token is not finite."""
-        metrics: list[PolicyLossMetrics] = []
-        losses: list[Tensor] = []
-        shown: list[
-            Tensor
-        ] = []  # of each micro-batch: its loss, negative log-prob, the sum and the largest of the gaps
-        for i, batch in enumerate(batches):
-            if self.ranks.distributed:
-                every = self.config.training.shard_accumulated_gradients
-                set_gradient_sync(self.policy, i == len(batches) - 1, every)
-            logp_N = self.policy(batch.row)
-            loss, part = policy_loss(
-                logp_N,
-                logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N,
-                batch.advantage_N,
-                batch.weight_N,
-                self.config.algorithm,
-                batch.ref_logp_N,
-                batch.rollout_logp_N,
-                batch.offsets_A,
-            )
-            (loss * self.ranks.size).backward()  # FSDP averages gradients over ranks; the loss is a global sum
-            metrics.append(part)
-            seen_N = torch.where(batch.weight_N != 0, logp_N.detach(), 0.0)
-            # An importance weight of 0 would hide a log-prob of minus infinity from the loss.
-            losses.append(torch.where(seen_N.isfinite().all(), loss.detach(), math.nan))
-            if first:
-                # A log-prob that the policy has no number for skips the step, and is no fault of the engine's.
-                counted_N = (batch.weight_N != 0) & seen_N.isfinite()
-                gap_N = torch.where(counted_N, (seen_N - batch.rollout_logp_N).abs(), 0.0)
-                gap_max = gap_N.max() if len(gap_N) else gap_N.sum()
-                shown.append(torch.stack([loss.detach(), -seen_N.sum(), gap_N.sum(), gap_max]).double())
-        # Read here and not in the loop: the host would wait for the device after every micro-batch.
-        if metrics:
-            sums.add_loss(LossSums.of(functools.reduce(operator.add, metrics)), first)
-        for loss_here, nll, gap, gap_max_here in torch.stack(shown).tolist() if shown else ():
-            sums.loss += loss_here
-            sums.nll += nll
-            sums.gap += gap
-            sums.gap_max = max(sums.gap_max, gap_max_here)
-        return losses
 
     def _check_gap(self, sums: StepSums) -> None:
         """Raises ValueError on every rank, before the weights change, when the engine's log-probs are not those of the policy: it

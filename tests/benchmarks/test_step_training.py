@@ -43,7 +43,7 @@ def padded_tokens(lengths: list[int], budget: int, most: int) -> int:
 def run(folder: Path, *arguments: str) -> dict[str, Any]:
     out = folder / "result.json"
     main(["--model", "tiny", "--shape", "math", "--device", "cpu", "--repeats", "1", "--out", str(out), *arguments])
-    return json.loads(out.read_text())
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(autouse=True)

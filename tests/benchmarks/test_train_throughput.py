@@ -42,7 +42,7 @@ EFFECTIVE = G * sum(MATH.state(k + 1) + MATH.action for k in range(K))
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("throughput") / "result.json"
     main([*TINY, "--reference", "--peak-tflops", "0.5", "--token-budget", "1000", "--out", str(out)])
-    return out, json.loads(out.read_text())
+    return out, json.loads(out.read_text(encoding="utf-8"))
 
 
 def test_both_ways_are_counted(found: tuple[Path, dict[str, Any]]) -> None:
@@ -114,7 +114,7 @@ def test_two_ranks_are_added_to_one(tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     assert [(row["ranks"], row["way"]) for row in result["results"]] == [
         *((1, "comb"), (1, "rows"), (2, "comb"), (2, "rows")),
     ]
@@ -127,7 +127,7 @@ def test_two_ranks_are_added_to_one(tmp_path: Path) -> None:
     assert result["summary"]["ranks"] == 2 and result["summary"]["mfu"] is None
     with pytest.raises(ValueError, match=r"other settings \(samples\)"):
         main([*arguments, "--samples", "2"])
-    assert json.loads(out.read_text()) == result
+    assert json.loads(out.read_text(encoding="utf-8")) == result
 
 
 def test_the_ways_differ_in_nothing_but_sharing() -> None:

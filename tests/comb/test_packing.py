@@ -60,7 +60,7 @@ def test_any_tree_equals_separate_rows(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_every_offset_of_a_branch(kind: str) -> None:
-    """Teeth behind 1 to 128 tokens of a trunk that goes on. gemma2: softcaps, one layer with a window of 50 and one without."""
+    """Teeth after 1 to 128 tokens of a trunk that goes on. gemma2: softcaps, one layer with a window of 50 and one without."""
     naive, _ = twins(kind, torch.float32)
     if kind == "gemma2":
         naive.config.sliding_window = naive.model.layers[0].self_attn.sliding_window = 50

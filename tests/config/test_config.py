@@ -121,7 +121,7 @@ def test_an_empty_table_drops_what_was_in_it(tmp_path: Path) -> None:
         ("engine.timeout=0", ["engine.timeout=0", "above 0"]),
         ("engine.timeout=nan", ["engine.timeout=nan", "above 0"]),
         ("engine.urls=[10.0.0.2:30000]", ["engine.urls", "'10.0.0.2:30000'", "http://10.0.0.2:30000"]),
-        ("engine.urls=['http://a:1/v1']", ["engine.urls", "'http://a:1/v1'", "no address of a server"]),
+        ("engine.urls=['http://a:1/v1']", ["engine.urls", "'http://a:1/v1'", "not the address of a server"]),
         ("engine.urls=['http://a:1','http://a:1/']", ["engine.urls", "twice"]),
         ("engine.launch.servers=0", ["engine.launch.servers=0", "at least 1"]),
         ("engine.launch.gpus_per_server=0", ["engine.launch.gpus_per_server=0", "at least 1"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROWS, SIZE, VOCAB, WORKSPACE = 1000, 256, 152_064, 64
+ROWS, SIZE, VOCAB, WORKSPACE = 400, 64, 152_064, 64
 BOUND = 1.1 * (WORKSPACE + ROWS * SIZE * 4 / 2**20)
 
 PROGRAM = f"""

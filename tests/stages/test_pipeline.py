@@ -18,6 +18,7 @@ from support.small_models import CHAT_TEMPLATE, train_tokenizer
 from support.stores import count_rows, read_samples
 from support.task_files import write_lines
 
+from benchmarks import quickstart
 from swirl_fast import cli
 from swirl_fast.config import load as load_config
 from swirl_fast.data.store import Store
@@ -27,7 +28,7 @@ from swirl_fast.objective import policy_loss
 from swirl_fast.rollouts import pipeline as sampler
 from swirl_fast.rollouts.at_states import SampledAction, sample_actions
 from swirl_fast.stages.evaluation_files import FILES, make_room
-from swirl_fast.training import build
+from swirl_fast.training import backward, build
 from swirl_fast.training import trainer as loop
 from swirl_kernels import PolicyLossMetrics
 
@@ -90,6 +91,9 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
             0 <= row[n] < 1 for n in ("cut_off", "outside_tag", "repeated")
         )
     assert all(row["engine_gap_mean"] < 1e-4 for row in rows), "engine and trainer disagree on log-probs"  # invariant 4
+    kept = tmp_path / "kept.json"
+    quickstart.main(["--run", str(folder), "--out", str(kept)])
+    assert [row["reward"] for row in json.loads(kept.read_text())["steps"]] == [row["reward"] for row in rows]
     second = start(["run", *arguments])
     assert "trained to step" in second.stdout
     assert "tokens generated" not in second.stdout, "nothing is drawn again"
@@ -370,7 +374,7 @@ def test_the_first_update_on_a_batch_has_ratio_one_and_the_second_has_not(
         return loss, metrics
 
     monkeypatch.setattr(build, "Trainer", Watched)
-    monkeypatch.setattr(loop, "policy_loss", watched)
+    monkeypatch.setattr(backward, "policy_loss", watched)
     ppo = ("algorithm.name=ppo", "algorithm.updates_per_batch=2", "training.steps=2", "training.token_budget=512")
     assert cli.main(["train", *overrides(folder, tiny_model, judged, *ppo)]) == 0
     assert of_update.keys() == {(step, update) for step in range(2) for update in range(2)}

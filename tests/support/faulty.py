@@ -45,7 +45,7 @@ def train_step(self: loop.Trainer) -> loop.Metrics:
 
 def sample_actions(trajectories: Any, *arguments: Any) -> Any:
     ids = [trajectory.id for trajectory in trajectories]
-    (folder / f"{now.replace(':', '-')}.json").write_text(json.dumps(ids))
+    (folder / f"{now.replace(':', '-')}.json").write_text(json.dumps(ids), encoding="utf-8")
     return real_sample(trajectories, *arguments)
 
 

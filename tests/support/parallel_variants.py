@@ -261,8 +261,10 @@ def load_and_export(model: Path, out: Path, ranks: Ranks) -> None:
     tensors |= {f"buffer {name}": buffer.clone() for name, buffer in policy.model.named_buffers()}
     if ranks.main:
         save_file(tensors, out / f"{model.name}.safetensors")
-        (out / f"{model.name}.json").write_text(json.dumps(reads))
-    tokenizer = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer.json").write_text("{}"))
+        (out / f"{model.name}.json").write_text(json.dumps(reads), encoding="utf-8")
+    tokenizer = SimpleNamespace(
+        save_pretrained=lambda folder: (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    )
     export(out / model.name, policy, tokenizer, ranks, file_bytes=20_000)
 
 
@@ -277,6 +279,6 @@ if __name__ == "__main__":
         torch._dynamo.reset()
         found, parameters = train(Path(folder), one, all_ranks, out_folder / "runs" / one)
         if all_ranks.main:
-            (out_folder / f"{one}.json").write_text(json.dumps(found))
+            (out_folder / f"{one}.json").write_text(json.dumps(found), encoding="utf-8")
             save_file(parameters, out_folder / f"{one}.safetensors")
     stop()

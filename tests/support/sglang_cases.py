@@ -46,7 +46,7 @@ def ask(url: str, path: str, body: dict | None = None) -> dict:
         return json.load(answer)
 
 
-def until(true: Callable[[], object], what: str, seconds: float = 10.0) -> None:
+def until(true: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not in {seconds} s: {what}"

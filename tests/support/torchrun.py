@@ -29,4 +29,4 @@ def torchrun(ranks: int, out: Path, *variants: str) -> str:
 
 
 def read(out: Path, variant: str) -> Run:
-    return json.loads((out / f"{variant}.json").read_text()), load_file(out / f"{variant}.safetensors")
+    return json.loads((out / f"{variant}.json").read_text(encoding="utf-8")), load_file(out / f"{variant}.safetensors")

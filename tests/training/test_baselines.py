@@ -1,4 +1,4 @@
-"""The baselines that step-wise training is compared with, against the obvious way: one row per recorded action, by transformers alone."""
+"""The baselines that step-wise training is compared with, against the obvious way: one row per recorded action, by plain transformers."""
 
 from __future__ import annotations
 

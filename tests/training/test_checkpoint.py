@@ -93,14 +93,14 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(tmp_path: Path) ->
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    let, begun, real = threading.Event(), threading.Event(), checkpoint.digest
+    let, begun, real = threading.Event(), threading.Event(), checkpoint.hash_file
 
     def slow(file: Path) -> str:
         begun.set()
         assert let.wait(60)
         return real(file)
 
-    monkeypatch.setattr(checkpoint, "digest", slow)
+    monkeypatch.setattr(checkpoint, "hash_file", slow)
     training = new_training()
     with Checkpoints(tmp_path, ALONE, keep=2) as checkpoints:
         advance(training)
@@ -212,15 +212,19 @@ def test_the_last_n_and_the_best_are_kept(tmp_path: Path) -> None:
         checkpoints.save(7, *new_training(), {"step": 7}, scheduled=False)  # told to stop
     assert names(tmp_path) == ["best", "step_000004", "step_000006", "step_000007"]
     assert (tmp_path / "best").resolve().name == "step_000004"
-    mark = json.loads((tmp_path / "step_000004" / "state.json").read_text())["best"]
+    mark = json.loads((tmp_path / "step_000004" / "state.json").read_text(encoding="utf-8"))["best"]
     assert mark == {"metric": "process_label", "mean": pytest.approx(0.7), "window": []}
-    assert json.loads((tmp_path / "step_000006" / "state.json").read_text())["best"]["mean"] == pytest.approx(0.5)
+    assert json.loads((tmp_path / "step_000006" / "state.json").read_text(encoding="utf-8"))["best"][
+        "mean"
+    ] == pytest.approx(0.5)
     with Checkpoints(tmp_path, ALONE, keep=2, best="process_label") as checkpoints:
         checkpoints.load_latest(*new_training())
         save_on(iter(range(8, 11)), checkpoints)
     assert names(tmp_path) == ["best", "step_000004", "step_000008", "step_000010"]
     # of steps 7 and 8, although the training was stopped between them
-    assert json.loads((tmp_path / "step_000008" / "state.json").read_text())["best"]["mean"] == pytest.approx(0.675)
+    assert json.loads((tmp_path / "step_000008" / "state.json").read_text(encoding="utf-8"))["best"][
+        "mean"
+    ] == pytest.approx(0.675)
 
 
 @pytest.mark.parametrize("best", ["", "reward"])
@@ -236,6 +240,29 @@ def test_an_older_one_that_is_damaged_stops_nothing(tmp_path: Path, harm: Callab
             if step == 1:
                 harm(tmp_path / "step_000001" / "state.json")
     assert names(tmp_path)[-2:] == ["step_000002", "step_000003"]
+
+
+def test_a_kill_before_the_link_is_mended_when_the_folder_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Path, target: str) -> None:
+        raise OSError("killed")
+
+    checkpoints = Checkpoints(tmp_path, ALONE, keep=1, best="reward")
+    for step, value in enumerate((0.1, 0.2, 0.9), 1):
+        checkpoints.measure({"reward": value})
+        if step == 3:
+            checkpoints.wait()
+            monkeypatch.setattr(Path, "symlink_to", killed)
+        checkpoints.save(step, *new_training(), {"step": step})
+    with pytest.raises(RuntimeError, match="killed"), checkpoints:
+        pass
+    monkeypatch.undo()
+    assert names(tmp_path) == ["best", "step_000002", "step_000003"]
+    with Checkpoints(tmp_path, ALONE, keep=1, best="reward") as checkpoints:
+        assert (tmp_path / "best").resolve().name == "step_000003"
+        checkpoints.load_latest(*new_training())
+        assert names(tmp_path) == ["best", "step_000003"]
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -260,14 +287,14 @@ def test_of_a_metric_to_be_small_the_smallest_is_the_best(tmp_path: Path) -> Non
 def test_a_write_that_fails_stops_training_and_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training, real = new_training(), checkpoint.digest
+    training, real = new_training(), checkpoint.hash_file
 
     def full(file: Path) -> str:
         if "step_000002" in str(file):
             raise OSError(28, "No space left on device")
         return real(file)
 
-    monkeypatch.setattr(checkpoint, "digest", full)
+    monkeypatch.setattr(checkpoint, "hash_file", full)
     with Checkpoints(tmp_path, ALONE, keep=1) as checkpoints:
         checkpoints.save(1, *training, {"step": 1})
         checkpoints.save(2, *training, {"step": 2})

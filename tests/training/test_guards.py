@@ -1,4 +1,5 @@
-"""Skipped steps, silent judges, a KL that runs away, and stops in order: each alone here, in whole trainings in test_faults.py."""
+"""Skipped steps, silent judges, a KL that runs away, and stops in order: each by itself here, in whole trainings in
+tests/stages/test_faults.py."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,7 +154,8 @@ def test_a_signal_to_another_rank_stops_this_one() -> None:
 def test_the_time_limit_leaves_room_for_the_longest_recent_step_and_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interrupt, "_launched", lambda: time.monotonic() - 60)
+    monkeypatch.setattr(interrupt, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    monkeypatch.setattr(interrupt, "_launched", lambda: 940.0)
     found = Interrupts(ALONE, minutes=2)  # a minute is left
     for seconds in (1000.0, 40.0, *[20.0] * 9):  # the first is no recent one
         found.measure(seconds)

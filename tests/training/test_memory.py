@@ -82,12 +82,12 @@ def test_the_numbers_in_a_config_are_the_estimate(name: str, shape: str, ranks: 
     config = load(file, files=False)
     found = estimate(SHAPES[shape], config, ranks)
     assert found.kept["optimizer"] / 8 * max(ranks, 1) / 1e9 == pytest.approx(billions, abs=0.01)
-    assert f"\n#   {found}\n" in file.read_text(), f"write into {file.name}: {found}"
+    assert f"\n#   {found}\n" in file.read_text(encoding="utf-8"), f"write into {file.name}: {found}"
     # these are for GPUs: the servers and, under torchrun, the trainer's ranks of a machine have the 8 GPUs for themselves
     launch = config.engine.launch
     assert config.engine.kind == "sglang"
     if ranks:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         here = int(re.findall(r"--nproc-per-node (\d+)", text)[0])
         machines = int((re.findall(r"--nnodes (\d+)", text) or ["1"])[0])
         assert here * machines == ranks and f"--ranks {ranks} " in text
@@ -105,7 +105,7 @@ MEASURED = [
 def test_against_what_an_h200_held(size: str, way: str) -> None:
     """Peaks of torch's allocator in benchmarks.train_throughput: too little would be found out on a rented GPU."""
     file = ROOT / "benchmarks" / "results" / f"2026-11-26-train-throughput-{size}-h200.json"
-    result = json.loads(file.read_text())
+    result = json.loads(file.read_text(encoding="utf-8"))
     settings, model = result["settings"], result["settings"]["model"]
     (row,) = (row for row in result["results"] if row["way"] == way)
     shape = transformers.Qwen2Config(

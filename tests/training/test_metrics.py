@@ -56,7 +56,7 @@ def strict(text: str) -> list[dict[str, Any]]:
 
 
 class Wandb(ModuleType):
-    """In place of the package: keeps what it is told."""
+    """In place of the package: keeps what it gets."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -89,7 +89,7 @@ def test_all_places_get_the_same_numbers_and_json_no_nan(
             log.write(one)
     finite = [{name: value for name, value in one.items() if math.isfinite(value)} for one in rows]
     assert finite[1].keys() == rows[1].keys() - NAN.keys()
-    written = strict((tmp_path / "metrics.jsonl").read_text())
+    written = strict((tmp_path / "metrics.jsonl").read_text(encoding="utf-8"))
     assert written == [rows[0], rows[1] | dict.fromkeys(NAN), rows[2]]
     for one, back in zip(rows, read_metrics(tmp_path), strict=True):
         assert back == pytest.approx(one | ({name: math.nan for name in NAN} if one["step"] == 2 else {}), nan_ok=True)
@@ -117,7 +117,7 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, wandb: Wan
         log.write(row(2))
     first, second = wandb.started
     assert first == second and wandb.finished == [1, 0]
-    id_ = (folder / "wandb_id").read_text()
+    id_ = (folder / "wandb_id").read_text(encoding="utf-8")
     assert first == {
         **{"project": "project", "id": id_, "resume": "allow", "name": "name", "dir": str(folder)},
         "config": {"seed": 5},
@@ -152,10 +152,13 @@ def test_weights_and_biases_without_the_package_is_refused(
 def test_rows_after_the_checkpoint_are_dropped_and_older_nan_is_mended(tmp_path: Path) -> None:
     old = json.dumps(row(1, reward=math.nan)) + "\n" + json.dumps(row(2)) + "\n" + json.dumps(row(3))[:50]
     assert "NaN" in old
-    (tmp_path / "metrics.jsonl").write_text(old)
+    (tmp_path / "metrics.jsonl").write_text(old, encoding="utf-8")
     with MetricsLog(tmp_path, 1, True, TrainingConfig(steps=2, tensorboard=False)) as log:
         log.write(row(2, loss=7.0))
-    assert strict((tmp_path / "metrics.jsonl").read_text()) == [row(1) | {"reward": None}, row(2, loss=7.0)]
+    assert strict((tmp_path / "metrics.jsonl").read_text(encoding="utf-8")) == [
+        row(1) | {"reward": None},
+        row(2, loss=7.0),
+    ]
 
 
 def test_the_report_leaves_out_what_is_not_a_number(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 def test_shards_hold_what_from_pretrained_loads(
     family: str, families: dict[str, Path], two_ranks: tuple[Path, str]
 ) -> None:
-    """Every parameter and every buffer, bit for bit; and a rank reads its own half of the rows alone."""
+    """Every parameter and every buffer, bit for bit; and a rank reads only its own half of the rows."""
     out, printed = two_ranks
     reads, tensors = read(out, family)
     model = loaded(families[family])
@@ -192,7 +192,9 @@ def test_exported_folder_loads(family: str, families: dict[str, Path], two_ranks
     original, model = loaded(families[family]), loaded(folder)
     for (name, wanted), (other, found) in zip(original.named_parameters(), model.named_parameters(), strict=True):
         assert name == other and torch.equal(wanted, found), name
-    assert json.loads((folder / "config.json").read_text())["architectures"] == [type(original).__name__]
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"] == [
+        type(original).__name__
+    ]
     assert (folder / "tokenizer.json").is_file() and not folder.with_name(f"{family}.tmp").exists()
     if family == "mixtral":  # written by save_pretrained
         return
@@ -219,12 +221,15 @@ def test_weights_that_the_files_do_not_hold_as_they_are(llama: Path, tmp_path: P
     """Each is a reason to load the whole model the usual way, never a parameter without values."""
     for file in llama.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights, original = load_file(llama / "model.safetensors"), json.loads((llama / "config.json").read_text())
+    weights, original = (
+        load_file(llama / "model.safetensors"),
+        json.loads((llama / "config.json").read_text(encoding="utf-8")),
+    )
     norm, table = "model.norm.weight", "model.embed_tokens.weight"
 
     def write(changed: dict[str, torch.Tensor], **config: object) -> None:
         save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
-        (tmp_path / "config.json").write_text(json.dumps(original | config))
+        (tmp_path / "config.json").write_text(json.dumps(original | config), encoding="utf-8")
 
     write({name: tensor for name, tensor in weights.items() if name != norm})
     assert refused(tmp_path) == f"no file holds {norm}"
@@ -237,9 +242,11 @@ def test_weights_that_the_files_do_not_hold_as_they_are(llama: Path, tmp_path: P
     write(weights, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     assert refused(tmp_path) == "its weights are quantised"
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(original))
+    (tmp_path / "config.json").write_text(json.dumps(original), encoding="utf-8")
     assert refused(tmp_path) == "it has no safetensors files"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {norm: "part.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {norm: "part.safetensors"}}), encoding="utf-8"
+    )
     assert "part.safetensors, which is missing" in refused(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     write({**weights, "lm_head.weight": weights[table].clone()})  # the same under both names is no reason

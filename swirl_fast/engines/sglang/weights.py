@@ -34,7 +34,7 @@ _INDEX = "model.safetensors.index.json"
 def tied_names(folder: Path) -> frozenset[str]:
     """Weights of the output layer, which need not be sent where they are the embedding's."""
     # not only from config.json, which leaves out what is its model type's default
-    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
+    tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().tie_word_embeddings
     return frozenset({"lm_head.weight"}) if tied else frozenset()
 
 

@@ -56,7 +56,7 @@ class Dense:
             raise ValueError(f"search.kind=dense: {error}; pip install 'swirl-fast[dense]'") from error
         folder = model_folder(model)
         try:
-            self._model = SentenceTransformer(str(folder))
+            self._model = SentenceTransformer(str(folder), trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"search.model={model}: cannot be loaded: {error}") from error
         similarity = self._model.similarity_fn_name
