@@ -538,7 +538,7 @@ def test_a_bad_local_shard_stops_before_training(own: Path, kind: str) -> None:
     count = len(in_shard(own, name))
     harm, words = DAMAGE[kind]
     harm(own / name)
-    message = rf"{own}/{name} {words}: run filter again, or copy the folder anew, or set training.bad_shards=skip .* its {count} traj"
+    message = rf"{own}/{name} {words}: run filter again, or copy the folder again, or set training.bad_shards=skip .* its {count} traj"
     with pytest.raises(ValueError, match=message):
         open_stream(own, 4)
 

@@ -129,7 +129,7 @@ def test_a_cut_connection_is_tried_again():
 def test_a_body_that_is_no_completion_is_unknown(body):
     with serving(lambda *_: (200, body)) as (_, judge):
         (judgement,) = judge.judge([step()])
-    assert judgement.verdict is UNKNOWN and "no chat completion" in judgement.reason
+    assert judgement.verdict is UNKNOWN and "not a chat completion" in judgement.reason
 
 
 def test_nobody_listens():

@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from support.parallel_variants import config_of, trainer_of
 from support.paths import ROOT
 from support.runs import environment
 
-from swirl_fast.config.check import KEEP_BEST
+from swirl_fast.config import TrainingConfig
 from swirl_fast.metrics import (
     BY_NAME,
     CONSOLE,
@@ -89,7 +90,8 @@ def test_ranks_put_their_sums_together() -> None:
 
 def test_names_are_unique_and_those_used_elsewhere_are_declared() -> None:
     assert len(BY_NAME) == len(METRICS)
-    assert CONSOLE.keys() <= BY_NAME.keys() and KEEP_BEST.keys() <= BY_NAME.keys()
+    keep_best = set(get_args(get_type_hints(TrainingConfig)["keep_best"])) - {""}
+    assert CONSOLE.keys() <= BY_NAME.keys() and keep_best and keep_best <= BY_NAME.keys()
     assert all(metric in METRICS for metric in GAMING)
     assert all(metric.meaning and "|" not in metric.meaning for metric in METRICS)
 

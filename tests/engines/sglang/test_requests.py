@@ -71,7 +71,7 @@ def test_an_answer_of_another_kind_is_an_error(serve, attach, model: Path, how: 
     server = serve()
     engine = attach(server)
     server.fake.misbehave("/generate", how)
-    with pytest.raises(AnswerError, match="no JSON" if how == "no-json" else "completions instead of 2"):
+    with pytest.raises(AnswerError, match="not JSON" if how == "no-json" else "completions instead of 2"):
         engine.generate([request()])
     assert_from(engine.generate([request()]), [request()], original(model), 0)
 
@@ -172,7 +172,7 @@ def test_a_proxy_of_the_environment_is_for_servers_elsewhere(serve, attach, mode
 def test_what_is_no_sglang_server_is_named(serve, attach, path: str, how: str) -> None:
     server = serve()
     server.fake.misbehave(path, how)
-    with pytest.raises(EngineError, match="SGLang|no JSON") as error:
+    with pytest.raises(EngineError, match="SGLang|not JSON") as error:
         attach(server)
     assert server.url in str(error.value)
 
