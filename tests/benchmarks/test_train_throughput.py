@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.paths import ROOT
@@ -139,7 +140,7 @@ def test_the_ways_differ_in_nothing_but_sharing() -> None:
         assert one.completion == other.completion and one.state == other.state
         k = len(one.view.history)
         state, alone = comb.trajectories[one.trajectory].state(k), rows.trajectories[other.trajectory].state(0)
-        assert state[1:] == alone[1:] and len(state) == shape.state(k + 1)
+        assert np.array_equal(state[1:], alone[1:]) and len(state) == shape.state(k + 1)
         firsts.add(alone[0])
     assert len(firsts) == 2 * K * G
     assert comb.judgements == rows.judgements and len({j.verdict for j in comb.judgements[:G]}) == 2
@@ -150,7 +151,7 @@ def test_the_ways_differ_in_nothing_but_sharing() -> None:
     other_rank = make_batch(shape, K, G, 2, vocab, Ranks(0, 2, torch.device("cpu")), 3, rows=True)
     assert not firsts & {t.tokens[0] for t in other_rank.trajectories}
     again = make_batch(shape, K, G, 2, vocab, ranks, 4, rows=True)
-    assert again.sampled[0].completion.tokens != rows.sampled[0].completion.tokens
+    assert not np.array_equal(again.sampled[0].completion.tokens, rows.sampled[0].completion.tokens)
 
 
 def comb_effective(shape: Shape) -> int:

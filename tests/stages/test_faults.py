@@ -20,12 +20,13 @@ from support.runs import command, copy_of, environment, kill_when, overrides, we
 from swirl_fast import cli
 from swirl_fast.config import ConfigError
 from swirl_fast.engines.engine import Request, Sampling
+from swirl_fast.exits import EXIT_RESUMABLE
 from swirl_fast.judges.judge import Judge
 from swirl_fast.metrics import read_metrics
-from swirl_fast.rollouts import pipeline as sampler
+from swirl_fast.rollouts import pipeline
 from swirl_fast.rollouts.at_states import SampledAction
-from swirl_fast.training import build, interrupt
-from swirl_fast.training import trainer as loop
+from swirl_fast.training import build
+from swirl_fast.training.trainer import Metrics, Trainer
 from swirl_fast.verdict import Judgement, Verdict
 
 STEPS = 10
@@ -67,7 +68,7 @@ def faulty(
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         start_new_session="group" in faults,
     )
 
@@ -97,7 +98,7 @@ def test_killed_told_to_stop_and_killed_while_it_writes_a_checkpoint(
     assert not (folder / "r" / "model").exists()
 
     told = faulty(folder, "6:0:term", every[1])
-    assert told.returncode == interrupt.EXIT_RESUMABLE == 75, told.stderr
+    assert told.returncode == EXIT_RESUMABLE == 75, told.stderr
     assert "SIGTERM: stopped at step 6 of 10, start it again" in told.stderr
     assert checkpoints(folder) == ["step_000004", "step_000006"]
     assert [row["step"] for row in read_metrics(folder / "r")] == list(range(1, 7))
@@ -120,7 +121,7 @@ def test_told_to_stop_together_with_the_process_of_its_engine(
     beside = ("engine.own_process=true", "engine.threads=1", "training.lag=1", "algorithm.importance_cap=2")
     stage = ["train", *arguments(folder, tiny_model, judged, *beside)]
     told = faulty(folder, "4:0:group", stage)
-    assert told.returncode == interrupt.EXIT_RESUMABLE, told.stderr
+    assert told.returncode == EXIT_RESUMABLE, told.stderr
     (stopped,) = checkpoints(folder)
     assert (folder / "4:0:group").exists() and f"SIGTERM: stopped at step {int(stopped[5:])} of 10" in told.stderr
     done = faulty(folder, "none", stage)
@@ -142,7 +143,11 @@ def test_a_rank_dies_and_torchrun_goes_on_then_one_rank_finishes_what_two_began(
     assert one.returncode == 0, one.stderr
 
     steps = {
-        step: [id_ for path in sorted(folder.glob(f"{step}-*.json")) for id_ in json.loads(path.read_text())]
+        step: [
+            id_
+            for path in sorted(folder.glob(f"{step}-*.json"))
+            for id_ in json.loads(path.read_text(encoding="utf-8"))
+        ]
         for step in range(1, STEPS + 1)
     }
     assert len(list(folder.glob("[1-5]-1.json"))) == 5 and not list(folder.glob("[6-9]-1.json"))
@@ -151,7 +156,7 @@ def test_a_rank_dies_and_torchrun_goes_on_then_one_rank_finishes_what_two_began(
     for epoch in ((1, 2, 3), (4, 5, 6), (7, 8, 9)):
         assert sorted(id_ for step in epoch for id_ in steps[step]) == sorted(everything), "lost or doubled"
     for step in range(1, STEPS + 1):
-        assert sorted(steps[step]) == sorted(json.loads((straight / f"{step}-0.json").read_text()))
+        assert sorted(steps[step]) == sorted(json.loads((straight / f"{step}-0.json").read_text(encoding="utf-8")))
 
     before = load_file(tiny_model / "model.safetensors")
     wanted, found = weights(straight), weights(folder)
@@ -169,14 +174,14 @@ def test_steps_without_an_update_leave_everything_as_it_was(
     folder = copy_of(prepared, tmp_path)
     seen: list[list[torch.Tensor]] = []
     under_way = 0
-    real_judge = sampler.judge_sampled
+    real_judge = pipeline.judge_sampled
 
-    class Watched(loop.Trainer):
+    class Watched(Trainer):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.policy.register_forward_hook(lambda *call: spoilt(call[-1]) if under_way == 2 else None)
 
-        def train_step(self) -> loop.Metrics:
+        def train_step(self) -> Metrics:
             nonlocal under_way
             under_way = self.step + 1
             metrics = super().train_step()
@@ -200,7 +205,7 @@ def test_steps_without_an_update_leave_everything_as_it_was(
         ]
 
     monkeypatch.setattr(build, "Trainer", Watched)
-    monkeypatch.setattr(sampler, "judge_sampled", silent)
+    monkeypatch.setattr(pipeline, "judge_sampled", silent)
     more = (
         "algorithm.importance_cap=2",
         "algorithm.kl_coef=0",
@@ -220,7 +225,7 @@ def test_steps_without_an_update_leave_everything_as_it_was(
     assert math.isnan(rows[1]["grad_norm"]) == math.isnan(wrong) and rows[4]["grad_norm"] == 0
     assert rows[4]["malformed"] > 0, "these have a verdict, and alone they are not to be learned from"
     assert checkpoints(folder) == ["best", "step_000003", "step_000004", "step_000006"], "put off to the next good step"
-    state = json.loads((folder / "r" / "checkpoints" / "step_000006" / "state.json").read_text())
+    state = json.loads((folder / "r" / "checkpoints" / "step_000006" / "state.json").read_text(encoding="utf-8"))
     assert state["guards"] | {"skipped_steps": 1, "unknown_steps": 1, "in_a_row": 0} == state["guards"]
     assert state["best"]["mean"] == rows[5]["reward"], "the silent step must not count"
 
@@ -253,7 +258,7 @@ def test_a_time_limit_that_has_passed_starts_no_step(
 ) -> None:
     folder = copy_of(prepared, tmp_path)
     late = arguments(folder, tiny_model, judged, "training.time_limit=0.0001")
-    assert cli.main(["train", *late]) == interrupt.EXIT_RESUMABLE
+    assert cli.main(["train", *late]) == EXIT_RESUMABLE
     assert "training.time_limit=0.0001 minutes: stopped at step 0 of 10" in capsys.readouterr().err
     assert not read_metrics(folder / "r") and not checkpoints(folder)
 
@@ -263,23 +268,23 @@ def test_a_judge_that_refuses_later_is_no_fault_of_the_settings_and_costs_no_fin
 ) -> None:
     """With lag, batch 3 fails beside step 2: step 2 and its checkpoint count."""
     folder = copy_of(prepared, tmp_path)
-    real, calls = sampler.judge_sampled, itertools.count(1)
+    real, calls = pipeline.judge_sampled, itertools.count(1)
 
     def refused(*arguments: Any) -> list[Judgement]:
         if next(calls) == 3:
             raise ConfigError("judge.model.url: the server answers 404")
         return real(*arguments)
 
-    monkeypatch.setattr(sampler, "judge_sampled", refused)
+    monkeypatch.setattr(pipeline, "judge_sampled", refused)
     lagging = ("training.lag=1", "algorithm.importance_cap=2", "engine.own_process=true", "training.checkpoint_every=2")
     assert cli.main(["train", *arguments(folder, tiny_model, judged, *lagging)]) == 1
     assert [row["step"] for row in read_metrics(folder / "r")] == [1, 2] and checkpoints(folder) == ["step_000002"]
 
 
-def test_a_checkpoint_is_exported_and_settings_of_a_later_version_do_not_hinder(
+def test_a_checkpoint_is_exported_and_a_finished_training_is_not_repeated(
     prepared: Path, tiny_model: Path, judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint from before a setting existed goes on with its default, and is done when it is done."""
+    """The same settings end at once; others are refused, with the setting that differs."""
     folder = copy_of(prepared, tmp_path)
     more = (
         "training.steps=2",
@@ -301,11 +306,6 @@ def test_a_checkpoint_is_exported_and_settings_of_a_later_version_do_not_hinder(
     assert cli.main(["export", *stage, "--checkpoint", "step_7"]) == 1
     assert "is not a checkpoint; those in" in capsys.readouterr().err
 
-    marker = json.loads((final / "trained.json").read_text())
-    for section, key in (("training", "on_policy_batches"), ("algorithm", "importance_level")):
-        del marker[section][key]
-    (final / "trained.json").write_text(json.dumps(marker))
     assert cli.main(["train", *stage]) == 0 and "is trained to step 2 already" in capsys.readouterr().out
-    (final / "trained.json").write_text(json.dumps(marker | {"seed": 1}))
     assert cli.main(["train", *stage, "training.on_policy_batches=1"]) == 2
     assert "training.on_policy_batches was 0, is 1 now" in capsys.readouterr().err

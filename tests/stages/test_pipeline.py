@@ -25,11 +25,11 @@ from swirl_fast.data.store import Store
 from swirl_fast.metrics import read_metrics
 from swirl_fast.models.load import weights_hash
 from swirl_fast.objective import policy_loss
-from swirl_fast.rollouts import pipeline as sampler
+from swirl_fast.rollouts import pipeline
 from swirl_fast.rollouts.at_states import SampledAction, sample_actions
 from swirl_fast.stages.evaluation_files import FILES, make_room
 from swirl_fast.training import backward, build
-from swirl_fast.training import trainer as loop
+from swirl_fast.training.trainer import Trainer
 from swirl_kernels import PolicyLossMetrics
 
 
@@ -54,11 +54,11 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
     arguments = overrides(tmp_path, tiny_model, judged, "training.tensorboard=true", "evaluate.outcome=judge")
     first = start(["run", *arguments], own_process=True)
     folder = tmp_path / "r"
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     for name in ("base", "trained"):
         assert summary[name]["questions"] == 6
         assert summary[name].keys() >= {"accuracy", "process_label", "malformed", "questions"}
-        full = json.loads((folder / "evaluations" / f"{name}.json").read_text())
+        full = json.loads((folder / "evaluations" / f"{name}.json").read_text(encoding="utf-8"))
         assert {key: full[key] for key in summary[name]} == summary[name]
         assert 0 <= full["judge_accuracy"] <= full["answered"] and full["unknown_answers"] < 6
         assert full["weights"] == weights_hash(tiny_model if name == "base" else folder / "model")
@@ -67,7 +67,7 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
             lengths = [step.end - step.start for t in store.trajectories() for step in t.steps]
         assert full["action_length"] == pytest.approx(sum(lengths) / len(lengths))
     assert summary["seconds"] > 0
-    assert "<html" in (folder / "report.html").read_text()
+    assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
     # invariant 8: screen, metrics.jsonl and TensorBoard show the same numbers
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -93,11 +93,13 @@ def test_run_does_everything_and_a_second_run_is_quick(tmp_path: Path, tiny_mode
     assert all(row["engine_gap_mean"] < 1e-4 for row in rows), "engine and trainer disagree on log-probs"  # invariant 4
     kept = tmp_path / "kept.json"
     quickstart.main(["--run", str(folder), "--out", str(kept)])
-    assert [row["reward"] for row in json.loads(kept.read_text())["steps"]] == [row["reward"] for row in rows]
+    assert [row["reward"] for row in json.loads(kept.read_text(encoding="utf-8"))["steps"]] == [
+        row["reward"] for row in rows
+    ]
     second = start(["run", *arguments])
     assert "trained to step" in second.stdout
     assert "tokens generated" not in second.stdout, "nothing is drawn again"
-    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8")) == summary
 
 
 def test_trajectories_nest_and_shards_hold_them(collected: Path) -> None:
@@ -175,7 +177,7 @@ def test_a_batch_that_is_sampled_beside_the_training_is_one_update_old_and_never
     assert 2 < resumed <= first + 1
     assert all((row["engine_gap_mean"] < 1e-5) == (row["step"] in (1, resumed)) for row in rows)
     assert all((row["seconds_hidden"] > 0) == (row["step"] < STEPS) for row in rows)
-    state = json.loads((folder / "r" / "checkpoints" / f"step_{STEPS:06d}" / "state.json").read_text())
+    state = json.loads((folder / "r" / "checkpoints" / f"step_{STEPS:06d}" / "state.json").read_text(encoding="utf-8"))
     assert state["stream"]["position"] == STEPS * 4, "every batch was trained on once"
 
 
@@ -301,9 +303,9 @@ def test_an_engine_of_another_model_stops_training_before_anything_is_learned(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = copy_of(collected, tmp_path)
-    trainers: list[loop.Trainer] = []
+    trainers: list[Trainer] = []
 
-    class Kept(loop.Trainer):
+    class Kept(Trainer):
         def run(self) -> None:
             trainers.append(self)
             super().run()
@@ -317,7 +319,7 @@ def test_an_engine_of_another_model_stops_training_before_anything_is_learned(
             for one in sample_actions(*arguments)
         ]
 
-    monkeypatch.setattr(sampler, "sample_actions", lower)
+    monkeypatch.setattr(pipeline, "sample_actions", lower)
     monkeypatch.setattr(build, "Trainer", Kept)
     arguments = ["train", *overrides(folder, tiny_model, judged, "training.steps=1")]
     assert cli.main(arguments) == 1
@@ -362,7 +364,7 @@ def test_the_first_update_on_a_batch_has_ratio_one_and_the_second_has_not(
     of_update: dict[tuple[int, int], list[PolicyLossMetrics]] = {}
     current = (0, 0)
 
-    class Watched(loop.Trainer):
+    class Watched(Trainer):
         def _update(self, *arguments: object, first: bool) -> float:
             nonlocal current
             current = (self.step, 0 if first else 1)
@@ -401,7 +403,9 @@ def test_asking_for_fewer_questions_uses_those_alone(
     assert "kept 8 of 8" in done.stdout
     for count in (6, 4):
         start(["evaluate", *overrides(folder, tiny_model, judged, f"tasks.eval_limit={count}"), "--of", "base"])
-        assert json.loads((folder / "r" / "evaluations" / "base.json").read_text())["questions"] == count
+        assert (
+            json.loads((folder / "r" / "evaluations" / "base.json").read_text(encoding="utf-8"))["questions"] == count
+        )
 
 
 def test_another_task_is_evaluated_in_the_same_run_under_a_name_of_its_own(
@@ -420,7 +424,7 @@ def test_another_task_is_evaluated_in_the_same_run_under_a_name_of_its_own(
         for i in range(3)
     ]
     dev = write_lines(tmp_path / "dev.jsonl", rows)
-    config = (folder / "r" / "config.yaml").read_text()
+    config = (folder / "r" / "config.yaml").read_text(encoding="utf-8")
     arguments = ["evaluate", *overrides(folder, tiny_model, judged), f"search.cache={tmp_path}", "--of"]
     musique = ("tasks.kind=musique", f"tasks.path={dev}", f"tasks.eval_path={dev}")
     assert cli.main([*arguments, "base"]) == 0
@@ -430,15 +434,15 @@ def test_another_task_is_evaluated_in_the_same_run_under_a_name_of_its_own(
     assert cli.main([*arguments, str(tiny_model), "--name", "other", *musique]) == 0
     evaluations = folder / "r" / "evaluations"
     for name, task, questions in (("base", "chain_sum", 6), ("base-musique", "musique", 3), ("other", "musique", 3)):
-        summary = json.loads((evaluations / f"{name}.json").read_text())
+        summary = json.loads((evaluations / f"{name}.json").read_text(encoding="utf-8"))
         assert (summary["name"], summary["task"], summary["questions"]) == (name, task, questions)
         kind = "reasoning_gym" if task == "chain_sum" else task
         assert load_config(evaluations / f"{name}.yaml").tasks.kind == kind
     with Store(evaluations / "base-musique.db", writable=False) as store:
         assert [question.text for question in store.questions()] == [row["question"] for row in rows]
-    assert (folder / "r" / "config.yaml").read_text() == config
+    assert (folder / "r" / "config.yaml").read_text(encoding="utf-8") == config
     assert cli.main(["report", *overrides(folder, tiny_model, judged)]) == 0
-    assert "Founder 2" in (folder / "r" / "report.html").read_text()
+    assert "Founder 2" in (folder / "r" / "report.html").read_text(encoding="utf-8")
     # no training question is left when one file is both
     assert cli.main(["collect", *overrides(tmp_path / "new", tiny_model, judged), *musique]) == 2
     assert f"tasks.path={dev}: every row is also held out" in capsys.readouterr().err
@@ -459,17 +463,17 @@ def test_another_prompt_is_another_collection(
 ) -> None:
     """The contents of the template, not its path."""
     template = tmp_path / "template.jinja"
-    template.write_text(CHAT_TEMPLATE)
+    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
     few = (f"model.chat_template={template}", "tasks.limit=1", "tasks.eval_limit=1")
     arguments = overrides(tmp_path, tiny_model, judged, *few, "collect.trajectories_per_question=1")
     assert cli.main(["collect", *arguments]) == 0 and cli.main(["evaluate", *arguments, "--of", "base"]) == 0
     assert cli.main(["collect", *arguments]) == 0 and cli.main(["evaluate", *arguments, "--of", "base"]) == 0
     evaluations = tmp_path / "r" / "evaluations"
     assert sorted(path.name for path in evaluations.glob("*.json")) == ["base.json"]
-    template.write_text(CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"))
+    template.write_text(CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"), encoding="utf-8")
     assert cli.main(["collect", *arguments]) == 1
     assert "was made with another collection: prompt was '" in capsys.readouterr().err
-    template.write_text(CHAT_TEMPLATE)
+    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
     assert cli.main(["collect", *arguments, "collect.temperature=0.5"]) == 1
     assert "sampling.temperature was" in capsys.readouterr().err
 
@@ -520,7 +524,11 @@ def test_an_evaluation_is_set_aside_with_its_own_files_alone(tmp_path: Path) -> 
         make_room(tmp_path, "llama-3", {"weights": "two"})
     make_room(tmp_path, "llama-3", {"weights": "two"})
     assert {path.name: path.read_bytes() for path in tmp_path.glob("llama-3.1-8b.*")} == other
-    assert (tmp_path / "llama-3-1.json").read_text() == (tmp_path / "llama-3-1.yaml").read_text() == "llama-3"
+    assert (
+        (tmp_path / "llama-3-1.json").read_text(encoding="utf-8")
+        == (tmp_path / "llama-3-1.yaml").read_text(encoding="utf-8")
+        == "llama-3"
+    )
     with Store(tmp_path / "llama-3-1.db", writable=False) as store:
         assert store.meta() == {"evaluation": {"weights": "one"}}
     assert not [ending for ending in FILES if (tmp_path / f"llama-3.{ending}").exists()]
@@ -566,16 +574,18 @@ def test_an_evaluation_that_was_set_aside_comes_back_when_it_is_asked_for_again(
     greedy = (evaluations / "one.json").read_bytes()
     assert cli.main([*arguments, "one", "evaluate.temperature=0.7"]) == 0
     assert (evaluations / "one-1.json").read_bytes() == greedy != (evaluations / "one.json").read_bytes()
-    sampled = json.loads((evaluations / "one.json").read_text())
+    sampled = json.loads((evaluations / "one.json").read_text(encoding="utf-8"))
     capsys.readouterr()
     assert cli.main([*arguments, "one"]) == 0
     shown = capsys.readouterr().out
     assert "one-1 was of these weights and settings; it is the evaluation one again" in shown
     assert "tokens generated" not in shown
-    again, expected = json.loads((evaluations / "one.json").read_text()), json.loads(greedy)
+    again, expected = json.loads((evaluations / "one.json").read_text(encoding="utf-8")), json.loads(greedy)
     assert again | {"seconds": 0} == expected | {"seconds": 0}
-    assert json.loads((evaluations / "one-3.json").read_text()) == sampled
-    assert json.loads((evaluations / "one-2.json").read_text())["name"] == "one-2", "asked for by this name"
+    assert json.loads((evaluations / "one-3.json").read_text(encoding="utf-8")) == sampled
+    assert json.loads((evaluations / "one-2.json").read_text(encoding="utf-8"))["name"] == "one-2", (
+        "asked for by this name"
+    )
     assert not list(evaluations.glob("one-1.*"))
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from swirl_fast import cli
-from swirl_fast.rollouts import pipeline as sampler
+from swirl_fast.rollouts import pipeline
 from swirl_fast.training import checkpoint, interrupt
-from swirl_fast.training import trainer as loop
+from swirl_fast.training.trainer import Metrics, Trainer
 
 folder, faults = Path(sys.argv[1]), sys.argv[2].split(",")
 now = ""
 noted = threading.Event()
-real_step, real_sample, real_judge = loop.Trainer.train_step, sampler.sample_actions, sampler.judge_sampled
+real_step, real_sample, real_judge = Trainer.train_step, pipeline.sample_actions, pipeline.judge_sampled
 real_hash, real_note = checkpoint.hash_file, interrupt.Interrupts._note
 
 
@@ -37,7 +37,7 @@ def due(kind: str, place: str) -> bool:
     return True
 
 
-def train_step(self: loop.Trainer) -> loop.Metrics:
+def train_step(self: Trainer) -> Metrics:
     global now
     now = f"{self.step + 1}:{self.ranks.rank}"
     return real_step(self)
@@ -76,7 +76,7 @@ def hash_of(file: Path) -> str:
 
 
 if __name__ == "__main__":  # the engine's process imports this file too
-    loop.Trainer.train_step = train_step  # type: ignore[method-assign]
-    sampler.sample_actions, sampler.judge_sampled = sample_actions, judge_sampled
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+    pipeline.sample_actions, pipeline.judge_sampled = sample_actions, judge_sampled
     checkpoint.hash_file, interrupt.Interrupts._note = hash_of, note  # type: ignore[method-assign]
     sys.exit(cli.main(sys.argv[3:]))

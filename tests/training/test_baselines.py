@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from swirl_fast import cli
 from swirl_fast.metrics import read_metrics
 from swirl_fast.objective import Actions, advantages, trajectory_advantages
-from swirl_fast.rollouts import whole as outcomes
+from swirl_fast.rollouts.whole import WholeRollouts
 from swirl_fast.tasks import load_task
 from swirl_fast.training import build
 from swirl_fast.trajectory import Finish, Trajectory
@@ -88,7 +88,7 @@ def test_outcome_broadcasts_the_score_of_whole_fresh_trajectories(
     """The policy is the one that was taught some sums, so that answers are right at times; its trajectories use the real calculator."""
     seen: list[tuple[list[Trajectory], list[int], list[Trajectory]]] = []
 
-    class Watched(outcomes.WholeRollouts):
+    class Watched(WholeRollouts):
         def roll_out(self, recorded, seeds):  # type: ignore[no-untyped-def]
             fresh, questions = super().roll_out(recorded, seeds)
             seen.append((fresh, questions, list(recorded)))
