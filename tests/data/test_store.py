@@ -196,7 +196,7 @@ def test_files_that_are_no_store_are_refused_and_left_alone(tmp_path: Path) -> N
     db.close()
     text = tmp_path / "text.db"
     text.write_text("not a database, but a long enough text" * 100)
-    for path, match in ((foreign, "another program"), (text, "no readable store")):
+    for path, match in ((foreign, "another program"), (text, "not a readable store")):
         before = path.read_bytes()
         with pytest.raises(ValueError, match=match):
             Store(path)
