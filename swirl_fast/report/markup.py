@@ -8,8 +8,6 @@ import math
 import re
 from typing import TypeGuard
 
-from swirl_fast.formats.tags import ANSWER_TAG, TOOL_TAGS
-
 MAX_CHARS = 4_000  # of one text; three quarters from its beginning, the rest from its end, where the tag is
 
 # Control characters, lone surrogates and noncharacters have no place in an HTML file; bidirectional controls could
@@ -17,7 +15,9 @@ MAX_CHARS = 4_000  # of one text; three quarters from its beginning, the rest fr
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
-_TAGGED = re.compile(rf"<({'|'.join([*TOOL_TAGS.values(), ANSWER_TAG])})>.*?</\1>", re.DOTALL)
+_TAGGED = re.compile(
+    r"<(?!think(?:ing)?>)([A-Za-z_][A-Za-z0-9_]{0,63})>.*?</\1>", re.DOTALL
+)  # of any tool, or the answer
 
 
 def escape(text: str) -> str:
