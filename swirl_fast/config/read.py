@@ -124,7 +124,7 @@ def _entry(entry: Setting, tree: Tree, key: str, folder: Path | None) -> dict[st
         check_each(filled)
     except ConfigError as error:
         raise ConfigError(f"{key}.{error}") from None
-    return {str(name): getattr(filled, str(name)) for name in tree if "." not in str(name)}
+    return {name: getattr(filled, name) for name in dict.fromkeys(str(key).partition(".")[0] for key in tree)}
 
 
 def _merged(base: Any, more: Any) -> Any:

@@ -252,13 +252,15 @@ def _run(jobs: Sequence[Callable[[], Any]], concurrency: int, timeout: float) ->
         start()
     try:
         with changed:
-            while len(done) < len(jobs):
+            while True:
                 now = time.monotonic()
                 for i, began in started.items():
                     if i not in done and now - began >= timeout:
                         outcomes[i] = _Hung()
                         done.add(i)
                         start()
+                if len(done) == len(jobs):
+                    break
                 running = [began for i, began in started.items() if i not in done]
                 changed.wait(min(min(running) + timeout - now, 3600.0) if running else None)
     finally:

@@ -1,0 +1,322 @@
+"""Questions of a user's own: every format of file, columns, answers, scores, a corpus, instructions, worked examples, several tasks."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pytest
+from support.task_files import RIGHT, texts, write_lines
+
+from swirl_fast.config import Config, ConfigError, SearchConfig, TasksConfig
+from swirl_fast.tasks import load_task, offered_tools, parts_of
+from swirl_fast.tasks.corpus import corpus_hash, passages_of, read_corpus
+from swirl_fast.tools.search import load_search
+
+ROWS = [{"question": f"Question {i}?", "answer": f"answer {i}"} for i in range(10)]
+
+
+def load(path: str | Path, **settings):
+    return load_task(TasksConfig(kind="qa", path=str(path), **{"limit": 0, "eval_limit": 0, **settings}), 0)
+
+
+def table(path: Path, rows: list[dict], delimiter: str = ",") -> Path:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_text(text.getvalue(), encoding="utf-8")
+    return path
+
+
+def packed(path: Path) -> Path:
+    target = path.with_name(path.name + ".gz")
+    target.write_bytes(gzip.compress(path.read_bytes()))
+    return target
+
+
+def test_every_format_gives_the_same_questions(tmp_path: Path) -> None:
+    rows = [{"question": f'Line one\nand "two", {i}?', "answer": f"é, {i}"} for i in range(10)]
+    files = [
+        Path(write_lines(tmp_path / "same.jsonl", rows)),
+        table(tmp_path / "same.csv", rows),
+        table(tmp_path / "same.tsv", rows, "\t"),
+    ]
+    (tmp_path / "same.json").write_text(json.dumps(rows), encoding="utf-8")
+    files.append(tmp_path / "same.json")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "same.parquet")
+    files.append(tmp_path / "same.parquet")
+    for file in [*files, *map(packed, files)]:
+        task = load(file)
+        assert task.name == "same" and len(task.questions("train")) == 9 and len(task.questions("eval")) == 1
+        questions = [*task.questions("train"), *task.questions("eval")]
+        assert [(q.text, q.answers) for q in questions] == [(row["question"], (row["answer"],)) for row in rows]
+        assert questions == [*load(files[0]).questions("train"), *load(files[0]).questions("eval")]
+
+
+def test_columns_ids_and_the_rest_of_a_row(tmp_path: Path) -> None:
+    rows = [{"q": f"{i}?", "a": [i, f"number {i}"], "key": i, "level": "easy"} for i in range(4)]
+    path = write_lines(tmp_path / "My units.jsonl", rows)
+    task = load(path, fields={"question": "q", "answer": "a", "id": "key"}, limit=2)
+    first = task.questions("train")[0]
+    assert (first.id, first.task, first.answers) == ("My_units-0", "My_units", ("0", "number 0"))
+    assert first.fields["level"] == "easy" and len(task.questions("train")) == 2
+    assert (
+        load(path, fields={"question": "q", "answer": "a"}, name="units").questions("train")[0].id.startswith("units-")
+    )
+
+
+def test_a_question_is_asked_once_and_not_both_trained_and_held_out(tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "train.jsonl", [*ROWS[:4], {**ROWS[0], "answer": "other"}, *ROWS[6:8]])
+    held_out = write_lines(tmp_path / "eval.jsonl", ROWS[6:])
+    task = load(train, eval_path=held_out)
+    assert texts(task, "train") == [row["question"] for row in ROWS[:4]] and task.questions("train")[0].answers == (
+        "answer 0",
+    )
+    assert texts(task, "eval") == [row["question"] for row in ROWS[6:]]
+
+
+@pytest.mark.parametrize(
+    ("score", "gold", "answer", "exact", "reward"),
+    [
+        ("auto", 12, "12.0", 1, 1),
+        ("auto", "1,200", "$1200", 1, 1),
+        ("auto", "Boeing 747", "747", 0, 0),
+        ("auto", "the 3rd", "3", 0, 0),
+        ("auto", ["Paris", "City of Light"], "city of light.", 1, 1),
+        ("exact", "12", "12.0", 0, 0),
+        ("number", "1/2", "0.5", 1, 1),
+        ("f1", "red green", "green", 0, 2 / 3),
+    ],
+)
+def test_scores(tmp_path: Path, score: str, gold: object, answer: str, exact: float, reward: float) -> None:
+    task = load(
+        write_lines(tmp_path / "a.jsonl", [{"question": f"{i}", "answer": gold} for i in range(2)]), score=score
+    )
+    found = task.score(task.questions("train")[0], answer)
+    assert (found.exact_match, found.reward) == (exact, pytest.approx(reward))
+    assert task.score(task.questions("train")[0], None).reward == 0
+
+
+def test_a_score_function_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def close(question, answer):\n    return 1 - abs(int(answer) - question.fields['goal']) / 10\n"
+        "def wrong(question, answer):\n    return {'a': 2.0, 'b': 'high', 'c': float('nan')}[answer]\n"
+        "def one(answer): pass\n",
+        encoding="utf-8",
+    )
+    path = write_lines(tmp_path / "a.jsonl", [{"question": f"{i}", "goal": 7} for i in range(2)])
+    task = load(path, score=f"{tmp_path}/mine.py:close")
+    question = task.questions("train")[0]
+    assert (
+        question.answers == ()
+        and task.score(question, "7") == RIGHT
+        and task.score(question, "4").reward == pytest.approx(0.7)
+    )
+    with pytest.raises(ValueError, match=r"mine.py:close: for question a-\w+ and the answer 'x' it raised ValueError"):
+        task.score(question, "x")
+    task = load(path, score=f"{tmp_path}/mine.py:wrong")
+    for answer, shown in (("a", "2.0"), ("b", "'high'"), ("c", "nan")):
+        with pytest.raises(ValueError, match=f"it gave {shown}; it must give a number in"):
+            task.score(question, answer)
+    with pytest.raises(ConfigError, match=r"mine.py:one: must be a function of \(question, answer\)"):
+        load(path, score=f"{tmp_path}/mine.py:one")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "q,answer\n1,2\n3,4\n",
+            "bad.csv:3: there is no column 'question', only q, answer; say which .* tasks.fields={question: COLUMN}",
+        ),
+        ("question,a\n1,2\n3,4\n", "there is no column 'answer', only question, a"),
+        ("question,answer\n1,2,3\n", "bad.csv:2: has 3 values, and there are 2 columns: question, answer"),
+        ("question,question\n1,2\n", "bad.csv:1: two columns are called 'question'"),
+        ('question,answer\n"1,2\n', "bad.csv:2: unexpected end of data"),
+        ("question,answer\n1,2\n", "1 rows cannot be split"),
+        ("question,answer\n", "has no rows"),
+        ("question,answer\n1,\n2,3\n", "field 'answer' = '': must be a text, a number, or a list of those"),
+        ("question,answer,id\n1,2,a/b\n3,4,c\n", "field 'id' = 'a/b': must be an id"),
+        ("question,answer,id\n1,2,a\n3,4,a\n5,6,b\n", "field 'id' = 'a': an earlier row has the same id"),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "bad.csv")
+
+
+def test_files_and_settings_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "a.csv.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="a.csv.gz: not readable as gzip"):
+        load(tmp_path / "a.csv.gz")
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="a.parquet: not readable as Parquet"):
+        load(tmp_path / "a.parquet")
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "?", "answer": True}, {"question": "!", "answer": "x"}])
+    with pytest.raises(ValueError, match="field 'answer' = True: must be a text, a number, or a list"):
+        load(path)
+    path = write_lines(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(ConfigError, match="tasks.fields.questoin: must be one of question, answer, id"):
+        load(path, fields={"questoin": "q"})
+    path = write_lines(
+        tmp_path / "a.jsonl", [{"question": f"{i}", "answer": word} for i, word in enumerate(("3 clips", "red"))]
+    )
+    with pytest.raises(ValueError, match="a.jsonl:2: .* tasks.score=number needs one number, and 'red' is none"):
+        load(path, score="number")
+
+
+def test_a_corpus_of_ones_own(tmp_path: Path) -> None:
+    rows = [
+        {"title": "Alps", "text": "The Alps are  high."},
+        {"text": "Nothing else."},
+        {"title": "Alps", "text": "The Alps are high."},
+    ]
+    path = write_lines(tmp_path / "corpus.jsonl", rows)
+    passages = [("Alps", "The Alps are high."), ("", "Nothing else.")]
+    assert read_corpus(path) == passages
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "Alps.md").write_text("The Alps\nare high.\n\n\nSecond.", encoding="utf-8")
+    (folder / "picture.png").write_bytes(b"\xff")
+    assert read_corpus(str(folder)) == [("Alps", "The Alps are high."), ("Alps", "Second.")]
+    before = corpus_hash(str(folder))
+    (folder / "deep" / "Alps.md").write_text("The Alps\nare low.", encoding="utf-8")
+    assert corpus_hash(str(folder)) != before
+    task = load(write_lines(tmp_path / "a.jsonl", ROWS), tools=["search"])
+    found = passages_of(Config(search=SearchConfig(corpus=path)), task)
+    assert found == passages and passages_of(Config(), task) == ()
+    one = load_search(SearchConfig(cache=str(tmp_path / "cache")), passages[:1])
+    assert one.call("how high are the Alps") == "Alps: The Alps are high.", "a corpus of one passage"
+    with pytest.raises(ValueError, match="the task has none; set search.corpus, or use a task with paragraphs"):
+        load_search(SearchConfig(cache=str(tmp_path / "cache")), ())
+    for bad, message in {
+        write_lines(
+            tmp_path / "b.jsonl", [{"content": "x"}]
+        ): "there is no column 'text', only content; a corpus has rows",
+        write_lines(tmp_path / "c.jsonl", [{"text": " "}]): "field 'text'",
+        str(tmp_path / "none"): "no such file or folder",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read_corpus(bad)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="has no .txt or .md file with text"):
+        read_corpus(str(tmp_path / "empty"))
+
+
+def test_instructions_and_worked_examples(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "prompt.txt").write_text("Be brief.\n{tools}\n", encoding="utf-8")
+    assert load(path, instructions=str(tmp_path / "prompt.txt")).instructions == "Be brief.\n{tools}"
+    assert load(path, instructions="Say <answer>x</answer>.").instructions == "Say <answer>x</answer>."
+    with pytest.raises(
+        ConfigError, match="tasks.instructions: the text says nothing of <math_exp>, <answer>, so .*{tools}"
+    ):
+        load(path, instructions="Be brief.", tools=["calculator"])
+    example = {
+        "question": "1+1?",
+        "actions": ["<math_exp>1+1</math_exp>", "<answer>2</answer>"],
+        "observations": ["1+1 -> 2.0"],
+    }
+    task = load(path, worked_examples=write_lines(tmp_path / "e.jsonl", [example, example]), examples=1)
+    assert [one.question for one in task.examples] == ["1+1?"]
+    for change, message in {
+        "actions": ([], "must be a list of the model's turns, the last with"),
+        "observations": ([], "must be a list of 1: one between each two of the 2 actions"),
+    }.items():
+        bad = write_lines(tmp_path / "bad.jsonl", [example | {change: message[0]}])
+        with pytest.raises(ValueError, match=f"bad.jsonl:1: field '{change}'.*{message[1]}"):
+            load(path, worked_examples=bad)
+
+
+OWN = """
+class Task:
+    name = "mine"
+    tools = ("calculator",)
+
+    def __init__(self, config, seed):
+        self.count = config.options.get("count", 3)
+
+    def questions(self, split):
+        for i in range(self.count):
+            yield {"question": f"{split} {i}?", "answer": i, "id": f"{split}{i}"}
+
+class Scored(Task):
+    def __init__(self):
+        self.count = 2
+
+    def score(self, question, answer):
+        return answer == "yes"
+
+class Nameless(Task):
+    name = ""
+
+class Empty(Task):
+    def questions(self, split):
+        return []
+
+class Double(Task):
+    def questions(self, split):
+        return [{"question": f"{split} {i}?", "answer": "", "id": "same"} for i in range(2)]
+
+class Wrong(Task):
+    def questions(self, split):
+        return ["text"]
+
+class Needy(Task):
+    def __init__(self, one, two, three):
+        pass
+
+def function(): pass
+"""
+
+
+def test_a_task_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+
+    def own(name: str, **settings):
+        return load_task(TasksConfig(kind=f"{tmp_path}/mine.py:{name}", **settings), 0)
+
+    task = own("Task", options={"count": 4}, limit=3)
+    assert (task.name, task.tools, task.passages(), len(task.questions("train"))) == ("mine", ("calculator",), (), 3)
+    question = task.questions("eval")[1]
+    assert (question.id, question.answers) == ("eval1", ("1",)) and task.score(question, "1.0") == RIGHT
+    assert own("Scored").score(question, "yes") == RIGHT and own("Task", tools=["search"]).tools == ("search",)
+    for name, message in {
+        "Nameless": "lacks name: a task has a name and questions",
+        "Empty": "questions\\('eval'\\) gives none",
+        "Double": "two eval questions have the id 'same'",
+        "Wrong": "eval question 0: must be a Question or a table, not str",
+        "Needy": "must be made with \\(config, seed\\), or without arguments",
+        "function": "must be a class",
+    }.items():
+        with pytest.raises(ConfigError, match=f"mine.py:{name}: .*{message}"):
+            own(name)
+
+
+def test_a_mixture_has_questions_in_turns_by_weight(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    many = [{"question": f"{i}?", "answer": i} for i in range(40)]
+    mix = [
+        {"kind": "qa", "path": write_lines(tmp_path / "a.jsonl", many), "weight": 3.0, "tools": ["search"]},
+        {"kind": f"{tmp_path}/mine.py:Task", "options": {"count": 20}},
+    ]
+    task = load_task(TasksConfig(mix=mix, limit=16, eval_limit=4, tools=["calculator"]), 0)
+    assert task.name == "a+mine" and list(parts_of(task)) == ["a", "mine"]
+    order = [question.task for question in task.questions("train")]
+    assert order == ["a", "a", "mine", "a"] * 4 and len(task.questions("eval")) == 4
+    assert {name: [spec.name for spec in specs] for name, specs in offered_tools(task).items()} == {
+        "a": ["search"],
+        "mine": ["calculator"],
+    }
+    last = task.questions("train")[2]
+    assert task.score(last, last.answers[0]) == RIGHT
+    with pytest.raises(ConfigError, match=r"tasks.mix\[1\]: two tasks are called a; give one of them another name"):
+        load_task(TasksConfig(mix=[mix[0], mix[0]]), 0)
