@@ -12,16 +12,19 @@ model can load or run anything. Left out: the actions sampled in training, which
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 from swirl_fast.files import write_text
+from swirl_fast.outputs.folder import by_question
+from swirl_fast.outputs.text import is_number, show
 from swirl_fast.report import reading
 from swirl_fast.report.curves import curves
 from swirl_fast.report.headline import headline
-from swirl_fast.report.inputs import Run, by_question, load_run
-from swirl_fast.report.markup import escape, is_number, show
+from swirl_fast.report.inputs import Run, load_run
+from swirl_fast.report.markup import escape
 from swirl_fast.report.page import page
 
 REPORT_FILE = "report.html"
@@ -50,10 +53,15 @@ def _page(run: Run) -> str:
         "Settings": _settings(run),
     }
     # Last: the sections add what they could not read.
-    problems = "".join(f"<li>{problem}</li>" for problem in run.problems)
+    problems = "".join(f"<li>{_with_code(problem)}</li>" for problem in run.problems)
     if problems:
         problems = f'<div class="missing"><b>This run is not complete.</b><ul>{problems}</ul></div>\n'
     return page(run.folder.resolve().name, f"{_lede(run)}{_facts(run)}{problems}", sections)
+
+
+def _with_code(text: str) -> str:
+    """As HTML, what is in backticks as code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _lede(run: Run) -> str:
@@ -142,7 +150,7 @@ def _sample(run: Run, title: str, load_sample: Callable[[], tuple[str, int, int]
     try:
         html, shown, total = load_sample()
     except (ValueError, sqlite3.DatabaseError) as error:
-        run.problems.append(f"{title.lower()} trajectories cannot be read: {escape(str(error))}")
+        run.problems.append(f"{title.lower()} trajectories cannot be read: {error}")
         return ""
     what = "questions, the evaluations' trajectories side by side" if title == "Evaluations" else "trajectories"
     if shown < total:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from swirl_fast.files import write_text
+from swirl_fast.outputs.text import is_number, show
 from swirl_fast.report.charts import Series, interval_bar, lines
-from swirl_fast.report.markup import escape, is_number, show
+from swirl_fast.report.markup import escape
 from swirl_fast.report.page import page
 
 NOTE = (
