@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,35 @@ def lock(path: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
+
+
+def holder(path: Path) -> str | None:
+    """Who holds `lock(path)` now, as `process N on HOST`; None where nobody on this machine does. Takes no lock, so that no writer is kept
+    from starting. Processes on other machines that share the folder are not seen."""
+    file = path.with_name(path.name + ".lock")
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace").strip()
+        number = file.stat().st_ino
+    except OSError:
+        return None
+    match = re.fullmatch(r"process (\d+) on (.+)", text)
+    if match is None or match[2] != socket.gethostname():
+        return None
+    try:  # the kernel's own list: the number of an ended process may belong to another one by now
+        locks = Path("/proc/locks").read_text(encoding="utf-8")
+    except OSError:
+        return text if _alive(int(match[1])) else None
+    return text if re.search(rf"FLOCK .*:{number} 0 EOF$", locks, re.MULTILINE) else None
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

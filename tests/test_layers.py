@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config", "data", "files", "intervals", "metrics", "models", "report", "stages", "tools",
     },
     "stages": {
-        "config", "data", "engines", "files", "intervals", "judges", "models", "ranks", "rendering", "report", "rollouts",
+        "config", "data", "engines", "files", "intervals", "judges", "models", "outputs", "ranks", "rendering", "report", "rollouts",
         "seeds", "tasks", "tools", "training", "trajectory", "verdict",
     },
     "training": {

@@ -65,6 +65,11 @@ TABLES = (
 )
 
 
+def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
+    """The ids a collection is made of; a store may hold more, from a time when more were asked for."""
+    return [f"{question.id}/{k}" for question in questions for k in range(trajectories_per_question)]
+
+
 class Store:
     """Opens, or creates, the database at `path`.
 
@@ -275,6 +280,11 @@ class Store:
         """The ids of all, the finished or the unfinished trajectories, in natural order (2 before 10)."""
         where = {None: "", True: " WHERE finish IS NOT NULL", False: " WHERE finish IS NULL"}[finished]
         return sorted((row[0] for row in self._db.execute("SELECT id FROM trajectories" + where)), key=_natural)
+
+    def ids_of(self, question_id: str) -> list[str]:
+        """The ids of the trajectories of a question, in natural order."""
+        rows = self._db.execute("SELECT id FROM trajectories WHERE question_id = ?", (question_id,))
+        return sorted((row[0] for row in rows), key=_natural)
 
     def trajectories(self, ids: Sequence[str] | None = None) -> Iterator[Trajectory]:
         """Those with these ids, in this order; None: all, in natural order. See `batches`."""

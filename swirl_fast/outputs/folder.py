@@ -38,12 +38,12 @@ class RunFolder:
                 parsed = yaml.safe_load(run.config_text)
                 run.config = parsed if isinstance(parsed, dict) else {}
             except yaml.YAMLError as error:
-                run.problems.append(f"`config.yaml` is not readable as YAML: {error}")
+                run.problems.append(f"`config.yaml` is not readable as YAML: {error}; {_remedy('config.yaml')}")
         try:
             rows = read_metrics(folder)
         except ValueError as error:
             rows = []
-            run.problems.append(f"`{METRICS_FILE}` is not readable as text: {error}")
+            run.problems.append(f"`{METRICS_FILE}` is not readable as text: {error}; {_remedy(METRICS_FILE)}")
         run.metrics = [row for row in rows if isinstance(row, dict) and is_number(row.get("step"))]
         run.filter, run.summary = run._json("filter.json"), run._json("summary.json")
         files = (folder / "evaluations").glob("*.json")
@@ -78,12 +78,22 @@ class RunFolder:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            self.problems.append(f"`{name}` is not readable as JSON: {error}")
+            self.problems.append(f"`{name}` is not readable as JSON: {error}; {_remedy(name)}")
             return None
         if not isinstance(value, dict):
-            self.problems.append(f"`{name}` holds {repr(value)[:80]} instead of an object")
+            self.problems.append(f"`{name}` holds {repr(value)[:80]} instead of an object; {_remedy(name)}")
             return None
         return value
+
+
+def _remedy(name: str) -> str:
+    remedies = {
+        "config.yaml": "a stage that is started with the settings of the run writes it again",
+        METRICS_FILE: "remove what is damaged; `swirl-fast train` goes on from the newest checkpoint",
+        "filter.json": "`swirl-fast filter` writes it again",
+        "summary.json": "`swirl-fast run` writes it again",
+    }
+    return remedies.get(name, f"`swirl-fast evaluate --name {Path(name).stem}` writes it again")
 
 
 def by_question(evaluation: dict[str, Any], key: str) -> dict[str, float]:

@@ -50,7 +50,9 @@ class OpenRun:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -169,3 +171,22 @@ class OpenRun:
     def samples(self, step: int) -> list[dict[str, Any]]:
         """The actions that a training step sampled, with verdict, reward and advantage (see outputs/samples.py)."""
         return list(samples.read_samples(self.folder, step))
+
+
+def find_run(name: str | None, config: Config) -> Path:
+    """The folder of a run. name: a folder, or the name of a run under run.folder; None: the run that the config names.
+
+    Raises ConfigError where there is none, with the runs that run.folder holds.
+    """
+    above = Path(config.run.folder).expanduser()
+    tried = [config.folder] if name is None else [Path(name).expanduser(), above / name]
+    for folder in tried:
+        if folder.is_dir():
+            return folder
+    runs = sorted(path.name for path in above.iterdir() if path.is_dir()) if above.is_dir() else []
+    there = (
+        f"{above} holds {', '.join(runs[:10])}{', …' if len(runs) > 10 else ''}" if runs else f"{above} holds no run"
+    )
+    raise ConfigError(
+        f"there is no run {' or '.join(map(str, tried))}; {there}; name a run's folder, or give its settings with --config FILE"
+    )

@@ -35,9 +35,13 @@ def read_samples(folder: Path, step: int) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}:{number} is not readable as JSON ({error}): remove the line or the file") from None
+                raise ValueError(
+                    f"{path}:{number} is not readable as JSON ({error}): remove the line or the file"
+                ) from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} holds {line.strip()[:80]} instead of an object: remove the line or the file")
+                raise ValueError(
+                    f"{path}:{number} holds {line.strip()[:80]} instead of an object: remove the line or the file"
+                )
             yield row
 
 

@@ -11,26 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from swirl_fast.config import Config
-from swirl_fast.data.store import Store
+from swirl_fast.data.store import Store, trajectory_ids
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
 from swirl_fast.formats.tags import Action, parse
-from swirl_fast.rendering import Renderer, conversation
+from swirl_fast.rendering import Message, Renderer, conversation
 from swirl_fast.seeds import seed_of
 from swirl_fast.tasks.task import Question, Task
 from swirl_fast.tools.tool import Tool, observation
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 
-def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
-    """The ids a collection is made of; a store may hold more, from a time when more were asked for."""
-    return [f"{question.id}/{k}" for question in questions for k in range(trajectories_per_question)]
+def conversation_of(config: Config, task: Task, tools: Mapping[str, Tool]) -> Callable[[str], list[Message]]:
+    """Question -> the messages of s_1. Without tools the worked examples, which call them, are left out."""
+    examples = task.examples[: config.tasks.examples] if tools else ()
+    offered = list(tools.values())
+    return lambda question: conversation(question, offered, config.tasks.max_steps, examples)
 
 
 def prompt_of(config: Config, task: Task, renderer: Renderer, tools: Mapping[str, Tool]) -> Callable[[str], list[int]]:
-    """Question -> token ids of s_1. Without tools the worked examples, which call them, are left out."""
-    examples = task.examples[: config.tasks.examples] if tools else ()
-    offered = list(tools.values())
-    return lambda question: renderer.prompt(conversation(question, offered, config.tasks.max_steps, examples))
+    """Question -> token ids of s_1, of `conversation_of`."""
+    messages = conversation_of(config, task, tools)
+    return lambda question: renderer.prompt(messages(question))
 
 
 @dataclass(frozen=True)

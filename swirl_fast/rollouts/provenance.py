@@ -57,11 +57,11 @@ def provenance(config: Config, task: Task, offered: Sequence[str], sampling: Sam
     from swirl_fast.models.load import dateless, load_tokenizer
 
     renderer = Renderer(dateless(load_tokenizer(config.model)), config.model.path)
-    prompt = prompt_of(config, task, renderer, _described(offered))
+    prompt = prompt_of(config, task, renderer, described(offered))
     return fingerprint(config, sampling) | {"prompt": prompt_hash(renderer, prompt)}
 
 
-def _described(offered: Sequence[str]) -> dict[str, Any]:
+def described(offered: Sequence[str]) -> dict[str, Any]:
     """The tools' classes, which have name and description: a prompt needs no index, which may take minutes to build."""
     from swirl_fast.tools.calculator import Calculator
 
