@@ -186,16 +186,3 @@ def whole_row(reading: Reading) -> dict[str, Any]:
             for step, judgement in zip(one.steps, reading.judgements, strict=True)
         ],
     }
-
-
-def clean(value: Any) -> Any:
-    """A JSON value whose texts are valid Unicode: lone surrogates, which models write and readers of JSON refuse, become U+FFFD."""
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _has_surrogate(value) else value
-    if isinstance(value, dict):
-        return {key: clean(each) for key, each in value.items()}
-    return [clean(each) for each in value] if isinstance(value, list) else value
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in text)

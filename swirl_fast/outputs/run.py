@@ -12,6 +12,7 @@ from swirl_fast.data.store import Store
 from swirl_fast.outputs import samples
 from swirl_fast.outputs.folder import RunFolder, by_question
 from swirl_fast.outputs.readings import Reading, Readings
+from swirl_fast.outputs.text import clean
 from swirl_fast.tasks.task import Question
 
 if TYPE_CHECKING:
@@ -124,32 +125,11 @@ class OpenRun:
 
         step: 0-based. kind: tool, answer or malformed. tokens: their number. logprob: sum over the action's tokens, in nats. verdict,
         reward, reason: None for a step that was not judged; reward: None for UNKNOWN as well. finish, right: of the whole trajectory;
-        right: whether its answer is a gold answer, None without an answer.
+        right: whether its answer is a gold answer, None without an answer. Lone surrogates in texts, which pandas refuses, become U+FFFD.
         """
         for reading in self.trajectories(of, judge=judge):
-            whole, right = reading.trajectory, reading.matches
-            for i, (step, judgement) in enumerate(zip(whole.steps, reading.judgements, strict=True)):
-                yield {
-                    "trajectory": whole.id,
-                    "question_id": whole.question_id,
-                    "task": whole.task,
-                    "question": whole.question,
-                    "step": i,
-                    "kind": step.action.kind,
-                    "tool": step.action.tool,
-                    "argument": step.action.argument,
-                    "error": step.action.error,
-                    "text": step.text,
-                    "observation": step.observation,
-                    "tokens": step.end - step.start,
-                    "logprob": sum(step.logprobs),
-                    "policy_version": step.policy_version,
-                    "verdict": judgement and judgement.verdict.value,
-                    "reward": judgement and judgement.reward,
-                    "reason": judgement and judgement.reason,
-                    "finish": whole.finish and whole.finish.value,
-                    "right": right,
-                }
+            for i in range(reading.trajectory.num_steps):
+                yield clean(_step_row(reading, i))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, one a training step, NaN where a number is missing; docs/metrics.md explains them. Empty before
@@ -170,7 +150,32 @@ class OpenRun:
 
     def samples(self, step: int) -> list[dict[str, Any]]:
         """The actions that a training step sampled, with verdict, reward and advantage (see outputs/samples.py)."""
-        return list(samples.read_samples(self.folder, step))
+        return [clean(row) for row in samples.read_samples(self.folder, step)]
+
+
+def _step_row(reading: Reading, i: int) -> dict[str, Any]:
+    whole, step, judgement = reading.trajectory, reading.trajectory.steps[i], reading.judgements[i]
+    return {
+        "trajectory": whole.id,
+        "question_id": whole.question_id,
+        "task": whole.task,
+        "question": whole.question,
+        "step": i,
+        "kind": step.action.kind,
+        "tool": step.action.tool,
+        "argument": step.action.argument,
+        "error": step.action.error,
+        "text": step.text,
+        "observation": step.observation,
+        "tokens": step.end - step.start,
+        "logprob": sum(step.logprobs),
+        "policy_version": step.policy_version,
+        "verdict": judgement and judgement.verdict.value,
+        "reward": judgement and judgement.reward,
+        "reason": judgement and judgement.reason,
+        "finish": whole.finish and whole.finish.value,
+        "right": reading.matches,
+    }
 
 
 def find_run(name: str | None, config: Config) -> Path:

@@ -48,6 +48,8 @@ def read_samples(folder: Path, step: int) -> Iterator[dict[str, Any]]:
 def _which(steps: list[int]) -> str:
     if not steps:
         return "none were written, as by a version without them, before the first step, or by training without sampling"
+    if len(steps) == 1:
+        return f"it has those of step {steps[0]}"
     if steps == list(range(steps[0], steps[-1] + 1)):
         return f"it has those of steps {steps[0]} to {steps[-1]}"
     return f"it has those of steps {', '.join(map(str, steps))}"

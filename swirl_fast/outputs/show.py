@@ -45,7 +45,7 @@ def _more(run: OpenRun, of: str, id_: str) -> Iterator[str]:
     if others:
         yield f"--of {'|'.join(others)}   those of an evaluation"
     if steps := run.sample_steps():
-        yield f"--step {steps[-1]}   the actions that training step {steps[-1]} sampled (there are {steps[0]} to {steps[-1]})"
+        yield f"--step {steps[-1]}   the actions that training step {steps[-1]} sampled; there are {len(steps)} such steps"
     yield "--limit N   so many of them"
 
 
@@ -99,7 +99,7 @@ def full(reading: Reading, with_question: bool = True) -> Iterator[str]:
 def _step(i: int, step: Step, judgement: Judgement | None) -> Iterator[str]:
     does = {"tool": f"calls {step.action.tool}", "answer": "answers", "malformed": "malformed"}[step.action.kind]
     verdict = "not judged" if judgement is None else f"{judgement.verdict.value}{_reward(judgement.reward)}"
-    yield visible(f"  step {i}   {does}   {verdict}   {step.end - step.start} tokens")
+    yield visible(f"  step {i}   {does}   {verdict}   {_tokens(step.end - step.start)}")
     yield from _field("action", step.text, 4)
     if judgement is not None:
         yield from _field("reason", judgement.reason, 4)
@@ -137,11 +137,15 @@ def _sample(row: dict[str, Any]) -> Iterator[str]:
     numbers = [f"{name} {row[name]:+.3f}" for name in ("advantage",) if is_number(row.get(name))]
     tokens = row.get("tokens")
     size = len(tokens) if isinstance(tokens, list) else tokens
-    parts = [does, f"{row.get('verdict')}{_reward(row.get('reward'))}", *numbers, f"{size} tokens"]
+    parts = [does, f"{row.get('verdict')}{_reward(row.get('reward'))}", *numbers, _tokens(size)]
     yield visible("  " + "   ".join(parts))
     yield from _field("action", str(row.get("text")), 4)
     if row.get("reason"):
         yield from _field("reason", str(row["reason"]), 4)
+
+
+def _tokens(number: object) -> str:
+    return "1 token" if number == 1 else f"{number} tokens"
 
 
 def _reward(reward: object) -> str:

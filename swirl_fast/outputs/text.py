@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 # Control characters steer a terminal, and they, lone surrogates and noncharacters have no place in an HTML file; bidirectional controls
 # could make a line read as another.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
+_LONE = re.compile("[\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
     """The text with what cannot be shown as Python escapes: `\\x1b`, `\\ud83d`. Line ends and tabs stay."""
     return _INVISIBLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def clean(value: Any) -> Any:
+    """A JSON value whose texts are valid Unicode: lone surrogates, which models write and pandas, Arrow and most readers of JSON refuse,
+    become U+FFFD."""
+    if isinstance(value, str):
+        return _LONE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {key: clean(each) for key, each in value.items()}
+    return [clean(each) for each in value] if isinstance(value, list) else value
 
 
 def one_line(text: str, chars: int) -> str:

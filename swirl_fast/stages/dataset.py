@@ -21,6 +21,7 @@ from swirl_fast.data.shards import streaming, verify_shards
 from swirl_fast.outputs import rows
 from swirl_fast.outputs.run import OpenRun
 from swirl_fast.outputs.samples import read_samples
+from swirl_fast.outputs.text import clean
 from swirl_fast.rollouts.collector import conversation_of
 from swirl_fast.rollouts.provenance import described
 from swirl_fast.stages.build import build_task
@@ -64,7 +65,7 @@ def dataset(
         count = 0
         with (temporary / f"{kind}.jsonl").open("w", encoding="utf-8") as file:
             for row in _rows(run, kind, ids, whole, left_out):
-                file.write(json.dumps(rows.clean(row), ensure_ascii=False) + "\n")
+                file.write(json.dumps(clean(row), ensure_ascii=False) + "\n")
                 count += 1
         if not count:
             raise ValueError(_nothing(run, kind, len(ids), kept))
