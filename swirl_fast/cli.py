@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 import textwrap
@@ -197,9 +198,9 @@ def _about_a_run(commands: Any, name: str, text: str) -> argparse.ArgumentParser
 
 
 def _add_reading(commands: Any) -> None:
-    _about_a_run(
-        commands, "status", "which stages of a run are done, what comes next, and the numbers so far"
-    ).set_defaults(run=_status)
+    status = _about_a_run(commands, "status", "which stages of a run are done, what comes next, and the numbers so far")
+    status.add_argument("--json", action="store_true", help="for programs: as one JSON object")
+    status.set_defaults(run=_status)
     show = _about_a_run(commands, "show", "trajectories of a run, or the actions that a training step sampled, as text")
     show.add_argument("--trajectory", metavar="ID", help="one trajectory, step by step")
     show.add_argument("--question", metavar="ID", help="the trajectories of one question, step by step")
@@ -213,9 +214,11 @@ def _add_reading(commands: Any) -> None:
 
 def _status(options: argparse.Namespace) -> int:
     from swirl_fast.api import open_run
+    from swirl_fast.outputs.text import clean
 
     with open_run(_run_folder(options)) as run:
-        _write([str(run.status())])
+        found = run.status()
+        _write([json.dumps(clean(found.to_json())) if options.json else str(found)])
     return 0
 
 

@@ -6,7 +6,7 @@ import re
 import shlex
 import sqlite3
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,10 @@ class Status:
     problems: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """For programs: values that JSON has."""
+        return {**asdict(self), "folder": str(self.folder)}
+
     def __str__(self) -> str:
         from swirl_fast.outputs.status import describe
 
@@ -56,7 +60,7 @@ def status(run: OpenRun) -> Status:
     stages = [_collect(run, files, found), _judge(files, found), _filter(files, found), _train(files, found)]
     evaluations = _evaluations(run, files, found)
     base, trained, *others = evaluations
-    found.problems += [problem.replace("`", "") for problem in files.problems]
+    found.problems += [" ".join(problem.replace("`", "").split()) for problem in files.problems]
     begun = [i for i, stage in enumerate(stages) if stage.state != "waiting"]
     stages = [
         Stage(stage.name, "skipped", stage.detail, stage.arguments)
@@ -157,10 +161,11 @@ def _train(files: RunFolder, found: Status) -> Stage:
     wanted, last = files.setting("training.steps"), files.metrics[-1] if files.metrics else {}
     step, checkpoints = last.get("step", 0), files.folder / "checkpoints"
     saved = sorted(path.name for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
-    found.numbers["training"] = {"step": step, "steps": wanted, "reward": last.get("reward") if last else None}
+    reward = last["reward"] if is_number(last.get("reward")) else None
+    found.numbers["training"] = {"step": step, "steps": wanted, "reward": reward}
     detail = f"step {show(step, '')} of {show(wanted, '')}"
-    if is_number(last.get("reward")):
-        detail += f", reward {last['reward']:.3f}"
+    if reward is not None:
+        detail += f", reward {reward:.3f}"
     process = holder(checkpoints)
     if process:
         return Stage("train", "running", f"{detail}; {process} is training", "train")

@@ -184,14 +184,27 @@ def find_run(name: str | None, config: Config) -> Path:
     Raises ConfigError where there is none, with the runs that run.folder holds.
     """
     above = Path(config.run.folder).expanduser()
-    tried = [config.folder] if name is None else [Path(name).expanduser(), above / name]
-    for folder in tried:
-        if folder.is_dir():
-            return folder
-    runs = sorted(path.name for path in above.iterdir() if path.is_dir()) if above.is_dir() else []
-    there = (
-        f"{above} holds {', '.join(runs[:10])}{', …' if len(runs) > 10 else ''}" if runs else f"{above} holds no run"
-    )
+    tried = [config.folder] if name is None else list(dict.fromkeys([Path(name).expanduser(), above / name]))
+    folder = next((folder for folder in tried if folder.is_dir()), None)
+    if folder is not None and (not (inside := _runs(folder)) or _is_run(folder)):
+        return folder
+    if folder is not None:
+        raise ConfigError(f"{folder} is no run, it holds {_named(inside)}: name one of them")
+    runs = _runs(above)
     raise ConfigError(
-        f"there is no run {' or '.join(map(str, tried))}; {there}; name a run's folder, or give its settings with --config FILE"
+        f"there is no run {' or '.join(map(str, tried))}; {above} holds {_named(runs) if runs else 'no run'}; name a run's folder, or give "
+        "its settings with --config FILE"
     )
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "trajectories.db", "evaluations"))
+
+
+def _runs(folder: Path) -> list[str]:
+    """The names of the runs in a folder of runs."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_run(path)) if folder.is_dir() else []
+
+
+def _named(runs: Sequence[str]) -> str:
+    return ", ".join(runs[:10]) + (f" and {len(runs) - 10} more" if len(runs) > 10 else "")

@@ -77,6 +77,9 @@ def test_the_numbers_are_those_of_the_folder(tmp_path: Path, capsys: pytest.Capt
     ):
         assert text in out
     assert f"next: swirl-fast filter --config {folder / 'config.yaml'}\n" in out
+    assert cli.main(["status", "--json", str(folder)]) == 0
+    for_programs = json.loads(capsys.readouterr().out)
+    assert for_programs["numbers"] == found.numbers and for_programs["next"] == found.next
 
 
 def test_what_comes_next_can_be_copied_until_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +170,10 @@ def test_an_empty_folder_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert f"next: swirl-fast collect --config FILE run.folder={tmp_path} run.name=empty" in out
     assert cli.main(["status", f"run.folder={tmp_path}", "run.name=typo"]) == 2
-    error = capsys.readouterr().err
-    assert f"there is no run {tmp_path / 'typo'}; {tmp_path} holds empty" in error
+    assert f"there is no run {tmp_path / 'typo'}; {tmp_path} holds no run; name" in capsys.readouterr().err
+    run_folder(tmp_path / "runs")
+    assert cli.main(["show", "typo", f"run.folder={tmp_path / 'runs'}"]) == 2
+    assert f"no run typo or {tmp_path / 'runs' / 'typo'}; {tmp_path / 'runs'} holds r; name" in capsys.readouterr().err
+    assert cli.main(["status", str(tmp_path / "runs")]) == 2  # a folder of runs
+    assert f"{tmp_path / 'runs'} is no run, it holds r: name one of them" in capsys.readouterr().err
     assert cli.main(["status", "a", "b"]) == 2 and "give one run" in capsys.readouterr().err
