@@ -55,7 +55,8 @@ def conversation_row(reading: Reading, opening: Opening) -> dict[str, Any]:
 
 def stepwise_rows(reading: Reading, graded: bool, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
     """A row for every run of steps with verdicts. A completion is the result of the action before it, a line end, and the action: the
-    label is that of the action at its end. Joined by line ends, prompt and completions are the whole conversation from the question on.
+    label is that of the action at its end. The prompt ends with a line end: trainers put one after each completion, and none before the
+    first.
 
     graded: labels are rewards in [0, 1]; else whether the verdict is GOOD. left_out: counts the steps without a verdict.
     """
@@ -70,7 +71,7 @@ def stepwise_rows(reading: Reading, graded: bool, left_out: Counter[str]) -> Ite
             continue
         end = next((i for i in range(at, len(labels)) if labels[i] is None), len(labels))
         yield {
-            "prompt": "\n".join([one.question, *texts[:at]]),
+            "prompt": "".join(f"{text}\n" for text in (one.question, *texts[:at])),
             "completions": texts[at:end],
             "labels": labels[at:end],
             "trajectory": one.id,

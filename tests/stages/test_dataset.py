@@ -12,8 +12,10 @@ from support.run_folders import GOOD, HOSTILE, run_folder
 from support.runs import attempt, overrides, start
 
 from swirl_fast import open_run
+from swirl_fast.config import ModelConfig
 from swirl_fast.formats.tags import parse
 from swirl_fast.models.load import load_tokenizer
+from swirl_fast.outputs.text import clean
 from swirl_fast.rendering import Renderer
 from swirl_fast.stages import dataset as writing
 from swirl_fast.verdict import Verdict
@@ -114,12 +116,33 @@ def test_steps_have_their_verdicts_and_unknown_ones_none(folder: Path, tmp_path:
     assert not labels
     whole = {}  # prompt and completions of every row continue what the rows before have
     for row in found:
-        text = "\n".join([row["prompt"], *row["completions"]])
-        assert text.startswith(whole.get(row["trajectory"], row["prompt"])) and row["completions"]
-        whole[row["trajectory"]] = text
+        assert (
+            row["prompt"].startswith(whole.get(row["trajectory"], f"{row['prompt'].splitlines()[0]}\n"))
+            and row["completions"]
+        )
+        whole[row["trajectory"]] = row["prompt"] + "".join(f"{text}\n" for text in row["completions"])
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "- left out: 1 unfinished trajectories; 3 steps without a verdict" in readme
     assert HOSTILE.replace("\ud83d", "\ufffd") in "".join(row["completions"][-1] for row in found)
+
+
+def test_a_label_lies_at_the_end_of_its_action(folder: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Tokenized as trainers of process reward models do: a separator after each completion, and the label on its last token."""
+    tokenizer = load_tokenizer(ModelConfig(path=str(tiny_model)))
+    for row in rows(folder, tmp_path / "out", "steps"):
+        tokens = tokenizer.encode(row["prompt"], add_special_tokens=False)
+        read = []  # what the model has read where it is asked for a label
+        for completion in row["completions"]:
+            tokens += tokenizer.encode(f"{completion}\n", add_special_tokens=False)
+            read.append(tokenizer.decode(tokens))
+        with open_run(folder) as run:
+            ((one, judgements),) = (
+                (each.trajectory, each.judgements) for each in run.trajectories(ids=[row["trajectory"]])
+            )
+        for i, (text, label) in enumerate(zip(read, row["labels"], strict=True), row["first_step"]):
+            later = [step.observation for step in one.steps[i:] if step.observation]
+            assert text.startswith(f"{one.question}\n") and text.endswith(clean(f"{one.steps[i].text}\n"))
+            assert not any(result in text for result in later) and label == (judgements[i] == GOOD)
 
 
 def test_trl_takes_the_steps(folder: Path, tmp_path: Path, tiny_model: Path) -> None:
