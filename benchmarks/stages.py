@@ -39,6 +39,7 @@ from swirl_fast.files import read_json, write_json
 from swirl_fast.formats.tags import parse
 from swirl_fast.stages.build import build_task
 from swirl_fast.tasks.task import Question
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 SEED = 0
@@ -111,7 +112,7 @@ def make_trajectories(questions: Sequence[Question], count: int) -> Iterator[Tra
             text = f"{' '.join(draw.choices(WORDS, k=170))}.\n{tagged}"
             logprobs = np.log(numbers.uniform(0.05, 1, ACTION).astype(np.float32)).tolist()
             observation = results[i] if i < len(results) else None
-            steps.append(Step(start, start + ACTION, text, parse(text, ["calculator"]), logprobs, 0, observation))
+            steps.append(Step(start, start + ACTION, text, parse(text, [CALCULATOR]), logprobs, 0, observation))
         tokens = numbers.integers(0, 49_152, TOKENS).astype(np.int32)
         finish = Finish.STEP_LIMIT if way == "no answer" else Finish.ANSWER
         id_ = f"{question.id}/{number % PER_QUESTION}"

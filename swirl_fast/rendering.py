@@ -16,9 +16,9 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from swirl_fast.formats.tags import ANSWER_TAG, TOOL_TAGS
+from swirl_fast.formats.tags import ANSWER_TAG
 from swirl_fast.tasks.task import Example
-from swirl_fast.tools.tool import Tool
+from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 
 Message = dict[str, str]
 READY = (
@@ -26,12 +26,18 @@ READY = (
 )
 
 
-def instructions(tools: Sequence[Tool], max_steps: int) -> str:
-    """The system message: what the tags mean and how the conversation goes (points of the paper's appendix, in our words)."""
-    lines = ["Answer the question in a few words."]
+def instructions(tools: Sequence[ToolSpec], max_steps: int, own: str = "") -> str:
+    """The system message: what the tags mean and how the conversation goes (points of the paper's appendix, in our words).
+
+    own: in place of it; `{tools}` in it becomes the lines about tools and tags.
+    """
+    lines = []
     for tool in tools:
-        tag = TOOL_TAGS[tool.name]
-        lines.append(f"To use the {tool.name}, write <{tag}>…</{tag}>: {tool.description}")
+        if tool.name in BUILT_IN:
+            lines.append(f"To use the {tool.name}, write {tool.usage}: {tool.description}")
+        else:
+            arguments = f" Arguments: {tool.arguments}." if tool.arguments else ""
+            lines.append(f"To use {tool.name}, write {tool.usage}: {tool.description}{arguments}")
     if tools:
         lines.append(
             f"You may make up to {max_steps - 1} calls, one a turn. The result comes back as QUERY -> RESULT. "
@@ -40,12 +46,16 @@ def instructions(tools: Sequence[Tool], max_steps: int) -> str:
     lines.append(f"When you have enough information, write <{ANSWER_TAG}>…</{ANSWER_TAG}>.")
     if tools:
         lines.append("A turn has either one call or the answer, never both.")
-    return "\n".join(lines)
+    if own:
+        return own.replace("{tools}", "\n".join(lines))
+    return "\n".join(["Answer the question in a few words.", *lines])
 
 
-def conversation(question: str, tools: Sequence[Tool], max_steps: int, examples: Sequence[Example]) -> list[Message]:
+def conversation(
+    question: str, tools: Sequence[ToolSpec], max_steps: int, examples: Sequence[Example], own_instructions: str = ""
+) -> list[Message]:
     """System message, the worked examples as earlier turns, and the question."""
-    messages = [{"role": "system", "content": instructions(tools, max_steps)}]
+    messages = [{"role": "system", "content": instructions(tools, max_steps, own_instructions)}]
     for example in examples:
         messages.append({"role": "user", "content": example.question})
         for i, action in enumerate(example.actions):

@@ -98,13 +98,14 @@ def _teach(folder: Path) -> None:
     from swirl_fast.rendering import Renderer, conversation
     from swirl_fast.tasks import load_task
     from swirl_fast.tools.calculator import Calculator
+    from swirl_fast.tools.tool import CALCULATOR
 
     torch.manual_seed(0)
     task = load_task(
         TasksConfig(limit=80, eval_limit=1, options={"min_terms": 2, "max_terms": 2, "max_digits": 1}), seed=1
     )
     calculator = Calculator()
-    messages = [conversation(q.text, [calculator], 3, task.examples[:1]) for q in task.questions("train")]
+    messages = [conversation(q.text, [CALCULATOR], 3, task.examples[:1]) for q in task.questions("train")]
     tokenizer = train_tokenizer([m["content"] for one in messages[:20] for m in one])
     renderer = Renderer(tokenizer)
     draw = random.Random(0)

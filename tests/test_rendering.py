@@ -17,7 +17,7 @@ from swirl_fast.models.load import dateless
 from swirl_fast.rendering import Renderer, conversation
 from swirl_fast.rollouts.provenance import prompt_hash
 from swirl_fast.tasks.task import Example
-from swirl_fast.tools.calculator import Calculator
+from swirl_fast.tools.tool import CALCULATOR
 
 GEMMA = (
     "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -49,9 +49,7 @@ RENDERER = Renderer(TOKENIZER)
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, GEMMA, CHATML])
 def test_tokens_of_a_trajectory_decode_to_the_rendered_conversation(template: str) -> None:
     renderer = Renderer(tokenizer(template))
-    calculator = Calculator()
-    messages = conversation("2 + 3 =", [calculator], 3, [Example("1 + 1 =", ("<answer>2</answer>",), ())])
-    calculator.close()
+    messages = conversation("2 + 3 =", [CALCULATOR], 3, [Example("1 + 1 =", ("<answer>2</answer>",), ())])
     actions, observations = ["<math_exp>2 + 3</math_exp>", "<answer>5</answer>"], ["2 + 3 -> 5.0"]
     tokens = renderer.prompt(messages)
     tokens += [
@@ -143,7 +141,7 @@ def test_the_hash_of_the_prompt_sees_template_and_wording_but_not_the_day(monkey
         monkeypatch.setattr(chat_template_utils, "datetime", Clock)
         rendered = Renderer(tokenizer(template)).prompt(conversation("Q", [], steps, examples))
         renderer = Renderer(dateless(tokenizer(template)))
-        hashed = prompt_hash(renderer, lambda question: renderer.prompt(conversation(question, [], steps, examples)))
+        hashed = prompt_hash(renderer, [renderer.prompt(conversation("Q", [], steps, examples))])
         return hashed, TOKENIZER.decode(rendered)
 
     dated = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %B %Y') }}. {% endif %}" + CHAT_TEMPLATE

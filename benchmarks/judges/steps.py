@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from swirl_fast.judges.labels import LabelledStep
+from swirl_fast.tools.tool import BUILT_IN
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Verdict
 
@@ -63,7 +64,7 @@ def constructed(seed: int = 0, good: int = GOOD_STEPS, bad: int = BAD_STEPS) -> 
             assert len(views) == (good if label is Verdict.GOOD else bad), f"{name}: too few different steps"
             lines = range(len(steps) + 1, len(steps) + len(views) + 1)  # as in a file of the set
             steps += [
-                LabelledStep(view, (tool,), label, name, "construction", line)
+                LabelledStep(view, (BUILT_IN[tool],), label, name, "construction", line)
                 for view, line in zip(views, lines, strict=True)
             ]
     assert len({step.view for step in steps}) == len(steps), "a step is in two kinds"

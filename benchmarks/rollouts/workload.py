@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 
 from swirl_fast.config import TasksConfig
 from swirl_fast.engines.engine import Engine, Request, Sampling
@@ -21,10 +20,7 @@ from swirl_fast.rendering import Renderer, conversation
 from swirl_fast.seeds import seed_of
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Task
-from swirl_fast.tools.calculator import Calculator
-from swirl_fast.tools.search import Search
-
-TOOLS: dict[str, Any] = {"calculator": Calculator, "search": Search}  # name and description are those of the class
+from swirl_fast.tools import describe_tools
 
 
 def make_task(data: Path | None, trajectories: int, seed: int) -> Task:
@@ -64,7 +60,7 @@ def nested_states(
         raise ValueError(
             f"{task.name} has {len(questions)} questions to train on; {trajectories} trajectories need more"
         )
-    tools = cast(Any, [TOOLS[name] for name in task.tools])
+    tools = describe_tools(task.tools)
     examples = task.examples[: TasksConfig().examples]
     trunks = [renderer.prompt(conversation(q.text, tools, states, examples)) for q in questions[:trajectories]]
     source = texts(task, trajectories)

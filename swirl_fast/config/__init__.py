@@ -5,7 +5,7 @@ YAML is read as text, and each value by the type of its setting (read, yaml_text
 only in a text.
 """
 
-from swirl_fast.config.check import check
+from swirl_fast.config.check import check, task_configs
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.load import dump, load
 from swirl_fast.config.schema import (
@@ -24,6 +24,7 @@ from swirl_fast.config.schema import (
     RunConfig,
     SearchConfig,
     TasksConfig,
+    ToolsConfig,
     TrainingConfig,
     WeightSyncConfig,
 )
@@ -45,9 +46,11 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "TasksConfig",
+    "ToolsConfig",
     "TrainingConfig",
     "WeightSyncConfig",
     "check",
     "dump",
     "load",
+    "task_configs",
 ]

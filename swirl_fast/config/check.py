@@ -6,21 +6,29 @@ files, or ask for a form that words and ranges cannot say.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from swirl_fast.config import references
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.read import check_each
 
 if TYPE_CHECKING:
-    from swirl_fast.config.schema import Config
+    from swirl_fast.config.schema import Config, TasksConfig
 
 # Of shards that can be read, and of those that can be written.
 SHARD_URLS = ("s3", "gs", "hf", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")
 UPLOAD_URLS = ("s3", "gs", "azure", "azure-dl", "oci", "dbfs", "file")
 HTTP = ("http://", "https://")
+DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+
+
+def looks_like_file(path: str) -> bool:
+    """Whether a path is one of a file, and not the name of a Hugging Face data set."""
+    return path.startswith((".", "/", "~")) or path.lower().endswith(DATA_FILES)
 
 
 def check(config: Config, files: bool = True) -> None:
@@ -54,18 +62,42 @@ def _check_data(config: Config, values: _Values) -> None:
     fail, search = values.fail, config.search
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         fail("run.name", "must be a plain folder name")
-    if config.tasks.kind != "reasoning_gym" and not config.tasks.path:
-        fail("tasks.path", f"tasks.kind={config.tasks.kind} needs the path of a data file in its official format")
+    for prefix, tasks in task_configs(config):
+        generated = tasks.kind == "reasoning_gym" or references.is_reference(tasks.kind)
+        if not generated and not tasks.path:
+            form = "with your questions" if tasks.kind == "qa" else "in its official format"
+            raise ConfigError(
+                f"{prefix}.path={tasks.path}: {prefix}.kind={tasks.kind} needs the path of a data file {form}"
+            )
+        if len(set(tasks.tools)) < len(tasks.tools):
+            raise ConfigError(f"{prefix}.tools={tasks.tools}: names a tool twice")
     if search.kind == "dense" and not search.model:
         fail("search.model", "search.kind=dense needs a sentence-transformers folder or a Hugging Face name")
 
 
+def task_configs(config: Config) -> list[tuple[str, TasksConfig]]:
+    """(where its settings are, settings) of each task: one, or those of tasks.mix on top of the settings around them."""
+    if not config.tasks.mix:
+        return [("tasks", config.tasks)]
+    return [
+        (f"tasks.mix[{i}]", dataclasses.replace(config.tasks, **{"mix": [], **entry}))
+        for i, entry in enumerate(config.tasks.mix)
+    ]
+
+
 def _check_files(config: Config, values: _Values) -> None:
-    for key in ("tasks.path", "tasks.eval_path"):
-        value = values[key]
-        if value and (value.startswith((".", "/", "~")) or value.endswith((".json", ".jsonl"))):
-            if not Path(value).expanduser().is_file():
-                values.fail(key, "no such file")
+    for prefix, tasks in task_configs(config):
+        for key in ("path", "eval_path", "worked_examples"):
+            value = getattr(tasks, key)
+            if (
+                value
+                and (looks_like_file(value) or key == "worked_examples")
+                and not Path(value).expanduser().is_file()
+            ):
+                raise ConfigError(f"{prefix}.{key}={value}: no such file")
+    for key in ("judge.model.rubric", "search.corpus"):
+        if values[key] and not Path(values[key]).expanduser().exists():
+            values.fail(key, "no such file")
     if config.model.chat_template and not Path(config.model.chat_template).expanduser().is_file():
         values.fail("model.chat_template", "no such file; give the path of a Jinja template")
     model = config.search.model
@@ -107,6 +139,8 @@ def _check_stages(config: Config, values: _Values) -> None:
             "collect.temperature",
             f"greedy trajectories are all alike, and {collect.trajectories_per_question} a question are asked for; set it above 0",
         )
+    if config.judge.model.scale == 1:
+        fail("judge.model.scale", "must be 0, for GOOD or BAD, or the best grade of at least 2, such as 5")
     example = "the URL of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1"
     if config.judge.kind == "model" and not config.judge.model.url.startswith(HTTP):
         fail("judge.model.url", f"judge.kind=model needs {example}")

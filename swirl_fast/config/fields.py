@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 _NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+
+
+if TYPE_CHECKING:
+    AsWritten = Any
+else:
+
+    class AsWritten:
+        """The type of a value that is read later, as the settings that it holds."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,16 @@ class Range:
         return "" if high is None else f"{'at most' if self.below is None else 'below'} {high:g}"
 
 
-def setting(default: Any, **limits: Any) -> Any:
-    """A dataclass field with a range. limits: those of `Range`."""
-    metadata = {"range": Range(**limits)}
+Reads = Literal["", "file", "reference", "tasks"]
+
+
+def setting(default: Any, *, reads: Reads = "", known: Sequence[str] = (), **limits: Any) -> Any:
+    """A dataclass field with more than a type. limits: those of `Range`. known: the built-in names that a text accepts.
+
+    reads: what a text names, which is found beside the YAML file that says it. file: a file or folder, where there is one of this name.
+    reference: also a user's own Python (references.py). tasks: of a list of tables, each with the keys of a task.
+    """
+    metadata = {"range": Range(**limits), "reads": reads, "known": tuple(known)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -62,7 +77,8 @@ def setting(default: Any, **limits: Any) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """key: dotted. kind: the type as it is declared. owner: the class that declares it, under the name `field`."""
+    """key: dotted. kind: the type as it is declared. owner: the class that declares it, under the name `field`. reads, known: see
+    `setting`."""
 
     key: str
     kind: Any
@@ -70,6 +86,8 @@ class Setting:
     range: Range
     owner: type
     field: str
+    reads: Reads = ""
+    known: tuple[str, ...] = ()
 
     @property
     def optional(self) -> bool:
@@ -91,6 +109,12 @@ class Setting:
         if self.words:
             listed = ", ".join(str(word) for word in self.words if word != "")
             return f"one of {listed}{', or empty' if '' in self.words else ''}"
+        if self.reads == "reference":
+            own = "FILE.py:NAME or MODULE:NAME"
+            each = "list of names, each " if get_origin(self.kind) is list else ""
+            return f"{each}one of {', '.join(self.known)}, or {own}" if self.known else f"{each}{own}"
+        if self.reads == "tasks":
+            return "list of tables"
         if self.optional:
             return "text or null"
         arguments = get_args(self.kind)
@@ -135,8 +159,9 @@ def _settings(kind: type, prefix: str) -> Iterator[Setting]:
         else:
             factory = entry.default_factory
             default = entry.default if factory is dataclasses.MISSING else factory()
-            limits = entry.metadata.get("range", Range())
-            yield Setting(prefix + entry.name, declared, default, limits, kind, entry.name)
+            limits, reads = entry.metadata.get("range", Range()), entry.metadata.get("reads", "")
+            known = entry.metadata.get("known", ())
+            yield Setting(prefix + entry.name, declared, default, limits, kind, entry.name, reads, known)
 
 
 def _sections(kind: type, prefix: str) -> Iterator[tuple[str, type]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 
+from swirl_fast.config import references
 from swirl_fast.config.error import ConfigError
-from swirl_fast.config.fields import Setting, declared_types, sections, settings
+from swirl_fast.config.fields import AsWritten, Setting, declared_types, sections, settings
 from swirl_fast.config.hints import unknown_key
 from swirl_fast.config.yaml_text import Tree, Word, parse, plain, shown, unquoted
 
@@ -25,15 +27,13 @@ T = TypeVar("T")
 _TRUE, _FALSE = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
 
 
-class AsWritten:
-    """The type of a value that stays a tree of words, to be read later as the settings that it holds."""
-
-
 class Layer(NamedTuple):
-    """source: where the tree was written, for messages."""
+    """source: where the tree was written, for messages. folder: of the file that it is written in; what it names is looked for there
+    first."""
 
     tree: Tree
     source: str
+    folder: Path | None = None
 
 
 def read_file(path: str | Path, option: str = "") -> Layer:
@@ -51,7 +51,7 @@ def read_file(path: str | Path, option: str = "") -> Layer:
         raise ConfigError(
             f"{shown}: must hold sections (run:, model:, …), not a {'list' if isinstance(tree, list) else 'word'}"
         )
-    return Layer(tree, str(path))
+    return Layer(tree, str(path), Path(path).parent)
 
 
 def read_override(kind: type, override: str) -> Layer:
@@ -74,8 +74,9 @@ def fill(kind: type[T], layers: Sequence[Layer]) -> T:
     """The defaults of a config class with the layers on top, the later ones over the earlier. Tables are merged key by key, but for `{}`,
     which empties one. Raises ConfigError for an unknown key and for a value of a wrong type."""
     values: dict[str, Any] = {}
-    for tree, source in layers:
+    for tree, source, folder in layers:
         for entry, value in _values(kind, tree, source):
+            value = _found(entry, value, folder)
             merge = entry.is_table and value
             values[entry.key] = _merged(values.get(entry.key, entry.default), value) if merge else value
     return _made(kind, values, "")
@@ -92,6 +93,38 @@ def _made(kind: type[T], values: dict[str, Any], prefix: str) -> T:
         elif key in values:
             arguments[entry.name] = values[key]
     return kind(**arguments)
+
+
+def _found(entry: Setting, value: Any, folder: Path | None) -> Any:
+    """A value with the whole path of what it names beside the file that it is written in."""
+    if isinstance(value, list) and entry.reads == "tasks":
+        return [_entry(entry, one, f"{entry.key}[{i}]", folder) for i, one in enumerate(value)]
+    if isinstance(value, list):
+        return [_found(entry, one, folder) for one in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if entry.reads == "reference":
+        alike = [name for name in entry.known if name.lower() == value.strip().lower()]
+        return alike[0] if alike else references.absolute(value.strip(), folder)
+    if entry.reads == "file" and folder is not None and len(value) < 4096 and "\n" not in value:
+        path = folder / value
+        here = os.path.exists(value) and path.exists() and os.path.samefile(path, value)
+        return os.path.abspath(path) if path.exists() and not here else value
+    return value
+
+
+def _entry(entry: Setting, tree: Tree, key: str, folder: Path | None) -> dict[str, Any]:
+    """A table with keys of the section that has the list itself. Raises ConfigError naming its place in the list."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{key}={shown(tree)}: must be a table, such as {{kind: gsm8k, path: FILE}}")
+    if entry.field in tree:
+        raise ConfigError(f"{key}.{entry.field}: a task of a mixture cannot be a mixture")
+    try:
+        filled: Any = fill(entry.owner, [Layer(tree, key, folder)])
+        check_each(filled)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error}") from None
+    return {str(name): getattr(filled, str(name)) for name in tree if "." not in str(name)}
 
 
 def _merged(base: Any, more: Any) -> Any:
@@ -139,6 +172,8 @@ def _value(entry: Setting, node: Tree, source: str) -> Any:
         # where an empty text means "none", null means it too
         if entry.default == "" or "" in entry.words:
             return ""
+    if entry.reads == "reference" and get_origin(entry.kind) is list and isinstance(node, Word):
+        node = [node]
     try:
         return _converted(str if entry.optional else entry.kind, node)
     except UnicodeError:
@@ -227,6 +262,10 @@ def check_each(config: Any) -> None:
         value = operator.attrgetter(key)(config)
         if entry.words and value not in entry.words:
             raise ConfigError(f"{key}={value}: must be {entry.accepted}")
+        if entry.reads == "reference":
+            for name in value if isinstance(value, list) else [value]:
+                if name and name not in entry.known and not references.is_reference(name):
+                    raise ConfigError(f"{key}={name}: must be {entry.accepted}")
         if not entry.range.accepts(value):
             limits = entry.accepted if isinstance(value, list) else str(entry.range)
             if isinstance(value, float) and not math.isfinite(value):

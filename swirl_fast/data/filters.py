@@ -18,7 +18,7 @@ from typing import get_args
 
 from swirl_fast.config.schema import Filter
 from swirl_fast.trajectory import Trajectory
-from swirl_fast.verdict import Judgement, Verdict
+from swirl_fast.verdict import GOOD_FROM, Judgement, Verdict
 
 # Why a trajectory is left out: the first that applies, in this order, so that the counts add up.
 REASONS = {
@@ -47,20 +47,27 @@ REMEDIES = {
 class Candidate:
     """What a filter has to know of a trajectory.
 
-    verdicts: one a step. answered: it ends with an answer. right: is that answer right, None where nobody said. turned_down: a judge
-    called one of its well-formed steps BAD; a malformed one is BAD without a judge.
+    verdicts: one a step. low: one of its steps has less than filter.min_reward. answered: it ends with an answer. right: is that answer
+    right, None where nobody said. turned_down: a judge gave a well-formed step less than that; a malformed one is BAD without a judge.
     """
 
     id: str
     question_id: str
     finished: bool
     verdicts: tuple[Verdict, ...]
+    low: bool
     answered: bool
     right: bool | None
     turned_down: bool
 
     @classmethod
-    def of(cls, trajectory: Trajectory, judgements: Sequence[Judgement], right: bool | None = None) -> Candidate:
+    def of(
+        cls,
+        trajectory: Trajectory,
+        judgements: Sequence[Judgement],
+        right: bool | None = None,
+        min_reward: float = GOOD_FROM,
+    ) -> Candidate:
         """judgements: one a step. right: is its answer right; None where the outcome judge is UNKNOWN. Raises ValueError for another
         number of judgements."""
         if len(judgements) != trajectory.num_steps:
@@ -68,12 +75,12 @@ class Candidate:
                 f"trajectory {trajectory.id!r} has {trajectory.num_steps} steps and {len(judgements)} judgements: judge it first"
             )
         verdicts = tuple(judgement.verdict for judgement in judgements)
+        low = [judgement.reward is not None and judgement.reward < min_reward for judgement in judgements]
         turned_down = any(
-            verdict is Verdict.BAD and step.action.kind != "malformed"
-            for step, verdict in zip(trajectory.steps, verdicts, strict=True)
+            below and step.action.kind != "malformed" for step, below in zip(trajectory.steps, low, strict=True)
         )
         finished, answered = trajectory.finish is not None, trajectory.answer is not None
-        return cls(trajectory.id, trajectory.question_id, finished, verdicts, answered, right, turned_down)
+        return cls(trajectory.id, trajectory.question_id, finished, verdicts, any(low), answered, right, turned_down)
 
 
 @dataclass(frozen=True)
@@ -169,9 +176,9 @@ def _reason(candidate: Candidate, kind: Filter) -> str | None:
     if not candidate.verdicts:
         return "no_steps"
     if kind in ("process", "process_and_outcome"):
-        if Verdict.BAD in candidate.verdicts:
+        if candidate.low:
             return "bad_step"
-        if any(verdict is not Verdict.GOOD for verdict in candidate.verdicts):
+        if Verdict.UNKNOWN in candidate.verdicts:
             return "unknown_step"
     if kind in ("outcome", "process_and_outcome"):
         if not candidate.answered:

@@ -33,7 +33,7 @@ from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
-SCHEMA = 1
+SCHEMA = 2
 APPLICATION_ID = 0x5357524C  # "SWRL" in the header of the file: tells our databases from others
 BATCH = 64  # trajectories read in one transaction
 
@@ -60,6 +60,7 @@ TABLES = (
     )""",
     """CREATE TABLE verdicts (
         judge_id TEXT NOT NULL, content_hash TEXT NOT NULL, verdict TEXT NOT NULL, reason TEXT NOT NULL,
+        reward REAL, -- in [0, 1]; NULL where the verdict is UNKNOWN
         PRIMARY KEY (judge_id, content_hash)
     ) WITHOUT ROWID""",
 )
@@ -355,11 +356,11 @@ class Store:
     def verdicts(self, judge_id: str, hashes: Iterable[str]) -> dict[str, Judgement]:
         """The judgements there are, UNKNOWN ones included, under the hashes (`StepView.content_hash`)."""
         rows = self._db.execute(
-            "SELECT content_hash, verdict, reason FROM verdicts "
+            "SELECT content_hash, verdict, reason, reward FROM verdicts "
             "WHERE judge_id = ? AND content_hash IN (SELECT value FROM json_each(?))",
             (judge_id, json.dumps(list(hashes))),
         )
-        return {content_hash: Judgement(Verdict(verdict), reason) for content_hash, verdict, reason in rows}
+        return {key: Judgement(Verdict(verdict), reason, reward) for key, verdict, reason, reward in rows}
 
     def missing(self, judge_id: str, hashes: Iterable[str]) -> list[str]:
         """The hashes, each once and in order, without a verdict or with UNKNOWN: those to ask the judge about."""
@@ -377,11 +378,11 @@ class Store:
         what was filtered by them can be filtered again with the same result."""
         with self._transaction():
             self._db.executemany(
-                "INSERT INTO verdicts VALUES (?, ?, ?, CAST(? AS TEXT)) ON CONFLICT DO UPDATE "
-                "SET verdict = excluded.verdict, reason = excluded.reason "
+                "INSERT INTO verdicts VALUES (?, ?, ?, CAST(? AS TEXT), ?) ON CONFLICT DO UPDATE "
+                "SET verdict = excluded.verdict, reason = excluded.reason, reward = excluded.reward "
                 f"WHERE verdicts.verdict = '{Verdict.UNKNOWN.value}'",
                 [
-                    (judge_id, key, judgement.verdict.value, _utf8(judgement.reason))
+                    (judge_id, key, judgement.verdict.value, _utf8(judgement.reason), judgement.reward)
                     for key, judgement in judgements.items()
                 ],
             )

@@ -133,11 +133,14 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     spec = _read_spec(path)
     name, folder = spec.name or path.stem, Path(spec.folder).expanduser()
     base = [read_config(path.parent / spec.config, f"{path}: config")] if spec.config else []
-    base += [Layer(spec.settings, f"{path}, settings"), *(read_override(Config, override) for override in overrides)]
+    base += [
+        Layer(spec.settings, f"{path}, settings", path.parent),
+        *(read_override(Config, override) for override in overrides),
+    ]
     arms = _crossed(spec, path)
     cells: list[Cell] = []
     for seed, (arm, (trained, start, entries)) in itertools.product(spec.seeds, arms.items()):
-        layers = [*base, Layer(entries, f"{path}, arms.{arm}")]
+        layers = [*base, Layer(entries, f"{path}, arms.{arm}", path.parent)]
         layers.append(
             Layer({"run.seed": Word(str(seed)), "run.folder": Word(str(folder / name), quoted=True)}, str(path))
         )
@@ -150,7 +153,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         try:
             config = load_layers(layers)
             evaluations = {
-                key: load_layers([*layers, Layer(more, f"{path}, evaluations.{key}")])
+                key: load_layers([*layers, Layer(more, f"{path}, evaluations.{key}", path.parent)])
                 for key, more in spec.evaluations.items()
             }
         except ConfigError as error:

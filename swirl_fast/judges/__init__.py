@@ -6,18 +6,25 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from swirl_fast.config import ConfigError, JudgeConfig
+from swirl_fast.config.references import is_reference
+from swirl_fast.config.schema import JUDGES
 from swirl_fast.judges.judge import Judge
+from swirl_fast.judges.own import OwnJudge, own_judge_id
 from swirl_fast.judges.reference import ReferenceJudge, reference_judge_id
 from swirl_fast.judges.rules import RulesJudge
 from swirl_fast.tasks.task import Split, Task
+from swirl_fast.tools.tool import ToolSpec
 
 
 def load_judge(
-    config: JudgeConfig, tools_by_task: Mapping[str, Collection[str]], probe: bool = True, tasks: Sequence[Task] = ()
+    config: JudgeConfig,
+    tools_by_task: Mapping[str, Collection[ToolSpec]],
+    probe: bool = True,
+    tasks: Sequence[Task] = (),
 ) -> Judge:
     """The judge a config names, ready for work.
 
-    tools_by_task: task name -> names of the tools on offer there: by it the rules judge decides what is malformed, and a model judge is
+    tools_by_task: task name -> the tools on offer there: by it the rules judge decides what is malformed, and a model judge is
     asked about calls of these tools.
     tasks: those whose steps it will judge; only the reference judge needs them, for their worked solutions.
     probe: ask the endpoint of a model judge once, so that a wrong address, key or model name fails here.
@@ -35,10 +42,12 @@ def load_judge(
         return judge
     if config.kind == "reference":
         return ReferenceJudge(tools_by_task, _worked_solutions(tasks))
+    if is_reference(config.kind):
+        return OwnJudge(config.kind, tools_by_task)
     raise ConfigError(_unknown_kind(config))
 
 
-def judge_id(config: JudgeConfig, tools_by_task: Mapping[str, Collection[str]]) -> str:
+def judge_id(config: JudgeConfig, tools_by_task: Mapping[str, Collection[ToolSpec]]) -> str:
     """The id that `load_judge` of the same arguments has, under which its verdicts are stored. Opens no connection and reads no file.
 
     Raises ValueError for a setting that cannot work.
@@ -51,11 +60,22 @@ def judge_id(config: JudgeConfig, tools_by_task: Mapping[str, Collection[str]]) 
         return model_step_judge_id(config.model, tools_by_task)
     if config.kind == "reference":
         return reference_judge_id(tools_by_task)
+    if is_reference(config.kind):
+        return own_judge_id(config.kind, tools_by_task)
     raise ConfigError(_unknown_kind(config))
 
 
+def close_judge(judge: Judge) -> None:
+    """Closes the connections of a judge that has some."""
+    close = getattr(judge, "close", None)
+    if close is not None:
+        close()
+
+
 def _unknown_kind(config: JudgeConfig) -> str:
-    return f"judge.kind is {config.kind!r}; use rules, model or reference"
+    return (
+        f"judge.kind is {config.kind!r}; use {', '.join(JUDGES)}, or a reward of your own: FILE.py:NAME or MODULE:NAME"
+    )
 
 
 def _worked_solutions(tasks: Sequence[Task]) -> dict[str, tuple[Fraction, ...]]:

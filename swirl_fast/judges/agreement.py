@@ -35,7 +35,7 @@ def agreement(steps: Sequence[LabelledStep], judgements: Sequence[Judgement]) ->
     return {
         **_measures(pairs),
         "by_task": split(lambda step: step.view.task),
-        "by_tool": split(lambda step: "+".join(step.tools)),
+        "by_tool": split(lambda step: "+".join(spec.name for spec in step.tools)),
         "by_source": split(lambda step: step.source or "not told"),
         "by_kind": split(lambda step: step.kind or "not told"),
         "disagreements": [_disagreement(*pair) for pair in pairs if pair[1].verdict is not pair[0].label],

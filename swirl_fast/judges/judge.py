@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from swirl_fast.config import ConfigError
 from swirl_fast.formats.tags import Action
+from swirl_fast.tools.tool import ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
@@ -30,6 +31,11 @@ class Judge(Protocol):
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
         """One judgement a step, in order. Never raises for what a step contains; a judge that cannot answer says UNKNOWN."""
         ...
+
+
+def tool_identities(tools_by_task: Mapping[str, Collection[ToolSpec]]) -> dict[str, tuple[str, ...]]:
+    """Task -> what its tools are called in the ids of judges; in a fixed order."""
+    return {task: tuple(sorted({spec.identity for spec in specs})) for task, specs in sorted(tools_by_task.items())}
 
 
 def judge_malformed(action: Action) -> Judgement:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swirl_fast.data.store import Store
 from swirl_fast.files import write_text
-from swirl_fast.formats.tags import TOOL_TAGS, Action, parse
+from swirl_fast.formats.tags import Action, parse
+from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Verdict
 
@@ -27,10 +28,10 @@ KEYS = ("task", "tools", "question", "history", "action_text", "label", "kind", 
 
 @dataclass(frozen=True)
 class LabelledStep:
-    """tools: names of those on offer. label: GOOD, BAD, or None where it is still to be given. line: in its file, 0 elsewhere."""
+    """tools: those on offer. label: GOOD, BAD, or None where it is still to be given. line: in its file, 0 elsewhere."""
 
     view: StepView
-    tools: tuple[str, ...]
+    tools: tuple[ToolSpec, ...]
     label: Verdict | None
     kind: str = ""
     source: str = ""
@@ -42,9 +43,10 @@ class LabelledStep:
         return parse(self.view.action_text, self.tools)
 
 
-def read_labels(path: str | Path) -> list[LabelledStep]:
-    """Raises ValueError with file:line, the key, the value and the remedy for a line that is none of ours, for a task whose lines offer
-    different tools (a judge is told the tools by task), and for one step with two different labels."""
+def read_labels(path: str | Path, known: Mapping[str, ToolSpec] = BUILT_IN) -> list[LabelledStep]:
+    """known: the tools that a line may name. Raises ValueError with file:line, the key, the value and the remedy for a line that is none
+    of ours, for a task whose lines offer different tools (a judge is told the tools by task), and for one step with two different
+    labels."""
     file = Path(path)
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -52,14 +54,14 @@ def read_labels(path: str | Path) -> list[LabelledStep]:
         raise ValueError(f"{file}: no such file; one labelled step a line, see swirl_fast/judges/labels.py") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
-    steps = [_step(line, number, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    steps = [_step(line, number, f"{file}:{number}", known) for number, line in enumerate(lines, 1) if line.strip()]
     tools: dict[str, LabelledStep] = {}
     labels: dict[StepView, LabelledStep] = {}
     for step in steps:
         first = tools.setdefault(step.view.task, step)
         if step.tools != first.tools:
             raise ValueError(
-                f"{file}:{step.line}: key 'tools' = {list(step.tools)}: task {step.view.task!r} has {list(first.tools)} in line "
+                f"{file}:{step.line}: key 'tools' = {_names(step)}: task {step.view.task!r} has {_names(first)} in line "
                 f"{first.line}; give steps with other tools another task"
             )
         if step.label is not None:
@@ -77,7 +79,7 @@ def write_labels(path: str | Path, steps: Iterable[LabelledStep]) -> int:
     rows = [
         {
             "task": step.view.task,
-            "tools": list(step.tools),
+            "tools": _names(step),
             "question": step.view.question,
             "history": [list(turn) for turn in step.view.history],
             "action_text": step.view.action_text,
@@ -92,7 +94,13 @@ def write_labels(path: str | Path, steps: Iterable[LabelledStep]) -> int:
     return len(rows)
 
 
-def steps_to_label(store: Store, ids: Sequence[str], tools: Sequence[str], count: int, seed: int) -> list[LabelledStep]:
+def _names(step: LabelledStep) -> list[str]:
+    return [spec.name for spec in step.tools]
+
+
+def steps_to_label(
+    store: Store, ids: Sequence[str], tools_by_task: Mapping[str, Sequence[ToolSpec]], count: int, seed: int
+) -> list[LabelledStep]:
     """`count` well-formed steps of these trajectories, drawn evenly from all, without a label; steps that look the same to a judge count
     once, and malformed ones are not a matter of judgement."""
     places: dict[str, tuple[str, int]] = {}  # content hash -> (trajectory, step)
@@ -103,10 +111,10 @@ def steps_to_label(store: Store, ids: Sequence[str], tools: Sequence[str], count
     drawn = random.Random(seed).sample(list(places.values()), min(count, len(places)))
     trajectories = store.trajectories([id_ for id_, _ in drawn])
     views = (trajectory.view(i) for trajectory, (_, i) in zip(trajectories, drawn, strict=True))
-    return [LabelledStep(view, tuple(tools), None, "", "human") for view in views]
+    return [LabelledStep(view, tuple(tools_by_task[view.task]), None, "", "human") for view in views]
 
 
-def _step(line: str, number: int, where: str) -> LabelledStep:
+def _step(line: str, number: int, where: str, known: Mapping[str, ToolSpec]) -> LabelledStep:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -132,14 +140,8 @@ def _step(line: str, number: int, where: str) -> LabelledStep:
     ):
         raise fail("history", "must be a list of [action_text, observation], empty for a first step")
     tools: Any = row.get("tools")
-    if (
-        not isinstance(tools, list)
-        or not all(tool in TOOL_TAGS for tool in tools if isinstance(tool, str))
-        or not tools
-    ):
-        raise fail("tools", f"must be a list of {', '.join(TOOL_TAGS)}")
-    if not all(isinstance(tool, str) for tool in tools):
-        raise fail("tools", f"must be a list of {', '.join(TOOL_TAGS)}")
+    if not isinstance(tools, list) or not tools or not all(isinstance(tool, str) and tool in known for tool in tools):
+        raise fail("tools", f"must be a list of {', '.join(known)}; tasks.tools names others")
     label = text("label")
     if label not in ("", "GOOD", "BAD"):
         raise fail("label", "must be GOOD or BAD, or empty where it is still to be given")
@@ -147,4 +149,6 @@ def _step(line: str, number: int, where: str) -> LabelledStep:
         raise fail("source", f"must be one of {', '.join(SOURCES)}")
     view = StepView(text("task"), text("question"), tuple((a, o) for a, o in history), text("action_text"))
     verdict = Verdict(label) if label else None
-    return LabelledStep(view, tuple(sorted(set(tools))), verdict, text("kind", ""), source, number)
+    return LabelledStep(
+        view, tuple(known[name] for name in sorted(set(tools))), verdict, text("kind", ""), source, number
+    )

@@ -16,10 +16,11 @@ from fractions import Fraction
 
 from swirl_fast.config import ConfigError
 from swirl_fast.formats.tags import parse
+from swirl_fast.judges.judge import tool_identities
 from swirl_fast.judges.rules.calculations import read_calculation
 from swirl_fast.tasks.scoring import number
 from swirl_fast.tools.arithmetic import CalculationError, numbers
-from swirl_fast.tools.tool import observation
+from swirl_fast.tools.tool import ToolSpec, observation
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
@@ -33,14 +34,14 @@ class ReferenceJudge:
     """
 
     def __init__(
-        self, tools_by_task: Mapping[str, Collection[str]], solutions: Mapping[str, Sequence[Fraction]]
+        self, tools_by_task: Mapping[str, Collection[ToolSpec]], solutions: Mapping[str, Sequence[Fraction]]
     ) -> None:
         if not solutions:
             raise ConfigError(
                 f"judge.kind=reference: the questions of {', '.join(tools_by_task)} have no worked solutions; use gsm8k or reasoning_gym's "
                 "gsm_symbolic, or judge.kind=rules or model"
             )
-        self._tools = _sorted_tools(tools_by_task)
+        self._tools = tools_by_task
         self._solutions = solutions
         self.id = reference_judge_id(tools_by_task)
 
@@ -80,13 +81,9 @@ class ReferenceJudge:
         return Judgement(Verdict.GOOD, "the result of a step of the solution")
 
 
-def reference_judge_id(tools_by_task: Mapping[str, Collection[str]]) -> str:
-    digest = hashlib.sha256(repr(sorted(_sorted_tools(tools_by_task).items())).encode()).hexdigest()[:8]
+def reference_judge_id(tools_by_task: Mapping[str, Collection[ToolSpec]]) -> str:
+    digest = hashlib.sha256(repr(sorted(tool_identities(tools_by_task).items())).encode()).hexdigest()[:8]
     return f"reference-v{VERSION}-tools.{digest}"
-
-
-def _sorted_tools(tools_by_task: Mapping[str, Collection[str]]) -> dict[str, tuple[str, ...]]:
-    return {task: tuple(sorted(tools)) for task, tools in tools_by_task.items()}
 
 
 def _result(argument: str, seen: str) -> Fraction | None:

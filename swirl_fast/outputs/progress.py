@@ -106,7 +106,10 @@ def _wanted(store: Store, files: RunFolder) -> list[str] | None:
     if not isinstance(count, int):
         return None
     questions = store.questions()
-    return trajectory_ids(questions[:limit] if isinstance(limit, int) and limit > 0 else questions, count)
+    limited = (
+        isinstance(limit, int) and limit > 0 and not files.setting("tasks.mix")
+    )  # of a mixture every part has its share
+    return trajectory_ids(questions[:limit] if limited else questions, count)
 
 
 def _verdicts(store: Store, judge_id: str | None, ids: list[str]) -> dict[str, int]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from swirl_fast.data.store import Store
 from swirl_fast.judges.cached import NOT_JUDGED, judged_trajectories
 from swirl_fast.tasks import TEXT_ANSWERS
-from swirl_fast.tasks.scoring import score_number, score_text
+from swirl_fast.tasks.scoring import score_auto, score_number, score_text
+from swirl_fast.tasks.task import Score
 from swirl_fast.trajectory import Finish, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
+
+NUMBERS = frozenset(
+    {"reasoning_gym", "gsm8k"}
+)  # tasks whose answers are numbers, as those of tasks.TEXT_ANSWERS are texts
 
 FINISHES = {
     Finish.ANSWER: "answered",
@@ -34,15 +39,14 @@ class Reading:
 
     @property
     def matches(self) -> bool | None:
-        """Whether the answer equals a gold answer; None without an answer. Some tasks accept a rounded number, which only they can tell:
-        the score of an evaluation goes before the comparison here."""
+        """Whether the answer equals a gold answer; None without an answer. Some tasks accept a rounded number, or score by a function of
+        a user's own, which only they can tell: the score of an evaluation goes before the comparison here."""
         answer = self.trajectory.answer
         if answer is None:
             return None
         if self.right is not None:
             return self.right
-        score = score_text if self.trajectory.task in TEXT_ANSWERS else score_number
-        return score(answer, self.gold).exact_match == 1.0
+        return _comparison(self.trajectory.task)(answer, self.gold).exact_match == 1.0
 
     @property
     def verdicts(self) -> list[str]:
@@ -61,6 +65,12 @@ class Reading:
     def kind(self) -> tuple[str, ...]:
         """What a sample should have some of each: the verdicts that occur, the match with gold, the finish."""
         return (*sorted(set(self.verdicts)), MATCHES[self.matches], FINISHES[self.trajectory.finish])
+
+
+def _comparison(task: str) -> Callable[[str | None, Sequence[str]], Score]:
+    if task in TEXT_ANSWERS:
+        return score_text
+    return score_number if task in NUMBERS else score_auto
 
 
 class Readings:

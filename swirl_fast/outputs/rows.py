@@ -22,12 +22,14 @@ from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
 Message = dict[str, str]
-Opening = Callable[[str], Sequence[Message]]  # a question -> the messages up to it, itself included
+Opening = Callable[
+    [str, str], Sequence[Message]
+]  # name of the task, question -> the messages up to it, itself included
 
 NO_VERDICT = "steps without a verdict (UNKNOWN, or not judged)"
 
 
-def from_question(question: str) -> list[Message]:
+def from_question(task: str, question: str) -> list[Message]:
     """The opening of a conversation without system message and worked examples."""
     return [{"role": "user", "content": question}]
 
@@ -46,7 +48,7 @@ def conversation_row(reading: Reading, opening: Opening) -> dict[str, Any]:
     """A trajectory as a conversation that ends with its last action."""
     one = reading.trajectory
     return {
-        "messages": [*opening(one.question), *turns(one, one.num_steps)],
+        "messages": [*opening(one.task, one.question), *turns(one, one.num_steps)],
         "trajectory": one.id,
         "question_id": one.question_id,
         "right": reading.matches,
@@ -140,7 +142,7 @@ def recorded_pairs(readings: Iterable[Reading], opening: Opening, left_out: Coun
             "state": i,
             "training_step": None,
         }
-        yield from preference_rows(siblings, [*opening(one.question), *turns(one, i)], **more)
+        yield from preference_rows(siblings, [*opening(one.task, one.question), *turns(one, i)], **more)
 
 
 def sampled_pairs(

@@ -6,12 +6,13 @@ from __future__ import annotations
 import html
 import re
 
-from swirl_fast.formats.tags import ANSWER_TAG, TOOL_TAGS
 from swirl_fast.outputs.text import one_line, visible
 
 MAX_CHARS = 4_000  # of one text; three quarters from its beginning, the rest from its end, where the tag is
 
-_TAGGED = re.compile(rf"<({'|'.join([*TOOL_TAGS.values(), ANSWER_TAG])})>.*?</\1>", re.DOTALL)
+_TAGGED = re.compile(
+    r"<(?!think(?:ing)?>)([A-Za-z_][A-Za-z0-9_]{0,63})>.*?</\1>", re.DOTALL
+)  # of any tool, or the answer
 
 
 def escape(text: str) -> str:

@@ -12,12 +12,14 @@ from typing import Literal
 
 import numpy as np
 
-from swirl_fast.config import TrainingConfig
+from swirl_fast.config import ConfigError, TrainingConfig
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
 from swirl_fast.formats.tags import Action, parse
 from swirl_fast.judges.judge import Judge, judge_actions
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
+from swirl_fast.tasks import ToolsByTask
+from swirl_fast.tools.tool import ToolSpec
 from swirl_fast.trajectory import StepView, Trajectory
 from swirl_fast.verdict import Judgement
 
@@ -37,13 +39,14 @@ def sample_actions(
     trajectories: Sequence[Trajectory],
     engine: Engine,
     renderer: Renderer,
-    tools: Sequence[str],
+    tools: ToolsByTask,
     training: TrainingConfig,
     seeds: Sequence[int],
 ) -> list[SampledAction]:
     """`group_size` actions at every state of every trajectory, grouped by state, states in order.
 
-    seeds: one a trajectory; a trajectory that comes twice in a batch comes with two seeds, and so draws other actions.
+    tools: those on offer, by the name of a trajectory's task. seeds: one a trajectory; a trajectory that comes twice in a batch comes
+    with two seeds, and so draws other actions.
     """
     sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
     places = [(t, i) for t, trajectory in enumerate(trajectories) for i in range(trajectory.num_steps)]
@@ -63,10 +66,20 @@ def sample_actions(
         recorded = trajectories[t].view(i)
         for completion in completions:
             text = renderer.text(completion.tokens)
-            action = parse(text, tools, truncated=completion.finish == "length")
+            action = parse(text, tools_for(recorded.task, tools), truncated=completion.finish == "length")
             view = StepView(recorded.task, recorded.question, recorded.history, text)
             sampled.append(SampledAction(t, state, completion, action, view))
     return sampled
+
+
+def tools_for(task: str, tools: ToolsByTask) -> Sequence[ToolSpec]:
+    """Raises ConfigError for a task that is not among those of the settings."""
+    if task not in tools:
+        raise ConfigError(
+            f"the recorded trajectories hold some of the task {task}, and the settings tasks.* name {', '.join(tools)}; use those of the "
+            "collection"
+        )
+    return tools[task]
 
 
 def recorded_actions(trajectories: Sequence[Trajectory], stop_id: int) -> list[SampledAction]:

@@ -13,36 +13,51 @@ import numpy as np
 from swirl_fast.config import Config
 from swirl_fast.data.store import Store, trajectory_ids
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
-from swirl_fast.formats.tags import Action, parse
+from swirl_fast.formats.tags import parse
 from swirl_fast.rendering import Message, Renderer, conversation
 from swirl_fast.seeds import seed_of
-from swirl_fast.tasks.task import Question, Task
-from swirl_fast.tools.tool import Tool, observation
+from swirl_fast.tasks import ToolsByTask, parts_of
+from swirl_fast.tasks.task import Example, Question, Task
+from swirl_fast.tools.tool import ToolSpec, observation
+from swirl_fast.tools.toolbox import Toolbox, ToolCall
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 
-def conversation_of(config: Config, task: Task, tools: Mapping[str, Tool]) -> Callable[[str], list[Message]]:
-    """Question -> the messages of s_1. Without tools the worked examples, which call them, are left out."""
-    examples = task.examples[: config.tasks.examples] if tools else ()
-    offered = list(tools.values())
-    return lambda question: conversation(question, offered, config.tasks.max_steps, examples)
+def conversation_of(config: Config, task: Task, tools: ToolsByTask) -> Callable[[Question], list[Message]]:
+    """Question -> the messages of s_1. Worked examples that call other tools than those on offer are left out.
+
+    tools: those on offer, by the name of a question's task.
+    """
+    parts = parts_of(task)
+
+    def messages(question: Question) -> list[Message]:
+        part, offered = parts[question.task], tools[question.task]
+        examples = [example for example in part.examples if fits(example, offered)]
+        return conversation(question.text, offered, config.tasks.max_steps, examples, part.instructions)
+
+    return messages
 
 
-def prompt_of(config: Config, task: Task, renderer: Renderer, tools: Mapping[str, Tool]) -> Callable[[str], list[int]]:
+def prompt_of(config: Config, task: Task, renderer: Renderer, tools: ToolsByTask) -> Callable[[Question], list[int]]:
     """Question -> token ids of s_1, of `conversation_of`."""
     messages = conversation_of(config, task, tools)
     return lambda question: renderer.prompt(messages(question))
 
 
+def fits(example: Example, tools: Sequence[ToolSpec]) -> bool:
+    """Whether every action of a worked example can be done with these tools."""
+    return all(parse(action, tools).kind != "malformed" for action in example.actions)
+
+
 @dataclass(frozen=True)
 class Collector:
-    """prompt: question text -> token ids of s_1. tools: by name, real ones. max_tokens: a trajectory ends before it could become
+    """prompt: question -> token ids of s_1. tools: by the name of the task, opened. max_tokens: a trajectory ends before it could become
     longer; None: the engine's context."""
 
     engine: Engine
     renderer: Renderer
-    tools: Mapping[str, Tool]
-    prompt: Callable[[str], list[int]]
+    tools: Mapping[str, Toolbox]
+    prompt: Callable[[Question], list[int]]
     sampling: Sampling
     max_steps: int
     batch: int
@@ -60,9 +75,11 @@ class Collector:
         continued or left alone. progress: called with the numbers of trajectories finished and steps taken in each round."""
         store.add_questions(questions)
         waiting = self._waiting(store, questions, trajectories_per_question)
+        asked = {question.id: question for question in questions}
         active: list[Trajectory] = []
         while True:
             while len(active) < self.batch and (trajectory := next(waiting, None)) is not None:
+                self._begin_tools(trajectory, asked[trajectory.question_id])
                 active.append(trajectory)
             if not active:
                 return
@@ -72,9 +89,11 @@ class Collector:
             progress(len(active) - len(unfinished), steps)
             active = unfinished
 
-    def complete(self, trajectories: Sequence[Trajectory]) -> None:
-        """Carries all of them on until they are finished, side by side; nothing is stored."""
+    def complete(self, trajectories: Sequence[Trajectory], questions: Mapping[str, Question]) -> None:
+        """Carries all of them on until they are finished, side by side; nothing is stored. questions: by id."""
         active = [trajectory for trajectory in trajectories if trajectory.finish is None]
+        for trajectory in active:
+            self._begin_tools(trajectory, questions[trajectory.question_id])
         while active:
             for at in range(0, len(active), self.batch):
                 self._round(active[at : at + self.batch])
@@ -95,7 +114,7 @@ class Collector:
                 if id_ in begun:
                     yield from store.trajectories([id_])
                     continue
-                prompt = prompt or self.prompt(question.text)
+                prompt = prompt or self.prompt(question)
                 yield self.begin(question, id_, prompt)
 
     def _round(self, active: Sequence[Trajectory]) -> int:
@@ -117,14 +136,32 @@ class Collector:
             )
             for trajectory in room
         ]
+        going_on = []
         for trajectory, (completion,) in zip(room, self.engine.generate(requests), strict=True):
-            self._take(trajectory, completion)
+            self._act(trajectory, completion)
+            if trajectory.finish is None:
+                going_on.append((trajectory, completion.finish == "stop"))
+        for (trajectory, stopped), text in zip(going_on, self._observations([t for t, _ in going_on]), strict=True):
+            trajectory.steps[-1].observation = text
+            trajectory.extend(self.renderer.observation(text, stopped))
+        for trajectory in active:
+            if trajectory.finish is not None:
+                self.tools[trajectory.task].end(trajectory.id)
         return len(room)
 
-    def _take(self, trajectory: Trajectory, completion: Completion) -> None:
+    def _begin_tools(self, trajectory: Trajectory, question: Question) -> None:
+        box = self.tools[trajectory.task]
+        earlier = []
+        for step in trajectory.steps:
+            if step.action.kind == "tool" and step.observation is not None:
+                action = parse(step.text, box.specs)
+                result = step.observation.removeprefix(observation(step.action.argument, ""))
+                earlier.append((step.action.tool or "", action.arguments or {}, result))
+        box.begin(trajectory.id, question, earlier)
+
+    def _act(self, trajectory: Trajectory, completion: Completion) -> None:
         text = self.renderer.text(completion.tokens)
-        stopped = completion.finish == "stop"
-        action = parse(text, self.tools.keys(), truncated=not stopped)
+        action = parse(text, self.tools[trajectory.task].specs, truncated=completion.finish != "stop")
         start = len(trajectory.tokens)
         step = Step(start, start + len(completion.tokens), text, action, completion.logprobs, completion.policy_version)
         trajectory.extend(completion.tokens)
@@ -133,12 +170,25 @@ class Collector:
             trajectory.finish = Finish.ANSWER
         elif trajectory.num_steps == self.max_steps:
             trajectory.finish = Finish.STEP_LIMIT
-        else:
-            step.observation = self._observe(action)
-            trajectory.extend(self.renderer.observation(step.observation, stopped))
 
-    def _observe(self, action: Action) -> str:
-        if action.kind == "malformed":
-            return f"ERROR: {action.error}"
-        assert action.tool is not None
-        return observation(action.argument, self.tools[action.tool].call(action.argument))
+    def _observations(self, trajectories: Sequence[Trajectory]) -> list[str]:
+        """What follows the last action of each; the calls are made beside each other."""
+        texts: dict[str, str] = {}  # id of a trajectory -> observation
+        calling: dict[str, list[Trajectory]] = {}  # task -> those with a call
+        for trajectory in trajectories:
+            action = trajectory.steps[-1].action
+            if action.kind == "malformed":
+                texts[trajectory.id] = f"ERROR: {action.error}"
+            else:
+                calling.setdefault(trajectory.task, []).append(trajectory)
+        for task, of_task in calling.items():
+            results = self.tools[task].call([_call(trajectory) for trajectory in of_task])
+            for trajectory, result in zip(of_task, results, strict=True):
+                texts[trajectory.id] = observation(trajectory.steps[-1].action.argument, result)
+        return [texts[trajectory.id] for trajectory in trajectories]
+
+
+def _call(trajectory: Trajectory) -> ToolCall:
+    action = trajectory.steps[-1].action
+    assert action.tool is not None and action.arguments is not None, "a call that was parsed"
+    return ToolCall(trajectory.id, action.tool, action.arguments)

@@ -9,46 +9,47 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from swirl_fast.config import ConfigError
-from swirl_fast.formats.tags import ANSWER_TAG, TOOL_TAGS, parse
+from swirl_fast.formats.tags import ANSWER_TAG, Action, parse
 from swirl_fast.rendering import Renderer
 from swirl_fast.tasks.task import Question, Task
-from swirl_fast.tools.tool import Tool, observation
+from swirl_fast.tools.tool import CALCULATOR, observation
+from swirl_fast.tools.toolbox import Toolbox, ToolCall
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 
 def demonstrations(
     task: Task,
     questions: Sequence[Question],
-    tools: Mapping[str, Tool],
+    tools: Mapping[str, Toolbox],
     renderer: Renderer,
-    prompt: Callable[[str], list[int]],
+    prompt: Callable[[Question], list[int]],
     max_steps: int,
 ) -> Iterator[Trajectory]:
     """One finished trajectory for every question whose solution can be written as at most `max_steps` actions. Log-probs are 0: nobody
     sampled these actions.
 
-    Raises ConfigError where no question has such a solution.
+    tools: by the name of the task, opened. Raises ConfigError where no question has such a solution.
     """
-    tag = TOOL_TAGS["calculator"]
+    tag = CALCULATOR.tag
     written = 0
     for question in questions:
         expressions = task.demonstration(question)
         if not expressions or len(expressions) >= max_steps:
             continue
-        tokens = prompt(question.text)
+        tokens, box = prompt(question), tools[question.task]
         trajectory = Trajectory(
             f"{question.id}/0", question.id, question.task, question.text, 0, len(tokens), np.asarray(tokens, np.int32)
         )
         texts = [f"<{tag}>{expression}</{tag}>" for expression in expressions]
         for text in [*texts, f"<{ANSWER_TAG}>{question.answers[0]}</{ANSWER_TAG}>"]:
-            action = parse(text, tools.keys())
+            action = parse(text, box.specs)
             ids = [*renderer.tokens(text), renderer.stop_id]
             start = len(trajectory.tokens)
             step = Step(start, start + len(ids), text, action, [0.0] * len(ids), 0)
             trajectory.extend(ids)
             trajectory.steps.append(step)
             if action.kind == "tool":
-                step.observation = observation(action.argument, tools["calculator"].call(action.argument))
+                step.observation = observation(action.argument, _result(box, trajectory.id, action))
                 trajectory.extend(renderer.observation(step.observation, stopped=True))
         trajectory.finish = Finish.ANSWER
         written += 1
@@ -58,3 +59,8 @@ def demonstrations(
             f"collect.source=solutions: no question of {task.name} has a worked solution of at most {max_steps} actions; use gsm8k or "
             "reasoning_gym's gsm_symbolic, and raise tasks.max_steps"
         )
+
+
+def _result(box: Toolbox, key: str, action: Action) -> str:
+    (result,) = box.call([ToolCall(key, action.tool or "", action.arguments or {})])
+    return result

@@ -11,7 +11,7 @@ call is made here, so that a thread may do it while the ranks train.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ from swirl_fast.rendering import Renderer
 from swirl_fast.rollouts.at_states import SampledAction, judge_sampled, recorded_actions, sample_actions
 from swirl_fast.rollouts.whole import WholeRollouts
 from swirl_fast.seeds import seed_of
+from swirl_fast.tasks import ToolsByTask
 from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Judgement, JudgeStats
 
@@ -89,7 +90,7 @@ class RolloutPipeline:
         engine: Engine | None,
         judge: Judge,
         renderer: Renderer,
-        tools: Sequence[str],
+        tools: ToolsByTask,
         stream: TrajectoryStream,
         whole: WholeRollouts | None = None,
         clock: Callable[[], float] = time.perf_counter,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from swirl_fast.config import Config
+from swirl_fast.config.contents import contents
 from swirl_fast.engines.engine import Sampling
 from swirl_fast.rendering import Renderer
 from swirl_fast.rollouts.collector import prompt_of
-from swirl_fast.tasks.task import Task
+from swirl_fast.tasks import ToolsByTask
+from swirl_fast.tasks.corpus import corpus_hash
+from swirl_fast.tasks.task import Question, Task
 
 PROBE = "Probe: how many of 1,234 naïve “tokens” are 56.78 % of {x}?\n"  # tokenizers split these differently
 
@@ -21,10 +24,12 @@ def fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
     """What the trajectories of a store depend on, besides the prompt (`prompt_hash`); the number of questions may grow."""
     from swirl_fast.models.load import model_fingerprint
 
-    tasks = asdict(config.tasks)
+    tasks = contents(config.tasks, "tasks")
     for name in ("limit", "eval_limit"):
         del tasks[name]
     search: dict[str, Any] = {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars}
+    if config.search.corpus:
+        search["corpus"] = corpus_hash(config.search.corpus)
     if config.search.kind == "dense":
         from swirl_fast.tools.search.dense import folder_hash, model_folder
 
@@ -44,30 +49,20 @@ def fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def prompt_hash(renderer: Renderer, prompt: Callable[[str], list[int]]) -> str:
-    """Hex digest of the tokens that a probe question and an observation become: of the chat template, the tokenizer, the wording of the
-    instructions and the worked examples, none of which the settings name by their contents."""
-    tokens = [prompt(PROBE), renderer.observation(PROBE, stopped=False)]
+def prompt_hash(renderer: Renderer, prompts: Sequence[Sequence[int]]) -> str:
+    """Hex digest of the tokens that an observation and a probe question of each task become: of the chat template, the tokenizer, the
+    wording of the instructions and the worked examples, none of which the settings name by their contents."""
+    tokens = [*map(list, prompts), renderer.observation(PROBE, stopped=False)]
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
-def provenance(config: Config, task: Task, offered: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+def provenance(config: Config, task: Task, offered: ToolsByTask, sampling: Sampling) -> dict[str, Any]:
     """The fingerprint of a collection or an evaluation, with a hash of what `prompt_of` makes of a probe; kept with
-    `Store.check_meta`. offered: names of the tools."""
+    `Store.check_meta`. offered: the tools, by the name of a question's task."""
     from swirl_fast.models.load import dateless, load_tokenizer
 
     renderer = Renderer(dateless(load_tokenizer(config.model)), config.model.path)
-    prompt = prompt_of(config, task, renderer, described(offered))
-    return fingerprint(config, sampling) | {"prompt": prompt_hash(renderer, prompt)}
-
-
-def described(offered: Sequence[str]) -> dict[str, Any]:
-    """The tools' classes, which have name and description: a prompt needs no index, which may take minutes to build."""
-    from swirl_fast.tools.calculator import Calculator
-
-    described: dict[str, Any] = {"calculator": Calculator}
-    if "search" in offered:
-        from swirl_fast.tools.search import Search
-
-        described["search"] = Search
-    return {name: tool for name, tool in described.items() if name in offered}
+    prompt = prompt_of(config, task, renderer, offered)
+    probes = [prompt(Question("probe", name, PROBE, ())) for name in offered]
+    tools = {name: [spec.identity for spec in specs] for name, specs in offered.items()}
+    return fingerprint(config, sampling) | {"prompt": prompt_hash(renderer, probes), "tools": tools}

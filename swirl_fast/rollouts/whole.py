@@ -13,7 +13,7 @@ from swirl_fast.rendering import Renderer
 from swirl_fast.rollouts.collector import Collector, prompt_of
 from swirl_fast.seeds import seed_of
 from swirl_fast.tasks.task import Task
-from swirl_fast.tools.tool import Tool
+from swirl_fast.tools.toolbox import Toolbox
 from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Judgement
 
@@ -23,12 +23,12 @@ class WholeRollouts:
     context nor a micro-batch."""
 
     def __init__(
-        self, config: Config, task: Task, tools: Mapping[str, Tool], engine: Engine, renderer: Renderer
+        self, config: Config, task: Task, tools: Mapping[str, Toolbox], engine: Engine, renderer: Renderer
     ) -> None:
         training, limit = config.training, config.tasks.max_steps
         self._count, self._task = training.group_size, task
         self._questions = {question.id: question for question in task.questions("train")}
-        self._prompt = prompt = prompt_of(config, task, renderer, tools)
+        self._prompt = prompt = prompt_of(config, task, renderer, {name: box.specs for name, box in tools.items()})
         longest = min(training.token_budget, training.max_path_tokens or training.token_budget)
         sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
         seed = seed_of(config.run.seed, "outcomes")
@@ -49,16 +49,16 @@ class WholeRollouts:
                     f"algorithm.reward=outcome: the recorded question {trajectory.question_id} is not among the training questions of "
                     f"task {self._task.name}, so its answers cannot be scored; use the settings tasks.* and run.seed of the collection"
                 )
-            tokens = self._prompt(question.text)
+            tokens = self._prompt(question)
             fresh += [self._collector.begin(question, f"{question.id}/{seed}/{k}", tokens) for k in range(self._count)]
             places += [place] * self._count
-        self._collector.complete(fresh)
+        self._collector.complete(fresh, self._questions)
         return fresh, places
 
     def judgements(self, fresh: Sequence[Trajectory]) -> list[Judgement]:
         """One a step, trajectory after trajectory: the reward of each is the score of the trajectory's answer."""
         judged = []
         for trajectory in fresh:
-            score = self._task.score(self._questions[trajectory.question_id], trajectory.answer).exact_match
+            score = self._task.score(self._questions[trajectory.question_id], trajectory.answer).reward
             judged += [Judgement.graded(score, f"the answer's score is {score:g}")] * trajectory.num_steps
         return judged

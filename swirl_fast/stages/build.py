@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from swirl_fast.config import Config, dump
 from swirl_fast.engines.engine import Engine
 from swirl_fast.files import write_text
-from swirl_fast.judges import load_judge
+from swirl_fast.judges import close_judge, load_judge
 from swirl_fast.judges.judge import Judge
-from swirl_fast.tasks import load_task
+from swirl_fast.tasks import ToolsByTask, load_task, offered_tools, parts_of
+from swirl_fast.tasks.corpus import passages_of
 from swirl_fast.tasks.task import Question, Task
+from swirl_fast.tools import open_tools
+from swirl_fast.tools.toolbox import Toolbox
 
 
 def build_task(config: Config) -> Task:
     return load_task(config.tasks, config.run.seed)
+
+
+@contextlib.contextmanager
+def opened_tools(config: Config, task: Task, offered: ToolsByTask) -> Iterator[dict[str, Toolbox]]:
+    """Those on offer, ready for calls, by the name of a question's task. Says afterwards which failed, and how often."""
+    with contextlib.ExitStack() as stack:
+        boxes = {
+            name: stack.enter_context(
+                open_tools(specs, config.tools, config.search, passages_of(config, parts_of(task)[name]))
+            )
+            for name, specs in offered.items()
+        }
+        yield boxes
+    for box in boxes.values():
+        for tool, counts in box.counts.items():
+            if counts.first_error:
+                print(
+                    f"tools: {counts.errors} of {counts.calls} calls of {tool} failed; the first: {counts.first_error}"
+                )
 
 
 def questions_by_id(questions: Sequence[Question]) -> dict[str, Question]:
@@ -26,13 +48,13 @@ def questions_by_id(questions: Sequence[Question]) -> dict[str, Question]:
 @contextlib.contextmanager
 def task_judge(config: Config, task: Task) -> Iterator[Judge]:
     """The judge of the steps of a task. A model judge's endpoint is asked once, so that one that cannot work fails here."""
-    with closing_judge(load_judge(config.judge, {task.name: task.tools}, tasks=[task])) as judge:
+    with closing_judge(load_judge(config.judge, offered_tools(task), tasks=list(parts_of(task).values()))) as judge:
         yield judge
 
 
 @contextlib.contextmanager
-def labels_judge(config: Config, tools_by_task: Mapping[str, Sequence[str]]) -> Iterator[Judge]:
-    """The judge of labelled steps, which may be of several tasks. tools_by_task: task name -> names of the tools on offer."""
+def labels_judge(config: Config, tools_by_task: ToolsByTask) -> Iterator[Judge]:
+    """The judge of labelled steps, which may be of several tasks. tools_by_task: task name -> the tools on offer."""
     with closing_judge(load_judge(config.judge, tools_by_task)) as judge:
         yield judge
 
@@ -43,9 +65,7 @@ def closing_judge(judge: Judge) -> Iterator[Judge]:
     try:
         yield judge
     finally:
-        close = getattr(judge, "close", None)
-        if close is not None:
-            close()
+        close_judge(judge)
 
 
 @contextlib.contextmanager

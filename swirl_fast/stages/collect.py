@@ -13,6 +13,7 @@ from swirl_fast.rollouts.provenance import provenance
 from swirl_fast.seeds import seed_of
 from swirl_fast.stages.build import build_task, save_config
 from swirl_fast.stages.roll_out import finished_ids, roll_out, write_demonstrations
+from swirl_fast.tasks import offered_tools
 from swirl_fast.tasks.task import Question, Task
 
 COLLECTION = "collection"  # key of the fingerprint in the store
@@ -32,7 +33,7 @@ def collect(config: Config) -> None:
         if config.collect.source == "solutions":
             ids = write_demonstrations(config, task, questions, store)
         else:
-            ids = roll_out(config, task, task.tools, questions, count, sampling, store, seed, "collect")
+            ids = roll_out(config, task, offered_tools(task), questions, count, sampling, store, seed, "collect")
         steps, tokens = store.count(ids)
     print(f"collect: {len(ids)} trajectories of {len(questions)} questions, {steps} steps, {tokens} tokens")
 
@@ -74,4 +75,4 @@ def _collection(config: Config, task: Task) -> tuple[Sequence[Question], Samplin
         raise ConfigError(f"tasks.path={config.tasks.path}: every row is also held out; give another tasks.eval_path")
     settings = config.collect
     sampling = Sampling(settings.max_action_tokens, settings.temperature, settings.top_p, settings.top_k)
-    return questions, sampling, provenance(config, task, task.tools, sampling)
+    return questions, sampling, provenance(config, task, offered_tools(task), sampling)

@@ -23,8 +23,9 @@ from swirl_fast.outputs.run import OpenRun
 from swirl_fast.outputs.samples import read_samples
 from swirl_fast.outputs.text import clean
 from swirl_fast.rollouts.collector import conversation_of
-from swirl_fast.rollouts.provenance import described
 from swirl_fast.stages.build import build_task
+from swirl_fast.tasks import offered_tools
+from swirl_fast.tasks.task import Question
 
 README = "README.md"
 MARK = "Written by `swirl-fast dataset`"  # in README.md: tells our folders from others
@@ -132,11 +133,12 @@ def _opening(run: OpenRun, whole: bool) -> rows.Opening:
     try:
         config = run.config
         task = build_task(config)
+        messages = conversation_of(config, task, offered_tools(task))
     except (ValueError, OSError) as error:
         raise ValueError(
             f"the system message and the worked examples cannot be made again: {error}. --from-question leaves them out"
         ) from error
-    return conversation_of(config, task, described(task.tools))
+    return lambda name, text: messages(Question("", name, text, ()))
 
 
 def _sampled_pairs(
@@ -156,14 +158,14 @@ def _sampled_pairs(
                 left_out[NOT_RECORDED] += 1
         if fresh:
             for actions in states.values():
-                yield from rows.sampled_pairs(actions, opening(actions[0]["question"]), left_out)
+                yield from rows.sampled_pairs(actions, opening(actions[0]["task"], actions[0]["question"]), left_out)
             continue
         by_trajectory: dict[str, list[int]] = {}
         for id_, state in sorted(states):
             by_trajectory.setdefault(id_, []).append(state)
         for one in run.store().trajectories(list(by_trajectory)):
             for state in by_trajectory[one.id]:
-                prompt = [*opening(one.question), *rows.turns(one, state)]
+                prompt = [*opening(one.task, one.question), *rows.turns(one, state)]
                 yield from rows.sampled_pairs(states[one.id, state], prompt, left_out)
 
 

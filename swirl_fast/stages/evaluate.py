@@ -21,20 +21,21 @@ from swirl_fast.stages.build import build_task, questions_by_id, save_config, ta
 from swirl_fast.stages.evaluation_files import check_evaluation_name, make_room
 from swirl_fast.stages.roll_out import roll_out
 from swirl_fast.stages.scores import EvaluationScores, accuracy_table
+from swirl_fast.tasks import ToolsByTask, offered_tools
 from swirl_fast.tasks.task import Question, Task
 
 
 @dataclass(frozen=True)
 class _Plan:
     """weights: a Hugging Face folder, None for model.path. weights_hash: of what is evaluated, None where it is no folder here. offered:
-    names of the tools. fingerprint: what an evaluation that is gone on with must have been made with."""
+    the tools, by the name of a question's task. fingerprint: what an evaluation that is gone on with must have been made with."""
 
     name: str
     folder: Path
     task: Task
     questions: Sequence[Question]
     sampling: Sampling
-    offered: Sequence[str]
+    offered: ToolsByTask
     weights: str | None
     weights_hash: str | None
     fingerprint: dict[str, Any]
@@ -88,7 +89,7 @@ def _plan(config: Config, name: str, weights: str | None) -> _Plan:
             f"e.g. --name {name}-{task.name}"
         )
     sampling = Sampling(settings.max_action_tokens or config.collect.max_action_tokens, settings.temperature)
-    offered = task.tools if settings.use_tools else ()
+    offered = {name: specs if settings.use_tools else () for name, specs in offered_tools(task).items()}
     source = Path(weights or resolve(config.model.path))
     hashed = weights_hash(source) if source.is_dir() else None
     fingerprint = provenance(config, task, offered, sampling) | {

@@ -20,6 +20,7 @@ from swirl_fast.judges.cached import NOT_JUDGED, judged_trajectories
 from swirl_fast.judges.outcome import outcome_judge_id, read_outcomes
 from swirl_fast.stages.build import build_task, questions_by_id
 from swirl_fast.stages.collect import COLLECTION, collected_ids
+from swirl_fast.tasks import offered_tools
 from swirl_fast.tasks.task import Task
 
 SAME_JUDGE = "run judge with the same judge.* settings"
@@ -27,7 +28,7 @@ SAME_JUDGE = "run judge with the same judge.* settings"
 
 def filter(config: Config) -> None:
     task = build_task(config)
-    judge_id = id_of_judge(config.judge, {task.name: task.tools})
+    judge_id = id_of_judge(config.judge, offered_tools(task))
     with Store(config.store, writable=False) as store:
         candidates, silent, asked = _candidates(config, task, store, judge_id)
         selection = _select(config, candidates, silent, asked, judge_id)
@@ -55,8 +56,8 @@ def _candidates(config: Config, task: Task, store: Store, judge_id: str) -> tupl
                 right = read_outcomes(outcome_id, store, [trajectory], questions)[trajectory.id]
             else:
                 question = questions[trajectory.question_id]
-                right = task.score(question, trajectory.answer).exact_match == 1.0
-        candidates.append(Candidate.of(trajectory, judgements, right))
+                right = task.score(question, trajectory.answer).reward >= config.filter.min_reward
+        candidates.append(Candidate.of(trajectory, judgements, right, config.filter.min_reward))
         silent += sum(judgement is NOT_JUDGED for judgement in judgements)
         asked += sum(step.action.kind != "malformed" for step in trajectory.steps)
     return candidates, silent, asked

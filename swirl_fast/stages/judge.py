@@ -15,6 +15,9 @@ from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
 from swirl_fast.judges.outcome import judge_outcomes
 from swirl_fast.stages.build import build_task, labels_judge, questions_by_id, task_judge
 from swirl_fast.stages.collect import collected_ids
+from swirl_fast.tasks import offered_tools
+from swirl_fast.tools import describe_tools
+from swirl_fast.tools.tool import BUILT_IN
 from swirl_fast.verdict import Verdict
 
 
@@ -46,7 +49,8 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
 
     The judge is asked about every step, also about malformed ones, which the stages call BAD without asking.
     """
-    steps = read_labels(labels)
+    known = {**BUILT_IN, **{spec.name: spec for spec in describe_tools(config.tasks.tools)}}
+    steps = read_labels(labels, known)
     labelled = [step for step in steps if step.label is not None]
     if not labelled:
         raise ConfigError(
@@ -82,5 +86,5 @@ def export_steps(config: Config, path: str, count: int) -> None:
             raise ConfigError(
                 f"--export-steps {path}: the file is there already, perhaps with labels; name another one"
             )
-        written = write_labels(path, steps_to_label(store, ids, task.tools, count, config.run.seed))
+        written = write_labels(path, steps_to_label(store, ids, offered_tools(task), count, config.run.seed))
     print(f'judge: {written} steps in {path}; write GOOD or BAD into "label", then: swirl-fast judge --against {path}')

@@ -13,9 +13,9 @@ from swirl_fast.engines.engine import Sampling
 from swirl_fast.rendering import Renderer
 from swirl_fast.rollouts.collector import Collector, prompt_of, trajectory_ids
 from swirl_fast.rollouts.demonstrations import demonstrations
-from swirl_fast.stages.build import built_engine
+from swirl_fast.stages.build import built_engine, opened_tools
+from swirl_fast.tasks import ToolsByTask, offered_tools
 from swirl_fast.tasks.task import Question, Task
-from swirl_fast.tools import open_tools
 
 
 def finished_ids(store: Store, wanted: Sequence[str]) -> list[str]:
@@ -27,7 +27,7 @@ def finished_ids(store: Store, wanted: Sequence[str]) -> list[str]:
 def roll_out(
     config: Config,
     task: Task,
-    offered: Sequence[str],
+    offered: ToolsByTask,
     questions: Sequence[Question],
     count: int,
     sampling: Sampling,
@@ -38,7 +38,8 @@ def roll_out(
 ) -> list[str]:
     """Fills the store up to `count` trajectories a question. Returns the ids of those asked for, in the order of the questions.
 
-    offered: names of the tools; without any, the worked examples, which call tools, are left out of the prompt. what: of messages.
+    offered: the tools, by the name of a question's task; without any, the worked examples, which call tools, are left out of the prompt.
+    what: of messages.
     """
     from swirl_fast.models.load import load_tokenizer
 
@@ -48,8 +49,8 @@ def roll_out(
     if len(finished) == len(wanted):
         return finished
     renderer = Renderer(load_tokenizer(config.model), config.model.path)
-    with open_tools(offered, config.search, task.passages()) as tools, built_engine(config, weights) as engine:
-        prompt = prompt_of(config, task, renderer, tools)
+    with opened_tools(config, task, offered) as tools, built_engine(config, weights) as engine:
+        prompt = prompt_of(config, task, renderer, offered)
         collector = Collector(
             engine, renderer, tools, prompt, sampling, config.tasks.max_steps, config.collect.batch, seed
         )
@@ -76,8 +77,9 @@ def write_demonstrations(config: Config, task: Task, questions: Sequence[Questio
     # Not again: a template that writes today's date gives them another prompt by now.
     recorded = set(store.ids())
     ids = []
-    with open_tools(task.tools, config.search, task.passages()) as tools:
-        prompt = prompt_of(config, task, renderer, tools)
+    offered = offered_tools(task)
+    with opened_tools(config, task, offered) as tools:
+        prompt = prompt_of(config, task, renderer, offered)
         written = demonstrations(task, questions, tools, renderer, prompt, config.tasks.max_steps)
         while batch := list(islice(written, BATCH)):
             store.record(trajectory for trajectory in batch if trajectory.id not in recorded)

@@ -15,12 +15,13 @@ from swirl_fast.intervals import wilson
 from swirl_fast.rollouts.gaming import GamingSigns, gaming_metrics
 from swirl_fast.tasks.task import Question, Score, Task
 from swirl_fast.trajectory import Trajectory
-from swirl_fast.verdict import Judgement, Verdict
+from swirl_fast.verdict import Judgement
 
 
 @dataclass(frozen=True, slots=True)
 class _TrajectoryScore:
-    """score: of its answer. label: share of GOOD among its steps with a verdict, None without one. judged_right: by the outcome judge."""
+    """score: of its answer. label: mean reward of its steps with a verdict, the share of GOOD where
+    rewards are not graded; None without one. judged_right: by the outcome judge."""
 
     question_id: str
     score: Score
@@ -42,8 +43,8 @@ class EvaluationScores:
         """judgements: one a step. judged_right: whether the outcome judge found the answer right, None for UNKNOWN; False where there is no
         answer, or no such judge."""
         verdicts = [judgement.verdict for judgement in judgements]
-        known = [verdict for verdict in verdicts if verdict is not Verdict.UNKNOWN]
-        label = sum(verdict is Verdict.GOOD for verdict in known) / len(known) if known else None
+        known = [judgement.reward for judgement in judgements if judgement.reward is not None]
+        label = sum(known) / len(known) if known else None
         score = self._task.score(self._questions[trajectory.question_id], trajectory.answer)
         self._scores.append(_TrajectoryScore(trajectory.question_id, score, label, judged_right))
         self._steps += trajectory.num_steps
@@ -57,8 +58,8 @@ class EvaluationScores:
     def summary(self, outcome_judge: bool = False) -> dict[str, Any]:
         """JSON-able numbers. outcome_judge: with the accuracy by the outcome judge.
 
-        process_label: share of GOOD among the steps with a verdict, averaged within, then across trajectories (paper, section 4); None,
-        as its interval, where no step has one. unknown: steps without a verdict.
+        process_label: mean reward of the steps with a verdict, the share of GOOD where rewards are not graded, averaged within, then
+        across trajectories (paper, section 4); None, as its interval, where no step has one. unknown: steps without a verdict.
         malformed: share of all steps. answered: share of trajectories with an answer. action_length … repeated: see
         rollouts.gaming.gaming_metrics; None for nothing to average.
         """

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from swirl_fast.config import ConfigError, TasksConfig
+from swirl_fast.config.references import is_reference
 from swirl_fast.tasks.beerqa import BeerQA
 from swirl_fast.tasks.cofca import CofCA
 from swirl_fast.tasks.gsm8k import GSM8K
 from swirl_fast.tasks.hotpotqa import HotPotQA
+from swirl_fast.tasks.mixture import Mixture
 from swirl_fast.tasks.musique import MuSiQue
+from swirl_fast.tasks.own import OwnTask
+from swirl_fast.tasks.qa import QA
 from swirl_fast.tasks.reasoning_gym import ReasoningGym
 from swirl_fast.tasks.task import Task
 from swirl_fast.tasks.two_wiki import TwoWikiMultihopQA
+from swirl_fast.tasks.worked_examples import read_examples
+from swirl_fast.tools import describe_tools
+from swirl_fast.tools.tool import ToolSpec
 
 _KINDS: dict[str, Callable[[TasksConfig, int], Task]] = {
     "reasoning_gym": ReasoningGym,
+    "qa": QA,
     "gsm8k": GSM8K,
     "hotpotqa": HotPotQA,
     "musique": MuSiQue,
@@ -23,14 +32,58 @@ _KINDS: dict[str, Callable[[TasksConfig, int], Task]] = {
     "beerqa": BeerQA,
     "cofca": CofCA,
 }
-TEXT_ANSWERS = frozenset(_KINDS) - {"reasoning_gym", "gsm8k"}  # names of the tasks whose answers are texts, not numbers
+# Names of the tasks whose answers are texts, whatever they look like, and of those whose answers are numbers.
+TEXT_ANSWERS = frozenset(_KINDS) - {"reasoning_gym", "qa", "gsm8k"}
+
+ToolsByTask = Mapping[str, Sequence[ToolSpec]]
 
 
 def load_task(config: TasksConfig, seed: int) -> Task:
-    """The task with its questions read or generated. seed: of generated questions; files are used in their own order.
+    """The task with its questions read or generated, and what the settings put in the place of its own tools, examples and instructions.
+
+    seed: of generated questions; files are used in their own order.
 
     Raises ConfigError for a setting that cannot work, ValueError for malformed data, naming file, line and field.
     """
-    if config.kind not in _KINDS:
-        raise ConfigError(f"tasks.kind={config.kind}: must be one of {', '.join(_KINDS)}")
-    return _KINDS[config.kind](config, seed)
+    if config.mix:
+        return Mixture(config, seed, load_task)
+    if is_reference(config.kind):
+        task: Task = OwnTask(config, seed)
+    elif config.kind in _KINDS:
+        task = _KINDS[config.kind](config, seed)
+    else:
+        raise ConfigError(
+            f"tasks.kind={config.kind}: must be one of {', '.join(_KINDS)}, or FILE.py:NAME or MODULE:NAME"
+        )
+    if config.tools:
+        task.tools = tuple(config.tools)
+    examples = read_examples(Path(config.worked_examples)) if config.worked_examples else task.examples
+    task.examples = tuple(examples)[: config.examples]
+    if config.instructions:
+        task.instructions = _instructions(config.instructions, describe_tools(task.tools))
+    return task
+
+
+def parts_of(task: Task) -> Mapping[str, Task]:
+    """The tasks by the names that their questions give: itself, or those of a mixture."""
+    return task.parts if isinstance(task, Mixture) else {task.name: task}
+
+
+def offered_tools(task: Task) -> ToolsByTask:
+    """The tools on offer, by the name of a question's task. Raises ConfigError for one of a user's own that forgets something."""
+    return {name: describe_tools(part.tools) for name, part in parts_of(task).items()}
+
+
+def _instructions(written: str, tools: Sequence[ToolSpec]) -> str:
+    """Raises ConfigError for a text from which no model can know how to act."""
+    path = Path(written).expanduser()
+    text, place = written, "tasks.instructions"
+    if "\n" not in written and len(written) < 4096 and path.is_file():
+        text, place = path.read_text(encoding="utf-8-sig").strip(), f"tasks.instructions={written}"
+    missing = [f"<{tag}>" for tag in (*(spec.tag for spec in tools), "answer") if f"<{tag}>" not in text]
+    if "{tools}" not in text and missing:
+        raise ConfigError(
+            f"{place}: the text says nothing of {', '.join(missing)}, so that no model could know how to act; write {{tools}} where the "
+            "description of tools and tags belongs"
+        )
+    return text

@@ -52,6 +52,7 @@ class GSM8K:
 
     name = "gsm8k"
     tools: tuple[str, ...] = ("calculator",)
+    instructions = ""
     examples: tuple[Example, ...] = WORD_PROBLEMS
 
     def __init__(self, config: TasksConfig, seed: int = 0) -> None:

@@ -71,6 +71,7 @@ class ParagraphQA:
     id_fields: tuple[str, ...] = ("_id", "id")  # the first that a row has; `id` on Hugging Face
     left_out = ""  # why `asked` leaves rows out, for the error when none is left
     tools: tuple[str, ...] = ("search",)
+    instructions = ""
     examples: tuple[Example, ...] = EXAMPLES
 
     def __init__(self, config: TasksConfig, seed: int = 0) -> None:

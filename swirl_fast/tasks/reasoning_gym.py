@@ -48,6 +48,7 @@ class ReasoningGym:
     """
 
     tools: tuple[str, ...] = ("calculator",)
+    instructions = ""
 
     def __init__(self, config: TasksConfig, seed: int) -> None:
         self.name = config.dataset

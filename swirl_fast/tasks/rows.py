@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
+import io
 import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from swirl_fast.config import ConfigError
+from swirl_fast.config.check import looks_like_file
 from swirl_fast.tasks.task import Split
 
 HELD_OUT = 0.1  # share of the rows, from the end, that is held out when there is no eval_path
@@ -68,7 +75,7 @@ def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
     file = Path(path).expanduser()
     if file.is_file():
         rows = read_file(file)
-    elif path.startswith((".", "/", "~")) or path.endswith((".json", ".jsonl")):
+    elif looks_like_file(path):
         raise ConfigError(f"{key}={path}: no such file")
     else:
         rows = _read_hub(key, path, configuration, split)
@@ -78,26 +85,81 @@ def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
 
 
 def read_file(file: Path) -> list[Row]:
-    """One JSON list of objects, one object that holds it as `data`, or one object a line."""
+    """By the ending: .csv, .tsv, .parquet; else one JSON list of objects, one object that holds it as `data`, or one object a line. Any of
+    them may be compressed: .gz."""
+    name = file.name.lower()
+    content = _unpacked(file) if name.endswith(".gz") else file.read_bytes()
+    ending = Path(name.removesuffix(".gz")).suffix
+    if ending == ".parquet":
+        return _parquet_rows(file, content)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
-    items = _listed(file, text)
-    if items is not None:
-        rows = [Row(f"{file}, row {i} of {len(items)}", item) for i, item in enumerate(items, 1)]
-    else:
-        rows = []
-        for i, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(Row(f"{file}:{i}", json.loads(line)))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{file}:{i}: not a JSON object: {error}") from None
+    if ending in (".csv", ".tsv"):
+        return list(_table_rows(file, text, "\t" if ending == ".tsv" else ","))
+    rows = _json_rows(file, text)
     for row in rows:
         if not isinstance(row.fields, dict):
             raise ValueError(f"{row.where}: must be a JSON object, not {type(row.fields).__name__}")
+    return rows
+
+
+def _unpacked(file: Path) -> bytes:
+    try:
+        return gzip.decompress(file.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: not readable as gzip: {error}") from None
+
+
+def _table_rows(file: Path, text: str, delimiter: str) -> Iterator[Row]:
+    """Every value is text; nothing is guessed to be a number."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    try:
+        for values in reader:
+            if not any(value.strip() for value in values):
+                continue
+            if not header:
+                header = [value.strip() for value in values]
+                if twice := [name for name, count in Counter(header).items() if count > 1]:
+                    raise ValueError(f"{file}:{reader.line_num}: two columns are called {twice[0]!r}")
+                continue
+            if len(values) != len(header):
+                raise ValueError(
+                    f"{file}:{reader.line_num}: has {len(values)} values, and there are {len(header)} columns: {', '.join(header)}"
+                )
+            yield Row(f"{file}:{reader.line_num}", dict(zip(header, values, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{file}:{reader.line_num}: {error}") from None
+
+
+def _parquet_rows(file: Path, content: bytes) -> list[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise ConfigError(f"{file}: to read Parquet, run: pip install pyarrow") from None
+    try:
+        rows = parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{file}: not readable as Parquet: {error}") from None
+    return [Row(f"{file}, row {i} of {len(rows)}", fields) for i, fields in enumerate(rows, 1)]
+
+
+def _json_rows(file: Path, text: str) -> list[Row]:
+    items = _listed(file, text)
+    if items is not None:
+        return [Row(f"{file}, row {i} of {len(items)}", item) for i, item in enumerate(items, 1)]
+    rows = []
+    for i, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(Row(f"{file}:{i}", json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}:{i}: not a JSON object: {error}") from None
     return rows
 
 

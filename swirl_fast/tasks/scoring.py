@@ -15,6 +15,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from swirl_fast.tasks.task import Score
@@ -24,6 +25,7 @@ ZERO = Score(0.0, 0.0, 0.0, 0.0)
 _MAX_CHARS = 2_000  # an answer is a few words; what is longer than an action's argument may be is none
 _FRACTION = re.compile(r"\s*(-?)\s*(\d{1,50})\s*/\s*(\d{1,50})\s*", re.ASCII)
 _PERCENT = re.compile(r"\d\s*%")
+_PLAIN_NUMBER = re.compile(r"[-+−–]?\s*[$€£]?\s*\d[\d,]*(\.\d+)?(\s*%|\s*/\s*\d+|[eE][-+]?\d+)?")
 WHOLLY_CLOSED = ("yes", "no", "noanswer")
 
 
@@ -83,6 +85,18 @@ def score_text(answer: str | None, golds: Sequence[str], closed: Collection[str]
     given = normalise_answer(answer)
     scores = (_score_normalised(given, normalise_answer(gold), closed) for gold in golds)
     return max(scores, key=lambda score: (score.exact_match, score.f1), default=ZERO)
+
+
+def score_auto(answer: str | None, golds: Sequence[str]) -> Score:
+    """By number where the gold answers are plain numbers, else by words."""
+    numeric = golds and all(_PLAIN_NUMBER.fullmatch(gold.strip()) and number(gold) is not None for gold in golds)
+    return score_number(answer, golds) if numeric else score_text(answer, golds)
+
+
+def score_f1(answer: str | None, golds: Sequence[str]) -> Score:
+    """Worth its F1, by degrees."""
+    score = score_text(answer, golds)
+    return replace(score, graded=score.f1)
 
 
 def _score_normalised(given: str, gold: str, closed: Collection[str]) -> Score:

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Split = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """answers: gold answers, any of which is right. Gold answers never reach a process judge or the policy."""
+    """answers: gold answers, any of which is right. Gold answers never reach a process judge or the policy. fields: the row that the
+    question was read from, for tools and score functions of a user's own."""
 
     id: str
     task: str
     text: str
     answers: tuple[str, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Score:
-    """exact_match, f1, precision and recall in [0, 1]; where an answer is a number, all four are equal."""
+    """exact_match, f1, precision and recall in [0, 1]; where an answer is a number, all four are equal. graded: what the answer is worth
+    where that is not exact_match."""
 
     exact_match: float
     f1: float
     precision: float
     recall: float
+    graded: float | None = None
+
+    @property
+    def reward(self) -> float:
+        """What training and filter go by, in [0, 1]."""
+        return self.exact_match if self.graded is None else self.graded
+
+    @classmethod
+    def of(cls, value: float) -> Score:
+        """An answer that is worth `value` and has no words to count."""
+        return cls(value, value, value, value)
 
 
 @dataclass(frozen=True)
@@ -45,8 +59,9 @@ class Example:
 
 class Task(Protocol):
     name: str
-    tools: tuple[str, ...]  # names of the tools on offer
+    tools: tuple[str, ...]  # on offer: names of built-in ones, references to others
     examples: tuple[Example, ...]  # worked examples, best first
+    instructions: str  # in place of the built-in system message; empty: that one
 
     def questions(self, split: Split) -> Sequence[Question]:
         """The questions of a split, in a fixed order. Raises ValueError naming file, line and field for a malformed row."""

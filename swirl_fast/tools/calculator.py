@@ -33,11 +33,6 @@ class Calculator:
     gone. Threads may share one calculator; a forked child gets a worker of its own.
     """
 
-    name = "calculator"
-    description = (
-        "a calculator: write one arithmetic expression with + - * / ^ ( ) and numbers; it gives back the value"
-    )
-
     def __init__(self, time_limit: float = TIME_LIMIT) -> None:
         if not time_limit > 0:
             raise ValueError(f"time_limit={time_limit}: must be above 0 seconds")
@@ -46,14 +41,14 @@ class Calculator:
         self._owner = os.getpid()
         self._lock = threading.Lock()
 
-    def call(self, argument: str) -> str:
+    def call(self, expression: str) -> str:
         """The value as `render_value` writes it, or `ERROR: ` and the reason. Never raises for what the text contains."""
-        if len(argument) > MAX_CHARS:  # not worth sending
-            return f"ERROR: The expression has {len(argument)} characters; at most {MAX_CHARS} are allowed."
+        if len(expression) > MAX_CHARS:  # not worth sending
+            return f"ERROR: The expression has {len(expression)} characters; at most {MAX_CHARS} are allowed."
         if os.getpid() != self._owner:  # forked: the worker belongs to the parent, and its lock may be held there
             self._worker, self._owner, self._lock = None, os.getpid(), threading.Lock()
         with self._lock:
-            request = json.dumps(argument).encode() + b"\n"
+            request = json.dumps(expression).encode() + b"\n"
             for _ in range(2):  # a worker that someone killed between two calls is replaced once
                 answer = self._ask(request)
                 if answer is not None:

@@ -16,7 +16,7 @@ from swirl_fast.data.shard_source import open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
 from swirl_fast.files import describe_changes, read_json, write_json
-from swirl_fast.judges import judge_id, load_judge
+from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer
 from swirl_fast.models.policy import Policy
@@ -24,7 +24,8 @@ from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer
 from swirl_fast.rollouts.pipeline import RolloutPipeline
 from swirl_fast.rollouts.whole import WholeRollouts
-from swirl_fast.tasks import load_task
+from swirl_fast.tasks import load_task, offered_tools, parts_of
+from swirl_fast.tasks.corpus import passages_of
 from swirl_fast.tasks.task import Task
 from swirl_fast.tools import open_tools
 from swirl_fast.training import fsdp, layers, sharded_weights
@@ -146,15 +147,14 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     stream = open_stream(config, ranks)
     stack.callback(stream.close)
     task = load_task(config.tasks, config.run.seed)
-    tools_by_task = {task.name: task.tools}
+    tools_by_task = offered_tools(task)
     settings = settings_of(config, judge_id(config.judge, tools_by_task))
     marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings}
     if read_json(config.folder / "model" / _MARKER) == marker:
         return Training(config, ranks, None, None, marker)
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
-    judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=[task])
-    if config.judge.kind == "model":
-        stack.callback(judge.close)
+    judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=list(parts_of(task).values()))
+    stack.callback(close_judge, judge)
     tokenizer = load_tokenizer(config.model)
     rollouts = _open_rollouts(config, ranks, stream, task, judge, Renderer(tokenizer, config.model.path), stack)
     context = rollouts.engine.max_context if rollouts.engine else model_config.get_text_config().max_position_embeddings
@@ -190,9 +190,14 @@ def _open_rollouts(
         engine = load_engine(config, ranks.device, ranks=ranks)
         stack.callback(engine.close)
         if config.algorithm.reward == "outcome":
-            tools = stack.enter_context(open_tools(task.tools, config.search, task.passages()))
+            tools = {
+                name: stack.enter_context(
+                    open_tools(specs, config.tools, config.search, passages_of(config, parts_of(task)[name]))
+                )
+                for name, specs in offered_tools(task).items()
+            }
             whole = WholeRollouts(config, task, tools, engine, renderer)
-    rollouts = RolloutPipeline(config, ranks, engine, judge, renderer, task.tools, stream, whole)
+    rollouts = RolloutPipeline(config, ranks, engine, judge, renderer, offered_tools(task), stream, whole)
     stack.callback(rollouts.close)
     return rollouts
 

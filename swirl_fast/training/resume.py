@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from swirl_fast.config import Config, ConfigError
+from swirl_fast.config.contents import contents
 from swirl_fast.data.shards import Manifest
 from swirl_fast.models.load import model_fingerprint
 
@@ -43,7 +44,11 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "reference_offload",
     ):
         del training[name]
-    outcome = {"max_steps": config.tasks.max_steps, "search": asdict(config.search), "tasks": asdict(config.tasks)}
+    outcome = {
+        "max_steps": config.tasks.max_steps,
+        "search": asdict(config.search),
+        "tasks": contents(config.tasks, "tasks"),
+    }
     return {
         "model": model_settings(config),
         "engine_dtype": config.engine.dtype,

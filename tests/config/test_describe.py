@@ -82,7 +82,7 @@ def test_what_is_not_there_is_an_error(arguments: list[str], message: str, capsy
 
 def test_accepted_words_are_those_that_have_code() -> None:
     known = settings(Config)
-    assert known["tasks.kind"].words == TASKS == tuple(_KINDS)
+    assert known["tasks.kind"].known == TASKS == tuple(_KINDS)
     assert known["search.index"].words == tuple(INDEXES)
     assert known["judge.rules.coverage"].words == COVERAGES
     assert known["training.activation_checkpointing"].words == CHECKPOINTING

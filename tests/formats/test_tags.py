@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swirl_fast.formats.tags import Action, parse, render
+from swirl_fast.tools.tool import CALCULATOR
 
-TOOLS = ("calculator",)
+TOOLS = (CALCULATOR,)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from swirl_fast import cli
 from swirl_fast.data.store import Store
 from swirl_fast.judges.agreement import agreement, describe
 from swirl_fast.judges.labels import LabelledStep, write_labels
+from swirl_fast.tools.tool import CALCULATOR, SEARCH
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, Verdict
 
@@ -27,7 +28,7 @@ def report_of(pairs: str, kinds: str = "") -> dict[str, Any]:
     steps, judgements = [], []
     for i, (label, verdict) in enumerate(pairs.split()):
         view = StepView("sums" if i % 2 else "qa", f"Question {i}", (), "<answer>3</answer>")
-        tools = ("calculator",) if i % 2 else ("search",)
+        tools = (CALCULATOR,) if i % 2 else (SEARCH,)
         steps.append(LabelledStep(view, tools, VERDICTS[label], kinds[i : i + 1], "human", line=i + 1))
         judgements.append(Judgement(VERDICTS[verdict], f"reason {i}"))
     return agreement(steps, judgements)
@@ -69,7 +70,7 @@ def test_numbers_without_a_denominator_are_none() -> None:
 
 
 def test_a_step_without_a_label_is_refused() -> None:
-    step = LabelledStep(StepView("qa", "?", (), ""), ("search",), None)
+    step = LabelledStep(StepView("qa", "?", (), ""), (SEARCH,), None)
     with pytest.raises(ValueError, match="without a label"):
         agreement([step], [Judgement(Verdict.GOOD, "")])
 
@@ -141,7 +142,7 @@ def test_the_verdicts_of_a_model_are_kept_and_unknown_ones_asked_anew(tmp_path: 
 
 
 def test_a_file_without_any_label_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    step = LabelledStep(StepView("sums", SUM, (), "<answer>41</answer>"), ("calculator",), None)
+    step = LabelledStep(StepView("sums", SUM, (), "<answer>41</answer>"), (CALCULATOR,), None)
     write_labels(tmp_path / "l.jsonl", [step])
     assert cli.main(["judge", "--against", str(tmp_path / "l.jsonl"), f"run.folder={tmp_path}"]) == 2
     assert "none of its 1 lines has a label yet" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from swirl_fast.data.store import Store
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges.labels import LabelledStep, read_labels, steps_to_label, write_labels
 from swirl_fast.tasks.task import Question
+from swirl_fast.tools.tool import CALCULATOR, SEARCH
 from swirl_fast.trajectory import Finish, Step, StepView, Trajectory
 from swirl_fast.verdict import Verdict
 
@@ -34,8 +35,8 @@ def write(path: Path, *rows: object) -> Path:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     view = StepView("qa", "Wer? \ud800 \u2028", (("a\nb", "a -> \x00"), ("", "")), "<answer>é</answer>")
     steps = [
-        LabelledStep(view, ("search",), Verdict.BAD, "copied", "rule", line=1),
-        LabelledStep(StepView("sums", "?", (), ""), ("calculator", "search"), None, "", "", line=2),
+        LabelledStep(view, (SEARCH,), Verdict.BAD, "copied", "rule", line=1),
+        LabelledStep(StepView("sums", "?", (), ""), (CALCULATOR, SEARCH), None, "", "", line=2),
     ]
     assert write_labels(tmp_path / "new" / "l.jsonl", steps) == 2
     assert read_labels(tmp_path / "new" / "l.jsonl") == steps
@@ -45,7 +46,7 @@ def test_kind_and_source_may_be_left_out_and_blank_lines_are_none(tmp_path: Path
     short = {key: ROW[key] for key in ("task", "tools", "question", "history", "action_text", "label")}
     (step,) = read_labels(write(tmp_path / "l.jsonl", "\n", short, "  \n"))
     assert (step.kind, step.source, step.line, step.label) == ("", "", 2, Verdict.GOOD)
-    assert step.action == parse("<answer>3</answer>", ["calculator"])
+    assert step.action == parse("<answer>3</answer>", [CALCULATOR])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_steps_of_a_run_to_be_labelled(tmp_path: Path) -> None:
     trajectories = []
     for t in range(8):  # four pairs of equal trajectories
         steps = [
-            Step(i, i + 1, text, parse(text, ["calculator"]), [0.0], 0, None if i == 2 else "1+2 -> 3.0")
+            Step(i, i + 1, text, parse(text, [CALCULATOR]), [0.0], 0, None if i == 2 else "1+2 -> 3.0")
             for i, text in enumerate(texts)
         ]
         question = questions[t // 2]
@@ -105,13 +106,13 @@ def test_steps_of_a_run_to_be_labelled(tmp_path: Path) -> None:
         store.record(trajectories)
 
         def drawn(count: int, seed: int) -> list[LabelledStep]:
-            return steps_to_label(store, store.ids(), ("calculator",), count, seed)
+            return steps_to_label(store, store.ids(), {"sums": (CALCULATOR,)}, count, seed)
 
         every, some = drawn(100, seed=0), drawn(5, seed=0)
         assert {step.view for step in every} == {t.view(i) for t in trajectories for i in (0, 2)} and len(every) == 8
         assert len(some) == 5 and some == drawn(5, seed=0)
         assert some != drawn(5, seed=1)
-    assert all(step.label is None and step.tools == ("calculator",) for step in some)
+    assert all(step.label is None and step.tools == (CALCULATOR,) for step in some)
 
 
 def test_steps_are_exported_labelled_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

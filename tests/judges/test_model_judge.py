@@ -25,6 +25,7 @@ from swirl_fast.judges.model.prompts import (
 from swirl_fast.judges.outcome import outcome_judge_id
 from swirl_fast.judges.reference import ReferenceJudge
 from swirl_fast.loopback import is_loopback
+from swirl_fast.tools.tool import BUILT_IN, CALCULATOR, SEARCH
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Verdict
 
@@ -435,7 +436,8 @@ def test_the_prompt_speaks_of_the_tools_on_offer():
     tags = {"calculator": "<math_exp>", "search": "<search_query>"}
     rules = {"calculator": "A calculation is GOOD", "search": "A query is GOOD"}
     prompts = {
-        tools: step_prompt(seen, tools) for tools in (("calculator",), ("search",), ("calculator", "search"), ())
+        tools: step_prompt(seen, [BUILT_IN[name] for name in tools])
+        for tools in (("calculator",), ("search",), ("calculator", "search"), ())
     }
     for tools, prompt in prompts.items():
         for tool in tags:
@@ -443,11 +445,11 @@ def test_the_prompt_speaks_of_the_tools_on_offer():
             assert (tags[tool] in prompt) == offered and (rules[tool] in prompt) == offered, (tools, tool)
         assert prompt.endswith("VERDICT: GOOD\nVERDICT: BAD\n") and "{" not in prompt
     assert prompts[()] == prompts["calculator", "search"]
-    assert step_prompt(seen, ("search", "calculator")) == prompts[()], "the order of the tools does not matter"
+    assert step_prompt(seen, [SEARCH, CALCULATOR]) == prompts[()], "the order of the tools does not matter"
 
 
 def test_the_judge_asks_by_the_tools_of_the_task_and_its_id_says_so():
-    tools = {"sums": ("calculator",), "qa": ["search"]}
+    tools = {"sums": (CALCULATOR,), "qa": [SEARCH]}
     with serving(lambda *_: completion("VERDICT: GOOD")) as (endpoint, plain):
         judge = ModelJudge(EndpointConfig(url=endpoint.url, model="judge-1", concurrency=1), tools)
         judge.judge([step(), StepView("qa", "Who is it?", (), "x"), StepView("else", "Where is it?", (), "x")])
@@ -463,9 +465,7 @@ def test_the_judge_asks_by_the_tools_of_the_task_and_its_id_says_so():
             "Who is": True,
             "Where is": True,
         }
-        again = ModelJudge(
-            EndpointConfig(url=endpoint.url, model="judge-1"), {"qa": ("search",), "sums": ["calculator"]}
-        )
+        again = ModelJudge(EndpointConfig(url=endpoint.url, model="judge-1"), {"qa": (SEARCH,), "sums": [CALCULATOR]})
         assert judge.id == again.id != plain.id and judge.outcome_id == plain.outcome_id
         again.close()
 
@@ -574,7 +574,7 @@ def test_the_id_names_model_and_prompt_version():
     assert ModelJudge(config).id.endswith("-t0.5")
 
 
-SUMS, BOTH = {"sums": ("calculator",)}, {"sums": ("calculator",), "qa": ["search", "calculator"]}
+SUMS, BOTH = {"sums": (CALCULATOR,)}, {"sums": (CALCULATOR,), "qa": [SEARCH, CALCULATOR]}
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,9 @@ def test_the_id_of_every_kind_is_that_of_the_loaded_judge():
     assert judge_id(JudgeConfig(kind="reference"), BOTH) == ReferenceJudge(BOTH, {"?": ()}).id
     assert judge_id(JudgeConfig(kind="reference"), BOTH) == "reference-v1-tools.9d7ca214"
     for refuse in (judge_id, load_judge):
-        with pytest.raises(ConfigError, match="judge.kind is 'oracle'; use rules, model or reference"):
+        with pytest.raises(
+            ConfigError, match="judge.kind is 'oracle'; use rules, model, reference, or a reward of your own"
+        ):
             refuse(JudgeConfig(kind="oracle"), SUMS)
 
 

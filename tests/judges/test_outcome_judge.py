@@ -22,6 +22,7 @@ from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_out
 from swirl_fast.stages.scores import accuracy_table
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.trajectory import Finish
 from swirl_fast.verdict import Judgement, Verdict
 
@@ -219,7 +220,7 @@ def test_an_endpoint_that_dies_stops_the_stage_and_earlier_verdicts_are_kept(
     questions = load_task(config.tasks, config.run.seed).questions("train")
     made = [trajectory(f"{question.id}/0", question, f"{i}") for i, question in enumerate(questions)]
     for one in made[24:]:  # these are BAD without the judge
-        one.steps[0].action = parse("no tag", ["calculator"])
+        one.steps[0].action = parse("no tag", [CALCULATOR])
         one.finish = Finish.STEP_LIMIT
     with Store(tmp_path / "r" / "trajectories.db") as store:
         store.add_questions(questions)

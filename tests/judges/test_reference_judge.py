@@ -11,10 +11,10 @@ import pytest
 from swirl_fast.config import ConfigError, JudgeConfig, TasksConfig, load
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.reference import ReferenceJudge
-from swirl_fast.tasks import load_task
+from swirl_fast.tasks import load_task, offered_tools
 from swirl_fast.tasks.solutions import step_results
 from swirl_fast.tools.calculator import Calculator
-from swirl_fast.tools.tool import observation
+from swirl_fast.tools.tool import CALCULATOR, observation
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Verdict
 
@@ -48,13 +48,13 @@ SECOND = ("<math_exp>48 - 9</math_exp>", observation("48 - 9", "39.0"))
     ],
 )
 def test_verdicts(history: tuple[tuple[str, str], ...], action: str, verdict: Verdict, reason: str) -> None:
-    judge = ReferenceJudge({"gsm8k": ("calculator",)}, {QUESTION: SOLUTION})
+    judge = ReferenceJudge({"gsm8k": (CALCULATOR,)}, {QUESTION: SOLUTION})
     (judgement,) = judge.judge([StepView("gsm8k", QUESTION, history, action)])
     assert judgement.verdict is verdict and reason in judgement.reason
 
 
 def test_what_it_was_not_told_is_unknown() -> None:
-    judge = ReferenceJudge({"gsm8k": ("calculator",)}, {QUESTION: SOLUTION})
+    judge = ReferenceJudge({"gsm8k": (CALCULATOR,)}, {QUESTION: SOLUTION})
     views = [StepView("gsm8k", "Another?", (), FIRST[0]), StepView("other", QUESTION, (), FIRST[0])]
     assert [one.verdict for one in judge.judge(views)] == [Verdict.UNKNOWN] * 2
 
@@ -69,7 +69,7 @@ def test_the_steps_of_solutions() -> None:
 def test_a_task_hands_over_its_solutions(tmp_path: Path) -> None:
     """Each official step of generated word problems, done with the real calculator, is GOOD or repeats a result."""
     task = load_task(TasksConfig(kind="reasoning_gym", dataset="gsm_symbolic", limit=40, eval_limit=5), 0)
-    judge = load_judge(JudgeConfig(kind="reference"), {task.name: task.tools}, tasks=[task])
+    judge = load_judge(JudgeConfig(kind="reference"), offered_tools(task), tasks=[task])
     calculator = Calculator()
     for question in [*task.questions("train"), *task.questions("eval")]:
         steps = task.solution(question)
@@ -91,4 +91,4 @@ def test_a_task_hands_over_its_solutions(tmp_path: Path) -> None:
 def test_a_task_without_solutions_is_refused() -> None:
     config = load(None, ["judge.kind=reference", "tasks.limit=2", "tasks.eval_limit=2"])
     with pytest.raises(ConfigError, match="judge.kind=reference: the questions of chain_sum have no worked solutions"):
-        load_judge(config.judge, {"chain_sum": ("calculator",)}, tasks=[load_task(config.tasks, 0)])
+        load_judge(config.judge, {"chain_sum": (CALCULATOR,)}, tasks=[load_task(config.tasks, 0)])

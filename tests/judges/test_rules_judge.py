@@ -12,11 +12,11 @@ from swirl_fast.judges import load_judge
 from swirl_fast.judges.rules import RulesJudge
 from swirl_fast.tools.arithmetic import CalculationError, evaluate, render_value
 from swirl_fast.tools.search import NOTHING_FOUND
-from swirl_fast.tools.tool import observation
+from swirl_fast.tools.tool import CALCULATOR, SEARCH, observation, text_tool
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Verdict
 
-TOOLS = {"sums": ("calculator",), "qa": ("search",), "bare": ()}
+TOOLS = {"sums": (CALCULATOR,), "qa": (SEARCH,), "bare": ()}
 
 CHAIN = "State the final answer to the following arithmetic problem: 12 + 34 - 5 ="
 GROUPS = "Calculate ( 56 + -33 ) - 84."
@@ -415,9 +415,14 @@ def test_wrong_settings_are_named():
         RulesJudge(RulesConfig(coverage="half"), TOOLS)
     with pytest.raises(ValueError, match="judge.rules.constants"):
         RulesJudge(RulesConfig(constants=[float("nan")]), TOOLS)
-    with pytest.raises(ValueError, match="task 'sums' offers unknown tools .'abacus'."):
-        RulesJudge(RulesConfig(), {"sums": ["abacus"]})
-    with pytest.raises(ConfigError, match="judge.kind is 'oracle'; use rules, model or reference"):
+    abacus = text_tool("abacus", "abacus", "beads", "counts")
+    with pytest.raises(
+        ConfigError, match="judge.kind=rules: has no rules for abacus, a tool of task sums; .* judge.kind=model"
+    ):
+        RulesJudge(RulesConfig(), {"sums": [abacus]})
+    with pytest.raises(
+        ConfigError, match="judge.kind is 'oracle'; use rules, model, reference, or a reward of your own"
+    ):
         load_judge(JudgeConfig(kind="oracle"), {})
     assert isinstance(load_judge(JudgeConfig(), {}), RulesJudge)
 

@@ -30,6 +30,7 @@ from swirl_fast.report.headline import headline
 from swirl_fast.report.inputs import Run
 from swirl_fast.tasks.gsm8k import GSM8K
 from swirl_fast.tasks.task import Question
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.training.metrics_log import MetricsLog
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
@@ -80,7 +81,7 @@ def make_trajectory(
     for i, text in enumerate(texts):
         start = len(trajectory.tokens)
         last = i == len(texts) - 1 and finish is not None
-        step = Step(start, start + 1, text, parse(text, {"calculator"}), [-0.5], 0, None if last else f"{result} {i}")
+        step = Step(start, start + 1, text, parse(text, [CALCULATOR]), [-0.5], 0, None if last else f"{result} {i}")
         trajectory.extend([9])
         trajectory.steps.append(step)
     trajectory.finish = finish

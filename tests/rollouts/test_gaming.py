@@ -6,9 +6,10 @@ import pytest
 
 from swirl_fast.formats.tags import Action, parse
 from swirl_fast.rollouts.gaming import GamingSigns, gaming_metrics
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.verdict import Verdict
 
-TOOLS = ("calculator",)
+TOOLS = (CALCULATOR,)
 
 
 def test_each_number_by_hand() -> None:

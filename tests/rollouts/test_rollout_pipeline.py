@@ -88,7 +88,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[RolloutPipeline, Eng
     )
     judge = SimpleNamespace(id="judge", stats=JudgeStats)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    pipeline = RolloutPipeline(Config(), ranks, engine, judge, None, (), stream, clock=clock)  # type: ignore[arg-type]
+    pipeline = RolloutPipeline(Config(), ranks, engine, judge, None, {}, stream, clock=clock)  # type: ignore[arg-type]
     yield pipeline, engine, clock
     engine.go_on.set()
     pipeline.close()

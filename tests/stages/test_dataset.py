@@ -18,6 +18,7 @@ from swirl_fast.models.load import load_tokenizer
 from swirl_fast.outputs.text import clean
 from swirl_fast.rendering import Renderer
 from swirl_fast.stages import dataset as writing
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.verdict import Verdict
 
 
@@ -176,7 +177,7 @@ def test_pairs_are_good_and_bad_actions_of_one_state(folder: Path, tmp_path: Pat
     assert len(recorded) == 3 and {row["state"] for row in recorded} == {0}
     (sampled,) = [row for row in found if row["source"] == "training"]  # two are GOOD, one is BAD, one UNKNOWN
     assert (
-        parse(sampled["chosen"][0]["content"], ["calculator"]).kind == "answer"
+        parse(sampled["chosen"][0]["content"], [CALCULATOR]).kind == "answer"
         and "no " in sampled["rejected"][0]["content"]
     )
     assert (sampled["training_step"], sampled["state"], sampled["chosen_reward"], sampled["rejected_reward"]) == (

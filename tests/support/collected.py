@@ -10,6 +10,7 @@ from swirl_fast.formats.tags import parse
 from swirl_fast.rollouts.collector import trajectory_ids
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 ANSWERS = {"right": "$10", "wrong": "12", "silent": "ten or so", "none": None, "again": "$10"}
@@ -17,7 +18,7 @@ ANSWERS = {"right": "$10", "wrong": "12", "silent": "ten or so", "none": None, "
 
 def trajectory(id_: str, question: Question, answer: str | None) -> Trajectory:
     text = "<math_exp>5+5</math_exp>" if answer is None else f"<answer>{answer}</answer>"
-    step = Step(1, 2, text, parse(text, ["calculator"]), [0.0], 0, "5+5 -> 10.0" if answer is None else None)
+    step = Step(1, 2, text, parse(text, [CALCULATOR]), [0.0], 0, "5+5 -> 10.0" if answer is None else None)
     finish = Finish.STEP_LIMIT if answer is None else Finish.ANSWER
     return Trajectory(id_, question.id, question.task, question.text, 0, 1, [7, 8], [step], finish)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from swirl_fast.judges.labels import LabelledStep, write_labels
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Verdict
 
@@ -24,7 +25,7 @@ def labels(folder: Path) -> Path:
         ((), "<answer>41</answer>", None, ""),
     ]
     steps = [
-        LabelledStep(StepView("sums", SUM, history, action), ("calculator",), label, kind, "human")
+        LabelledStep(StepView("sums", SUM, history, action), (CALCULATOR,), label, kind, "human")
         for history, action, label, kind in rows
     ]
     write_labels(folder / "labels.jsonl", steps)

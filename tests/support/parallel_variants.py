@@ -207,7 +207,7 @@ def trainer_of(config: Config, ranks: Ranks, rows: list[Metrics], judge: Judge |
     policy, reference = make_policy(config, ranks), make_policy(config, ranks, frozen=True)
     renderer: Any = SimpleNamespace(stop_id=1, text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream: Any = Stream(ranks, config.training.trajectories_per_step)
-    rollouts = RolloutPipeline(config, ranks, Rollouts(), judge or Coin(), renderer, (), stream)
+    rollouts = RolloutPipeline(config, ranks, Rollouts(), judge or Coin(), renderer, {"none": ()}, stream)
     trainer = Watched(config, ranks, policy, reference, rollouts, {})
     trainer.rows = rows
     return trainer

@@ -11,6 +11,7 @@ from swirl_fast.data.store import Store
 from swirl_fast.formats.tags import parse
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
@@ -27,7 +28,7 @@ def made(question: Question, k: int, texts: Sequence[str], finished: bool = True
         last = finished and i == len(texts) - 1
         start = len(one.tokens)
         observation = None if last else f"call {i} -> {i}.0"
-        one.steps.append(Step(start, start + 1, text, parse(text, ["calculator"]), [-0.5], 0, observation))
+        one.steps.append(Step(start, start + 1, text, parse(text, [CALCULATOR]), [-0.5], 0, observation))
         one.extend([9] if last else [9, 10])
     if finished:
         one.finish = Finish.ANSWER if one.answer is not None else Finish.STEP_LIMIT
@@ -74,7 +75,7 @@ def write_samples(folder: Path, step: int, question: Question, state: int) -> No
     texts = ["<answer>1</answer>", f"<answer>{question.answers[0]}</answer>", "<answer>3</answer>", f"no {HOSTILE}"]
     lines = []
     for i, (text, judgement) in enumerate(zip(texts, [UNKNOWN, GOOD, GOOD, BAD], strict=True)):
-        action = parse(text, ["calculator"])
+        action = parse(text, [CALCULATOR])
         row = {
             "step": step,
             "place": 0,

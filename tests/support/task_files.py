@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from swirl_fast.formats.tags import parse
 from swirl_fast.tasks.task import Example, Score
-from swirl_fast.tools.tool import Tool, observation
+from swirl_fast.tools.tool import ToolSpec, observation
 
 RIGHT = Score(1.0, 1.0, 1.0, 1.0)
 
@@ -14,12 +15,12 @@ def texts(task, split) -> list[str]:
     return [question.text for question in task.questions(split)]
 
 
-def check_examples(examples: tuple[Example, ...], tool: Tool) -> None:
+def check_examples(examples: tuple[Example, ...], spec: ToolSpec, tool: Any) -> None:
     """Each is a conversation that could have happened: every call is well-formed and its observation is the tool's."""
     assert len(examples) >= 2
     assert len({example.question for example in examples}) == len(examples)
     for example in examples:
-        actions = [parse(text, {tool.name}) for text in example.actions]
+        actions = [parse(text, [spec]) for text in example.actions]
         assert [action.kind for action in actions] == ["tool"] * (len(actions) - 1) + ["answer"]
         assert len(example.observations) == len(actions) - 1
         for action, seen in zip(actions, example.observations, strict=False):

@@ -14,6 +14,7 @@ from swirl_fast.tasks.gsm8k import WORD_PROBLEMS
 from swirl_fast.tasks.scoring import ZERO, number
 from swirl_fast.tools.arithmetic import numbers
 from swirl_fast.tools.calculator import Calculator
+from swirl_fast.tools.tool import CALCULATOR
 
 
 def gym(dataset: str = "chain_sum", seed: int = 0, limit: int = 40, eval_limit: int = 20, **options):
@@ -70,13 +71,13 @@ def test_other_generators(dataset: str) -> None:
         assert task.score(question, question.answers[0]) == RIGHT
         assert task.score(question, str(number(question.answers[0]) + 17)) == ZERO
     with Calculator() as calculator:
-        check_examples(task.examples, calculator)
+        check_examples(task.examples, CALCULATOR, calculator)
 
 
 def test_examples_of_arithmetic_compute_everything_at_once() -> None:
     task = gym(min_terms=3, max_terms=4)
     with Calculator() as calculator:
-        check_examples(task.examples, calculator)
+        check_examples(task.examples, CALCULATOR, calculator)
     for example in task.examples:
         (expression,) = re.findall(r"problem: (.*) =$", example.question)
         assert example.actions[0] == f"<math_exp>{expression}</math_exp>"
@@ -227,15 +228,17 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
     with pytest.raises(ValueError, match="latin.jsonl: not UTF-8 at byte 14"):
         gsm8k(str(tmp_path / "latin.jsonl"))
-    with pytest.raises(ConfigError, match="tasks.kind=squad: must be one of reasoning_gym, gsm8k, hotpotqa, musique"):
+    with pytest.raises(
+        ConfigError, match="tasks.kind=squad: must be one of reasoning_gym, qa, gsm8k, hotpotqa, musique"
+    ):
         load_task(TasksConfig(kind="squad"), 0)
 
 
 def test_word_problems_are_worked_correctly() -> None:
     with Calculator() as calculator:
-        check_examples(WORD_PROBLEMS, calculator)
+        check_examples(WORD_PROBLEMS, CALCULATOR, calculator)
     for example in WORD_PROBLEMS:
-        answer = parse(example.actions[-1], {"calculator"}).argument
+        answer = parse(example.actions[-1], [CALCULATOR]).argument
         assert numbers(example.observations[-1])[-1] == number(answer)
 
 

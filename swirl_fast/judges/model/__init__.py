@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from swirl_fast.config import EndpointConfig
-from swirl_fast.judges.judge import Refusal
+from swirl_fast.judges.judge import Refusal, tool_identities
 from swirl_fast.judges.model.endpoint import Call, Endpoint, Failed, Refused, completions_url
 from swirl_fast.judges.model.prompts import (
     ANSWER_PROMPT_VERSION,
@@ -30,6 +30,7 @@ from swirl_fast.judges.model.prompts import (
     step_prompt,
 )
 from swirl_fast.prefixes import WarmGroup, warm_order
+from swirl_fast.tools.tool import ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
@@ -37,12 +38,12 @@ __all__ = ["GivenAnswer", "ModelJudge", "model_answer_judge_id", "model_step_jud
 SHARED_CHARS = 1500  # prompts that share less, beside the preface, are not worth waiting for each other
 
 T = TypeVar("T")
-ToolsByTask = Mapping[str, Collection[str]]
+ToolsByTask = Mapping[str, Collection[ToolSpec]]
 
 
 def model_step_judge_id(config: EndpointConfig, tools_by_task: ToolsByTask | None = None) -> str:
     """Names the model, the version of the step prompt and what else its verdicts depend on."""
-    tools = _sorted_tools(tools_by_task)
+    tools = tool_identities(tools_by_task or {})
     suffix = f"-tools.{_hash_text(json.dumps(tools))}" if tools else ""
     return f"model-{config.model}-v{PROMPT_VERSION}{_model_suffix(config)}{suffix}"
 
@@ -57,10 +58,6 @@ def _model_suffix(config: EndpointConfig) -> str:
     return address + (f"-t{config.temperature:g}" if config.temperature else "")
 
 
-def _sorted_tools(tools_by_task: ToolsByTask | None) -> dict[str, tuple[str, ...]]:
-    return {task: tuple(sorted(set(tools))) for task, tools in sorted((tools_by_task or {}).items())}
-
-
 def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -68,8 +65,8 @@ def _hash_text(text: str) -> str:
 class ModelJudge:
     """Judges steps and answers with a chat model.
 
-    tools_by_task: task name -> names of the tools on offer there (keys of TOOL_TAGS in formats/tags.py); the prompt of a step says what a
-    call of these must be. Steps of other tasks are judged as if all were on offer.
+    tools_by_task: task name -> the tools on offer there; the prompt of a step says what a call of these must be. Steps of other tasks are
+    judged as if all were on offer.
 
     Thread-safe; at most `config.concurrency` requests are under way at a time. Raises ConfigError for an impossible
     address or key.
@@ -79,7 +76,7 @@ class ModelJudge:
         self.id = model_step_judge_id(config, tools_by_task)
         self.outcome_id = model_answer_judge_id(config)
         self._config = config
-        self._tools = _sorted_tools(tools_by_task)
+        self._tools = tools_by_task or {}
         self._endpoint = Endpoint(config)
 
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:

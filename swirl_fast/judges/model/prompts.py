@@ -22,7 +22,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from swirl_fast.formats.tags import TOOL_TAGS
+from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, Verdict
 
@@ -111,22 +111,31 @@ class GivenAnswer:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def judge_trunk(step: StepView, tools: Collection[str] = ()) -> str:
+def judge_trunk(step: StepView, tools: Collection[ToolSpec] = ()) -> str:
     """The trunk of a step's prompt: preface, question, turns up to the judged one; a prefix of every later step's. tools: as in
     `step_prompt`."""
     fence = _fence(step.task, step.question)
-    tags = " or ".join(f"<{TOOL_TAGS[tool]}>...</{TOOL_TAGS[tool]}>" for tool in _CALLS if tool in (tools or _CALLS))
+    tags = " or ".join(f"<{spec.tag}>...</{spec.tag}>" for spec in _in_order(tools))
     text = _PREFACE.format(fence=fence, tags=tags) + _piece("QUESTION", step.question, fence)
     for turn, (action, seen) in enumerate(step.history, start=1):
         text += _piece(f"TURN {turn}", action, fence) + _piece(f"OBSERVATION {turn}", seen, fence)
     return text + _piece(f"TURN {len(step.history) + 1}", step.action_text, fence)
 
 
-def step_prompt(step: StepView, tools: Collection[str] = ()) -> str:
-    """The whole prompt of the process judge. tools: names of those on offer; none: all there are."""
-    names = [tool for tool in _CALLS if tool in (tools or _CALLS)]
+def step_prompt(step: StepView, tools: Collection[ToolSpec] = ()) -> str:
+    """The whole prompt of the process judge. tools: those on offer; none: all there are."""
+    names = [spec.name for spec in _in_order(tools)]
     rules = "".join(_CALLS[name] for name in names) + "".join(f"- {_ANSWERS[name]}\n" for name in names)
     return judge_trunk(step, tools) + _TURN.format(turn=len(step.history) + 1) + rules + _ANY_ANSWER
+
+
+def _in_order(tools: Collection[ToolSpec]) -> list[ToolSpec]:
+    """All built-in ones where none are given."""
+    order = list(_CALLS)
+    return sorted(
+        tools or BUILT_IN.values(),
+        key=lambda spec: (order.index(spec.name) if spec.name in order else len(order), spec.name),
+    )
 
 
 def answer_prompt(given: GivenAnswer) -> str:

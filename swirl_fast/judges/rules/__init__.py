@@ -38,9 +38,10 @@ from decimal import Context, Decimal
 from fractions import Fraction
 from functools import lru_cache
 
-from swirl_fast.config import RulesConfig
+from swirl_fast.config import ConfigError, RulesConfig
 from swirl_fast.config.schema import COVERAGES
-from swirl_fast.formats.tags import TOOL_TAGS, Action, parse
+from swirl_fast.formats.tags import Action, parse
+from swirl_fast.judges.judge import tool_identities
 from swirl_fast.judges.rules.calculations import (
     NUMBER,
     Calculation,
@@ -53,7 +54,7 @@ from swirl_fast.judges.rules.calculations import (
 from swirl_fast.judges.rules.queries import answer_fault, query_fault, words
 from swirl_fast.tools.arithmetic import CalculationError, numbers
 from swirl_fast.tools.search import NOTHING_FOUND
-from swirl_fast.tools.tool import observation
+from swirl_fast.tools.tool import BUILT_IN, ToolSpec, observation
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
@@ -133,11 +134,11 @@ class _Bad(Exception):
 class RulesJudge:
     """Judges calculator and search steps by rules.
 
-    tools_by_task: task name -> names of the tools on offer there (keys of TOOL_TAGS in formats/tags.py). Raises ValueError for an
-    unknown coverage, a constant that is no finite number, or an unknown tool. A step of a task not listed is UNKNOWN.
+    tools_by_task: task name -> the tools on offer there. Raises ValueError for an unknown coverage, a constant that is no finite number,
+    or a tool that it has no rules for. A step of a task not listed is UNKNOWN.
     """
 
-    def __init__(self, config: RulesConfig, tools_by_task: Mapping[str, Collection[str]]) -> None:
+    def __init__(self, config: RulesConfig, tools_by_task: Mapping[str, Collection[ToolSpec]]) -> None:
         if config.coverage not in COVERAGES:
             raise ValueError(f"judge.rules.coverage is {config.coverage!r}; use one of {', '.join(COVERAGES)}")
         try:
@@ -145,14 +146,17 @@ class RulesJudge:
         except ValueError:
             raise ValueError(f"judge.rules.constants is {list(config.constants)}; use finite numbers") from None
         for task, tools in tools_by_task.items():
-            if unknown := sorted(set(tools) - set(TOOL_TAGS)):
-                raise ValueError(f"task {task!r} offers unknown tools {unknown}; known are {', '.join(TOOL_TAGS)}")
+            if unknown := sorted(spec.name for spec in tools if spec.name not in BUILT_IN):
+                raise ConfigError(
+                    f"judge.kind=rules: has no rules for {', '.join(unknown)}, a tool of task {task}; it knows {' and '.join(BUILT_IN)}. "
+                    "Use judge.kind=model, or a reward of your own, judge.kind=FILE.py:NAME"
+                )
         self._full = config.coverage == "full"
-        self._tools = {task: tuple(sorted(set(tools))) for task, tools in sorted(tools_by_task.items())}
+        self._tools = tools_by_task
         self.id = f"rules-v{VERSION}-{config.coverage}"
         if self._constants != {Fraction(str(constant)) for constant in RulesConfig().constants}:
             self.id += f"-constants.{_hash_json(sorted(map(str, self._constants)))}"
-        self.id += f"-tools.{_hash_json(self._tools)}"
+        self.id += f"-tools.{_hash_json(tool_identities(tools_by_task))}"
 
     def stats(self) -> JudgeStats:
         return JudgeStats()

@@ -36,15 +36,12 @@ class Search:
     cannot be written.
     """
 
-    name = "search"
-    description = "a search engine: write a few words about one fact; it gives back the passage that fits them best"
-
     def __init__(
         self, passages: Passages, top_k: int, passage_chars: int, cache_folder: str | Path, index: Index | None = None
     ) -> None:
         if not passages:
             raise ValueError(
-                "search needs passages and the task has none; use a task with paragraphs, e.g. tasks.kind=hotpotqa"
+                "search needs passages and the task has none; set search.corpus, or use a task with paragraphs, e.g. tasks.kind=hotpotqa"
             )
         if top_k < 1 or passage_chars < 1:
             raise ValueError(f"search.top_k={top_k}, search.passage_chars={passage_chars}: both must be at least 1")
@@ -61,9 +58,9 @@ class Search:
         """(index into `passages`, score) of the best passages, best first; fewer than k when fewer match."""
         return self._index.ranking(query, k)
 
-    def call(self, argument: str) -> str:
+    def call(self, query: str) -> str:
         """`Title: text` of the best passages, one a line; a sentence when nothing matches. Never raises for a query."""
-        found = self.ranking(argument, self.top_k)
+        found = self.ranking(query, self.top_k)
         return "\n".join(self._show(*self.passages[i]) for i, _ in found) or NOTHING_FOUND
 
     def _show(self, title: str, text: str) -> str:

@@ -1,0 +1,42 @@
+"""What settings stand for, for fingerprints: the hash of a file or of a user's code, in place of where it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from swirl_fast.config import references
+from swirl_fast.config.fields import Setting, settings
+from swirl_fast.files import hash_file
+
+
+def contents(section: Any, prefix: str) -> dict[str, Any]:
+    """A section without sections of its own, as a JSON-able table. Raises ConfigError for a reference that names nothing."""
+    kind: type = type(section)
+    known = settings(kind)
+    return {
+        entry.name: _content(known[entry.name], getattr(section, entry.name), f"{prefix}.{entry.name}")
+        for entry in dataclasses.fields(section)
+    }
+
+
+def _content(entry: Setting, value: Any, key: str) -> Any:
+    if entry.reads == "tasks":
+        tables = []
+        for i, table in enumerate(value):
+            whole = contents(entry.owner(**table), f"{key}[{i}]")
+            tables.append({name: whole[name] for name in table})
+        return tables
+    if entry.reads == "reference":
+        names = [references.identity(key, one, entry.known) for one in (value if isinstance(value, list) else [value])]
+        return names if isinstance(value, list) else names[0]
+    if (
+        entry.reads == "file"
+        and value
+        and "\n" not in value
+        and len(value) < 4096
+        and Path(value).expanduser().is_file()
+    ):
+        return f"xxh64 {hash_file(Path(value).expanduser())}"
+    return value

@@ -1,0 +1,137 @@
+"""tasks.kind=qa: questions and answers of a user's own, with any tools.
+
+Rows with the columns question, answer and, where there is one, id; tasks.fields says what they are called. An answer is a text, a number,
+or a list of those, any of which is right. All columns are there for tools and score functions: Question.fields.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from swirl_fast.config import ConfigError, TasksConfig
+from swirl_fast.config.references import is_reference
+from swirl_fast.tasks.own import own_score
+from swirl_fast.tasks.rows import Row, question_id, read_splits
+from swirl_fast.tasks.scoring import score_auto, score_f1, score_number, score_text
+from swirl_fast.tasks.task import Example, Question, Score, Split
+
+COLUMNS = ("question", "answer", "id")
+_SCORES: dict[str, Callable[[str | None, Sequence[str]], Score]] = {
+    "auto": score_auto,
+    "exact": score_text,
+    "number": score_number,
+    "f1": score_f1,
+}
+
+
+class QA:
+    """Without tasks.eval_path the last tenth of the rows is held out. A training question that is also held out is left out, and of equal
+    questions the first stays."""
+
+    tools: tuple[str, ...] = ()
+    examples: tuple[Example, ...] = ()
+    instructions = ""
+
+    def __init__(self, config: TasksConfig, seed: int = 0) -> None:
+        if unknown := sorted(set(config.fields) - set(COLUMNS)):
+            raise ConfigError(
+                f"tasks.fields.{unknown[0]}: must be one of {', '.join(COLUMNS)}; other columns need no name here"
+            )
+        self.name = config.name or _plain_name(config.path or "")
+        self._columns = {name: config.fields.get(name, name) for name in COLUMNS}
+        self._needs_id = "id" in config.fields
+        self._own = own_score(config.score) if is_reference(config.score) else None
+        self._score = None if self._own else _SCORES[config.score]
+        splits = read_splits(config.path, config.eval_path, hub=("default", "test"))
+        held_out = self._parse(splits["eval"], {}, config.score)
+        train = self._parse(splits["train"], {question.text: question for question in held_out}, config.score)
+        self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
+
+    def _parse(self, rows: list[Row], held_out: dict[str, Question], score: str) -> list[Question]:
+        found: dict[str, Question] = {}
+        texts: set[str] = set()
+        for row in rows:
+            text, answers = self._column(row, "question", row.text), self._answers(row)
+            if score == "number" and (
+                wrong := [answer for answer in answers if not score_number(answer, [answer]).exact_match]
+            ):
+                raise row.error(
+                    self._columns["answer"], f"tasks.score=number needs one number, and {wrong[0]!r} is none"
+                )
+            if text in held_out or text in texts:
+                continue
+            texts.add(text)
+            id_ = self._id(row, text)
+            if id_ in found:
+                raise row.error(self._columns["id"], "an earlier row has the same id")
+            found[id_] = Question(id_, self.name, text, answers, row.fields)
+        return list(found.values())
+
+    def _column(self, row: Row, name: str, read: Callable[[str], str]) -> str:
+        column = self._columns[name]
+        if column not in row.fields:
+            raise ValueError(
+                f"{row.where}: there is no column {column!r}, only {', '.join(map(str, row.fields)) or 'none'}; say which holds the "
+                f"{name}: tasks.fields={{{name}: COLUMN}}"
+            )
+        return read(column)
+
+    def _id(self, row: Row, text: str) -> str:
+        column = self._columns["id"]
+        if column not in row.fields and not self._needs_id:
+            return question_id(self.name, text)
+        value = row.fields.get(column)
+        if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip() or "/" in str(value):
+            raise row.error(column, "must be an id: text or a whole number, without a slash")
+        return f"{self.name}-{str(value).strip()}"
+
+    def _answers(self, row: Row) -> tuple[str, ...]:
+        column = self._columns["answer"]
+        if column not in row.fields and self._own:
+            return ()
+        self._column(row, "answer", str)
+        value = row.fields[column]
+        answers = [_answer(one) for one in (value if isinstance(value, list) else [value])]
+        if not answers or None in answers:
+            raise row.error(column, "must be a text, a number, or a list of those")
+        return tuple(dict.fromkeys(answer for answer in answers if answer is not None))
+
+    def questions(self, split: Split) -> Sequence[Question]:
+        return self._questions[split]
+
+    def solution(self, question: Question) -> tuple[Fraction, ...]:
+        return ()
+
+    def demonstration(self, question: Question) -> tuple[str, ...]:
+        return ()
+
+    def passages(self) -> Sequence[tuple[str, str]]:
+        return ()
+
+    def score(self, question: Question, answer: str | None) -> Score:
+        if self._own:
+            return self._own(question, answer)
+        assert self._score is not None, "either of them"
+        return self._score(answer, question.answers)
+
+
+def _answer(value: object) -> str | None:
+    """None for what is no answer."""
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return json.dumps(value)
+    return None
+
+
+def _plain_name(path: str) -> str:
+    """`data/My units.jsonl.gz` -> `My_units`."""
+    name = Path(path).name
+    while Path(name).suffix.lower() in (".gz", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"):
+        name = Path(name).stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name) or "qa"
