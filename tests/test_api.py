@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -113,6 +114,19 @@ def test_a_run_is_read_while_it_is_written_and_closed(tmp_path: Path) -> None:
     opened.close()
     with pytest.raises(ValueError, match="is closed: open the run again"):
         list(opened.steps())
+
+
+def test_a_run_of_somebody_else_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
+    before = sorted(folder.iterdir())
+    with open_run(folder) as opened:
+        count = len(list(opened.steps()))
+        assert count == 19 and sorted(folder.iterdir()) == before  # no file beside the database, where none can be made
+    with Store(folder / "trajectories.db") as writer:
+        writer.record([made(writer.questions()[1], 5, [CALL, "<answer>1</answer>"])])
+        with open_run(folder) as opened:
+            assert len(list(opened.steps())) == count + 2
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:

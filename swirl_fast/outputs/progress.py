@@ -6,7 +6,7 @@ import re
 import shlex
 import sqlite3
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,11 +61,11 @@ def status(run: OpenRun) -> Status:
     evaluations = _evaluations(run, files, found)
     base, trained, *others = evaluations
     found.problems += [" ".join(problem.replace("`", "").split()) for problem in files.problems]
-    begun = [i for i, stage in enumerate(stages) if stage.state != "waiting"]
+    begun = max((i for i, stage in enumerate(stages) if stage.state != "waiting"), default=0)
+    if files.setting("training.shards"):  # made elsewhere
+        begun = max(begun, len(stages) - 1)
     stages = [
-        Stage(stage.name, "skipped", stage.detail, stage.arguments)
-        if stage.state == "waiting" and begun and i < begun[-1]
-        else stage
+        replace(stage, state="skipped") if stage.state == "waiting" and i < begun else stage
         for i, stage in enumerate(stages)
     ]
     found.stages = [base, *stages, trained, *others, _report(files)]

@@ -45,7 +45,7 @@ def _more(run: OpenRun, of: str, id_: str) -> Iterator[str]:
     if others:
         yield f"--of {'|'.join(others)}   those of an evaluation"
     if steps := run.sample_steps():
-        yield f"--step {steps[-1]}   the actions that training step {steps[-1]} sampled; there are {len(steps)} such steps"
+        yield f"--step {steps[-1]}   the actions that training step {steps[-1]} sampled; kept are those of {_number(len(steps), 'step')}"
     yield "--limit N   so many of them"
 
 
@@ -97,7 +97,7 @@ def full(reading: Reading, with_question: bool = True) -> Iterator[str]:
 
 
 def _step(i: int, step: Step, judgement: Judgement | None) -> Iterator[str]:
-    does = {"tool": f"calls {step.action.tool}", "answer": "answers", "malformed": "malformed"}[step.action.kind]
+    does = _does(step.action.kind, step.action.tool)
     verdict = "not judged" if judgement is None else f"{judgement.verdict.value}{_reward(judgement.reward)}"
     yield visible(f"  step {i}   {does}   {verdict}   {_tokens(step.end - step.start)}")
     yield from _field("action", step.text, 4)
@@ -133,7 +133,7 @@ def samples(run: OpenRun, step: int, limit: int = LIMIT, **only: str | None) -> 
 
 
 def _sample(row: dict[str, Any]) -> Iterator[str]:
-    does = {"tool": f"calls {row.get('tool')}", "answer": "answers"}.get(str(row.get("kind")), str(row.get("kind")))
+    does = _does(str(row.get("kind")), row.get("tool"))
     numbers = [f"{name} {row[name]:+.3f}" for name in ("advantage",) if is_number(row.get(name))]
     tokens = row.get("tokens")
     size = len(tokens) if isinstance(tokens, list) else tokens
@@ -144,8 +144,16 @@ def _sample(row: dict[str, Any]) -> Iterator[str]:
         yield from _field("reason", str(row["reason"]), 4)
 
 
+def _does(kind: str, tool: str | None) -> str:
+    return {"tool": f"calls {tool}", "answer": "answers"}.get(kind, kind)
+
+
 def _tokens(number: object) -> str:
-    return "1 token" if number == 1 else f"{number} tokens"
+    return _number(number, "token")
+
+
+def _number(number: object, of: str) -> str:
+    return f"{number} {of}" if number == 1 else f"{number} {of}s"
 
 
 def _reward(reward: object) -> str:

@@ -32,7 +32,8 @@ MARK = "Written by `swirl-fast dataset`"  # in README.md: tells our folders from
 NOT_RECORDED = "sampled actions at states that no chosen trajectory has"
 
 ABOUT = {
-    "messages": "A conversation a row, `messages`: a list of `role` and `content`, as TRL's SFTTrainer and most others read it.",
+    "messages": "A conversation a row, `messages`: a list of `role` and `content`, as TRL's SFTTrainer and most others read it. "
+    "Results of tools are turns of the user, as the model read them.",
     "steps": "Stepwise supervision, as TRL names it: `prompt`, `completions` (one a step), `labels` (true: the step is good). A completion "
     "is the result of the call before it, a line end, and the step's text. The step separator is a line end.",
     "prm": "Stepwise supervision with graded labels: `prompt`, `completions` (one a step), `labels`, rewards in [0, 1]. A completion is "

@@ -108,6 +108,14 @@ def test_a_run_without_its_first_stages_goes_on_where_it_is(tmp_path: Path) -> N
     assert "goes on from checkpoint step_000002" in str(found) and "swirl-fast train" in (found.next or "")
 
 
+def test_a_run_on_shards_of_another_begins_with_training(tmp_path: Path) -> None:
+    overrides = [f"run.folder={tmp_path}", "run.name=r", f"training.shards={tmp_path / 'elsewhere'}"]
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_text(dump(load(None, overrides, files=False)), encoding="utf-8")
+    found = status(tmp_path / "r")
+    assert states(found)["filter"] == "skipped" and (found.next or "").startswith("swirl-fast train ")
+
+
 def test_a_run_that_is_being_written(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, "collect.trajectories_per_question=3")
     (folder / "filter.json").unlink()
