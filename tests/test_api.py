@@ -87,7 +87,7 @@ def test_metrics_samples_and_settings(folder: Path) -> None:
         assert [row["step"] for row in opened.metrics()] == [1, 2] and math.isnan(opened.metrics()[0]["kl"])
         assert opened.sample_steps() == [2] and [row["sample"] for row in opened.samples(2)] == [0, 1, 2, 3]
         assert opened.config.training.steps == 4 and opened.evaluations() == {}
-        with pytest.raises(ValueError, match="no sampled actions of training step 1: it has those of step 2"):
+        with pytest.raises(ValueError, match="step_000001.jsonl does not exist: there are those of 1 steps, 2 to 2"):
             opened.samples(1)
 
 
@@ -149,6 +149,7 @@ def test_a_whole_run_from_python(tmp_path: Path, tiny_model: Path) -> None:
     )
     with run(config) as done:
         assert done.folder == config.folder and done.config == config
+        assert done.sample_steps() == [1] and {row["step"] for row in done.samples(1)} == {1}
         assert len(done.metrics()) == 1 and done.evaluations().keys() == {"base", "trained"}
         assert {row["right"] for row in done.steps("trained")} <= {True, False, None}
         assert done.status().next is None and {stage.state for stage in done.status().stages} == {"done"}

@@ -148,7 +148,7 @@ def recorded_pairs(readings: Iterable[Reading], opening: Opening, left_out: Coun
 def sampled_pairs(
     actions: Sequence[Mapping[str, Any]], prompt: Sequence[Message], left_out: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """Pairs among the actions that a training step sampled at one state, whose conversation is `prompt` (outputs/samples.py)."""
+    """Pairs among the actions that a training step sampled at one state, whose conversation is `prompt` (data/samples.py)."""
     left_out[NO_VERDICT] += sum(row["reward"] is None for row in actions)
     siblings = [Sibling(row["text"], row["verdict"] == Verdict.GOOD.value, row["reward"]) for row in actions]
     more = {key: actions[0][key] for key in ("question_id", "trajectory", "state")}

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from swirl_fast.config import Config, ConfigError, load
+from swirl_fast.data import samples
 from swirl_fast.data.store import Store
-from swirl_fast.outputs import samples
 from swirl_fast.outputs.folder import RunFolder, by_question
 from swirl_fast.outputs.readings import Reading, Readings
 from swirl_fast.outputs.text import clean
@@ -149,8 +149,8 @@ class OpenRun:
         return samples.sample_steps(self.folder)
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """The actions that a training step sampled, with verdict, reward and advantage (see outputs/samples.py)."""
-        return [clean(row) for row in samples.read_samples(self.folder, step)]
+        """The actions that a training step sampled, with verdict, reward and advantage (see data/samples.py)."""
+        return [clean(vars(sample)) for sample in samples.read_samples(self.folder, step)]
 
 
 def _step_row(reading: Reading, i: int) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from swirl_fast.data.samples import read_samples
 from swirl_fast.outputs.readings import FINISHES, MATCHES, Reading, sample
 from swirl_fast.outputs.run import COLLECTED, OpenRun
-from swirl_fast.outputs.samples import read_samples
 from swirl_fast.outputs.text import is_number, one_line, visible
 from swirl_fast.trajectory import Step
 from swirl_fast.verdict import Judgement
@@ -111,7 +111,7 @@ def samples(run: OpenRun, step: int, limit: int = LIMIT, **only: str | None) -> 
     """The first `limit` actions that a training step sampled, the states one after the other. only: trajectory or question, by id."""
     rows = (
         row
-        for row in read_samples(run.folder, step)
+        for row in map(vars, read_samples(run.folder, step))
         if all(row.get(key) == value for key, value in only.items() if value)
     )
     before: tuple[Any, ...] | None = None

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import ConfigError
+from swirl_fast.data.samples import read_samples
 from swirl_fast.data.shards import streaming, verify_shards
 from swirl_fast.outputs import rows
 from swirl_fast.outputs.run import OpenRun
-from swirl_fast.outputs.samples import read_samples
 from swirl_fast.outputs.text import clean
 from swirl_fast.rollouts.collector import conversation_of
 from swirl_fast.stages.build import build_task
@@ -151,7 +151,7 @@ def _sampled_pairs(
     questions = {id_.rsplit("/", 1)[0] for id_ in ids}
     for step in run.sample_steps():
         states: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for row in read_samples(run.folder, step):
+        for row in map(vars, read_samples(run.folder, step)):
             known = row["question_id"] in questions and not row["state"] if fresh else row["trajectory"] in ids
             if known:
                 states.setdefault((row["question_id" if fresh else "trajectory"], row["state"]), []).append(row)

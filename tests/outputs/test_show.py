@@ -11,7 +11,7 @@ from support.run_folders import HOSTILE, run_folder
 from support.runs import attempt, command, environment
 
 from swirl_fast import open_run
-from swirl_fast.outputs.samples import read_samples
+from swirl_fast.data.samples import read_samples
 from swirl_fast.outputs.text import visible
 
 
@@ -68,7 +68,7 @@ def test_the_trajectories_of_a_question(folder: Path) -> None:
 
 def test_the_samples_of_a_training_step(folder: Path) -> None:
     out = shown(folder, "--step", "2")
-    rows = list(read_samples(folder, 2))
+    rows = list(map(vars, read_samples(folder, 2)))
     assert f"trajectory {rows[0]['trajectory']}, state 1" in out and out.count("question  ") == 1
     for row in rows:
         assert " ".join(visible(row["text"]).split()) in " ".join(out.split())
@@ -82,7 +82,7 @@ def test_the_samples_of_a_training_step(folder: Path) -> None:
     [
         (["--trajectory", "nobody"], "--trajectory nobody: collected has no such trajectory; there are "),
         (["--question", "nobody"], "--question nobody: collected has no such question; there are "),
-        (["--step", "9"], "samples has no sampled actions of training step 9: it has those of step 2"),
+        (["--step", "9"], "step_000009.jsonl does not exist: there are those of 1 steps, 2 to 2"),
         (["--of", "base"], "base.db does not exist: the trajectories of this run are collected"),
     ],
 )
@@ -95,16 +95,6 @@ def test_a_question_in_the_place_of_a_trajectory(folder: Path) -> None:
     with open_run(folder) as run:
         id_ = run.questions()[0].id
     assert f"use --question {id_}" in attempt(["show", str(folder), "--trajectory", id_]).stderr
-
-
-def test_a_damaged_samples_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "samples" / "step_000001.jsonl"
-    path.parent.mkdir()
-    path.write_text('{"step": 1}\n{"step"\n{"step": 1}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"step_000001.jsonl:2 is not readable as JSON .*: remove"):
-        list(read_samples(tmp_path, 1))
-    path.write_text('{"step": 1}\n{"st', encoding="utf-8")  # being written
-    assert list(read_samples(tmp_path, 1)) == [{"step": 1}]
 
 
 def test_head_ends_it_quietly(folder: Path) -> None:
