@@ -189,7 +189,7 @@ def find_run(name: str | None, config: Config) -> Path:
     if folder is not None and (not (inside := _runs(folder)) or _is_run(folder)):
         return folder
     if folder is not None:
-        raise ConfigError(f"{folder} is no run, it holds {_named(inside)}: name one of them")
+        raise ConfigError(f"{folder} is not a run; it holds {_named(inside)}: name one of them")
     runs = _runs(above)
     raise ConfigError(
         f"there is no run {' or '.join(map(str, tried))}; {above} holds {_named(runs) if runs else 'no run'}; name a run's folder, or give "

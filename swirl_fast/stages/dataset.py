@@ -85,7 +85,7 @@ def _check_place(folder: Path, replace: bool) -> None:
         return
     readme = folder / README
     if not (readme.is_file() and MARK in readme.read_text(encoding="utf-8", errors="replace")):
-        raise ConfigError(f"--out {folder}: is there, and is no data set of this command; name another folder")
+        raise ConfigError(f"--out {folder}: is there, and this command did not write it; name another folder")
     if not replace:
         raise ConfigError(f"--out {folder}: holds a data set already; add --replace, or name another folder")
 

@@ -69,6 +69,8 @@ def test_the_numbers_are_those_of_the_folder(tmp_path: Path, capsys: pytest.Capt
     }  # fmt: skip
     assert cli.main(["status", "r", f"run.folder={tmp_path}"]) == 0  # by its name
     out = capsys.readouterr().out
+    assert cli.main(["status", "--config", str(folder / "config.yaml")]) == 0  # by its settings
+    assert capsys.readouterr().out == out
     for text in (
         "3 questions, 6 of 6 trajectories",
         "6 GOOD, 9 BAD, 3 UNKNOWN",
@@ -183,5 +185,5 @@ def test_an_empty_folder_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["show", "typo", f"run.folder={tmp_path / 'runs'}"]) == 2
     assert f"no run typo or {tmp_path / 'runs' / 'typo'}; {tmp_path / 'runs'} holds r; name" in capsys.readouterr().err
     assert cli.main(["status", str(tmp_path / "runs")]) == 2  # a folder of runs
-    assert f"{tmp_path / 'runs'} is no run, it holds r: name one of them" in capsys.readouterr().err
+    assert f"{tmp_path / 'runs'} is not a run; it holds r: name one of them" in capsys.readouterr().err
     assert cli.main(["status", "a", "b"]) == 2 and "give one run" in capsys.readouterr().err

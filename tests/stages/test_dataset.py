@@ -265,7 +265,7 @@ def test_a_folder_that_is_there_is_refused(folder: Path, tmp_path: Path) -> None
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
     other = attempt(["dataset", str(folder), "--as", "steps", "--out", str(tmp_path / "mine"), "--replace"])
-    assert other.returncode == 2 and "no data set of this command" in other.stderr
+    assert other.returncode == 2 and "this command did not write it" in other.stderr
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
