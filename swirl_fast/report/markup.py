@@ -54,6 +54,13 @@ def short(text: str, chars: int) -> str:
     return escape(line if len(line) <= chars else line[: chars - 1] + "…")
 
 
+def badge(verdict: str, reward: float | None = None) -> str:
+    """A verdict to see at a glance, with its reward where that is a graded one."""
+    look = verdict.lower().replace(" ", "-")
+    graded = f" {show(reward, '')}" if is_number(reward) and reward not in (0, 1) else ""
+    return f'<span class="badge {escape(look)}">{escape(verdict)}{graded}</span>'
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """A finite number: files of an unfinished run may hold anything."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

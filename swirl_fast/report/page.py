@@ -1,4 +1,4 @@
-"""The frame of a page: one self-contained HTML file that can load and run nothing but itself."""
+"""The frame of a page: a self-contained HTML file that can load and run nothing but itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def page(name: str, head: str, sections: Mapping[str, str]) -> str:
 <style>{CSS}</style>
 </head>
 <body>
-<a class="skip" href="#{next(iter(sections)).lower()}">Skip to the result</a>
+<a class="skip" href="#{next(iter(sections)).lower()}">Skip to the content</a>
 <header>
 <p class="over">Step-Wise Reinforcement Learning</p>
 <h1>{escape(name)}</h1>
