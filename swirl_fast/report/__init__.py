@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from swirl_fast.files import write_text
+from swirl_fast.files import write_parts
 from swirl_fast.report import reading
 from swirl_fast.report.curves import curves
 from swirl_fast.report.headline import headline
@@ -40,12 +40,12 @@ def write_report(run_folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: check run.folder and run.name, or start a run first")
     path, pages = folder / REPORT_FILE, Pages(folder)
-    write_text(path, _page(load_run(folder), pages))
+    write_parts(path, _page(load_run(folder), pages))
     pages.remove_others()
     return path
 
 
-def _page(run: Run, pages: Pages) -> str:
+def _page(run: Run, pages: Pages) -> Iterator[str]:
     sections = {
         "Result": headline(run),
         "Training": curves(run.metrics, kl_measured=run.setting("algorithm.kl_coef") != 0),
@@ -58,7 +58,8 @@ def _page(run: Run, pages: Pages) -> str:
     problems = "".join(f"<li>{problem}</li>" for problem in run.problems)
     if problems:
         problems = f'<div class="missing"><b>This run is not complete.</b><ul>{problems}</ul></div>\n'
-    return page(run.folder.resolve().name, f"{_lede(run)}{_facts(run)}{problems}", sections)
+    head = f"{_lede(run)}{_facts(run)}{problems}"
+    return page(run.folder.resolve().name, head, {title: [html] for title, html in sections.items()})
 
 
 def _lede(run: Run) -> str:

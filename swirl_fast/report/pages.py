@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swirl_fast.files import write_text
+from swirl_fast.files import write_parts
 from swirl_fast.report.markup import escape
 from swirl_fast.report.page import page
 
@@ -33,7 +33,7 @@ class Pages:
         self._written: set[str] = set()
 
     def write(
-        self, stem: str, title: str, what: str, total: int, blocks: Iterable[str], form: Callable[[str], str]
+        self, stem: str, title: str, what: str, total: int, blocks: Iterable[str], form: Callable[[Sequence[str]], str]
     ) -> list[Page]:
         """Pages STEM-0001.html, … of `blocks`, taken one by one. total: how many there are. title: of the pages. what: the blocks are, as
         text. form: the HTML above the blocks, given these."""
@@ -47,16 +47,13 @@ class Pages:
                 )
             if last < total:
                 links.append(f'<a href="{stem}-{number + 1:04d}.html" rel="next">after: from {last + 1:,} on</a>')
-            html = "".join(some)
             head = (
                 f'<p class="lede">{what.capitalize()} {first:,} to {last:,} of {total:,}.</p>\n'
                 f'<nav class="pages" aria-label="Pages">{"".join(links)}</nav>\n'
             )
             name = f"{stem}-{number:04d}.html"
-            write_text(
-                self._folder / name,
-                page(f"{self._run}: {title}", head, {"Contents": form(html) + f"<h3>{escape(title)}</h3>\n{html}"}),
-            )
+            parts = [form(some), f"<h3>{escape(title)}</h3>\n", *some]
+            write_parts(self._folder / name, page(f"{self._run}: {title}", head, {"Contents": parts}))
             self._written.add(name)
             pages.append(Page(f"{FOLDER}/{name}", first, last))
         return pages

@@ -132,7 +132,7 @@ def collected(path: Path, judge_id: str | None, pages: Pages) -> Excerpt:
 
         html, total, written = "".join(blocks([id_ for id_ in kinds if id_ in chosen])), len(kinds), list[Page]()
         if len(chosen) < total:
-            written = pages.write("collected", "Collected", "trajectories", total, blocks(list(kinds)), _form)
+            written = pages.write("collected", "Collected", "trajectories", total, blocks(list(kinds)), filter_form)
     return Excerpt(html, len(chosen), total, written)
 
 
@@ -165,12 +165,8 @@ def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]]
 
         html, total, written = "".join(blocks([id_ for id_ in kinds if id_ in chosen])), len(kinds), list[Page]()
         if len(chosen) < total:
-            written = pages.write("evaluations", "Evaluations", "questions", total, blocks(list(kinds)), _form)
+            written = pages.write("evaluations", "Evaluations", "questions", total, blocks(list(kinds)), filter_form)
     return Excerpt(html, len(chosen), total, written)
-
-
-def _form(html: str) -> str:
-    return filter_form([html])
 
 
 def _block(readings: Mapping[str, Reading]) -> str:
