@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,15 @@ def _alive(process: int) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one go: a reader, or a kill, meets the old text or the new one. Folders are made as needed."""
+    write_parts(path, [text])
+
+
+def write_parts(path: Path, parts: Iterable[str]) -> None:
+    """As `write_text`, of a text that is taken piece by piece."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(parts)
     temporary.rename(path)
 
 

@@ -133,9 +133,13 @@ def mark_full(folder: Path, step: int, size: int) -> None:
 
 
 def full_from(folder: Path) -> tuple[int, int] | None:
-    """(the first step whose samples did not fit, their bytes), None where all did."""
-    row = read_json(Path(folder) / FOLDER / FULL)
-    return None if row is None else (row["step"], row["bytes"])
+    """(the first step whose samples did not fit, their bytes), None where all did. Raises ValueError for a damaged file."""
+    path = Path(folder) / FOLDER / FULL
+    try:
+        row = read_json(path)
+        return None if row is None else (int(row["step"]), int(row["bytes"]))
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged; remove it to go on without it") from None
 
 
 def unmark_full(folder: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import html
 import re
 
-from swirl_fast.outputs.text import one_line, visible
+from swirl_fast.outputs.text import is_number, one_line, show, visible
 
 MAX_CHARS = 4_000  # of one text; three quarters from its beginning, the rest from its end, where the tag is
 
@@ -46,3 +46,10 @@ def _mark(text: str) -> str:
 def short(text: str, chars: int) -> str:
     """One line of at most `chars` characters, escaped."""
     return escape(one_line(text, chars))
+
+
+def badge(verdict: str, reward: float | None = None) -> str:
+    """A verdict to see at a glance, with its reward where that is a graded one."""
+    look = verdict.lower().replace(" ", "-")
+    graded = f" {show(reward, '')}" if is_number(reward) and reward not in (0, 1) else ""
+    return f'<span class="badge {escape(look)}">{escape(verdict)}{graded}</span>'

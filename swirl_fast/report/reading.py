@@ -1,15 +1,18 @@
-"""Trajectories to read: which ones, and each as a block that opens to its steps, verdicts, reasons and observations."""
+"""Trajectories to read, each as a block that opens to its steps, verdicts, reasons and observations: some of every kind in report.html, all
+of them in the pages beside it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
-from swirl_fast.data.store import Store
+from swirl_fast.data.store import BATCH, Store
 from swirl_fast.outputs.readings import FINISHES, MATCHES, Reading, Readings, sample
-from swirl_fast.report.markup import block, escape, short
+from swirl_fast.report.markup import badge, block, escape, short
+from swirl_fast.report.pages import Page, Pages
 from swirl_fast.trajectory import Finish, Step
 from swirl_fast.verdict import Judgement
 
@@ -18,25 +21,39 @@ SAMPLE = 40  # trajectories shown of one store
 CLASSES = {True: "right", False: "wrong", None: "none"}
 
 
-def collected(path: Path, judge_id: str | None) -> tuple[str, int, int]:
-    """(HTML, shown, total) of the collected trajectories."""
+@dataclass(frozen=True)
+class Excerpt:
+    """html: `shown` blocks of `total`. pages: those of all, empty where all are shown."""
+
+    html: str
+    shown: int
+    total: int
+    pages: list[Page]
+
+
+def collected(path: Path, judge_id: str | None, pages: Pages) -> Excerpt:
+    """The collected trajectories."""
     with closing(Store(path, writable=False)) as store:
         readings = Readings(store, judge_id)
         kinds = readings.kinds()
         chosen = sample(kinds, SAMPLE)
-        blocks = [_block({"collected": reading}) for reading in readings.of([id_ for id_ in kinds if id_ in chosen])]
-    return "".join(blocks), len(blocks), len(kinds)
+
+        def blocks(ids: Sequence[str]) -> Iterator[str]:
+            return (_block({"collected": reading}) for reading in readings.of(ids))
+
+        html, total, written = "".join(blocks([id_ for id_ in kinds if id_ in chosen])), len(kinds), list[Page]()
+        if len(chosen) < total:
+            written = pages.write("collected", "Collected", "trajectories", total, blocks(list(kinds)), filter_form)
+    return Excerpt(html, len(chosen), total, written)
 
 
-def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]]) -> tuple[str, int, int]:
-    """(HTML, shown, total) of the evaluations' trajectories, those of one question side by side; stores: name ->
-    (path, judge id, question id -> accuracy).
+def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]], pages: Pages) -> Excerpt:
+    """The evaluations' trajectories, those of one question side by side; stores: name -> (path, judge id, question id -> accuracy).
 
     Sample k of a question has the same id in every evaluation, so ids pair what belongs together.
     """
-    rows: dict[str, dict[str, Reading]] = {}
     kinds: dict[str, tuple[str, ...]] = {}
-    ids: dict[str, list[str]] = {}
+    ids: dict[str, Collection[str]] = {}
     with ExitStack() as stack:
         readings = {
             name: Readings(stack.enter_context(closing(Store(path, writable=False))), judge_id, scores)
@@ -44,14 +61,23 @@ def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]]
         }
         for name, each in readings.items():
             of_store = each.kinds()
-            ids[name] = list(of_store)
+            ids[name] = of_store.keys()
             for id_, kind in of_store.items():
                 kinds[id_] = (*kinds.get(id_, ()), name, *kind)
         chosen = sample(kinds, SAMPLE)
-        for name, each in readings.items():
-            for reading in each.of([id_ for id_ in ids[name] if id_ in chosen]):
-                rows.setdefault(reading.trajectory.id, {})[name] = reading
-    return "".join(map(_block, rows.values())), len(rows), len(kinds)
+
+        def blocks(wanted: Sequence[str]) -> Iterator[str]:
+            for at in range(0, len(wanted), BATCH):
+                rows: dict[str, dict[str, Reading]] = {id_: {} for id_ in wanted[at : at + BATCH]}
+                for name, each in readings.items():
+                    for reading in each.of([id_ for id_ in rows if id_ in ids[name]]):
+                        rows[reading.trajectory.id][name] = reading
+                yield from map(_block, rows.values())
+
+        html, total, written = "".join(blocks([id_ for id_ in kinds if id_ in chosen])), len(kinds), list[Page]()
+        if len(chosen) < total:
+            written = pages.write("evaluations", "Evaluations", "questions", total, blocks(list(kinds)), filter_form)
+    return Excerpt(html, len(chosen), total, written)
 
 
 def _block(readings: Mapping[str, Reading]) -> str:
@@ -111,7 +137,7 @@ def _step(number: int, step: Step, judgement: Judgement | None) -> str:
     )
     parts = [
         f'<li class="step {look}"><p class="head"><b>Step {number}</b> {escape(kind)} '
-        f'<span class="badge {look}">{verdict}</span></p>',
+        f"{badge(verdict, judgement.reward if judgement else None)}</p>",
         f'<div class="text action">{block(step.text, mark_tags=True) or "<i>empty</i>"}</div>',
     ]
     if judgement:
