@@ -25,6 +25,7 @@ from swirl_fast.formats.tags import Action, parse
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction
 from swirl_fast.rollouts.pipeline import RolloutCounts, SampledBatch
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.training.resume import settings_of
 from swirl_fast.training.samples import SampleLog, samples_of
 from swirl_fast.trajectory import Step, StepView, Trajectory
@@ -224,7 +225,7 @@ def batch_of(texts: Sequence[str], whole: bool = False) -> SampledBatch:
                 0,
                 0,
                 completion,
-                parse(text, ["calculator"], truncated=not k),
+                parse(text, [CALCULATOR], truncated=not k),
                 StepView("gsm8k", "?", view.history, text),
             )
             for k, text in enumerate(texts)
