@@ -196,7 +196,8 @@ def _block(samples: Sequence[Sample], recorded: _Recorded) -> str:
             parts.append(_recorded(at + 1, steps[at]))
     known = [sample.reward for sample in samples if sample.reward is not None]
     mean = show(sum(known) / len(known), "") if known else "–"
-    chips = f'<span class="chip">{len(states)} states, {len(samples)} actions</span><span class="chip">reward <b>{mean}</b></span>'
+    drawn = f"{_number(len(states), 'state')}, {_number(len(samples), 'action')}"
+    chips = f'<span class="chip">{drawn}</span><span class="chip">reward <b>{mean}</b></span>'
     return (
         f'<details class="block"><summary><span class="q">{short(first.question, 160)}</span><span class="chips">{chips}</span></summary>\n'
         f'<div class="body"><p class="label">Question</p><div class="text question">{block(first.question)}</div>'
@@ -204,15 +205,19 @@ def _block(samples: Sequence[Sample], recorded: _Recorded) -> str:
     )
 
 
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _state(samples: Sequence[Sample]) -> str:
     verdicts = " ".join(sorted({sample.verdict for sample in samples}))
     match = "differ" if _differ(samples) else "equal"
     actions = "".join(map(_action, samples))
-    before = {0: "the question", 1: "the question and 1 step"}
     state = samples[0].state
+    before = f"after the question and {_number(state, 'step')}" if state else "after the question"
     return (
         f'<article class="trajectory sampled" data-verdicts="{escape(verdicts)}" data-match="{match}" data-finish="">'
-        f'<h4>State {state + 1} <span class="id">{before.get(state, f"the question and {state} steps")}</span></h4>'
+        f'<h4>State {state + 1} <span class="id">{before}</span></h4>'
         f'<ol class="steps">{actions}</ol></article>'
     )
 
@@ -226,7 +231,7 @@ def _action(sample: Sample) -> str:
     if sample.observation is not None:
         observed = f'<p class="label">Observation</p><div class="text observation">{block(sample.observation)}</div>'
     return (
-        f'<li class="step {look}"><p class="head"><b>Action {sample.sample + 1}</b> {escape(does)}{cut}, {sample.tokens:,} tokens '
+        f'<li class="step {look}"><p class="head"><b>Action {sample.sample + 1}</b> {escape(does)}{cut}, {_number(sample.tokens, "token")} '
         f"{badge(sample.verdict, sample.reward)}</p>"
         f'<div class="text action">{block(sample.text, mark_tags=True) or "<i>empty</i>"}</div>'
         f'<p class="outcome">reward <b class="reward">{show(sample.reward, "")}</b> · advantage <b class="advantage">{advantage}</b></p>'
