@@ -23,6 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["swirl_fast", "swirl_fast.*"]),
+    package_data={"swirl_fast": ["py.typed"]},
     install_requires=[
         "swirl-kernels",
         "torch>=2.11",

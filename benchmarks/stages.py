@@ -8,7 +8,7 @@ that verdicts, endings and answers differ. Then the stages run as a user starts 
 
     judge     the rules judge on every step, into the store
     filter    filter.kind=process, and the shards of the trajectories that are kept
-    report    the HTML file, with 40 of the trajectories
+    report    the HTML files: 40 of the trajectories in the first, all of them on the pages beside it
 
 Memory: the largest resident size of the process, less what it had after its imports and before the stage. The writer of shards holds one
 shard of 64 MiB, and copies it to write it. Read with care: the store lies in the page cache, its tokens are

@@ -8,10 +8,13 @@ interrupted stage goes on when it is started again.
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from swirl_fast import __version__
@@ -79,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--name", help="name of the evaluation (default: base, trained or the folder's name)")
     add("report", "one HTML file about the run", lambda stages, config, options: stages.report(config))
     add("run", "all of it, base -> trained", lambda stages, config, options: stages.run(config))
+    _add_reading(commands)
+    _add_dataset(commands)
     _add_experiment(commands)
     _add_config(commands)
     return top
@@ -124,6 +129,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         top.error(f"--count {options.count}: must be at least 1")
     if options.stage == "evaluate" and not options.of:
         top.error("--of '': must be base, trained, or a Hugging Face folder with weights")
+    if options.stage == "show" and options.limit < 1:
+        top.error(f"--limit {options.limit}: must be at least 1")
+    if options.stage == "show" and options.trajectory is not None and options.question is not None:
+        top.error("--trajectory and --question: give one of them")
     return options
 
 
@@ -176,6 +185,118 @@ def _evaluate(stages: Any, config: Config, options: argparse.Namespace) -> None:
         stages.evaluate_trained(config, options.name or "trained")
     else:
         stages.evaluate(config, options.name or os.path.basename(os.path.normpath(options.of)), options.of)
+
+
+def _about_a_run(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """A command that reads a run's folder."""
+    command = _command(commands, name, text, "RUN may be under way; nothing in its folder is changed.")
+    command.add_argument("--config", metavar="FILE", help="a YAML file whose run is meant where no RUN is named")
+    command.add_argument(
+        "overrides", nargs="*", metavar="RUN", help="a run's folder or its name under run.folder; or key=value settings"
+    )
+    return command
+
+
+def _add_reading(commands: Any) -> None:
+    status = _about_a_run(commands, "status", "which stages of a run are done, what comes next, and the numbers so far")
+    status.add_argument("--json", action="store_true", help="for programs: as one JSON object")
+    status.set_defaults(run=_status)
+    show = _about_a_run(commands, "show", "trajectories of a run, or the actions that a training step sampled, as text")
+    show.add_argument("--trajectory", metavar="ID", help="one trajectory, step by step")
+    show.add_argument("--question", metavar="ID", help="the trajectories of one question, step by step")
+    show.add_argument("--step", type=int, metavar="N", help="the actions that training step N sampled")
+    show.add_argument(
+        "--of", default="collected", metavar="collected|NAME", help="of the evaluation NAME (default: collected)"
+    )
+    show.add_argument("--limit", type=int, default=10, metavar="N", help="how many are shown (default: 10)")
+    show.set_defaults(run=_show)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from swirl_fast.api import open_run
+    from swirl_fast.outputs.text import clean
+
+    with open_run(_run_folder(options)) as run:
+        found = run.status()
+        _write([json.dumps(clean(found.to_json())) if options.json else str(found)])
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from swirl_fast.api import open_run
+    from swirl_fast.outputs import show
+
+    with open_run(_run_folder(options)) as run:
+        if options.step is not None:
+            _write(
+                show.samples(
+                    run, options.step, options.limit, trajectory=options.trajectory, question_id=options.question
+                )
+            )
+        elif options.trajectory is not None:
+            _write(show.trajectory(run, options.trajectory, options.of))
+        elif options.question is not None:
+            _write(show.question(run, options.question, options.of, options.limit))
+        else:
+            _write(show.overview(run, options.of, options.limit))
+    return 0
+
+
+def _run_folder(options: argparse.Namespace) -> Path:
+    from swirl_fast.outputs.run import find_run
+
+    names = [word for word in options.overrides if "=" not in word or os.path.isdir(word)]
+    if len(names) > 1:
+        raise ConfigError(f"{' '.join(names)}: give one run; a setting is written as section.key=value")
+    config = load(options.config, [word for word in options.overrides if word not in names], files=False)
+    return find_run(names[0] if names else None, config)
+
+
+def _write(lines: Iterable[str]) -> None:
+    """Lines to the screen. A reader that has seen enough, such as head, ends the command without a word."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that does not know all characters
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+
+
+def _add_dataset(commands: Any) -> None:
+    data = _about_a_run(commands, "dataset", "a run's trajectories as JSON Lines for other trainers")
+    data.add_argument(
+        "--as",
+        dest="kind",
+        required=True,
+        choices=("messages", "steps", "prm", "pairs", "jsonl"),
+        help="messages: conversations. steps: stepwise supervision with true and false. prm: the same with rewards. pairs: a GOOD and a "
+        "BAD action of one state. jsonl: all that is recorded, a trajectory a row",
+    )
+    data.add_argument("--out", required=True, metavar="FOLDER", help="a new folder: the rows and a README.md")
+    which = data.add_mutually_exclusive_group()
+    which.add_argument("--kept", action="store_true", help="only trajectories that the filter kept")
+    which.add_argument("--all", action="store_true", help="all finished trajectories (the default)")
+    data.add_argument(
+        "--from-question",
+        action="store_true",
+        help="messages, pairs: without the system message and the worked examples, which are read off the run's settings",
+    )
+    data.add_argument("--replace", action="store_true", help="put the new folder in the place of one that is there")
+    data.set_defaults(run=_dataset)
+
+
+def _dataset(options: argparse.Namespace) -> int:
+    from swirl_fast.api import open_run
+
+    with open_run(_run_folder(options)) as run:
+        from swirl_fast import stages  # loads torch and transformers
+
+        stages.dataset(
+            run, options.kind, options.out, kept=options.kept, whole=not options.from_question, replace=options.replace
+        )
+    return 0
 
 
 def _add_experiment(commands: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,46 @@ def lock(path: Path) -> int:
     return descriptor
 
 
+def holder(path: Path) -> str | None:
+    """Who holds `lock(path)` now, as `process N on HOST`; None where nobody on this machine does. Takes no lock, so that no writer is kept
+    from starting. Processes on other machines that share the folder are not seen."""
+    file = path.with_name(path.name + ".lock")
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace").strip()
+        number = file.stat().st_ino
+    except OSError:
+        return None
+    match = re.fullmatch(r"process (\d+) on (.+)", text)
+    if match is None or match[2] != socket.gethostname():
+        return None
+    try:  # the kernel's own list: the number of an ended process may belong to another one by now
+        locks = Path("/proc/locks").read_text(encoding="utf-8")
+    except OSError:
+        return text if _alive(int(match[1])) else None
+    return text if re.search(rf"FLOCK .*:{number} 0 EOF$", locks, re.MULTILINE) else None
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one go: a reader, or a kill, meets the old text or the new one. Folders are made as needed."""
+    write_parts(path, [text])
+
+
+def write_parts(path: Path, parts: Iterable[str]) -> None:
+    """As `write_text`, of a text that is taken piece by piece."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(parts)
     temporary.rename(path)
 
 

@@ -119,7 +119,7 @@ PHASES = {
     "rollout": "drawing actions; beside the training with training.lag=1",
     "judge": "judging them; beside the training with training.lag=1",
     "gather": "waiting for the other ranks and exchanging actions with them",
-    "pack": "advantages, weights and packing",
+    "pack": "advantages, weights, packing and writing the samples",
     "old_logprobs": "log-probs of the reference and, for algorithm.updates_per_batch above 1, of the policy before the update",
     "forward_backward": "forward and backward of the policy",
     "optimizer": "clipping and the optimizer's step",

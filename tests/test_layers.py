@@ -13,12 +13,13 @@ from support.paths import ROOT
 # Package, or module at the root -> what it may import besides itself. Top to bottom; only downward.
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"config", "exits", "stages", "experiments"},
+    "cli": {"api", "config", "exits", "experiments", "outputs", "stages"},
+    "api": {"config", "outputs", "stages"},
     "experiments": {
         "config", "data", "files", "intervals", "metrics", "models", "report", "stages", "tools",
     },
     "stages": {
-        "config", "data", "engines", "files", "intervals", "judges", "models", "ranks", "rendering", "report", "rollouts",
+        "config", "data", "engines", "files", "intervals", "judges", "models", "outputs", "ranks", "rendering", "report", "rollouts",
         "seeds", "tasks", "tools", "training", "trajectory", "verdict",
     },
     "training": {
@@ -29,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config", "data", "engines", "formats", "judges", "metrics", "models", "ranks", "rendering", "seeds", "tasks", "tools",
         "trajectory", "verdict",
     },
-    "report": {"data", "files", "intervals", "judges", "metrics", "models", "tasks", "trajectory", "verdict"},
+    "report": {"data", "files", "intervals", "metrics", "models", "outputs", "trajectory", "verdict"},
+    "outputs": {"config", "data", "files", "judges", "metrics", "tasks", "trajectory", "verdict"},
     "judges": {
         "config", "data", "files", "formats", "intervals", "loopback", "prefixes", "tasks", "tools", "trajectory", "verdict",
     },

@@ -397,6 +397,9 @@ class TrainingConfig:
     kl_warning: float = setting(0.5, minimum=0)
     """Warn when the mean KL a token, in nats, exceeds it; 0: never. At 0.5 the policy finds its tokens e^0.5 = 1.6 times as likely as the
     reference does, an action of 50 tokens e^25 times: it has left the text that the reference writes."""
+    samples_mb: float = setting(64.0, minimum=0, endless=True)
+    """Keep every sampled action with its verdict, reward and advantage in runs/NAME/samples, a file a step, up to this many MB in all: the
+    first step that does not fit and those after it are not kept. 0: none are; .inf: no limit."""
     tensorboard: bool = True
     """Write the metrics for TensorBoard too, into runs/NAME/tensorboard."""
     wandb: str = ""

@@ -66,6 +66,11 @@ TABLES = (
 )
 
 
+def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
+    """The ids a collection is made of; a store may hold more, from a time when more were asked for."""
+    return [f"{question.id}/{k}" for question in questions for k in range(trajectories_per_question)]
+
+
 class Store:
     """Opens, or creates, the database at `path`.
 
@@ -87,7 +92,7 @@ class Store:
             raise ValueError(f"{self.path} does not exist: collect first, or check run.folder and run.name")
         # Autocommit: transactions are opened by hand. A reader's connection is not read-only: it may be the first
         # after a killed writer, and then recovers the log; `_transaction` keeps it from writing anything else.
-        self._db = sqlite3.connect(self.path, isolation_level=None, timeout=60.0)
+        self._db = self._connect()
         self._db.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
         try:
             self._open()
@@ -100,6 +105,15 @@ class Store:
         except BaseException:
             self.close()
             raise
+
+    def _connect(self) -> sqlite3.Connection:
+        if self.writable or (os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)):
+            return sqlite3.connect(self.path, isolation_level=None, timeout=60.0)
+        # Of somebody else, or on a read-only disk. Beside a writer, whose files are there, SQLite reads on; a file that nobody writes is
+        # read as it is, for which SQLite must be promised that it stays so.
+        log = self.path.with_name(self.path.name + "-wal")
+        how = "mode=ro" if log.is_file() and log.stat().st_size else "immutable=1"
+        return sqlite3.connect(f"{self.path.absolute().as_uri()}?{how}", uri=True, isolation_level=None, timeout=60.0)
 
     def _open(self) -> None:
         db = self._db
@@ -276,6 +290,11 @@ class Store:
         """The ids of all, the finished or the unfinished trajectories, in natural order (2 before 10)."""
         where = {None: "", True: " WHERE finish IS NOT NULL", False: " WHERE finish IS NULL"}[finished]
         return sorted((row[0] for row in self._db.execute("SELECT id FROM trajectories" + where)), key=_natural)
+
+    def ids_of(self, question_id: str) -> list[str]:
+        """The ids of the trajectories of a question, in natural order."""
+        rows = self._db.execute("SELECT id FROM trajectories WHERE question_id = ?", (question_id,))
+        return sorted((row[0] for row in rows), key=_natural)
 
     def trajectories(self, ids: Sequence[str] | None = None) -> Iterator[Trajectory]:
         """Those with these ids, in this order; None: all, in natural order. See `batches`."""

@@ -1,34 +1,40 @@
-"""One HTML file about a run: what training changed, its curves, and trajectories to read step by step with their
-verdicts.
+"""HTML files about a run: what training changed, its curves, the actions that it sampled, and trajectories to read step by step with
+their verdicts.
 
-    config.yaml  metrics.jsonl  filter.json  summary.json  trajectories.db  evaluations/NAME.json, NAME.db
-        ->  report.html
+    config.yaml  metrics.jsonl  samples/  filter.json  summary.json  trajectories.db  evaluations/NAME.json, NAME.db
+        ->  report.html      numbers, curves, and 40 trajectories of every kind
+            report/*.html    what is too long for it, a megabyte a page: the samples of every training step, and all trajectories
 
-Every one of them may be missing: the report shows what there is and says what is not there yet. It needs no network:
-style sheet, script and charts are inside, and its Content-Security-Policy forbids everything else, so no text of a
-model can load or run anything. Left out: the actions sampled in training, which are not kept.
+Every one of them may be missing: the report shows what there is and says what is not there yet. It opens by a double click and needs no
+network: style sheet, script and charts are inside each file, and its Content-Security-Policy forbids everything else, so no text of a
+model can load or run anything. To pass a report on, take report.html and the folder report/ with it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from swirl_fast.files import write_text
+from swirl_fast.files import write_parts
+from swirl_fast.outputs.folder import by_question
+from swirl_fast.outputs.text import is_number, show
 from swirl_fast.report import reading
 from swirl_fast.report.curves import curves
 from swirl_fast.report.headline import headline
-from swirl_fast.report.inputs import Run, by_question, load_run
-from swirl_fast.report.markup import escape, is_number, show
+from swirl_fast.report.inputs import Run, load_run
+from swirl_fast.report.markup import escape
 from swirl_fast.report.page import page
+from swirl_fast.report.pages import Pages, links
+from swirl_fast.report.samples import samples_section
 
 REPORT_FILE = "report.html"
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes run_folder/report.html, in place of the one before, and returns its path.
+    """Writes run_folder/report.html and the pages in run_folder/report, in place of those before, and returns the path of the first.
 
     Changes nothing else, and may be called while a stage is running. Raises ValueError when there is no such folder;
     a file in it that cannot be read is named in the report.
@@ -36,24 +42,32 @@ def write_report(run_folder: Path) -> Path:
     folder = Path(run_folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: check run.folder and run.name, or start a run first")
-    path = folder / REPORT_FILE
-    write_text(path, _page(load_run(folder)))
+    path, pages = folder / REPORT_FILE, Pages(folder)
+    write_parts(path, _page(load_run(folder), pages))
+    pages.remove_others()
     return path
 
 
-def _page(run: Run) -> str:
+def _page(run: Run, pages: Pages) -> Iterator[str]:
     sections = {
         "Result": headline(run),
         "Training": curves(run.metrics, kl_measured=run.setting("algorithm.kl_coef") != 0),
+        "Samples": samples_section(run, pages),
         "Filter": _survivors(run),
-        "Trajectories": _trajectories(run),
+        "Trajectories": _trajectories(run, pages),
         "Settings": _settings(run),
     }
     # Last: the sections add what they could not read.
-    problems = "".join(f"<li>{problem}</li>" for problem in run.problems)
+    problems = "".join(f"<li>{_with_code(problem)}</li>" for problem in run.problems)
     if problems:
         problems = f'<div class="missing"><b>This run is not complete.</b><ul>{problems}</ul></div>\n'
-    return page(run.folder.resolve().name, f"{_lede(run)}{_facts(run)}{problems}", sections)
+    head = f"{_lede(run)}{_facts(run)}{problems}"
+    return page(run.folder.resolve().name, head, {title: [html] for title, html in sections.items()})
+
+
+def _with_code(text: str) -> str:
+    """As HTML, what is in backticks as code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _lede(run: Run) -> str:
@@ -121,38 +135,37 @@ def _survivors(run: Run) -> str:
     )
 
 
-def _trajectories(run: Run) -> str:
+def _trajectories(run: Run, pages: Pages) -> str:
     folder, collected = run.folder / "evaluations", run.store
     stores = {
         name: (folder / f"{name}.db", one.get("judge"), by_question(one, "accuracy"))
         for name, one in run.evaluations.items()
         if (folder / f"{name}.db").is_file()
     }
-    pages = []
+    parts = []
     if stores:
-        pages.append(_sample(run, "Evaluations", lambda: reading.evaluated(stores)))
+        parts.append(_excerpt(run, "Evaluations", lambda: reading.evaluated(stores, pages)))
     if collected.is_file():
-        pages.append(_sample(run, "Collected", lambda: reading.collected(collected, run.judge_id)))
-    if not any(pages):
+        parts.append(_excerpt(run, "Collected", lambda: reading.collected(collected, run.judge_id, pages)))
+    if not any(parts):
         return "<p>There are no trajectories to read yet.</p>\n"
-    return reading.filter_form(pages) + "".join(pages)
+    return reading.filter_form(parts) + "".join(parts)
 
 
-def _sample(run: Run, title: str, load_sample: Callable[[], tuple[str, int, int]]) -> str:
+def _excerpt(run: Run, title: str, load: Callable[[], reading.Excerpt]) -> str:
     try:
-        html, shown, total = load_sample()
+        excerpt = load()
     except (ValueError, sqlite3.DatabaseError) as error:
-        run.problems.append(f"{title.lower()} trajectories cannot be read: {escape(str(error))}")
+        run.problems.append(f"{title.lower()} trajectories cannot be read: {error}")
         return ""
     what = "questions, the evaluations' trajectories side by side" if title == "Evaluations" else "trajectories"
-    if shown < total:
-        chosen = (
-            f"{shown:,} of {total:,} {what}, chosen so that every kind of verdict, answer and ending is seen: "
-            "their shares are not those of the run."
-        )
-    else:
-        chosen = f"All {total:,} {what}."
-    return f"<h3>{title}</h3>\n<p>{chosen}</p>\n{html}"
+    if excerpt.shown == excerpt.total:
+        return f"<h3>{title}</h3>\n<p>All {excerpt.total:,} {what}.</p>\n{excerpt.html}"
+    return (
+        f"<h3>{title}</h3>\n<p>{excerpt.shown:,} of {excerpt.total:,} {what}, chosen so that every kind of verdict, answer and ending is "
+        f"seen: their shares are not those of the run. All of them, page by page:</p>\n"
+        f"{links(excerpt.pages, f'All of {title}')}{excerpt.html}"
+    )
 
 
 def _settings(run: Run) -> str:

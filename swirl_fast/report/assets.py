@@ -134,6 +134,17 @@ input, select { width: 100%; }
 button { cursor: pointer; }
 button:hover { background: var(--sunk); }
 .found { flex-basis: 100%; margin: 0; font-size: .85rem; color: var(--soft); }
+.chooser { display: flex; gap: .9rem; align-items: end; margin: .5rem 0 1rem; }
+.chooser[hidden] { display: none; }
+.chooser label { font-size: .82rem; color: var(--soft); display: grid; gap: .15rem; min-width: 9rem; }
+.steps-kept, nav.pages { max-height: 22rem; overflow: auto; }
+nav.pages { margin: .5rem 0 1rem; }
+.sampled { margin-top: 1.25rem; }
+.sampled h4 { margin-bottom: .4rem; }
+.sampled .steps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 0 1.25rem; }
+.why { font-size: .86rem; }
+.why > summary { color: var(--soft); }
+.between { margin: .75rem 0; }
 details > summary { cursor: pointer; }
 .block { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin-bottom: .5rem; }
 .block[hidden] { display: none; }
@@ -253,6 +264,14 @@ for (const figure of document.querySelectorAll("figure[data-chart]")) {
     if (to === undefined) return;
     event.preventDefault();
     show(Math.min(Math.max(to, 0), last), true);
+  });
+}
+const chooser = document.querySelector(".chooser");
+if (chooser) {
+  chooser.hidden = false;
+  chooser.addEventListener("submit", event => {
+    event.preventDefault();
+    location.href = new FormData(chooser).get("page");
   });
 }
 const form = document.querySelector(".filter");

@@ -13,7 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swirl_fast.report.markup import escape, is_number, show
+from swirl_fast.outputs.text import is_number, show
+from swirl_fast.report.markup import escape
 
 WIDTH, HEIGHT = 400, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swirl_fast.metrics import BY_NAME, METRICS_FILE
+from swirl_fast.outputs.text import is_number
 from swirl_fast.report.charts import Series, lines, smoothing, stacked
-from swirl_fast.report.markup import escape, is_number
+from swirl_fast.report.markup import escape
 
 MAX_POINTS = 400  # of a curve; longer trainings are averaged over consecutive steps
 MAX_ROWS = 200  # of the table of steps

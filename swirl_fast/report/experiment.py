@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swirl_fast.files import write_text
+from swirl_fast.files import write_parts
+from swirl_fast.outputs.text import is_number, show
 from swirl_fast.report.charts import Series, interval_bar, lines
-from swirl_fast.report.markup import escape, is_number, show
+from swirl_fast.report.markup import escape
 from swirl_fast.report.page import page
 
 NOTE = (
@@ -33,7 +34,7 @@ def write_experiment_report(
         f"{escape(json.dumps(summary, indent=2))}</div></details>\n",
     }
     path = folder / "report.html"
-    write_text(path, page(name, _lede(summary), sections))
+    write_parts(path, page(name, _lede(summary), {title: [html] for title, html in sections.items()}))
     return path
 
 

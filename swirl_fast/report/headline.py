@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from swirl_fast.intervals import difference_interval
+from swirl_fast.outputs.text import is_number, show
 from swirl_fast.report.charts import interval_bar
 from swirl_fast.report.inputs import Run
-from swirl_fast.report.markup import escape, is_number, show
+from swirl_fast.report.markup import escape
 
 # Key of the evaluation, name, unit, direction that is better (0: neither; None: no change is shown), explanation.
 ROWS = (

@@ -1,16 +1,13 @@
-"""What a run's folder holds for the report, each part of it possibly missing, unfinished or damaged."""
+"""What a run's folder holds for the report: its files, what can be compared, and what is not there yet."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from swirl_fast.metrics import METRICS_FILE, read_metrics
-from swirl_fast.report.markup import escape, is_number, show
+from swirl_fast.metrics import METRICS_FILE
+from swirl_fast.outputs.folder import RunFolder, by_question
+from swirl_fast.outputs.text import show
 
 STAGES = {  # file -> the command that writes it
     "config.yaml": "run",
@@ -22,30 +19,8 @@ STAGES = {  # file -> the command that writes it
 }
 
 
-@dataclass
-class Run:
-    """What lies in a run's folder. problems: what is not there or cannot be read, as HTML."""
-
-    folder: Path
-    config_text: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    filter: dict[str, Any] | None = None
-    summary: dict[str, Any] | None = None
-    problems: list[str] = field(default_factory=list)
-
-    def setting(self, key: str) -> Any:
-        """A value of the config by its dotted key; None where there is none."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
-
-    @property
-    def store(self) -> Path:
-        """The database of collected trajectories, which may be shared with other runs."""
-        return Path(self.setting("collect.store") or self.folder / "trajectories.db").expanduser()
+class Run(RunFolder):
+    """With what the evaluations say of each other."""
 
     @property
     def compared(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -74,49 +49,19 @@ class Run:
         judges = [self.evaluations[name].get(key) for name in ("base", "trained") if name in self.evaluations]
         return len({str(judge) for judge in judges if judge is not None}) > 1
 
-    @property
-    def judge_id(self) -> str | None:
-        """The judge of the collected trajectories: that of the filter; before there is one, that of the evaluations."""
-        named = [one.get("judge") for one in (self.filter or {}, *self.evaluations.values())]
-        return next((judge for judge in named if isinstance(judge, str)), None)
-
-
-def by_question(evaluation: dict[str, Any], key: str) -> dict[str, float]:
-    """Question id -> its number, where there is one."""
-    rows = evaluation.get("by_question")
-    found = {id_: row.get(key) for id_, row in rows.items() if isinstance(row, dict)} if isinstance(rows, dict) else {}
-    return {id_: number for id_, number in found.items() if is_number(number)}
-
 
 def load_run(folder: Path) -> Run:
-    """Reads only. What cannot be read is named in `problems`."""
-    run = Run(folder)
-    config = folder / "config.yaml"
-    if config.is_file():
-        run.config_text = config.read_text(encoding="utf-8", errors="replace")
-        try:
-            parsed = yaml.safe_load(run.config_text)
-            run.config = parsed if isinstance(parsed, dict) else {}
-        except yaml.YAMLError as error:
-            run.problems.append(f"<code>config.yaml</code> is not readable as YAML: {escape(str(error))}")
-    run.metrics = [row for row in read_metrics(folder) if isinstance(row, dict) and is_number(row.get("step"))]
-    run.filter, run.summary = _json(run, "filter.json"), _json(run, "summary.json")
-    files = (folder / "evaluations").glob("*.json")
-    for name in sorted((file.stem for file in files), key=lambda name: (name != "base", name != "trained", name)):
-        evaluation = _json(run, f"evaluations/{name}.json")
-        if evaluation is not None:
-            run.evaluations[name] = evaluation
+    """Reads only. What cannot be read, or is not there yet, is named in `problems`."""
+    run = Run.read(folder)
     run.problems += [
-        f"<code>{file}</code> is not there yet: <code>swirl-fast {command}</code> writes it"
+        f"`{file}` is not there yet: `swirl-fast {command}` writes it"
         for file, command in STAGES.items()
         if not (run.store if file == "trajectories.db" else folder / file).is_file()
     ]
     wanted = run.setting("training.steps")
     if run.metrics and isinstance(wanted, int) and run.metrics[-1]["step"] < wanted:
         step = show(run.metrics[-1]["step"], "")
-        run.problems.append(
-            f"training is at step {step} of {wanted:,}: <code>swirl-fast train</code> goes on from there"
-        )
+        run.problems.append(f"training is at step {step} of {wanted:,}: `swirl-fast train` goes on from there")
     run.problems += _outdated(run)
     return run
 
@@ -135,22 +80,7 @@ def _outdated(run: Run) -> list[str]:
         aside = one.get("name") != name  # renamed when a longer training was evaluated
         if own and not aside and isinstance(before, str) and before != now:
             found.append(
-                f"<code>model/</code> has other weights by now than the evaluation {escape(name)} was made with: "
-                f"<code>swirl-fast evaluate --of trained --name {escape(name)}</code> evaluates these"
+                f"`model/` has other weights by now than the evaluation {name} was made with: "
+                f"`swirl-fast evaluate --of trained --name {name}` evaluates these"
             )
     return found
-
-
-def _json(run: Run, name: str) -> dict[str, Any] | None:
-    path = run.folder / name
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        run.problems.append(f"<code>{escape(name)}</code> is not readable as JSON: {escape(str(error))}")
-        return None
-    if not isinstance(value, dict):
-        run.problems.append(f"<code>{escape(name)}</code> holds {escape(repr(value)[:80])} instead of an object")
-        return None
-    return value

@@ -1,132 +1,59 @@
-"""Trajectories to read: which ones, and each as a block that opens to its steps, verdicts, reasons and observations."""
+"""Trajectories to read, each as a block that opens to its steps, verdicts, reasons and observations: some of every kind in report.html, all
+of them in the pages beside it."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from swirl_fast.data.store import Store
-from swirl_fast.judges.cached import NOT_JUDGED, judged_trajectories
-from swirl_fast.report.markup import block, escape, short
-from swirl_fast.tasks import TEXT_ANSWERS
-from swirl_fast.tasks.scoring import score_number, score_text
-from swirl_fast.trajectory import Finish, Step, Trajectory
-from swirl_fast.verdict import Judgement, Verdict
+from swirl_fast.data.store import BATCH, Store
+from swirl_fast.outputs.readings import FINISHES, MATCHES, Reading, Readings, sample
+from swirl_fast.report.markup import badge, block, escape, short
+from swirl_fast.report.pages import Page, Pages
+from swirl_fast.trajectory import Finish, Step
+from swirl_fast.verdict import Judgement
 
 SAMPLE = 40  # trajectories shown of one store
 
-FINISHES = {
-    Finish.ANSWER: "answered",
-    Finish.STEP_LIMIT: "step limit reached",
-    Finish.CONTEXT_LIMIT: "context full",
-    None: "not finished",
-}
 CLASSES = {True: "right", False: "wrong", None: "none"}
-MATCHES = {True: "= gold", False: "≠ gold", None: "no answer"}
 
 
 @dataclass(frozen=True)
-class Reading:
-    """judgements: one a step, None for a step the judge was not asked about. right: as the task scored the answer, None where no
-    evaluation has written that down."""
+class Excerpt:
+    """html: `shown` blocks of `total`. pages: those of all, empty where all are shown."""
 
-    trajectory: Trajectory
-    gold: tuple[str, ...]
-    judgements: tuple[Judgement | None, ...]
-    right: bool | None = None
-
-    @property
-    def matches(self) -> bool | None:
-        """Whether the answer equals a gold answer; None without an answer. Some tasks accept a rounded number, which only they can tell:
-        the score of an evaluation goes before the comparison here."""
-        answer = self.trajectory.answer
-        if answer is None:
-            return None
-        if self.right is not None:
-            return self.right
-        score = score_text if self.trajectory.task in TEXT_ANSWERS else score_number
-        return score(answer, self.gold).exact_match == 1.0
-
-    @property
-    def verdicts(self) -> list[str]:
-        """The names of the steps' verdicts; `NONE` for a step that was not judged."""
-        return [each.verdict.value if each else "NONE" for each in self.judgements]
-
-    @property
-    def good(self) -> str:
-        """`2 of 3 GOOD`, as a share of the steps with a verdict."""
-        known = [one for one in self.judgements if one is not None and one.verdict is not Verdict.UNKNOWN]
-        if not known:
-            return "no verdict"
-        return f"{sum(one.verdict is Verdict.GOOD for one in known)} of {len(known)} GOOD"
-
-    @property
-    def kind(self) -> tuple[str, ...]:
-        """What a sample should have some of each: the verdicts that occur, the match with gold, the finish."""
-        return (*sorted(set(self.verdicts)), MATCHES[self.matches], FINISHES[self.trajectory.finish])
+    html: str
+    shown: int
+    total: int
+    pages: list[Page]
 
 
-class Readings:
-    """The trajectories of a store with their verdicts by `judge_id`, a batch of them at a time.
-
-    judge_id: None for the judge with most verdicts there. scores: question id -> mean accuracy of its trajectories; 1 and 0 tell each of
-    them.
-    """
-
-    def __init__(self, store: Store, judge_id: str | None, scores: Mapping[str, float] | None = None) -> None:
-        self._store, self._judge_id = store, judge_id or store.main_judge()
-        self._gold = {question.id: question.answers for question in store.questions()}
-        self._scores = scores or {}
-
-    def kinds(self) -> dict[str, tuple[str, ...]]:
-        """Trajectory id -> `Reading.kind`, of all, in natural order."""
-        shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # few kinds, many trajectories
-        return {
-            reading.trajectory.id: shared.setdefault(reading.kind, reading.kind)
-            for reading in self.of(self._store.ids())
-        }
-
-    def of(self, ids: Sequence[str]) -> Iterator[Reading]:
-        """The trajectories with these ids, in this order."""
-        for trajectory, judgements in judged_trajectories(self._store, self._judge_id, ids):
-            shown = tuple(None if judgement is NOT_JUDGED else judgement for judgement in judgements)
-            right = {1.0: True, 0.0: False}.get(self._scores.get(trajectory.question_id, 0.5))
-            yield Reading(trajectory, self._gold[trajectory.question_id], shown, right)
-
-
-def sample(kinds: Mapping[str, tuple[str, ...]], limit: int) -> set[str]:
-    """At most `limit` of the ids: one of every kind in turn, so that rare kinds are seen; within a kind in the order
-    of a hash, so that no question is preferred."""
-    order: dict[tuple[str, ...], list[str]] = {}
-    for id_ in sorted(kinds, key=lambda id_: hashlib.sha256(id_.encode("utf-8", "surrogatepass")).digest()):
-        order.setdefault(kinds[id_], []).append(id_)
-    turns = sorted((turn, kind, id_) for kind, ids in order.items() for turn, id_ in enumerate(ids))
-    return {id_ for _, _, id_ in turns[:limit]}
-
-
-def collected(path: Path, judge_id: str | None) -> tuple[str, int, int]:
-    """(HTML, shown, total) of the collected trajectories."""
+def collected(path: Path, judge_id: str | None, pages: Pages) -> Excerpt:
+    """The collected trajectories."""
     with closing(Store(path, writable=False)) as store:
         readings = Readings(store, judge_id)
         kinds = readings.kinds()
         chosen = sample(kinds, SAMPLE)
-        blocks = [_block({"collected": reading}) for reading in readings.of([id_ for id_ in kinds if id_ in chosen])]
-    return "".join(blocks), len(blocks), len(kinds)
+
+        def blocks(ids: Sequence[str]) -> Iterator[str]:
+            return (_block({"collected": reading}) for reading in readings.of(ids))
+
+        html, total, written = "".join(blocks([id_ for id_ in kinds if id_ in chosen])), len(kinds), list[Page]()
+        if len(chosen) < total:
+            written = pages.write("collected", "Collected", "trajectories", total, blocks(list(kinds)), filter_form)
+    return Excerpt(html, len(chosen), total, written)
 
 
-def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]]) -> tuple[str, int, int]:
-    """(HTML, shown, total) of the evaluations' trajectories, those of one question side by side; stores: name ->
-    (path, judge id, question id -> accuracy).
+def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]], pages: Pages) -> Excerpt:
+    """The evaluations' trajectories, those of one question side by side; stores: name -> (path, judge id, question id -> accuracy).
 
     Sample k of a question has the same id in every evaluation, so ids pair what belongs together.
     """
-    rows: dict[str, dict[str, Reading]] = {}
     kinds: dict[str, tuple[str, ...]] = {}
-    ids: dict[str, list[str]] = {}
+    ids: dict[str, Collection[str]] = {}
     with ExitStack() as stack:
         readings = {
             name: Readings(stack.enter_context(closing(Store(path, writable=False))), judge_id, scores)
@@ -134,14 +61,23 @@ def evaluated(stores: Mapping[str, tuple[Path, str | None, Mapping[str, float]]]
         }
         for name, each in readings.items():
             of_store = each.kinds()
-            ids[name] = list(of_store)
+            ids[name] = of_store.keys()
             for id_, kind in of_store.items():
                 kinds[id_] = (*kinds.get(id_, ()), name, *kind)
         chosen = sample(kinds, SAMPLE)
-        for name, each in readings.items():
-            for reading in each.of([id_ for id_ in ids[name] if id_ in chosen]):
-                rows.setdefault(reading.trajectory.id, {})[name] = reading
-    return "".join(map(_block, rows.values())), len(rows), len(kinds)
+
+        def blocks(wanted: Sequence[str]) -> Iterator[str]:
+            for at in range(0, len(wanted), BATCH):
+                rows: dict[str, dict[str, Reading]] = {id_: {} for id_ in wanted[at : at + BATCH]}
+                for name, each in readings.items():
+                    for reading in each.of([id_ for id_ in rows if id_ in ids[name]]):
+                        rows[reading.trajectory.id][name] = reading
+                yield from map(_block, rows.values())
+
+        html, total, written = "".join(blocks([id_ for id_ in kinds if id_ in chosen])), len(kinds), list[Page]()
+        if len(chosen) < total:
+            written = pages.write("evaluations", "Evaluations", "questions", total, blocks(list(kinds)), filter_form)
+    return Excerpt(html, len(chosen), total, written)
 
 
 def _block(readings: Mapping[str, Reading]) -> str:
@@ -201,7 +137,7 @@ def _step(number: int, step: Step, judgement: Judgement | None) -> str:
     )
     parts = [
         f'<li class="step {look}"><p class="head"><b>Step {number}</b> {escape(kind)} '
-        f'<span class="badge {look}">{verdict}</span></p>',
+        f"{badge(verdict, judgement.reward if judgement else None)}</p>",
         f'<div class="text action">{block(step.text, mark_tags=True) or "<i>empty</i>"}</div>',
     ]
     if judgement:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from swirl_fast.config import Config
-from swirl_fast.data.store import Store
+from swirl_fast.data.store import Store, trajectory_ids
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
 from swirl_fast.formats.tags import parse
-from swirl_fast.rendering import Renderer, conversation
+from swirl_fast.rendering import Message, Renderer, conversation
 from swirl_fast.seeds import seed_of
 from swirl_fast.tasks import ToolsByTask, parts_of
 from swirl_fast.tasks.task import Example, Question, Task
@@ -23,26 +23,25 @@ from swirl_fast.tools.toolbox import Toolbox, ToolCall
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 
-def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
-    """The ids a collection is made of; a store may hold more, from a time when more were asked for."""
-    return [f"{question.id}/{k}" for question in questions for k in range(trajectories_per_question)]
-
-
-def prompt_of(config: Config, task: Task, renderer: Renderer, tools: ToolsByTask) -> Callable[[Question], list[int]]:
-    """Question -> token ids of s_1. Worked examples that call other tools than those on offer are left out.
+def conversation_of(config: Config, task: Task, tools: ToolsByTask) -> Callable[[Question], list[Message]]:
+    """Question -> the messages of s_1. Worked examples that call other tools than those on offer are left out.
 
     tools: those on offer, by the name of a question's task.
     """
     parts = parts_of(task)
 
-    def prompt(question: Question) -> list[int]:
+    def messages(question: Question) -> list[Message]:
         part, offered = parts[question.task], tools[question.task]
         examples = [example for example in part.examples if fits(example, offered)]
-        return renderer.prompt(
-            conversation(question.text, offered, config.tasks.max_steps, examples, part.instructions)
-        )
+        return conversation(question.text, offered, config.tasks.max_steps, examples, part.instructions)
 
-    return prompt
+    return messages
+
+
+def prompt_of(config: Config, task: Task, renderer: Renderer, tools: ToolsByTask) -> Callable[[Question], list[int]]:
+    """Question -> token ids of s_1, of `conversation_of`."""
+    messages = conversation_of(config, task, tools)
+    return lambda question: renderer.prompt(messages(question))
 
 
 def fits(example: Example, tools: Sequence[ToolSpec]) -> bool:

@@ -27,6 +27,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "tensorboard",
         "wandb",
         "peak_tflops",
+        "samples_mb",
         "token_budget",
         "max_path_tokens",
         "activation_checkpointing",

@@ -32,6 +32,7 @@ from swirl_fast.training.checkpoint import Checkpoints
 from swirl_fast.training.guards import Guards
 from swirl_fast.training.interrupt import Interrupts
 from swirl_fast.training.metrics_log import MetricsLog
+from swirl_fast.training.samples import SampleLog
 from swirl_fast.training.schedule import learning_rate
 from swirl_fast.training.step_metrics import StepSums, gaming_signs, over_ranks, step_metrics
 from swirl_fast.training.utilization import peak_flops, peak_memory
@@ -75,6 +76,7 @@ class Trainer:
         self.step = 0  # batches done; also the policy version
         self.folder = config.folder / "checkpoints"
         self.guards = Guards(ranks, training.max_skipped_steps, training.kl_warning, self.folder)
+        self.samples: SampleLog | None = None  # of run
         self._opened = contextlib.ExitStack()  # by restore, until run is done
 
     # ---- the whole training
@@ -107,6 +109,7 @@ class Trainer:
         with self._opened:
             self._sync_weights()
             begun, due = self.step, False
+            self.samples = SampleLog(self.config.folder, self.step, self.ranks, training.samples_mb)
             with MetricsLog(self.config.folder, self.step, self.ranks.main, training, self.settings) as log:
                 while self.step < training.steps:
                     self._stop_if_asked()
@@ -226,6 +229,8 @@ class Trainer:
             actions = to_actions(batch.sampled, batch.judgements)
             sums.add_batch(batch, actions)
             advantage_A, valid_A = self._advantages(batch, actions)
+            if self.samples is not None:
+                self.samples.write(self.step + 1, batch, advantage_A, valid_A)
             with timer.phase("gather"):
                 global_counts = self.ranks.sum(counts(actions, valid_A))
             if not answered:

@@ -13,6 +13,7 @@ from support.stores import read_samples
 from transformers import AutoModelForCausalLM
 
 from swirl_fast import cli
+from swirl_fast.data import samples
 from swirl_fast.metrics import read_metrics
 from swirl_fast.objective import Actions, advantages, trajectory_advantages
 from swirl_fast.rollouts.whole import WholeRollouts
@@ -78,6 +79,7 @@ def test_sft_is_cross_entropy_on_the_recorded_actions(
     assert row["nll"] == pytest.approx(nll, rel=1e-5)
     assert row["states"] == row["actions"] == states and math.isnan(row["reward"]), "nothing is rewarded"
     assert math.isnan(row["entropy"]), "nothing is sampled"
+    assert not (collected / "sft" / "samples").exists()
     assert row["tokens_computed"] < sum(len(t.tokens) for t in recorded), "prompts of one question are shared"
     assert (collected / "sft" / "model" / "model.safetensors").is_file()
 
@@ -111,12 +113,18 @@ def test_outcome_broadcasts_the_score_of_whole_fresh_trajectories(
     right = [float(task.score(gold[t.question_id], t.answer).exact_match == 1.0) for t in fresh]
     assert 0 < sum(right) < len(right), "otherwise nothing is tested here"
     assert row["reward"] == pytest.approx(sum(right) / len(right))
+    kept = iter(samples.read_samples(collected / "outcome", 1))
     weighted = []
-    for t, mine, place in zip(fresh, right, places, strict=True):
+    for number, (t, mine, place) in enumerate(zip(fresh, right, places, strict=True)):
         assert t.question_id == recorded[place].question_id
         others = [r for r, p in zip(right, places, strict=True) if p == place]
         advantage = mine - (sum(others) - mine) / (len(others) - 1)
         weighted.append((t, [advantage / len(fresh) / t.num_steps] * t.num_steps))
+        for i, (step, sample) in enumerate(zip(t.steps, kept, strict=False)):
+            assert (sample.place, sample.state, sample.trajectory, sample.text) == (number, i, t.id, step.text)
+            assert sample.observation == step.observation and sample.reward == mine
+            assert sample.advantage == pytest.approx(advantage, abs=1e-6)
+    assert next(kept, None) is None, "the file holds these and no others"
     norm, _ = naive_gradient(tiny_model, weighted)
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert row["engine_gap_mean"] < 1e-4

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from swirl_fast import cli
 from swirl_fast.comb.tree import SampledState, Trunk, pack
 from swirl_fast.config import ConfigError, EngineConfig, ModelConfig, TrainingConfig
+from swirl_fast.data.samples import sample_steps, samples_file
 from swirl_fast.models.policy import DeviceComb, Policy
 from swirl_fast.ranks import TIMEOUT, Ranks, start, stop
 from swirl_fast.training import fsdp, layers
@@ -151,6 +152,15 @@ def test_bfloat16_computes_and_float32_learns(runs: dict[tuple[int, str], Run]) 
         (learned[name] - close[name]).abs().max() < 6.1e-4 for name in learned
     )  # both have moved by 3e-4 at most
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in close.values()), "stored in bfloat16"
+
+
+def test_the_samples_of_two_ranks_are_those_of_one(llama: Path, two_ranks: tuple[Path, str], tmp_path: Path) -> None:
+    """Byte for byte; both trainings stop after a step and go on."""
+    train(llama, "resumed", Ranks(0, 1, CPU), tmp_path)
+    one, two = tmp_path / "run", two_ranks[0] / "runs" / "resumed" / "run"
+    assert sample_steps(one) == sample_steps(two) == [1, 2, 3]
+    for step in sample_steps(one):
+        assert samples_file(two, step).read_bytes() == samples_file(one, step).read_bytes()
 
 
 # ---- reading and writing weights
