@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from swirl_fast.config.error import ConfigError
@@ -10,9 +11,14 @@ KEY = "judge.model.rubric"
 MAX_CHARS = 20_000  # it comes with every prompt
 
 
+def rubric_hash(text: str) -> str:
+    """Of the contents, for the ids of judges and for reports: 8 hex digits."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:8]
+
+
 def read_rubric(path: str) -> str:
-    """The criteria, with the line ends of Unix, so that a copy from another system is the same. path: empty for none, then the text is empty
-    too. Raises ConfigError for a file that cannot be read, is not UTF-8, is empty, or has more than MAX_CHARS characters."""
+    """The criteria, with the line ends of Unix, so that a copy from another system is the same. path: empty for none, then the text is
+    empty too. Raises ConfigError for a file that cannot be read, is not UTF-8, is empty, or has more than MAX_CHARS characters."""
     if not path:
         return ""
     file = Path(path).expanduser()

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from swirl_fast.config import ConfigError, EndpointConfig
-from swirl_fast.config.rubric import read_rubric
+from swirl_fast.config.rubric import read_rubric, rubric_hash
 from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, Verdict
@@ -153,7 +153,7 @@ class Criteria:
     @property
     def suffix(self) -> str:
         """Of the judge's id: names the contents of the rubric and the scale; empty for built-in criteria and verdicts."""
-        rubric = f"-rubric.{hashlib.sha256(self.rubric.encode()).hexdigest()[:8]}" if self.rubric else ""
+        rubric = f"-rubric.{rubric_hash(self.rubric)}" if self.rubric else ""
         return rubric + (f"-scale{self.scale}" if self.scale else "")
 
 
@@ -174,11 +174,12 @@ class GivenAnswer:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def opening(criteria: Criteria) -> str:
-    """What comes before the preface, the same for all questions: the rubric, or nothing."""
+def opening(criteria: Criteria, codes: Collection[str] = (), tags: tuple[str, ...] = ()) -> str:
+    """What comes before the preface, the same for all questions: the rubric, or nothing. codes: of other fences, which a rubric must not
+    hold either. tags: of the tools on offer, which it may name."""
     if not criteria.rubric:
         return ""
-    piece = _piece("CRITERIA", criteria.rubric, (criteria.code,))
+    piece = _piece("CRITERIA", criteria.rubric, (criteria.code, *codes), tags)
     return _RUBRIC.format(code=criteria.code, piece=piece)
 
 
@@ -193,7 +194,7 @@ def judge_trunk(step: StepView, tools: Collection[ToolSpec] = (), criteria: Crit
     def piece(title: str, text: str) -> str:
         return _piece(title, text, codes, tags)
 
-    text = opening(criteria) + _PREFACE.format(
+    text = opening(criteria, codes, tags) + _PREFACE.format(
         fence=fence,
         tags=" or ".join(_form_of_a_call(spec, codes, tags) for spec in specs),
         result="score" if criteria.scale else "verdict",
