@@ -184,7 +184,7 @@ def test_the_time_of_being_left_out_doubles_up_to_a_limit() -> None:
     clock = Clock()
     with replicas(lambda *_: DOWN, good, clock=clock) as (one, _, judge):
         tried = []
-        for second in range(0, 1000, 10):
+        for second in range(0, 1000, 30):
             clock.now = second
             assert verdicts(judge, steps(1)) == {GOOD}
             if len(one.requests) > len(tried):

@@ -210,8 +210,8 @@ class _NestedRequests:
 
     def run(self) -> dict[str, Judgement]:
         """Prompt -> judgement, for all. Raises the first error of `ask`."""
-        letters = [np.frombuffer(prompt.encode("utf-32-le"), np.uint32) for prompt in self._prompts]
-        for group in warm_order(letters, [1] * len(letters), [self._opening] * len(letters), SHARED_CHARS):
+        letters = [np.frombuffer(prompt[self._opening :].encode("utf-32-le"), np.uint32) for prompt in self._prompts]
+        for group in warm_order(letters, [1] * len(letters), [0] * len(letters), SHARED_CHARS):
             self._begin(group)
         while self._pending:
             for future in wait(self._pending, return_when=FIRST_COMPLETED).done:

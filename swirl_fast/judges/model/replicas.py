@@ -103,8 +103,11 @@ class Endpoints:
                 return error
             return None
 
-        with ThreadPoolExecutor(len(self._replicas), "judge-check") as pool:
-            found = list(pool.map(failure, self._replicas))
+        if len(self._replicas) == 1:
+            found = [failure(self._replicas[0])]  # in this thread, where Ctrl-C ends it
+        else:
+            with ThreadPoolExecutor(len(self._replicas), "judge-check") as pool:
+                found = list(pool.map(failure, self._replicas))
         return {replica: error for replica, error in zip(self._replicas, found, strict=True) if error is not None}
 
     def _describe_silence(self, silent: dict[_Replica, Failed], tries: int) -> str:
