@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from swirl_fast.config import references
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.read import check_each
+from swirl_fast.config.rubric import read_rubric
 
 if TYPE_CHECKING:
     from swirl_fast.config.schema import Config, TasksConfig
@@ -95,9 +96,9 @@ def _check_files(config: Config, values: _Values) -> None:
                 and not Path(value).expanduser().is_file()
             ):
                 raise ConfigError(f"{prefix}.{key}={value}: no such file")
-    for key in ("judge.model.rubric", "search.corpus"):
-        if values[key] and not Path(values[key]).expanduser().exists():
-            values.fail(key, "no such file")
+    if config.search.corpus and not Path(config.search.corpus).expanduser().exists():
+        values.fail("search.corpus", "no such file")
+    read_rubric(config.judge.model.rubric)
     if config.model.chat_template and not Path(config.model.chat_template).expanduser().is_file():
         values.fail("model.chat_template", "no such file; give the path of a Jinja template")
     model = config.search.model
@@ -144,6 +145,12 @@ def _check_stages(config: Config, values: _Values) -> None:
     example = "the URL of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1"
     if config.judge.kind == "model" and not config.judge.model.url.startswith(HTTP):
         fail("judge.model.url", f"judge.kind=model needs {example}")
+    for url in config.judge.model.replicas:
+        if not url.startswith(HTTP):
+            fail("judge.model.replicas", f"{url!r} is not {example}")
+    urls = [url.rstrip("/") for url in (config.judge.model.url, *config.judge.model.replicas) if url]
+    if len(set(urls)) < len(urls):
+        fail("judge.model.replicas", "names an endpoint twice, or that of judge.model.url; name each once")
     for key in ("filter.outcome", "evaluate.outcome"):
         if values[key] == "judge" and not config.judge.model.url.startswith(HTTP):
             fail(key, f"needs judge.model.url, {example}")

@@ -48,7 +48,8 @@ def load_judge(
 
 
 def judge_id(config: JudgeConfig, tools_by_task: Mapping[str, Collection[ToolSpec]]) -> str:
-    """The id that `load_judge` of the same arguments has, under which its verdicts are stored. Opens no connection and reads no file.
+    """The id that `load_judge` of the same arguments has, under which its verdicts are stored. Opens no connection and reads no file
+    but a rubric and the source of an own judge.
 
     Raises ValueError for a setting that cannot work.
     """

@@ -79,6 +79,7 @@ def _disagreement(step: LabelledStep, judgement: Judgement) -> dict[str, Any]:
         "kind": step.kind,
         "label": step.label.value,
         "verdict": judgement.verdict.value,
+        "reward": judgement.reward,
         "reason": judgement.reason,
         "question": step.view.question,
         "history": [list(turn) for turn in step.view.history],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import Config, ConfigError
+from swirl_fast.config.rubric import read_rubric, rubric_hash
 from swirl_fast.data.store import Store
 from swirl_fast.files import write_json
 from swirl_fast.judges.agreement import agreement, describe
@@ -45,7 +46,8 @@ def judge(config: Config) -> None:
 
 def judge_against(config: Config, labels: str, out: str | None = None) -> dict[str, Any]:
     """How far the judge of the config agrees with labelled steps (judges/labels.py): printed, and written to `out`, by default
-    runs/NAME/agreement.json. Needs no run; verdicts are kept in runs/NAME/agreement.db. Returns the report.
+    runs/NAME/agreement.json, or agreement-rubric.HASH.json with criteria of a user's own, so that two rubrics can be compared. Needs no
+    run; verdicts are kept in runs/NAME/agreement.db. Returns the report.
 
     The judge is asked about every step, also about malformed ones, which the stages call BAD without asking.
     """
@@ -56,6 +58,8 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
         raise ConfigError(
             f"--against {labels}: none of its {len(steps)} lines has a label yet; write GOOD or BAD into them"
         )
+    rubric = read_rubric(config.judge.model.rubric) if config.judge.kind == "model" else ""
+    criteria = {"file": config.judge.model.rubric, "hash": rubric_hash(rubric)} if rubric else None
     tools_by_task = {step.view.task: step.tools for step in labelled}
     keys = [step.view.content_hash() for step in labelled]
     with labels_judge(config, tools_by_task) as process_judge, Store(config.folder / "agreement.db") as store:
@@ -66,13 +70,17 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
     report = {
         "labels": labels,
         "judge": process_judge.id,
+        "rubric": criteria,
         "not_labelled": not_labelled,
         **agreement(labelled, [stored[key] for key in keys]),
     }
-    path = Path(out) if out else config.folder / "agreement.json"
+    name = f"agreement-rubric.{criteria['hash']}.json" if criteria else "agreement.json"
+    path = Path(out) if out else config.folder / name
     write_json(path, report)
     if not_labelled:
         print(f"judge: {not_labelled} of the {len(steps)} steps in {labels} have no label yet and are left out")
+    if criteria:
+        print(f"judge: by the criteria in {criteria['file']} (rubric {criteria['hash']})")
     print(f"judge: {process_judge.id} against {labels}\n\n{describe(report)}\n\n{path}")
     return report
 

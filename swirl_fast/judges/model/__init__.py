@@ -1,4 +1,4 @@
-"""A process judge and an outcome judge that ask any OpenAI-compatible chat endpoint.
+"""A process judge and an outcome judge that ask a model at one or several OpenAI-compatible chat endpoints.
 
 The prompts of one trajectory nest (prompts.py). The longest is asked first and by itself, the others when it is answered: a server with a
 prefix cache then reads the trunk once, which it would not if all came together (swirl_fast/prefixes.py).
@@ -10,27 +10,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from swirl_fast.config import EndpointConfig
 from swirl_fast.judges.judge import Refusal, tool_identities
-from swirl_fast.judges.model.endpoint import Call, Endpoint, Failed, Refused, completions_url
+from swirl_fast.judges.model.endpoint import Call, Failed, Refused, completions_url, describe_refusal
 from swirl_fast.judges.model.prompts import (
     ANSWER_PROMPT_VERSION,
     ANSWER_VERDICTS,
     PROMPT_VERSION,
     STEP_VERDICTS,
+    Criteria,
     GivenAnswer,
     answer_prompt,
+    opening,
+    read_score,
     read_verdict,
+    said_of,
     step_prompt,
 )
+from swirl_fast.judges.model.replicas import Endpoints
 from swirl_fast.prefixes import WarmGroup, warm_order
-from swirl_fast.tools.tool import ToolSpec
+from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
@@ -42,10 +49,18 @@ ToolsByTask = Mapping[str, Collection[ToolSpec]]
 
 
 def model_step_judge_id(config: EndpointConfig, tools_by_task: ToolsByTask | None = None) -> str:
-    """Names the model, the version of the step prompt and what else its verdicts depend on."""
-    tools = tool_identities(tools_by_task or {})
-    suffix = f"-tools.{_hash_text(json.dumps(tools))}" if tools else ""
-    return f"model-{config.model}-v{PROMPT_VERSION}{_model_suffix(config)}{suffix}"
+    """Names the model, the version of the step prompt, and what else its verdicts depend on: the contents of a rubric, the scale, the tools
+    and what own ones say of themselves. Raises ConfigError for a rubric or a scale that cannot work."""
+    return _step_judge_id(config, Criteria.of(config), tools_by_task or {})
+
+
+def _step_judge_id(config: EndpointConfig, criteria: Criteria, tools_by_task: ToolsByTask) -> str:
+    identities = tool_identities(tools_by_task)
+    own = [spec for specs in tools_by_task.values() for spec in specs if spec.name not in BUILT_IN]
+    shown = sorted({(spec.identity, said_of(spec)) for spec in own})
+    hashed = _hash_text(json.dumps([identities, shown] if shown else identities))
+    suffix = f"-tools.{hashed}" if identities else ""
+    return f"model-{config.model}-v{PROMPT_VERSION}{criteria.suffix}{_model_suffix(config)}{suffix}"
 
 
 def model_answer_judge_id(config: EndpointConfig) -> str:
@@ -53,8 +68,9 @@ def model_answer_judge_id(config: EndpointConfig) -> str:
 
 
 def _model_suffix(config: EndpointConfig) -> str:
-    # the default names no model: it is whatever this address serves
-    address = f"-{_hash_text(completions_url(config))}" if config.model == EndpointConfig().model else ""
+    # The default names no model: it is whatever this address serves. The replicas serve the same, by what they are declared to be, and
+    # check() warns where they say otherwise; so adding one to a run loses no verdict.
+    address = f"-{_hash_text(completions_url(config.url))}" if config.model == EndpointConfig().model else ""
     return address + (f"-t{config.temperature:g}" if config.temperature else "")
 
 
@@ -68,66 +84,91 @@ class ModelJudge:
     tools_by_task: task name -> the tools on offer there; the prompt of a step says what a call of these must be. Steps of other tasks are
     judged as if all were on offer.
 
-    Thread-safe; at most `config.concurrency` requests are under way at a time. Raises ConfigError for an impossible
-    address or key.
+    Thread-safe; at most `config.concurrency` requests are under way at a time, at all endpoints together. clock: seconds, by which an
+    endpoint that failed is tried again. Raises ConfigError for an impossible address or key, and for a rubric or a scale that cannot
+    work.
     """
 
-    def __init__(self, config: EndpointConfig, tools_by_task: ToolsByTask | None = None) -> None:
-        self.id = model_step_judge_id(config, tools_by_task)
-        self.outcome_id = model_answer_judge_id(config)
+    def __init__(
+        self,
+        config: EndpointConfig,
+        tools_by_task: ToolsByTask | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
+        self._criteria = Criteria.of(config)
         self._tools = tools_by_task or {}
-        self._endpoint = Endpoint(config)
+        self.id = _step_judge_id(config, self._criteria, self._tools)
+        self.outcome_id = model_answer_judge_id(config)
+        self._endpoints = Endpoints(config, clock)
 
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
-        """One judgement a step, in order; equal steps are asked about once.
+        """One judgement a step, in order; equal steps are asked about once. With a scale the rewards are (score - 1) / (scale - 1).
 
         UNKNOWN, with the reason, where the endpoint fails `config.retries` times more, cuts the reply off or ends it
         without a verdict; and for all that are left when GIVE_UP_AFTER prompts failed and none was answered. Raises Refusal, which
         is a ConfigError, when the endpoint refuses the key, the path or the model (401, 403, 404).
         """
-        return self._ask_all([step_prompt(step, self._tools.get(step.task, ())) for step in steps], STEP_VERDICTS)
+        criteria = self._criteria
+        prompts = [step_prompt(step, self._tools.get(step.task, ()), criteria) for step in steps]
+        groups = {prompt: f"{step.task}\n{step.question}" for prompt, step in zip(prompts, steps, strict=True)}
+        read = (
+            partial(read_score, scale=criteria.scale)
+            if criteria.scale
+            else partial(read_verdict, verdicts=STEP_VERDICTS)
+        )
+        return self._ask_all(prompts, groups, read, len(opening(criteria)))
 
     def judge_answers(self, given: Sequence[GivenAnswer]) -> list[Judgement]:
         """Outcome judge: GOOD where an answer agrees with the key, BAD where not or none was given. Otherwise as `judge`."""
-        prompts = [answer_prompt(answer) for answer in given if answer.answer is not None]
+        asked = [answer for answer in given if answer.answer is not None]
+        prompts = [answer_prompt(answer) for answer in asked]
+        groups = {prompt: answer.question for prompt, answer in zip(prompts, asked, strict=True)}
         try:
-            return _with_missing_answers(given, self._ask_all(prompts, ANSWER_VERDICTS))
+            judged = self._ask_all(prompts, groups, partial(read_verdict, verdicts=ANSWER_VERDICTS))
+            return _with_missing_answers(given, judged)
         except Refusal as error:
             raise Refusal(str(error), _with_missing_answers(given, error.answered)) from None
 
     def check(self) -> None:
-        """Asks the endpoint for a few tokens. Raises ConfigError with the remedy when that does not work."""
-        self._endpoint.check()
+        """Asks every endpoint for a few tokens. Raises ConfigError with the remedy when none answers, or one refuses; warns of one that
+        does not answer where others do."""
+        self._endpoints.check()
 
     def stats(self) -> JudgeStats:
         """A server reports on its cache only when asked to; SGLang with --enable-cache-report."""
-        return self._endpoint.stats
+        return self._endpoints.stats()
 
     def close(self) -> None:
-        self._endpoint.close()
+        self._endpoints.close()
 
-    def _ask_all(self, prompts: Sequence[str], verdicts: dict[str, Verdict]) -> list[Judgement]:
+    def _ask_all(
+        self, prompts: Sequence[str], groups: Mapping[str, str], read: Callable[[str], Judgement], opening: int = 0
+    ) -> list[Judgement]:
+        """groups: prompt -> what it shares its beginning by. read: of a reply. opening: characters that all prompts share."""
         call = Call()
         requests = _NestedRequests(
-            list(dict.fromkeys(prompts)), lambda prompt: self._ask(prompt, verdicts, call), self._config.concurrency
+            list(groups),
+            lambda prompt: self._ask(prompt, groups[prompt], read, call),
+            self._config.concurrency,
+            opening,
         )
         try:
             judged = requests.run()
         except Refused as error:
             requests.close()
             known = {prompt: j for prompt, j in requests.answers().items() if j.verdict is not Verdict.UNKNOWN}
-            message = self._endpoint.describe_refusal(error)
+            message = describe_refusal(self._config, error)
             raise Refusal(message, [known.get(prompt) for prompt in prompts]) from None
         finally:
             call.stop("the call was broken off")
             requests.close()
         return [judged[prompt] for prompt in prompts]
 
-    def _ask(self, prompt: str, verdicts: dict[str, Verdict], call: Call) -> Judgement:
+    def _ask(self, prompt: str, group: str, read: Callable[[str], Judgement], call: Call) -> Judgement:
         """Raises Refused for what is not about the prompt."""
         try:
-            reply, finish = self._endpoint.complete(prompt, call, self._config.max_tokens)
+            reply, finish = self._endpoints.complete(prompt, call, self._config.max_tokens, group)
         except Failed as error:
             call.failed(str(error))
             return Judgement(Verdict.UNKNOWN, str(error))
@@ -142,7 +183,7 @@ class ModelJudge:
             return Judgement(
                 Verdict.UNKNOWN, f"the reply was cut off at {self._config.max_tokens} tokens (judge.model.max_tokens)"
             )
-        return read_verdict(reply, verdicts)
+        return read(reply)
 
 
 def _with_missing_answers(given: Sequence[GivenAnswer], judged: Sequence[T]) -> list[T | Judgement]:
@@ -154,12 +195,14 @@ def _with_missing_answers(given: Sequence[GivenAnswer], judged: Sequence[T]) -> 
 class _NestedRequests:
     """Different prompts under way, each group that shares much after the first of it (prefixes.warm_order).
 
-    ask: prompt -> judgement; called in at most `concurrency` threads.
+    ask: prompt -> judgement; called in at most `concurrency` threads. opening: characters that all share; they are no reason to wait, for
+    only the first requests meet a cache without them.
     """
 
-    def __init__(self, prompts: list[str], ask: Callable[[str], Judgement], concurrency: int) -> None:
+    def __init__(self, prompts: list[str], ask: Callable[[str], Judgement], concurrency: int, opening: int) -> None:
         self._prompts = prompts
         self._ask = ask
+        self._opening = opening
         self._pool = ThreadPoolExecutor(max(1, min(concurrency, len(prompts))), "judge")
         # the request, and the group that waits for it
         self._pending: dict[Future[Judgement], tuple[int, WarmGroup | None]] = {}
@@ -167,7 +210,7 @@ class _NestedRequests:
 
     def run(self) -> dict[str, Judgement]:
         """Prompt -> judgement, for all. Raises the first error of `ask`."""
-        letters = [np.frombuffer(prompt.encode("utf-32-le"), np.uint32) for prompt in self._prompts]
+        letters = [np.frombuffer(prompt[self._opening :].encode("utf-32-le"), np.uint32) for prompt in self._prompts]
         for group in warm_order(letters, [1] * len(letters), [0] * len(letters), SHARED_CHARS):
             self._begin(group)
         while self._pending:

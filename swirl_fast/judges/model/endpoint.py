@@ -1,7 +1,7 @@
-"""An OpenAI-compatible chat endpoint: one request, its tries, and what is done about each way of failing.
+"""An OpenAI-compatible chat endpoint: one try of a request, and what each way of failing means.
 
-A failure is of one of two kinds. `Failed`: another try may succeed, so there are `retries` more, with exponential back-off. `Refused`:
-no try would change it. An endpoint that refuses the key, the path or the model (401, 403, 404) refuses everything, which the caller must
+A failure is of one of two kinds. `Failed`: another try may succeed, here or at another endpoint (replicas.py). `Refused`: no try would
+change it. An endpoint that refuses the key, the path or the model (401, 403, 404) refuses everything, which the caller must
 say aloud: otherwise a whole run would silently have no verdicts. One that refuses this prompt (400, 413, 422) answers others.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from swirl_fast.config import ConfigError, EndpointConfig
-from swirl_fast.judges.judge import GIVEN_UP, NO_REPLY
+from swirl_fast.judges.judge import GIVEN_UP
 from swirl_fast.loopback import is_loopback
 from swirl_fast.verdict import JudgeStats
 
@@ -32,16 +32,17 @@ _ABOUT_CONTENT = {400, 413, 422}  # e.g. a prompt longer than the model's contex
 
 
 class Refused(Exception):
-    """The endpoint answered with a status that another try would not change. about_prompt: another prompt may be answered."""
+    """The endpoint at this URL answered with a status that another try would not change. about_prompt: another prompt may be answered."""
 
-    def __init__(self, status: int, body: str) -> None:
+    def __init__(self, status: int, body: str, url: str) -> None:
         super().__init__(f"HTTP {status}: {body[:300]}")
         self.status = status
+        self.url = url
         self.about_prompt = status in _ABOUT_CONTENT
 
 
 class Failed(Exception):
-    """A try that failed, and may succeed another time. wait: seconds the server asked for."""
+    """A try that failed, and may succeed another time or elsewhere. wait: seconds the server asked for."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -54,6 +55,7 @@ class Call:
     def __init__(self) -> None:
         self.stopped = threading.Event()  # the others neither start nor go on waiting
         self.reason = ""  # of the prompts that are not asked then
+        self.homes: dict[str, Endpoint] = {}  # where the prompts of a group go (replicas.py)
         self._lock = threading.Lock()
         self._failed = 0
         self._answered = False
@@ -79,72 +81,54 @@ class Call:
         return self.stopped.wait(seconds)
 
 
-class Endpoint:
-    """Thread-safe; at most `config.concurrency` connections. Raises ConfigError for an impossible address or key."""
+def back_off(failed: int, wait: float | None) -> float:
+    """Seconds before the next try. failed: tries before, from 0. wait: what the server asked for."""
+    return min(MAX_WAIT, max(BACKOFF * 2**failed * random.uniform(0.5, 1.5), wait or 0.0))
 
-    def __init__(self, config: EndpointConfig) -> None:
-        if not _is_address(config.url):
+
+class Endpoint:
+    """One address. setting: which one names it, for messages. model: what the endpoint last said it serves, empty where it did not.
+
+    Thread-safe; at most `config.concurrency` connections. Raises ConfigError for an impossible address or key.
+    """
+
+    def __init__(self, config: EndpointConfig, url: str, setting: str) -> None:
+        if not _is_address(url):
             raise ConfigError(
-                f"judge.model.url is {config.url!r}; give the address of an OpenAI-compatible endpoint, "
-                "e.g. http://127.0.0.1:30000/v1"
+                f"{setting} is {url!r}; give the address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1"
             )
         key = os.environ.get(config.api_key_env, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ConfigError(f"the key in the environment variable {config.api_key_env} has characters no key has")
         self.stats = JudgeStats()
+        self.url = completions_url(url)
+        self.model = ""
         self._config = config
-        self._url = completions_url(config)
         self._limit_name = "max_tokens"
         self._lock = threading.Lock()
         self._client = httpx.Client(
             headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
             timeout=config.timeout,
-            trust_env=not is_loopback(config.url),
+            trust_env=not is_loopback(url),
             limits=httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
         )
 
-    def check(self) -> None:
-        """Asks for a few tokens. Raises ConfigError with the remedy when that does not work."""
-        try:
-            self.complete("Reply with the one word: ready", Call(), max_tokens=16)
-        except Refused as error:
-            raise ConfigError(self.describe_refusal(error)) from None
-        except Failed as error:
-            raise ConfigError(
-                f"the judge's endpoint {self._url} does not answer: {error}. Is a server running there "
-                f"(judge.model.url), and is judge.model.timeout ({self._config.timeout:g} s) long enough?"
-            ) from None
-
-    def complete(self, prompt: str, call: Call, max_tokens: int) -> tuple[str, str]:
-        """(text, finish reason) of one completion. Raises Failed when all tries failed or the call is stopped, Refused."""
-        tries = 1 + max(0, self._config.retries)
-        last = ""
-        for attempt in range(tries):
-            if call.stopped.is_set():
-                raise Failed(call.reason)
-            try:
-                return self._try(prompt, max_tokens)
-            except Failed as error:
-                last, wait = str(error), error.wait
-            if attempt + 1 < tries:
-                backoff = BACKOFF * 2**attempt * random.uniform(0.5, 1.5)
-                call.wait(min(MAX_WAIT, max(backoff, wait or 0.0)))
-        raise Failed(f"{NO_REPLY} in {tries} tries, the last: {last}")
-
-    def _try(self, prompt: str, max_tokens: int) -> tuple[str, str]:
+    def complete(self, prompt: str, max_tokens: int) -> tuple[str, str]:
+        """(text, finish reason) of one completion. Raises Failed, Refused."""
         response, text = self._post(prompt, max_tokens)
         status = response.status_code
         if status == 400 and self._limit_name == "max_tokens" and "max_completion_tokens" in text:
             self._limit_name = "max_completion_tokens"  # the newer name, which some vendors insist on
-            return self._try(prompt, max_tokens)
+            return self.complete(prompt, max_tokens)
         if status in _RETRIED or status >= 500:
             raise Failed(f"HTTP {status}: {text[:200]}", _retry_after(response.headers.get("Retry-After")))
         if status != 200:
-            raise Refused(status, text)
+            raise Refused(status, text, self.url)
         try:
             answer = json.loads(text)
             choice = answer["choices"][0]
             self._count(answer.get("usage"))
+            self.model = str(answer.get("model") or "")
             return str(choice["message"]["content"] or ""), str(choice.get("finish_reason") or "")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise Failed(f"the body is not a chat completion ({type(error).__name__}): {text[:200]}") from None
@@ -161,7 +145,7 @@ class Endpoint:
         body = b""
         try:
             # streamed, because httpx's own timeout starts again with every chunk
-            with self._client.stream("POST", self._url, content=json.dumps(request)) as response:
+            with self._client.stream("POST", self.url, content=json.dumps(request)) as response:
                 for chunk in response.iter_bytes():
                     body += chunk
                     if time.monotonic() > deadline:
@@ -182,21 +166,22 @@ class Endpoint:
                 if isinstance(prompt, int) and isinstance(cached or 0, int):
                     self.stats = JudgeStats(self.stats.prompt_tokens + prompt, self.stats.cached_tokens + (cached or 0))
 
-    def describe_refusal(self, error: Refused) -> str:
-        config = self._config
-        remedy = {
-            401: f"put a valid key into the environment variable {config.api_key_env}",
-            403: f"put a key with access to {config.model!r} into the environment variable {config.api_key_env}",
-            404: f"check judge.model.url, which usually ends in /v1, and judge.model.model={config.model!r}",
-        }.get(error.status, "check judge.model.url, judge.model.model and the other settings under judge.model")
-        return f"the judge's endpoint {self._url} refuses: {error}. Remedy: {remedy}"
-
     def close(self) -> None:
         self._client.close()
 
 
-def completions_url(config: EndpointConfig) -> str:
-    return config.url.rstrip("/") + "/chat/completions"
+def describe_refusal(config: EndpointConfig, error: Refused) -> str:
+    setting = "judge.model.url" if error.url == completions_url(config.url) else "judge.model.replicas"
+    remedy = {
+        401: f"put a valid key into the environment variable {config.api_key_env}",
+        403: f"put a key with access to {config.model!r} into the environment variable {config.api_key_env}",
+        404: f"check {setting}, which usually ends in /v1, and judge.model.model={config.model!r}",
+    }.get(error.status, f"check {setting}, judge.model.model and the other settings under judge.model")
+    return f"the judge's endpoint {error.url} refuses: {error}. Remedy: {remedy}"
+
+
+def completions_url(url: str) -> str:
+    return url.rstrip("/") + "/chat/completions"
 
 
 def _is_address(url: str) -> bool:
