@@ -272,6 +272,13 @@ METRICS = (
     Metric("unknown_steps", "steps", Same(), "steps so far without an update for a judge that gave no verdict"),
 )
 
+# Of each task, where there are several: the name of the task in place of TASK.
+OF_TASK = (
+    Metric(
+        "reward/TASK", "", Computed("as reward"), "mean reward of the samples of one task, with tasks.mix", always=False
+    ),
+)
+
 # The console line: formats, each with what separates it from the part before it.
 CONSOLE = {
     "reward": "  reward {:.3f}",
@@ -294,6 +301,12 @@ CONSOLE = {
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 
+def declared(name: str) -> Metric | None:
+    """The metric of a name in a row; None where no row has it."""
+    family = f"{name.partition('/')[0]}/TASK"
+    return BY_NAME.get(name) or next((metric for metric in OF_TASK if metric.name == family), None)
+
+
 def values(metrics: tuple[Metric, ...], sums: Mapping[str, float], given: Mapping[str, float]) -> dict[str, float]:
     """Name -> value, in the order of `metrics`. sums: of all ranks, by field. given: metrics that are no such sum, by name.
 
@@ -305,9 +318,10 @@ def values(metrics: tuple[Metric, ...], sums: Mapping[str, float], given: Mappin
             row[metric.name] = metric.source(sums)
         elif metric.always or metric.name in given:
             row[metric.name] = given[metric.name]
-    if undeclared := given.keys() - row.keys():
+    more = {name: given[name] for name in given if name not in row}
+    if undeclared := [name for name in more if declared(name) not in OF_TASK]:
         raise KeyError(f"not declared as metrics: {', '.join(sorted(undeclared))}")
-    return row
+    return row | more
 
 
 class PhaseTimer:
@@ -366,7 +380,7 @@ def glossary() -> str:
     ]
     rows = [
         f"| `{m.name}` | {m.unit} | {_over_ranks(m.source)} | {m.meaning}{'' if m.always else ' (not in every row)'} |"
-        for m in METRICS
+        for m in (*METRICS, *OF_TASK)
     ]
     return "\n".join([*head, *rows, ""])
 

@@ -129,6 +129,7 @@ class Prepared:
     lagged = False
     skipped_samples = 0
     judge_id = "none"
+    tasks = ("none",)
 
     def __init__(self, batches: Iterable[SampledBatch], engine: Unused) -> None:
         self._batches, self.engine = iter(batches), engine

@@ -53,6 +53,7 @@ class Candidate:
 
     id: str
     question_id: str
+    task: str
     finished: bool
     verdicts: tuple[Verdict, ...]
     low: bool
@@ -80,7 +81,17 @@ class Candidate:
             below and step.action.kind != "malformed" for step, below in zip(trajectory.steps, low, strict=True)
         )
         finished, answered = trajectory.finish is not None, trajectory.answer is not None
-        return cls(trajectory.id, trajectory.question_id, finished, verdicts, any(low), answered, right, turned_down)
+        return cls(
+            trajectory.id,
+            trajectory.question_id,
+            trajectory.task,
+            finished,
+            verdicts,
+            any(low),
+            answered,
+            right,
+            turned_down,
+        )
 
 
 @dataclass(frozen=True)

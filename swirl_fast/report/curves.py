@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swirl_fast.metrics import BY_NAME, METRICS_FILE
+from swirl_fast.metrics import METRICS_FILE, declared
 from swirl_fast.outputs.text import is_number
 from swirl_fast.report.charts import Series, lines, smoothing, stacked
 from swirl_fast.report.markup import escape
@@ -67,7 +67,8 @@ def curves(metrics: Sequence[Row], kl_measured: bool = True) -> str:
 
 def _unit(metric: str) -> str:
     """As charts take it."""
-    unit = BY_NAME[metric].unit
+    found = declared(metric)
+    unit = found.unit if found else ""
     return "%" if unit == "share" else unit
 
 
@@ -122,9 +123,9 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _meaning(key: str) -> str:
     """An attribute that browsers show as a tooltip."""
-    if key not in BY_NAME:
+    metric = declared(key)
+    if metric is None:
         return ""
-    metric = BY_NAME[key]
     return f' title="{escape(f"{metric.meaning} [{metric.unit}]" if metric.unit else metric.meaning)}"'
 
 

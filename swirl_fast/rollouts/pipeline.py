@@ -130,6 +130,11 @@ class RolloutPipeline:
         return max(0.0, self._coming.result().seconds - (self._clock() - start))
 
     @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks, the same on all ranks."""
+        return list(self._tools)
+
+    @property
     def skipped_samples(self) -> int:
         """Recorded trajectories that are left out, their shards being damaged."""
         return self._stream.skipped_samples

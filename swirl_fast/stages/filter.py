@@ -38,7 +38,7 @@ def filter(config: Config) -> None:
         )
         fingerprint = _fingerprint(config, store, judge_id)
         write_shards(config.folder / "shards", samples, fingerprint=fingerprint, replace=True)
-    _write_summary(config, selection, judge_id)
+    _write_summary(config, selection, candidates, judge_id)
     if target := config.filter.upload:
         done = "uploaded to" if upload_shards(config.folder / "shards", target) else "are already at"
         print(f"filter: the shards {done} {target}")
@@ -94,7 +94,19 @@ def _fingerprint(config: Config, store: Store, judge_id: str) -> dict[str, Any]:
     return {"collection": store.meta().get(COLLECTION, {}), "judge": judge_id, "filter": settings}
 
 
-def _write_summary(config: Config, selection: Selection, judge_id: str) -> None:
+def _by_task(selection: Selection, candidates: Sequence[Candidate]) -> dict[str, dict[str, int]]:
+    """How many trajectories of each task were kept, where there are several tasks."""
+    kept = set(selection.kept)
+    tasks = sorted({candidate.task for candidate in candidates})
+    counts = {task: {"kept": 0, "total": 0} for task in tasks}
+    for candidate in candidates:
+        counts[candidate.task]["total"] += 1
+        counts[candidate.task]["kept"] += candidate.id in kept
+    return counts if len(counts) > 1 else {}
+
+
+def _write_summary(config: Config, selection: Selection, candidates: Sequence[Candidate], judge_id: str) -> None:
+    by_task = _by_task(selection, candidates)
     summary = {
         "kind": selection.kind,
         "judge": judge_id,
@@ -102,6 +114,9 @@ def _write_summary(config: Config, selection: Selection, judge_id: str) -> None:
         "total": selection.total,
         "survivors": selection.survivors(),
         "describe": selection.describe(),
+        **({"by_task": by_task} if by_task else {}),
     }
     write_json(config.folder / "filter.json", summary)
     print(f"filter: {selection.describe()}")
+    for task, counts in by_task.items():
+        print(f"filter: of {task} {counts['kept']} of {counts['total']}")

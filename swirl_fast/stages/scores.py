@@ -24,6 +24,7 @@ class _TrajectoryScore:
     rewards are not graded; None without one. judged_right: by the outcome judge."""
 
     question_id: str
+    task: str
     score: Score
     label: float | None
     judged_right: bool | None
@@ -46,7 +47,7 @@ class EvaluationScores:
         known = [judgement.reward for judgement in judgements if judgement.reward is not None]
         label = sum(known) / len(known) if known else None
         score = self._task.score(self._questions[trajectory.question_id], trajectory.answer)
-        self._scores.append(_TrajectoryScore(trajectory.question_id, score, label, judged_right))
+        self._scores.append(_TrajectoryScore(trajectory.question_id, trajectory.task, score, label, judged_right))
         self._steps += trajectory.num_steps
         self._malformed += sum(step.action.kind == "malformed" for step in trajectory.steps)
         self._unknown += len(verdicts) - len(known)
@@ -86,7 +87,28 @@ class EvaluationScores:
             "steps": steps / count,
             "unknown": self._unknown,
             **(self._judged_accuracy() if outcome_judge else {}),
+            **self._by_task(),
         }
+
+    def _by_task(self) -> dict[str, Any]:
+        """The main numbers of each task, where there are several."""
+        groups: dict[str, list[_TrajectoryScore]] = {}
+        for one in self._scores:
+            groups.setdefault(one.task, []).append(one)
+        if len(groups) < 2:
+            return {}
+        found = {}
+        for task, group in sorted(groups.items()):
+            accuracy, accuracy_interval = _mean_over_questions(group, lambda one: one.score.exact_match)
+            label, label_interval = _mean_over_questions(group, lambda one: one.label)
+            found[task] = {
+                "questions": len({one.question_id for one in group}),
+                "accuracy": accuracy,
+                "accuracy_interval": accuracy_interval,
+                "process_label": label,
+                "process_label_interval": label_interval,
+            }
+        return {"by_task": found}
 
     def by_question(self) -> dict[str, dict[str, float | None]]:
         """Question id -> its means: accuracy, f1, process_label (None where no step has a verdict). For comparisons in pairs."""
@@ -138,7 +160,8 @@ def accuracy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{row[key]:6.1%} [{low:.1%}, {high:.1%}]"
 
     answers = any("judge_accuracy" in row for row in rows.values())  # judged by an outcome judge
-    width = max(12, *(len(name) + 2 for name in rows))
+    tasks = {f"  {task}" for row in rows.values() for task in row.get("by_task", {})}
+    width = max(12, *(len(name) + 2 for name in [*rows, *tasks]))
     head = f"{'':{width}}{'accuracy':26}" + (f"{'by the judge':26}{'unknown':>9}  " if answers else "")
     lines = [
         f"{head}{'mean process label':26}{'unknown':>9}{'malformed':>11}{'repeated':>10}{'steps':>7}{'questions':>11}"
@@ -151,4 +174,8 @@ def accuracy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             f"{line}{share(row, 'process_label'):26}{row['unknown']:9d}{row['malformed']:11.1%}{row['repeated'] or 0:10.1%}"
             f"{row['steps']:7.2f}{row['questions']:11d}"
         )
+        for task, one in row.get("by_task", {}).items():
+            judged = f"{'':26}{'':11}" if answers else ""
+            line = f"{'  ' + task:{width}}{share(one, 'accuracy'):26}{judged}{share(one, 'process_label'):26}"
+            lines.append(f"{line}{'':37}{one['questions']:11d}")
     return "\n".join(lines)

@@ -19,7 +19,8 @@ from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 
 KEY = "tasks.tools"
 MAX_CHARS = 20_000  # of the text of a call
-RESERVED = {
+CONTROL = {"s", "bos", "eos", "pad", "unk", "mask", "start_of_turn", "end_of_turn"}  # tags of tokenizers
+RESERVED = CONTROL | {
     "answer",
     "think",
     "thinking",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,24 @@ def gaming_signs(batch: SampledBatch) -> GamingSigns:
         earlier = [step.action for step in steps]
         signs.observe(sample.view.action_text, sample.action, len(sample.completion.tokens), verdict, earlier)
     return signs
+
+
+def rewards_by_task(ranks: Ranks, batch: SampledBatch, tasks: Sequence[str]) -> dict[str, float]:
+    """The mean reward of the samples of each task, where there are several; of trajectories with algorithm.reward=outcome. Collective."""
+    if len(tasks) < 2 or batch.judgements is None:
+        return {}
+    sums = torch.zeros(len(tasks), 2, dtype=torch.float64)
+    seen: set[int] = set()
+    for sample, judgement in zip(batch.sampled, batch.judgements, strict=True):
+        counted = batch.questions is None or sample.trajectory not in seen
+        seen.add(sample.trajectory)
+        if counted and judgement.reward is not None:
+            sums[tasks.index(sample.view.task)] += torch.tensor([judgement.reward, 1.0], dtype=torch.float64)
+    together = ranks.sum(sums).tolist()
+    return {
+        f"reward/{task}": total / count if count else math.nan
+        for task, (total, count) in zip(tasks, together, strict=True)
+    }
 
 
 def over_ranks(ranks: Ranks, *parts: Any) -> dict[str, float]:

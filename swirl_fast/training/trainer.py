@@ -34,7 +34,7 @@ from swirl_fast.training.interrupt import Interrupts
 from swirl_fast.training.metrics_log import MetricsLog
 from swirl_fast.training.samples import SampleLog
 from swirl_fast.training.schedule import learning_rate
-from swirl_fast.training.step_metrics import StepSums, gaming_signs, over_ranks, step_metrics
+from swirl_fast.training.step_metrics import StepSums, gaming_signs, over_ranks, rewards_by_task, step_metrics
 from swirl_fast.training.utilization import peak_flops, peak_memory
 from swirl_fast.verdict import Verdict
 
@@ -215,6 +215,7 @@ class Trainer:
             "unknown_steps": self.guards.counts.unknown_steps,
             "seconds_hidden": hidden,
             **{f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()},
+            **rewards_by_task(self.ranks, batch, self.rollouts.tasks),
         }
         metrics = step_metrics(together, given, updates, self.peak, self.ranks.size)
         self.guards.end(self.step, metrics["kl"])

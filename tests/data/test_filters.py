@@ -201,3 +201,16 @@ def test_without_an_answer_the_steps_were_judged_all_the_same() -> None:
 
     assert enough("GGGU")
     assert not enough("GGUU")
+
+
+@pytest.mark.parametrize(
+    ("min_reward", "kept"), [(0.1, "low high zero_one"), (0.5, "high zero_one"), (0.9, "zero_one"), (1.0, "zero_one")]
+)
+def test_graded_rewards_pass_from_the_least_one_on(min_reward: float, kept: str) -> None:
+    rewards = {"low": [0.2, 0.9], "high": [0.5, 0.8], "zero_one": [1.0, 1.0], "none": [0.0, 1.0]}
+    found = [
+        Candidate.of(make(name, name, 2, True), [Judgement.graded(one, "") for one in own], True, min_reward)
+        for name, own in rewards.items()
+    ]
+    selection = select(found, "process")
+    assert selection.kept == tuple(kept.split()) and selection.dropped["bad_step"] == 4 - len(selection.kept)

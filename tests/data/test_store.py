@@ -159,6 +159,9 @@ def test_unknown_verdicts_are_asked_again_and_definite_ones_stay(tmp_path: Path)
         store.add_verdicts("rules-1", {"a": bad, "b": bad, "c": unknown})
         assert store.verdicts("rules-1", "abc") == {"a": good, "b": bad, "c": bad}
         assert (count_rows(store, "verdicts"), count_rows(store, "verdicts", "verdict = 'UNKNOWN'")) == (3, 0)
+        graded = {"g": Judgement.graded(0.3, "a third"), "h": Judgement.graded(1 / 3, "")}
+        store.add_verdicts("own", graded)
+        assert store.verdicts("own", "gh") == graded, "a reward comes back to the last bit"
         many = {str(i): good for i in range(40_000)}  # more than SQLite's limit on parameters
         store.add_verdicts("rules-3", many)
         assert store.verdicts("rules-3", many) == many

@@ -99,6 +99,9 @@ def test_names_are_unique_and_those_used_elsewhere_are_declared() -> None:
 def test_what_is_not_declared_or_missing_is_refused() -> None:
     with pytest.raises(KeyError, match="not declared as metrics: b"):
         values((), {}, {"b": 1.0})
+    assert values((), {}, {"reward/one task": 0.5}) == {"reward/one task": 0.5}
+    with pytest.raises(KeyError, match="not declared as metrics: kl/one task"):
+        values((), {}, {"kl/one task": 1.0})
     with pytest.raises(KeyError, match="step"):
         values(tuple(metric for metric in METRICS if isinstance(metric.source, Same)), {}, {})
 
