@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import references
 from swirl_fast.config.fields import Setting, settings
 from swirl_fast.files import hash_file
+
+TEXTS = ("tasks.instructions", "tasks.worked_examples", "search.corpus", "judge.model.rubric")
 
 
 def contents(section: Any, prefix: str) -> dict[str, Any]:
@@ -19,6 +23,19 @@ def contents(section: Any, prefix: str) -> dict[str, Any]:
         entry.name: _content(known[entry.name], getattr(section, entry.name), f"{prefix}.{entry.name}")
         for entry in dataclasses.fields(section)
     }
+
+
+def identified(config: Any) -> dict[str, Any]:
+    """A whole config as a table, with the identity of a user's own code, and of the texts that steer a model or a judge, in place of their
+    paths. Raises ConfigError as `contents` does."""
+    kind: type = type(config)
+    table = dataclasses.asdict(config)
+    for key, entry in settings(kind).items():
+        if entry.reads in ("reference", "tasks") or key in TEXTS:
+            *parents, name = key.split(".")
+            section = functools.reduce(operator.getitem, parents, table)
+            section[name] = _content(entry, section[name], key)
+    return table
 
 
 def _content(entry: Setting, value: Any, key: str) -> Any:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swirl_fast.config import Config, ConfigError
+from swirl_fast.config.contents import identified
 from swirl_fast.config.fields import sections, setting, settings
 from swirl_fast.config.load import load_layers, read_config
 from swirl_fast.config.read import AsWritten, Layer, check_each, fill, read_file, read_override, truth
@@ -226,7 +227,7 @@ def _crossed(spec: ExperimentSpec, path: Path) -> dict[str, tuple[bool, str | No
 def _cell(arm: str, seed: int, trained: bool, config: Config, evaluations: dict[str, Config]) -> Cell:
     def content(config: Config) -> dict[str, Any]:
         """What differs from the defaults, so that a new setting changes no digest."""
-        return {**_changed(asdict(config), asdict(Config())), "run": {"seed": seed}}
+        return {**_changed(identified(config), asdict(Config())), "run": {"seed": seed}}
 
     whole = {"trained": trained, "evaluations": {name: content(one) for name, one in evaluations.items()}}
     if trained:

@@ -29,16 +29,20 @@ def judge(config: Config) -> None:
         ids = collected_ids(config, task, store, "judge")
         judge_steps(process_judge, store, ids, "judge")
         stats = process_judge.stats()
-        counts = Counter(
-            judgement.verdict
-            for _, judgements in judged_trajectories(store, process_judge.id, ids)
-            for judgement in judgements
-        )
+        counts: Counter[Verdict] = Counter()
+        total, graded = 0.0, False
+        for _, judgements in judged_trajectories(store, process_judge.id, ids):
+            counts.update(judgement.verdict for judgement in judgements)
+            rewards = [judgement.reward for judgement in judgements if judgement.reward is not None]
+            total += sum(rewards)
+            graded |= not {0.0, 1.0}.issuperset(rewards)
         if config.filter.outcome == "judge" and "outcome" in config.filter.kind:
             questions = questions_by_id(task.questions("train"))
             judge_outcomes(config.judge.model, store, store.trajectories(ids), questions)
     shares = ", ".join(f"{counts[kind]} {kind.value}" for kind in Verdict)
-    print(f"judge: {counts.total()} steps by {process_judge.id}: {shares}")
+    known = counts.total() - counts[Verdict.UNKNOWN]
+    mean = f"; mean reward {total / known:.3f}" if graded else ""
+    print(f"judge: {counts.total()} steps by {process_judge.id}: {shares}{mean}")
     if stats.prompt_tokens:
         share = stats.cached_tokens / stats.prompt_tokens
         print(f"judge: {share:.0%} of {stats.prompt_tokens} prompt tokens came from a prefix cache")

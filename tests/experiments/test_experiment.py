@@ -455,3 +455,20 @@ def test_the_experiment_of_the_study_finds_its_cells(tmp_path: Path, monkeypatch
     Path("study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
     experiment = read_experiment("study.yaml")
     assert len(experiment.cells) == 7 and experiment.done().keys() == {(cell.arm, 1) for cell in experiment.cells}
+
+
+def test_a_changed_reward_of_ones_own_is_another_cell(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def reward(step):\n    return 1.0\n", encoding="utf-8")
+    (tmp_path / "rubric.txt").write_text("Be fair.", encoding="utf-8")
+    experiment = tmp_path / "one.yaml"
+    arms = "{own: {judge.kind: mine.py:reward}, rubric: {judge.model.rubric: rubric.txt}}"
+    experiment.write_text(f"arms: {arms}\nevaluations: {{in_domain: {{}}}}\n", encoding="utf-8")
+
+    def names() -> list[str]:
+        return [cell.name for cell in read_experiment(experiment).cells]
+
+    own, rubric = names()
+    (tmp_path / "mine.py").write_text("def reward(step):\n    return 0.5\n", encoding="utf-8")
+    assert names()[0] != own and names()[1] == rubric
+    (tmp_path / "rubric.txt").write_text("Be strict.", encoding="utf-8")
+    assert names()[1] != rubric
