@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from swirl_fast.config import ModelConfig
 from swirl_fast.formats.tags import ANSWER_TAG
 from swirl_fast.tasks.task import Example
 from swirl_fast.tools.tool import BUILT_IN, ToolSpec
@@ -66,11 +67,26 @@ def conversation(
     return messages
 
 
-class Renderer:
-    """stop_id: the token that ends an assistant turn; generation stops at it."""
+def open_renderer(config: ModelConfig, dated: bool = True) -> Renderer:
+    """Of the model of a config, with all tokens that end its turns. dated: False writes a fixed day where the template writes today's.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the model") -> None:
-        """Raises ValueError, naming `name`, for a chat template that is not append-only."""
+    Raises ConfigError for a model that cannot be loaded, ValueError as Renderer does.
+    """
+    from swirl_fast.models.load import dateless, end_ids, load_tokenizer
+
+    tokenizer = load_tokenizer(config)
+    return Renderer(tokenizer if dated else dateless(tokenizer), config.path, end_ids(config, tokenizer))
+
+
+class Renderer:
+    """stop_id: the token with which the chat template ends an assistant's turn. stop_ids: all tokens that end one, that one first;
+    generation stops at each, and a turn that ends with any of them is complete."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str = "the model", end_ids: Sequence[int] = ()
+    ) -> None:
+        """end_ids: further tokens that the model may end a turn with. Raises ValueError, naming `name`, for a chat template that is not
+        append-only."""
         self.tokenizer = tokenizer
         self._name = name
         special = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
@@ -84,6 +100,7 @@ class Renderer:
                 f"the chat template of {name} does not end an assistant's turn with a special token (it continues with {before!r}), "
                 f"so generation would not know where to stop; set model.chat_template to one that does ({READY})"
             )
+        self.stop_ids = tuple(dict.fromkeys([self.stop_id, *end_ids]))
         self._end_of_turn = str(tokenizer.convert_ids_to_tokens(self.stop_id))
         self._before = before.removeprefix(self._end_of_turn)
 
@@ -94,14 +111,14 @@ class Renderer:
     def observation(self, text: str, stopped: bool) -> list[int]:
         """Token ids that follow an action: `s_{i+1} = s_i + a_i + observation(o_i)`.
 
-        stopped: the action's last token is the stop token (False: it hit the length limit, and the turn is closed here).
+        stopped: the action's last token is one of stop_ids (False: it hit the length limit, and the turn is closed here).
         """
         tokens = self._encode(self._before + self.plain(text) + self._after)
         return tokens if stopped else [self.stop_id, *tokens]
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of an action, without its stop token."""
-        if len(tokens) and tokens[-1] == self.stop_id:
+        """The text of an action, without the token that ended it."""
+        if len(tokens) and tokens[-1] in self.stop_ids:
             tokens = tokens[:-1]
         text = self.tokenizer.decode(
             np.asarray(tokens).tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config", "data", "files", "formats", "intervals", "loopback", "prefixes", "tasks", "tools", "trajectory", "verdict",
     },
     "data": {"config", "files", "formats", "tasks", "trajectory", "verdict"},
-    "rendering": {"formats", "tasks", "tools"},
+    "rendering": {"config", "formats", "models", "tasks", "tools"},
     "engines": {"config", "loopback", "models", "prefixes", "ranks", "seeds"},
     "models": {"comb", "config"},
     "objective": {"config"},

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import datetime
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
 from support.small_models import CHAT_TEMPLATE, train_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from swirl_fast.config import ModelConfig
 from swirl_fast.models.load import dateless
-from swirl_fast.rendering import Renderer, conversation
+from swirl_fast.rendering import Renderer, conversation, open_renderer
 from swirl_fast.rollouts.provenance import prompt_hash
 from swirl_fast.tasks.task import Example
 from swirl_fast.tools.tool import CALCULATOR
@@ -86,6 +88,20 @@ def test_text_of_an_action_leaves_the_stop_token_out() -> None:
     tokens = TOKENIZER.encode("<answer>5</answer>")
     assert RENDERER.text([*tokens, RENDERER.stop_id]) == RENDERER.text(tokens) == "<answer>5</answer>"
     assert RENDERER.text([]) == ""
+
+
+def test_a_turn_may_end_with_any_of_the_models_end_tokens(tmp_path: Path) -> None:
+    """As Llama-3, Qwen2.5 and Gemma end theirs: generation_config.json lists several."""
+    end_of_text, end_of_turn = TOKENIZER.convert_tokens_to_ids(["<|pad|>", "<|im_end|>"])
+    LlamaConfig(vocab_size=512, eos_token_id=end_of_turn).save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=[end_of_text, end_of_turn, 40]).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    renderer = open_renderer(ModelConfig(path=str(tmp_path)))
+    assert renderer.stop_id == end_of_turn and renderer.stop_ids == (end_of_turn, end_of_text), "40 is no special token"
+    text = TOKENIZER.encode("<answer>5</answer>")
+    assert {renderer.text([*text, end]) for end in renderer.stop_ids} == {"<answer>5</answer>"}
+    (tmp_path / "generation_config.json").unlink()
+    assert set(open_renderer(ModelConfig(path=str(tmp_path))).stop_ids) >= {end_of_turn}
 
 
 def test_a_template_without_system_role_gets_the_instructions_in_the_first_turn() -> None:

@@ -50,9 +50,9 @@ from swirl_fast.config import EMBEDDED_MODEL, ConfigError, EngineConfig, ModelCo
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
 from swirl_fast.engines.local.engine import LocalEngine
 from swirl_fast.engines.sglang.engine import SGLangEngine
-from swirl_fast.models.load import DTYPES, load_model, load_tokenizer, local_folder
+from swirl_fast.models.load import DTYPES, load_model, local_folder
 from swirl_fast.prefixes import cacheable
-from swirl_fast.rendering import Renderer
+from swirl_fast.rendering import open_renderer
 from swirl_fast.seeds import seed_of
 
 WAYS = ("cached", "naive_order", "uncached")
@@ -266,7 +266,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The measurement. Raises ConfigError or ValueError for options that cannot work, RuntimeError where the ways disagree."""
     where = environment()  # before anything else: the commit must be the code that ran
     task = make_task(options.data, options.trajectories, options.seed)
-    renderer = Renderer(load_tokenizer(ModelConfig(path=options.model)), options.model)
+    renderer = open_renderer(ModelConfig(path=options.model))
     measured = ENGINES[options.engine](options)
     engines = {"cached": measured.cached, "naive_order": measured.naive, "uncached": measured.uncached}
     print("sampling the trajectories", file=sys.stderr, flush=True)

@@ -67,9 +67,7 @@ def nested_states(
     found = [[list(trunk)] for trunk in trunks]
     for step in range(1, states):
         requests = [
-            Request(
-                trunk, Sampling(action), stop_ids=(renderer.stop_id,), seed=seed_of(seed, t, step), cache_key=str(t)
-            )
+            Request(trunk, Sampling(action), stop_ids=renderer.stop_ids, seed=seed_of(seed, t, step), cache_key=str(t))
             for t, trunk in enumerate(trunks)
         ]
         for trunk, (completion,) in zip(trunks, engine.generate(requests), strict=True):

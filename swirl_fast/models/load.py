@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
 from swirl_fast.models.embedded import embedded_folder
@@ -49,6 +56,21 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.path={config.path}: the tokenizer has no chat template; use an instruct model or set model.chat_template"
         )
     return tokenizer
+
+
+def end_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a turn by generation_config.json (which may list several), config.json and the tokenizer: those of them that are
+    special tokens, for no other token ends a turn by itself."""
+    source = resolve(config.path)
+    found: list[int] = []
+    try:
+        given = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # there is none
+        given = None
+    for ids in (given, load_config(config).get_text_config().eos_token_id, tokenizer.eos_token_id):
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    special = set(tokenizer.get_added_vocab().values())
+    return tuple(dict.fromkeys(id_ for id_ in found if id_ in special))
 
 
 def dateless(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

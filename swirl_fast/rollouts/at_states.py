@@ -6,7 +6,7 @@ spans of the trajectory itself, which the comb merges into its trunk: a comb wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,7 +55,7 @@ def sample_actions(
             tokens=trajectories[t].state(i),
             sampling=sampling,
             n=training.group_size,
-            stop_ids=(renderer.stop_id,),
+            stop_ids=renderer.stop_ids,
             seed=seed_of(seeds[t], i),
             cache_key=trajectories[t].id,
         )
@@ -82,13 +82,14 @@ def tools_for(task: str, tools: ToolsByTask) -> Sequence[ToolSpec]:
     return tools[task]
 
 
-def recorded_actions(trajectories: Sequence[Trajectory], stop_id: int) -> list[SampledAction]:
-    """The actions of the trajectories themselves, in order, each a state's only one. stop_id: ends an action that was not cut off."""
+def recorded_actions(trajectories: Sequence[Trajectory], stop_ids: Collection[int]) -> list[SampledAction]:
+    """The actions of the trajectories themselves, in order, each a state's only one. stop_ids: one of them ends an action that was not cut
+    off."""
     sampled: list[SampledAction] = []
     for t, trajectory in enumerate(trajectories):
         for step, view in zip(trajectory.steps, trajectory.views(), strict=True):
             tokens = trajectory.tokens[step.start : step.end]
-            finish: Literal["stop", "length"] = "stop" if tokens[-1:].tolist() == [stop_id] else "length"
+            finish: Literal["stop", "length"] = "stop" if len(tokens) and int(tokens[-1]) in stop_ids else "length"
             completion = Completion(np.asarray(tokens, np.int32), step.logprobs, finish, step.policy_version)
             sampled.append(SampledAction(t, len(sampled), completion, step.action, view))
     return sampled

@@ -130,7 +130,7 @@ class Collector:
             Request(
                 tokens=trajectory.tokens,
                 sampling=self.sampling,
-                stop_ids=(self.renderer.stop_id,),
+                stop_ids=self.renderer.stop_ids,
                 seed=seed_of(trajectory.seed, trajectory.num_steps),
                 cache_key=trajectory.id,
             )

@@ -160,7 +160,7 @@ class RolloutPipeline:
             seeds = [seed_of(config.run.seed, "train", first + n * self._ranks.size) for n in range(len(samples))]
         trajectories = [sample.trajectory for sample in samples]
         if self.engine is None:
-            sampled = recorded_actions(trajectories, self._renderer.stop_id)
+            sampled = recorded_actions(trajectories, self._renderer.stop_ids)
             return SampledBatch(
                 trajectories, sampled, None, RolloutCounts(seconds=timer.seconds), self._clock() - start
             )
@@ -169,7 +169,7 @@ class RolloutPipeline:
         with timer.phase("rollout"):
             if self._whole is not None:
                 trajectories, questions = self._whole.roll_out(trajectories, seeds)
-                sampled = recorded_actions(trajectories, self._renderer.stop_id)
+                sampled = recorded_actions(trajectories, self._renderer.stop_ids)
             else:
                 sampled = sample_actions(trajectories, self.engine, self._renderer, self._tools, config.training, seeds)
             drawn = self.engine.stats()

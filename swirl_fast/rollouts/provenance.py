@@ -11,7 +11,7 @@ from typing import Any
 from swirl_fast.config import Config
 from swirl_fast.config.contents import contents
 from swirl_fast.engines.engine import Sampling
-from swirl_fast.rendering import Renderer
+from swirl_fast.rendering import Renderer, open_renderer
 from swirl_fast.rollouts.collector import prompt_of
 from swirl_fast.tasks import ToolsByTask
 from swirl_fast.tasks.corpus import corpus_hash
@@ -59,9 +59,7 @@ def prompt_hash(renderer: Renderer, prompts: Sequence[Sequence[int]]) -> str:
 def provenance(config: Config, task: Task, offered: ToolsByTask, sampling: Sampling) -> dict[str, Any]:
     """The fingerprint of a collection or an evaluation, with a hash of what `prompt_of` makes of a probe; kept with
     `Store.check_meta`. offered: the tools, by the name of a question's task."""
-    from swirl_fast.models.load import dateless, load_tokenizer
-
-    renderer = Renderer(dateless(load_tokenizer(config.model)), config.model.path)
+    renderer = open_renderer(config.model, dated=False)
     prompt = prompt_of(config, task, renderer, offered)
     probes = [prompt(Question("probe", name, PROBE, ())) for name in offered]
     tools = {name: [spec.identity for spec in specs] for name, specs in offered.items()}

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from swirl_fast.config import Config
 from swirl_fast.data.store import BATCH, Store
 from swirl_fast.engines.engine import Sampling
-from swirl_fast.rendering import Renderer
+from swirl_fast.rendering import open_renderer
 from swirl_fast.rollouts.collector import Collector, prompt_of, trajectory_ids
 from swirl_fast.rollouts.demonstrations import demonstrations
 from swirl_fast.stages.build import built_engine, opened_tools
@@ -41,14 +41,12 @@ def roll_out(
     offered: the tools, by the name of a question's task; without any, the worked examples, which call tools, are left out of the prompt.
     what: of messages.
     """
-    from swirl_fast.models.load import load_tokenizer
-
     store.add_questions(questions)
     wanted = trajectory_ids(questions, count)
     finished = finished_ids(store, wanted)
     if len(finished) == len(wanted):
         return finished
-    renderer = Renderer(load_tokenizer(config.model), config.model.path)
+    renderer = open_renderer(config.model)
     with opened_tools(config, task, offered) as tools, built_engine(config, weights) as engine:
         prompt = prompt_of(config, task, renderer, offered)
         collector = Collector(
@@ -70,10 +68,8 @@ def roll_out(
 
 def write_demonstrations(config: Config, task: Task, questions: Sequence[Question], store: Store) -> list[str]:
     """Fills the store from worked solutions. Returns the ids of those that could be written."""
-    from swirl_fast.models.load import load_tokenizer
-
     store.add_questions(questions)
-    renderer = Renderer(load_tokenizer(config.model), config.model.path)
+    renderer = open_renderer(config.model)
     # Not again: a template that writes today's date gives them another prompt by now.
     recorded = set(store.ids())
     ids = []

@@ -21,7 +21,7 @@ from swirl_fast.judges.judge import Judge
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
-from swirl_fast.rendering import Renderer
+from swirl_fast.rendering import Renderer, open_renderer
 from swirl_fast.rollouts.pipeline import RolloutPipeline
 from swirl_fast.rollouts.whole import WholeRollouts
 from swirl_fast.tasks import load_task, offered_tools, parts_of
@@ -155,8 +155,9 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
     judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=list(parts_of(task).values()))
     stack.callback(close_judge, judge)
-    tokenizer = load_tokenizer(config.model)
-    rollouts = _open_rollouts(config, ranks, stream, task, judge, Renderer(tokenizer, config.model.path), stack)
+    renderer = open_renderer(config.model)
+    tokenizer = renderer.tokenizer
+    rollouts = _open_rollouts(config, ranks, stream, task, judge, renderer, stack)
     context = rollouts.engine.max_context if rollouts.engine else model_config.get_text_config().max_position_embeddings
     check_budget(config, stream.manifest, context)
     if ranks.main:
@@ -180,7 +181,7 @@ def _open_rollouts(
 ) -> RolloutPipeline:
     """What draws the actions and judges them. Raises ConfigError for shards that were collected with another tokenizer."""
     stop_ids = stream.manifest.stop_ids
-    if stop_ids and renderer.stop_id not in stop_ids:
+    if stop_ids and not set(renderer.stop_ids) & set(stop_ids):
         raise ConfigError(
             f"model.path={config.model.path}: its turns end with token {renderer.stop_id}, but none of the recorded actions does; "
             "the shards were collected with another model's tokenizer"

@@ -205,7 +205,7 @@ def train(model: Path, variant: str, ranks: Ranks, out: Path) -> tuple[dict[str,
 def trainer_of(config: Config, ranks: Ranks, rows: list[Metrics], judge: Judge | None = None) -> Watched:
     """judge: Coin() where None."""
     policy, reference = make_policy(config, ranks), make_policy(config, ranks, frozen=True)
-    renderer: Any = SimpleNamespace(stop_id=1, text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
+    renderer: Any = SimpleNamespace(stop_id=1, stop_ids=(1,), text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream: Any = Stream(ranks, config.training.trajectories_per_step)
     rollouts = RolloutPipeline(config, ranks, Rollouts(), judge or Coin(), renderer, {"none": ()}, stream)
     trainer = Watched(config, ranks, policy, reference, rollouts, {})
