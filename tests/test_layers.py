@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {"config", "loopback", "models", "prefixes", "ranks", "seeds"},
     "models": {"comb", "config"},
     "objective": {"config"},
-    "tasks": {"config", "files", "tools"},
+    "tasks": {"config", "files", "formats", "tools"},
     "trajectory": {"formats"},
     "formats": {"tools"},
     "tools": {"config"},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from swirl_fast.config import references
 from swirl_fast.config.error import ConfigError
+from swirl_fast.config.fields import settings
 from swirl_fast.config.read import check_each
 from swirl_fast.config.rubric import read_rubric
 
@@ -96,6 +97,12 @@ def _check_files(config: Config, values: _Values) -> None:
                 and not Path(value).expanduser().is_file()
             ):
                 raise ConfigError(f"{prefix}.{key}={value}: no such file")
+    kind: type = type(config)
+    for key, entry in settings(kind).items():
+        if entry.reads == "reference":
+            for name in values[key] if isinstance(values[key], list) else [values[key]]:
+                if name.rpartition(":")[0].endswith(".py"):
+                    references.identity(key, name, entry.known)
     if config.search.corpus and not Path(config.search.corpus).expanduser().exists():
         values.fail("search.corpus", "no such file")
     read_rubric(config.judge.model.rubric)

@@ -57,8 +57,9 @@ def load_task(config: TasksConfig, seed: int) -> Task:
         )
     if config.tools:
         task.tools = tuple(config.tools)
-    examples = read_examples(Path(config.worked_examples)) if config.worked_examples else task.examples
-    task.examples = tuple(examples)[: config.examples]
+    if config.worked_examples:
+        task.examples = read_examples(Path(config.worked_examples), describe_tools(task.tools))
+    task.examples = task.examples[: config.examples]
     if config.instructions:
         task.instructions = _instructions(config.instructions, describe_tools(task.tools))
     return task

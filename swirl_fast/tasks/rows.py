@@ -73,6 +73,8 @@ def question_id(task: str, text: str) -> str:
 
 def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise ConfigError(f"{key}={path}: is a folder; name a data file in it")
     if file.is_file():
         rows = read_file(file)
     elif looks_like_file(path):
@@ -97,7 +99,7 @@ def read_file(file: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
     if ending in (".csv", ".tsv"):
-        return list(_table_rows(file, text, "\t" if ending == ".tsv" else ","))
+        return list(_table_rows(file, text, "\t" if ending == ".tsv" else _delimiter(text)))
     rows = _json_rows(file, text)
     for row in rows:
         if not isinstance(row.fields, dict):
@@ -110,6 +112,12 @@ def _unpacked(file: Path) -> bytes:
         return gzip.decompress(file.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: not readable as gzip: {error}") from None
+
+
+def _delimiter(text: str) -> str:
+    """The comma, unless the first line has none and a semicolon or tabs instead, as spreadsheets write them in much of Europe."""
+    head = text.lstrip().partition("\n")[0]
+    return next((mark for mark in ",;\t" if mark in head), ",")
 
 
 def _table_rows(file: Path, text: str, delimiter: str) -> Iterator[Row]:

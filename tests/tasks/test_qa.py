@@ -47,6 +47,8 @@ def test_every_format_gives_the_same_questions(tmp_path: Path) -> None:
     ]
     (tmp_path / "same.json").write_text(json.dumps(rows), encoding="utf-8")
     files.append(tmp_path / "same.json")
+    (tmp_path / "europe").mkdir()
+    files.append(table(tmp_path / "europe" / "same.csv", rows, ";"))
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -225,7 +227,8 @@ def test_instructions_and_worked_examples(tmp_path: Path) -> None:
         "actions": ["<math_exp>1+1</math_exp>", "<answer>2</answer>"],
         "observations": ["1+1 -> 2.0"],
     }
-    task = load(path, worked_examples=write_lines(tmp_path / "e.jsonl", [example, example]), examples=1)
+    calculator = {"tools": ["calculator"]}
+    task = load(path, worked_examples=write_lines(tmp_path / "e.jsonl", [example, example]), examples=1, **calculator)
     assert [one.question for one in task.examples] == ["1+1?"]
     for change, message in {
         "actions": ([], "must be a list of the model's turns, the last with"),
@@ -233,7 +236,13 @@ def test_instructions_and_worked_examples(tmp_path: Path) -> None:
     }.items():
         bad = write_lines(tmp_path / "bad.jsonl", [example | {change: message[0]}])
         with pytest.raises(ValueError, match=f"bad.jsonl:1: field '{change}'.*{message[1]}"):
-            load(path, worked_examples=bad)
+            load(path, worked_examples=bad, **calculator)
+    with pytest.raises(
+        ValueError, match="e.jsonl:1: field 'actions'.*turn 1 is no call: There is no tool <math_exp> here"
+    ):
+        load(path, worked_examples=str(tmp_path / "e.jsonl"))
+    with pytest.raises(ConfigError, match="is a folder; name a data file in it"):
+        load(tmp_path)
 
 
 OWN = """
