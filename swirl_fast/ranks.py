@@ -19,6 +19,9 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
 
 
+_store: dist.Store | None = None
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that torchrun started; rank 0 of 1 without torchrun."""
@@ -82,9 +85,16 @@ def start() -> Ranks:
             # prefix they would find the addresses of dead ones. On several machines the numbers of restarts may differ.
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        global _store
+        _store = store
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def shared_store() -> dist.Store | None:
+    """The keys and values that all ranks share; None without torchrun."""
+    return _store
 
 
 def stop() -> None:

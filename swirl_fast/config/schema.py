@@ -392,6 +392,9 @@ class TrainingConfig:
     """Training goes on while a copy in CPU memory is written; false: it waits."""
     time_limit: float = setting(0.0, minimum=0)
     """Minutes since the start after which the run saves a checkpoint, before a step that may not fit, and exits with code 75; 0: none."""
+    step_timeout: float = setting(7200.0, minimum=0, endless=True)
+    """Under torchrun: seconds after which a part of a step that does not end is a rank that hangs; it is named, and the run ends and can be
+    started again. 0: no limit."""
     max_skipped_steps: int = setting(3, minimum=1)
     """This many steps in a row without an update (the gradient is not finite, or there is no verdict at all) stop training."""
     kl_warning: float = setting(0.5, minimum=0)

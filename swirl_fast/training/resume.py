@@ -22,6 +22,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "keep_best",
         "async_checkpoints",
         "time_limit",
+        "step_timeout",
         "max_skipped_steps",
         "kl_warning",
         "tensorboard",

@@ -23,13 +23,14 @@ from swirl_fast.metrics import PhaseTimer
 from swirl_fast.models.load import DTYPES
 from swirl_fast.models.policy import Policy, model_size
 from swirl_fast.objective import Actions, advantages, counts, imitation_advantages, trajectory_advantages, weights
-from swirl_fast.ranks import Ranks
+from swirl_fast.ranks import Ranks, shared_store
 from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
 from swirl_fast.training import weight_sync
 from swirl_fast.training.backward import backward
 from swirl_fast.training.batch import MicroBatch, Packer, to_actions
 from swirl_fast.training.checkpoint import Checkpoints
 from swirl_fast.training.guards import Guards
+from swirl_fast.training.heartbeat import Heartbeat
 from swirl_fast.training.interrupt import Interrupts
 from swirl_fast.training.metrics_log import MetricsLog
 from swirl_fast.training.samples import SampleLog
@@ -77,6 +78,7 @@ class Trainer:
         self.folder = config.folder / "checkpoints"
         self.guards = Guards(ranks, training.max_skipped_steps, training.kl_warning, self.folder)
         self.samples: SampleLog | None = None  # of run
+        self.heartbeat = Heartbeat(ranks, training.step_timeout, shared_store())
         self._opened = contextlib.ExitStack()  # by restore, until run is done
 
     # ---- the whole training
@@ -110,7 +112,10 @@ class Trainer:
             self._sync_weights()
             begun, due = self.step, False
             self.samples = SampleLog(self.config.folder, self.step, self.ranks, training.samples_mb)
-            with MetricsLog(self.config.folder, self.step, self.ranks.main, training, self.settings) as log:
+            with (
+                MetricsLog(self.config.folder, self.step, self.ranks.main, training, self.settings) as log,
+                self.heartbeat,
+            ):
                 while self.step < training.steps:
                     self._stop_if_asked()
                     start = time.monotonic()
@@ -129,6 +134,7 @@ class Trainer:
                     if (due and not self.guards.counts.in_a_row) or self.step == training.steps:
                         checkpoints.save(self.step, self.policy, self.optimizer, self.state())
                         due = False
+                    self.heartbeat.mark("a step and its checkpoint")
                     self.interrupts.measure(time.monotonic() - start)
 
     def close(self) -> None:
@@ -179,10 +185,12 @@ class Trainer:
         start = time.perf_counter()
         training, algorithm = self.config.training, self.config.algorithm
         batch = self.rollouts.take()
+        self.heartbeat.mark("sampling")
         timer, sums = PhaseTimer(batch.counts.seconds), StepSums()
         if training.lag and training.on_policy_batches <= self.step < training.steps - 1:
             self.rollouts.begin_next()
         micro_batches = self._pack(batch, sums, timer)
+        self.heartbeat.mark("packing")
         signs = gaming_signs(batch)
 
         with timer.phase("old_logprobs"), torch.no_grad():
@@ -195,12 +203,14 @@ class Trainer:
         grad_norm, updates = 0.0, 0
         while updates < algorithm.updates_per_batch and not self.guards.skipped:
             grad_norm = self._update(micro_batches, sums, timer, first=updates == 0)
+            self.heartbeat.mark("an update")
             updates += 1
         self.step += 1
         with timer.phase("wait_for_rollout"):
             hidden = self.rollouts.wait()  # a batch is sampled with one set of weights
         with timer.phase("weight_sync"):
             self._sync_weights()
+        self.heartbeat.mark("the weight sync")
 
         sums.seconds, sums.memory_gib = time.perf_counter() - start, peak_memory(self.ranks.device)
         sums.busy_seconds = timer.seconds.get("forward_backward", 0.0)
