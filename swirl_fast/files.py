@@ -7,9 +7,53 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+SETTLED = (
+    2.0  # seconds; a file younger than that may change once more without a change of its times, whose ticks are coarse
+)
+SLOW = 1 << 30  # bytes; hashes of larger files are kept on disk too
+_hashes: dict[str, tuple[list[int], str]] = {}
+
+
+def cache_folder() -> Path:
+    """Where what is expensive to make is kept between processes: $SWIRL_FAST_CACHE, else ~/.cache/swirl_fast."""
+    return Path(os.environ.get("SWIRL_FAST_CACHE", "~/.cache/swirl_fast")).expanduser()
+
+
+def content_hash(path: Path) -> str:
+    """`hash_file`, remembered for as long as inode, size and both times of the file stay: by this process, and from SLOW bytes on in
+    `cache_folder`, where that can be written."""
+    import xxhash
+
+    status = path.stat()
+    name = str(path.resolve())
+    known = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    kept = cache_folder() / "hashes" / f"{xxhash.xxh64(name.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
+    if name not in _hashes and status.st_size >= SLOW:
+        try:
+            stored = json.loads(kept.read_text(encoding="utf-8"))
+            _hashes[name] = stored["known"], str(stored["xxh64"])
+        except (OSError, ValueError, LookupError, TypeError):
+            pass
+    if name in _hashes and _hashes[name][0] == known:
+        return _hashes[name][1]
+    settled = time.time() - max(status.st_mtime, status.st_ctime) > SETTLED
+    found = hash_file(path)
+    if settled:
+        _hashes[name] = known, found
+        if status.st_size >= SLOW:
+            temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
+            try:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps({"known": known, "xxh64": found}), encoding="utf-8")
+                temporary.rename(kept)
+            except OSError:  # it is hashed again next time
+                pass
+    return found
 
 
 def hash_file(path: Path) -> str:

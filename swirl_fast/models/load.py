@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
+from swirl_fast.files import content_hash
 from swirl_fast.models.embedded import embedded_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -132,22 +133,17 @@ def named_errors(config: ModelConfig, folder: str | None = None) -> Iterator[Non
 
 
 def model_fingerprint(config: ModelConfig) -> str:
-    """Names the weights that sampled something: the path, and for a local folder a hash of its files."""
+    """Names the weights that sampled something: the path, and for a local folder a hash of its files (`weights_hash`)."""
     folder = Path(resolve(config.path))
     return f"{config.path} {weights_hash(folder)}" if folder.is_dir() else config.path
 
 
 def weights_hash(folder: Path) -> str:
-    """Hex digest over the safetensors of a folder, or else its pytorch_model*.bin: of each its name, its size, and 8 MiB at either end
-    (all of a 54 GB model would take a minute)."""
+    """Hex digest over the safetensors of a folder, or else its pytorch_model*.bin: of each its name, its size and all of its bytes (half a
+    minute for a 54 GB model, the first time; see `content_hash`)."""
     import xxhash
 
     digest = xxhash.xxh64()
     for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 23))
-            stream.seek(max(size - (1 << 23), 0))
-            digest.update(stream.read())
+        digest.update(f"{file.name}:{file.stat().st_size}:{content_hash(file)}".encode())
     return digest.hexdigest()
