@@ -16,7 +16,7 @@ SETTLED = (
     2.0  # seconds; a file younger than that may change once more without a change of its times, whose ticks are coarse
 )
 SLOW = 1 << 30  # bytes; hashes of larger files are kept on disk too
-_hashes: dict[str, tuple[list[int], str]] = {}
+_hashes: dict[str, tuple[list[int], str, bool]] = {}  # path -> identity, hash, whether this process read the file
 
 
 def cache_folder() -> Path:
@@ -24,9 +24,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SWIRL_FAST_CACHE", "~/.cache/swirl_fast")).expanduser()
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, read: bool = False) -> str:
     """`hash_file`, remembered for as long as inode, size and both times of the file stay: by this process, and from SLOW bytes on in
-    `cache_folder`, where that can be written."""
+    `cache_folder`, where that can be written. read: only by this process, which notices what a disk has lost since."""
     import xxhash
 
     status = path.stat()
@@ -36,15 +36,15 @@ def content_hash(path: Path) -> str:
     if name not in _hashes and status.st_size >= SLOW:
         try:
             stored = json.loads(kept.read_text(encoding="utf-8"))
-            _hashes[name] = stored["known"], str(stored["xxh64"])
+            _hashes[name] = stored["known"], str(stored["xxh64"]), False
         except (OSError, ValueError, LookupError, TypeError):
             pass
-    if name in _hashes and _hashes[name][0] == known:
+    if name in _hashes and _hashes[name][0] == known and (_hashes[name][2] or not read):
         return _hashes[name][1]
     settled = time.time() - max(status.st_mtime, status.st_ctime) > SETTLED
     found = hash_file(path)
     if settled:
-        _hashes[name] = known, found
+        _hashes[name] = known, found, True
         if status.st_size >= SLOW:
             temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
             try:
