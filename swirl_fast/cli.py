@@ -155,6 +155,10 @@ def _epilog(name: str) -> str:
 
 def _run_stage(call: _Call, options: argparse.Namespace) -> int:
     config = load(options.config, options.overrides)
+    if options.stage == "train":
+        from swirl_fast.outputs.ready import check_shards
+
+        check_shards(config)
     # torch and transformers load here, after the config has been checked
     from swirl_fast import stages
 

@@ -91,6 +91,48 @@ def lock(path: Path) -> int:
     return descriptor
 
 
+def share(folder: Path) -> int | None:
+    """File descriptor that keeps `own` from succeeding until it is closed, or the process ends. Writes nothing. None where the file system
+    has no such locks. Raises ValueError while another process owns the folder, OSError where it is not there."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        replaced = not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except BlockingIOError:
+        replaced = True
+    except OSError:
+        os.close(descriptor)
+        return None
+    if replaced:
+        os.close(descriptor)
+        raise ValueError(f"{folder} is just being replaced by another process: start again when it has ended")
+    return descriptor
+
+
+def own(folder: Path) -> int | None:
+    """As `share`, for the one process that may take the folder away. Raises ValueError, naming them, while others share it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        number = os.fstat(descriptor).st_ino
+        os.close(descriptor)
+        who = ", ".join(f"process {process}" for process in _holders(number)) or "another process"
+        raise ValueError(f"{folder} is being read by {who}: wait until it ends, or use another run.name") from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _holders(inode: int) -> list[str]:
+    try:
+        locks = Path("/proc/locks").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return sorted(set(re.findall(rf"FLOCK +ADVISORY +READ +(\d+) [^ ]*:{inode} 0 EOF$", locks, re.MULTILINE)), key=int)
+
+
 def holder(path: Path) -> str | None:
     """Who holds `lock(path)` now, as `process N on HOST`; None where nobody on this machine does. Takes no lock, so that no writer is kept
     from starting. Processes on other machines that share the folder are not seen."""
