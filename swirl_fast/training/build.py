@@ -29,7 +29,7 @@ from swirl_fast.tasks.corpus import passages_of
 from swirl_fast.tasks.task import Task
 from swirl_fast.tools import open_tools
 from swirl_fast.training import fsdp, layers, sharded_weights
-from swirl_fast.training.checkpoint import load_weights, recorded_state
+from swirl_fast.training.checkpoint import load_weights, named, recorded_state
 from swirl_fast.training.export import export
 from swirl_fast.training.memory import estimate
 from swirl_fast.training.metrics_log import check_wandb
@@ -235,7 +235,7 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> 
     """
     if target.exists():
         raise ConfigError(f"{target} is already there; remove it, or name another folder with --out")
-    source = config.folder / "checkpoints" / name
+    source = named(config.folder / "checkpoints", name)
     recorded, wanted = recorded_state(source)["settings"]["model"], model_settings(config)
     if recorded != wanted:
         raise ConfigError(f"{source} was trained from another model: {describe_changes(recorded, wanted, 'model')}")
