@@ -71,10 +71,12 @@ def parser() -> argparse.ArgumentParser:
     export = add(
         "export",
         "the weights of a checkpoint, such as the best one, as a Hugging Face folder",
-        lambda stages, config, options: stages.export(config, options.checkpoint, options.out),
+        lambda stages, config, options: stages.export(config, options.checkpoint, options.out, options.dtype),
     )
     export.add_argument("--checkpoint", default="best", metavar="best|step_N", help="which (default: best)")
     export.add_argument("--out", metavar="FOLDER", help="default: model-CHECKPOINT in the run's folder")
+    types = ("source", "float32", "bfloat16", "float16")
+    export.add_argument("--dtype", choices=types, help="of the weights (default: training.export_dtype)")
     evaluate = add("evaluate", "held-out questions, by the base or the trained model", _evaluate)
     evaluate.add_argument(
         "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
@@ -153,6 +155,10 @@ def _epilog(name: str) -> str:
 
 def _run_stage(call: _Call, options: argparse.Namespace) -> int:
     config = load(options.config, options.overrides)
+    if options.stage == "train":
+        from swirl_fast.outputs.ready import check_shards
+
+        check_shards(config)
     # torch and transformers load here, after the config has been checked
     from swirl_fast import stages
 

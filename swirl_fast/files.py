@@ -7,9 +7,53 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+SETTLED = (
+    2.0  # seconds; a file younger than that may change once more without a change of its times, whose ticks are coarse
+)
+SLOW = 1 << 30  # bytes; hashes of larger files are kept on disk too
+_hashes: dict[str, tuple[list[int], str, bool]] = {}  # path -> identity, hash, whether this process read the file
+
+
+def cache_folder() -> Path:
+    """Where what is expensive to make is kept between processes: $SWIRL_FAST_CACHE, else ~/.cache/swirl_fast."""
+    return Path(os.environ.get("SWIRL_FAST_CACHE", "~/.cache/swirl_fast")).expanduser()
+
+
+def content_hash(path: Path, read: bool = False) -> str:
+    """`hash_file`, remembered for as long as inode, size and both times of the file stay: by this process, and from SLOW bytes on in
+    `cache_folder`, where that can be written. read: only by this process, which notices what a disk has lost since."""
+    import xxhash
+
+    status = path.stat()
+    name = str(path.resolve())
+    known = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    kept = cache_folder() / "hashes" / f"{xxhash.xxh64(name.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
+    if name not in _hashes and status.st_size >= SLOW:
+        try:
+            stored = json.loads(kept.read_text(encoding="utf-8"))
+            _hashes[name] = stored["known"], str(stored["xxh64"]), False
+        except (OSError, ValueError, LookupError, TypeError):
+            pass
+    if name in _hashes and _hashes[name][0] == known and (_hashes[name][2] or not read):
+        return _hashes[name][1]
+    settled = time.time() - max(status.st_mtime, status.st_ctime) > SETTLED
+    found = hash_file(path)
+    if settled:
+        _hashes[name] = known, found, True
+        if status.st_size >= SLOW:
+            temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
+            try:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps({"known": known, "xxh64": found}), encoding="utf-8")
+                temporary.rename(kept)
+            except OSError:  # it is hashed again next time
+                pass
+    return found
 
 
 def hash_file(path: Path) -> str:
@@ -45,6 +89,48 @@ def lock(path: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
+
+
+def share(folder: Path) -> int | None:
+    """File descriptor that keeps `own` from succeeding until it is closed, or the process ends. Writes nothing. None where the file system
+    has no such locks. Raises ValueError while another process owns the folder, OSError where it is not there."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        replaced = not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except BlockingIOError:
+        replaced = True
+    except OSError:
+        os.close(descriptor)
+        return None
+    if replaced:
+        os.close(descriptor)
+        raise ValueError(f"{folder} is just being replaced by another process: start again when it has ended")
+    return descriptor
+
+
+def own(folder: Path) -> int | None:
+    """As `share`, for the one process that may take the folder away. Raises ValueError, naming them, while others share it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        number = os.fstat(descriptor).st_ino
+        os.close(descriptor)
+        who = ", ".join(f"process {process}" for process in _holders(number)) or "another process"
+        raise ValueError(f"{folder} is being read by {who}: wait until it ends, or use another run.name") from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _holders(inode: int) -> list[str]:
+    try:
+        locks = Path("/proc/locks").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return sorted(set(re.findall(rf"FLOCK +ADVISORY +READ +(\d+) [^ ]*:{inode} 0 EOF$", locks, re.MULTILINE)), key=int)
 
 
 def holder(path: Path) -> str | None:

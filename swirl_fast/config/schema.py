@@ -390,6 +390,8 @@ class TrainingConfig:
     """The checkpoint with the best mean of this metric since the checkpoint before stays too; empty: only the newest stay."""
     async_checkpoints: bool = True
     """Training goes on while a copy in CPU memory is written; false: it waits."""
+    export_dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    """Of the weights in model/ and of those that export writes; source: the type that model.path's have. Training itself keeps float32."""
     time_limit: float = setting(0.0, minimum=0)
     """Minutes since the start after which the run saves a checkpoint, before a step that may not fit, and exits with code 75; 0: none."""
     step_timeout: float = setting(7200.0, minimum=0, endless=True)

@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,7 @@ from filelock import FileLock
 
 from swirl_fast.data.shard_index import INDEX, check_index
 from swirl_fast.data.shards import MANIFEST, REMEDY, Manifest, find_damage, parse_manifest, read_manifest, streaming
-from swirl_fast.files import fsync
+from swirl_fast.files import fsync, share
 
 TRIES = 4  # downloads of one file before giving up
 BACK_OFF = 1.0  # seconds before the second try; twice as long before each further one
@@ -49,9 +50,10 @@ PACKAGES = {
 
 
 class ShardFolder:
-    """A folder on this machine, or mounted on it, that `write_shards` wrote.
+    """A folder on this machine, or mounted on it, that `write_shards` wrote, and does not replace until this is closed.
 
-    Raises ValueError when the manifest or the index is missing, damaged, or says what write_shards would not write.
+    Raises ValueError when the manifest or the index is missing, damaged, or says what write_shards would not write, and while the folder is
+    being replaced.
     """
 
     remedy = REMEDY
@@ -59,6 +61,8 @@ class ShardFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        held = share(self.folder) if self.folder.is_dir() else None
+        self._release = weakref.finalize(self, os.close, held) if held is not None else lambda: None
         self._written = _written(self.folder)
         self.manifest = read_manifest(self.folder)
         if (problem := find_damage(self.folder, INDEX, self.manifest)) is not None:
@@ -93,7 +97,7 @@ class ShardFolder:
             raise ValueError(f"{self.folder} was replaced while it was being read: start the training again")
 
     def close(self) -> None:
-        pass
+        self._release()
 
 
 class ShardCache:

@@ -34,7 +34,7 @@ import numpy as np
 import xxhash
 
 from swirl_fast.data.shard_index import COLUMNS, DISTRUST, INDEX, check_files, check_index
-from swirl_fast.files import canonical_json, describe_changes, fsync, hash_file
+from swirl_fast.files import canonical_json, describe_changes, fsync, hash_file, own
 from swirl_fast.formats.tags import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Verdict
@@ -103,7 +103,7 @@ def write_shards(
 
     Raises ValueError when there is no sample, for a sample that cannot be trained on (no step, no action token,
     verdicts that do not match, a trajectory that comes twice), when `folder` holds something else and `replace` is
-    False, and when another process is writing there.
+    False, and when another process is writing there, or reading what would be replaced (shard_source.py: ShardFolder).
     """
     folder = Path(os.path.abspath(folder))
     with _claimed(folder.with_name(folder.name + ".tmp")) as temporary:
@@ -117,9 +117,14 @@ def write_shards(
         elif (problem := _difference(folder, manifest)) is not None:
             if not replace:
                 raise ValueError(f"{folder} {problem}: write with replace=True, or use another run.name")
-            _rename(folder, old)
-            _rename(temporary, folder)
-            shutil.rmtree(old)
+            held = own(folder)  # training reads samples by name: those of another collection would be taken for its own
+            try:
+                _rename(folder, old)
+                _rename(temporary, folder)
+                shutil.rmtree(old)
+            finally:
+                if held is not None:
+                    os.close(held)
     return manifest
 
 

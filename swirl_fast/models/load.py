@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +21,19 @@ from transformers import (
 )
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
+from swirl_fast.files import content_hash
 from swirl_fast.models.embedded import embedded_folder
+from swirl_fast.models.manifest import check_manifest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors names them
+LICENCES = (
+    "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
+    "NOTICE*",
+    "USE_POLICY*",
+)  # what model folders call the text, in either case
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _DATELESS = "{% macro strftime_now(format) %}1 January 2000{% endmacro %}"
 
@@ -28,7 +41,8 @@ _DATELESS = "{% macro strftime_now(format) %}1 January 2000{% endmacro %}"
 def resolve(path: str) -> str:
     """A folder or name that transformers can load; converts the embedded default on first use (15-25 s).
 
-    Raises ConfigError when a local folder does not hold a model or the embedded default's package is missing.
+    Raises ConfigError when a local folder does not hold a model, or not the files that its manifest names, or the embedded default's
+    package is missing.
     """
     if path == EMBEDDED_MODEL:
         return str(embedded_folder())
@@ -38,6 +52,7 @@ def resolve(path: str) -> str:
             raise ConfigError(
                 f"model.path={path}: the folder has no config.json; give a folder that save_pretrained wrote"
             )
+        check_manifest(folder, f"model.path={path}")
         return str(folder)
     if path.startswith((".", "/", "~")):
         raise ConfigError(f"model.path={path}: no such folder")
@@ -90,6 +105,7 @@ def check_weights_folder(config: ModelConfig, folder: str) -> None:
             f"--of {folder}: no folder with a config.json; give base, trained, or a folder that save_pretrained wrote (for a name on the "
             f"Hugging Face hub: model.path={folder} --of base --name NAME)"
         )
+    check_manifest(Path(folder), f"--of {folder}")
     if not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
         return
     own = load_tokenizer(config).get_vocab()
@@ -108,6 +124,8 @@ def load_model(config: ModelConfig, dtype: str, weights: str | None = None) -> P
     weights: a checkpoint's exported folder to load in place of `config.path`.
     """
     source = weights or resolve(config.path)
+    if weights is not None:
+        check_manifest(Path(weights), weights)
     with named_errors(config, weights):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
     return model.eval()
@@ -122,8 +140,28 @@ def local_folder(config: ModelConfig) -> Path:
 
     with named_errors(config):
         return Path(
-            snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+            snapshot_download(
+                source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *LICENCES]
+            )
         )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type that most numbers of a folder's safetensors have, float32 where it is none of STORED or there are no such files."""
+    numbers: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                numbers[entry["dtype"]] += math.prod(entry["shape"])
+    return STORED.get(max(numbers, key=lambda name: numbers[name]), torch.float32) if numbers else torch.float32
+
+
+def licences(folder: Path) -> list[Path]:
+    """The files with the licence of a model folder."""
+    names = [pattern.rstrip("*") for pattern in LICENCES]
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name.upper().startswith(tuple(names)))
 
 
 def load_config(config: ModelConfig) -> transformers.PreTrainedConfig:
@@ -154,22 +192,17 @@ def named_errors(config: ModelConfig, folder: str | None = None) -> Iterator[Non
 
 
 def model_fingerprint(config: ModelConfig) -> str:
-    """Names the weights that sampled something: the path, and for a local folder a hash of its files."""
+    """Names the weights that sampled something: the path, and for a local folder a hash of its files (`weights_hash`)."""
     folder = Path(resolve(config.path))
     return f"{config.path} {weights_hash(folder)}" if folder.is_dir() else config.path
 
 
 def weights_hash(folder: Path) -> str:
-    """Hex digest over the safetensors of a folder, or else its pytorch_model*.bin: of each its name, its size, and 8 MiB at either end
-    (all of a 54 GB model would take a minute)."""
+    """Hex digest over the safetensors of a folder, or else its pytorch_model*.bin: of each its name, its size and all of its bytes (half a
+    minute for a 54 GB model, the first time; see `content_hash`)."""
     import xxhash
 
     digest = xxhash.xxh64()
     for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 23))
-            stream.seek(max(size - (1 << 23), 0))
-            digest.update(stream.read())
+        digest.update(f"{file.name}:{file.stat().st_size}:{content_hash(file)}".encode())
     return digest.hexdigest()

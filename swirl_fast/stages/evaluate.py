@@ -10,6 +10,7 @@ from typing import Any
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.store import Store
+from swirl_fast.data.store_tables import REMEDY
 from swirl_fast.engines.engine import Sampling
 from swirl_fast.files import read_json, write_json
 from swirl_fast.judges.cached import judge_steps, judged_trajectories
@@ -58,6 +59,8 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
             if not (config.folder / "config.yaml").is_file():
                 save_config(config)
             spent = store.meta().get("seconds", 0.0)
+            if type(spent) not in (int, float):
+                raise ValueError(f"{store.path}, table meta, key 'seconds': is not a number: {REMEDY}")
             scores = _score(config, plan, judge, store)
             seconds = spent + time.perf_counter() - start
             store.set_meta("seconds", seconds)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from swirl_fast.config import Config
 
 
-def export(config: Config, checkpoint: str, out: str | None = None) -> None:
-    """Writes the weights of a checkpoint (`best`, `step_000020`) to a Hugging Face folder, by default runs/NAME/model-CHECKPOINT."""
+def export(config: Config, checkpoint: str, out: str | None = None, dtype: str | None = None) -> None:
+    """Writes the weights of a checkpoint (`best`, `step_000020`) to a Hugging Face folder, by default runs/NAME/model-CHECKPOINT.
+
+    dtype: in place of training.export_dtype."""
     from swirl_fast.ranks import start, stop
     from swirl_fast.training.build import export_checkpoint
 
+    if dtype is not None:
+        config = replace(config, training=replace(config.training, export_dtype=dtype))
     ranks = start()
     try:
         export_checkpoint(config, ranks, checkpoint, Path(out or config.folder / f"model-{checkpoint}"))

@@ -30,6 +30,7 @@ def filter(config: Config) -> None:
     task = build_task(config)
     judge_id = id_of_judge(config.judge, offered_tools(task))
     with Store(config.store, writable=False) as store:
+        store.check()  # a damaged row that is not found would be left out of the shards
         candidates, silent, asked = _candidates(config, task, store, judge_id)
         selection = _select(config, candidates, silent, asked, judge_id)
         verdicts = {candidate.id: candidate.verdicts for candidate in candidates}

@@ -18,7 +18,7 @@ from swirl_fast.engines import load_engine
 from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
-from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer
+from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, stored_dtype
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer, open_renderer
@@ -29,7 +29,7 @@ from swirl_fast.tasks.corpus import passages_of
 from swirl_fast.tasks.task import Task
 from swirl_fast.tools import open_tools
 from swirl_fast.training import fsdp, layers, sharded_weights
-from swirl_fast.training.checkpoint import load_weights, recorded_state
+from swirl_fast.training.checkpoint import load_weights, named, recorded_state
 from swirl_fast.training.export import export
 from swirl_fast.training.memory import estimate
 from swirl_fast.training.metrics_log import check_wandb
@@ -119,7 +119,7 @@ class Training:
                 print(f"train: {target} is trained to step {self.config.training.steps} already")
             return
         self.trainer.run()
-        export(target, self.trainer.policy, self.tokenizer, ranks)
+        _export(self.config, target, self.trainer.policy, self.tokenizer, ranks)
         if ranks.main:
             write_json(target / _MARKER, self.marker)
         ranks.barrier()
@@ -149,7 +149,12 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     task = load_task(config.tasks, config.run.seed)
     tools_by_task = offered_tools(task)
     settings = settings_of(config, judge_id(config.judge, tools_by_task))
-    marker = {"step": training.steps, "shards": stream.manifest.content_hash, **settings}
+    marker = {
+        "step": training.steps,
+        "shards": stream.manifest.content_hash,
+        "dtype": training.export_dtype,
+        **settings,
+    }
     if read_json(config.folder / "model" / _MARKER) == marker:
         return Training(config, ranks, None, None, marker)
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
@@ -216,6 +221,14 @@ def _say_what_to_expect(config: Config, ranks: Ranks, stream: TrajectoryStream, 
         print(f"train: the GPU has {memory:.1f} GiB; estimated need {needed}")
 
 
+def _export(
+    config: Config, target: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks
+) -> None:
+    source, wanted = local_folder(config.model), config.training.export_dtype
+    dtype = stored_dtype(source) if wanted == "source" else getattr(torch, wanted)
+    export(target, policy, tokenizer, ranks, dtype=dtype, source=source)
+
+
 def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> None:
     """Writes the weights of `checkpoints/NAME` (best, step_000020) to `target`, a Hugging Face folder. Collective.
 
@@ -223,12 +236,12 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> 
     """
     if target.exists():
         raise ConfigError(f"{target} is already there; remove it, or name another folder with --out")
-    source = config.folder / "checkpoints" / name
+    source = named(config.folder / "checkpoints", name)
     recorded, wanted = recorded_state(source)["settings"]["model"], model_settings(config)
     if recorded != wanted:
         raise ConfigError(f"{source} was trained from another model: {describe_changes(recorded, wanted, 'model')}")
     policy = make_policy(config, ranks)
     load_weights(source, policy)
-    export(target, policy, load_tokenizer(config.model), ranks)
+    _export(config, target, policy, load_tokenizer(config.model), ranks)
     if ranks.main:
         print(f"export: {target} holds the weights of {source.resolve().name}, to be evaluated with --of {target}")

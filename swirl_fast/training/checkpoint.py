@@ -241,6 +241,7 @@ class Checkpoints:
             _remove(new)
             new.symlink_to(best.name)
             new.replace(link)
+            fsync(self.folder)
         elif best is None and link.is_symlink() and not link.exists():
             link.unlink()
         return best
@@ -293,6 +294,19 @@ def best_of(paths: list[Path], metric: str) -> Path | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return max(means, key=lambda path: (means[path], _step(path)), default=None)
+
+
+def named(folder: Path, name: str) -> Path:
+    """The checkpoint `name` of a folder. `best` is looked for among all of them, by the metric that the newest one was written with: the
+    link may be out of date, or missing, after a process was killed between the write of a checkpoint and that of the link."""
+    if name == BEST:
+        for path in reversed(checkpoints(folder)):
+            try:
+                metric = json.loads((path / _STATE).read_text(encoding="utf-8"))[BEST]["metric"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            return best_of(checkpoints(folder), metric) or folder / name
+    return folder / name
 
 
 def recorded_state(path: Path) -> dict[str, Any]:

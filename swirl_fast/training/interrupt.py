@@ -43,7 +43,7 @@ class Interrupts:
     def reason(self, reserve: float = 0.0) -> str:
         """Why to stop before another step, the same on all ranks; "" to go on. Collective.
 
-        reserve: seconds that must be left after the next step.
+        reserve: seconds that must be left after the next step; -inf where there is none, so that only signals count.
         """
         import torch
 

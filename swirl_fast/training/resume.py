@@ -21,6 +21,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "keep_checkpoints",
         "keep_best",
         "async_checkpoints",
+        "export_dtype",
         "time_limit",
         "step_timeout",
         "max_skipped_steps",

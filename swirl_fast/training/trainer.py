@@ -10,6 +10,7 @@ parameters in bfloat16, norms and embeddings too.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from typing import Any
 
@@ -136,6 +137,10 @@ class Trainer:
                         due = False
                     self.heartbeat.mark("a step and its checkpoint")
                     self.interrupts.measure(time.monotonic() - start)
+                if begun < self.step:
+                    self._stop_if_asked(
+                        last=True
+                    )  # what comes after the training would take longer than who asked may wait
 
     def close(self) -> None:
         """Gives back what `restore` opened where `run` was not called."""
@@ -163,9 +168,10 @@ class Trainer:
                 "as many, or use another run.name"
             )
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_asked(self, last: bool = False) -> None:
+        """last: no step is left, for which a time limit would have to have room."""
         checkpoints = self.checkpoints
-        if not (reason := self.interrupts.reason(reserve=checkpoints.seconds)):
+        if not (reason := self.interrupts.reason(reserve=-math.inf if last else checkpoints.seconds)):
             return
         if self.step > max(checkpoints.step, 0):
             checkpoints.save(self.step, self.policy, self.optimizer, self.state(), scheduled=False)

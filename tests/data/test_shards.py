@@ -22,6 +22,7 @@ from support.stores import FINGERPRINT, ids, make_samples, open_stream, read_sam
 from swirl_fast.data import shards
 from swirl_fast.data.shards import StepSample, verify_shards, write_shards
 from swirl_fast.data.stream import TrajectoryStream
+from swirl_fast.files import own
 
 
 @pytest.fixture(scope="module")
@@ -281,13 +282,66 @@ def test_a_folder_replaced_under_a_reader_is_an_error_and_not_other_samples(tmp_
     stream.next_batch()
     write_shards(folder, make_samples(13), fingerprint=FINGERPRINT, replace=True)
     stream.next_batch()  # the same contents: nothing was replaced
-    write_shards(folder, make_samples(13, seed=1), fingerprint=FINGERPRINT, replace=True)
+    write_shards(tmp_path / "other", make_samples(13, seed=1), fingerprint=FINGERPRINT)
+    shutil.rmtree(folder)
+    (tmp_path / "other").rename(folder)
     for _ in range(2):
         with pytest.raises(ValueError, match="was replaced while it was being read"):
             stream.next_batch()
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match="was replaced while it was being read"):
         stream.next_batch()
+
+
+# Reads a shard folder until it is told to end.
+READER = """
+import sys
+sys.path[:0] = {paths!r}
+from support.stores import open_stream
+from pathlib import Path
+stream = open_stream(Path(sys.argv[1]), 4)
+print(stream.next_batch()[0].trajectory.id, flush=True)
+sys.stdin.readline()
+stream.next_batch()
+stream.close()
+print("closed", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o555])
+def test_shards_that_another_process_reads_are_not_replaced(tmp_path: Path, mode: int) -> None:
+    """Also where the reader may not write to the folder."""
+    folder = tmp_path / "shards"
+    write_shards(folder, make_samples(13), fingerprint=FINGERPRINT)
+    before = contents(folder)
+    folder.chmod(mode)
+    code = READER.format(paths=[str(ROOT), str(ROOT / "tests")])
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=pipe, stdout=pipe, text=True) as reader:
+        assert reader.stdin is not None and reader.stdout is not None
+        assert reader.stdout.readline()
+        write_shards(folder, make_samples(13), fingerprint=FINGERPRINT, replace=True)  # the same: nothing to replace
+        with pytest.raises(ValueError, match=rf"shards is being read by process {reader.pid}: wait until it ends"):
+            write_shards(folder, make_samples(6), fingerprint=FINGERPRINT, replace=True)
+        assert contents(folder) == before
+        print(file=reader.stdin, flush=True)
+        assert reader.stdout.readline() == "closed\n"
+        folder.chmod(0o755)
+        write_shards(folder, make_samples(6), fingerprint=FINGERPRINT, replace=True)
+        assert list(read_samples(folder)) == make_samples(6)
+        print(file=reader.stdin, flush=True)
+
+
+def test_shards_are_not_opened_while_they_are_being_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    write_shards(folder, make_samples(13), fingerprint=FINGERPRINT)
+    held = own(folder)
+    assert held is not None
+    with pytest.raises(ValueError, match="shards is just being replaced by another process: start again"):
+        open_stream(folder, 4)
+    os.close(held)
+    open_stream(folder, 4).close()
 
 
 def test_impossible_numbers_are_refused(thirteen: Path) -> None:

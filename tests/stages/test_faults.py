@@ -113,6 +113,21 @@ def test_killed_told_to_stop_and_killed_while_it_writes_a_checkpoint(
     assert_same_bits(folder, straight)
 
 
+def test_told_to_stop_in_the_last_step_it_does_not_go_on_to_evaluate(
+    prepared: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    folder = copy_of(prepared, tmp_path)
+    stage = ["run", *arguments(folder, tiny_model, judged, "training.steps=2", "tasks.eval_limit=1")]
+    told = faulty(folder, "2:0:term", stage)
+    assert told.returncode == EXIT_RESUMABLE, told.stderr
+    assert "SIGTERM: stopped at step 2 of 2, start it again" in told.stderr
+    assert checkpoints(folder) == ["step_000002"]
+    assert not (folder / "r" / "model").exists() and not (folder / "r" / "evaluations" / "trained.json").exists()
+    done = faulty(folder, "none", stage)
+    assert done.returncode == 0, done.stderr
+    assert checkpoints(folder) == ["step_000002"] and (folder / "r" / "evaluations" / "trained.json").exists()
+
+
 def test_told_to_stop_together_with_the_process_of_its_engine(
     prepared: Path, tiny_model: Path, judged: str, tmp_path: Path
 ) -> None:

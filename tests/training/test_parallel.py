@@ -297,7 +297,7 @@ def test_settings_that_the_ranks_or_the_machine_cannot_follow(capsys: pytest.Cap
         fsdp.check_sharding(TrainingConfig(reference_offload=True), Ranks(0, 4, CPU))
     with pytest.raises(ConfigError, match="reference_offload=true: one process without torchrun"):
         fsdp.check_sharding(TrainingConfig(reference_offload=True), Ranks(0, 1, torch.device("cuda")))
-    assert cli.main(["train", "training.shard_size=2"]) == 2
+    assert cli.main(["train", "training.shards=file:///nowhere", "training.shard_size=2"]) == 2
     assert "training.shard_size=2: does not divide the 1 ranks" in capsys.readouterr().err
 
 
@@ -391,5 +391,5 @@ def test_flash_attention_needs_a_gpu_its_package_and_half_precision(
     monkeypatch.setattr(layers.importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(ConfigError, match="training.flash_attention=true: the package is missing"):
         layers.check_layers(TrainingConfig(flash_attention=True), config, torch.device("cuda"))
-    assert cli.main(["train", "training.flash_attention=true"]) == 2
+    assert cli.main(["train", "training.shards=file:///nowhere", "training.flash_attention=true"]) == 2
     assert "set model.dtype=bfloat16" in capsys.readouterr().err

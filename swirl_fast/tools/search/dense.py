@@ -22,12 +22,12 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from swirl_fast.files import content_hash
 from swirl_fast.tools.search.index import Passages
 
 INDEXES = {"flat": "Flat", "fp16": "SQfp16", "hnsw": "HNSW32"}  # our names -> those of faiss.index_factory
 _FORMAT = 1  # raise it when an index of an older version of this file must not be used any more
 _BLOCK = 4096  # passages embedded, sorted by length, between two states that an interrupted build goes on from
-_ENDS = 1 << 23  # bytes at either end of a file that are hashed: all of a 7B model would take seconds at every start
 _SAME_WEIGHTS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot"]  # what other libraries read
 
 
@@ -156,16 +156,11 @@ def model_folder(model: str) -> Path:
 
 
 def folder_hash(folder: Path) -> str:
-    """Hex digest over all files: of each its name, its size, and 8 MiB at either end."""
+    """Hex digest over all files: of each its name, its size and all of its bytes."""
     digest = xxhash.xxh3_128()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder)
         if any(part.startswith(".") for part in name.parts):
             continue
-        size = file.stat().st_size
-        digest.update(f"{name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_ENDS))
-            stream.seek(max(size - _ENDS, 0))
-            digest.update(stream.read())
+        digest.update(f"{name}:{file.stat().st_size}:{content_hash(file)}".encode())
     return digest.hexdigest()
