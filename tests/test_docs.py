@@ -9,6 +9,7 @@ import pytest
 from support.paths import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "examples").glob("*/README.md"))
 NAMED = re.compile(
     r"\]\(([^)#\s]+)|(?<![\w/])((?:swirl_fast|tests|benchmarks|kernels|configs)/[\w./-]+\.(?:py|yaml|md|json))"
 )
