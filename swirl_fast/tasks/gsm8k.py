@@ -68,7 +68,7 @@ class GSM8K:
             text, solution = row.text("question"), row.text("answer")
             _, marker, answer = solution.rpartition("####")
             if not marker or number(answer) is None:
-                raise row.error("answer", "must end in `#### N` with one number N")
+                raise row.error("answer", "must end in `#### N` with one number N, such as 1200, -0.5 or 3/4")
             if text not in seen:
                 seen.add(text)
                 questions.append(Question(question_id(self.name, text), self.name, text, (answer.strip(),)))

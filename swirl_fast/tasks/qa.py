@@ -61,7 +61,8 @@ class QA:
                 wrong := [answer for answer in answers if not score_number(answer, [answer]).exact_match]
             ):
                 raise row.error(
-                    self._columns["answer"], f"tasks.score=number needs one number, and {wrong[0]!r} is none"
+                    self._columns["answer"],
+                    f"tasks.score=number needs one number, and {wrong[0]!r} is none; write one such as 1200 or 3/4",
                 )
             if text in held_out or text in texts:
                 continue

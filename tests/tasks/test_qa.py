@@ -92,6 +92,9 @@ def test_a_question_is_asked_once_and_not_both_trained_and_held_out(tmp_path: Pa
         ("auto", ["Paris", "City of Light"], "city of light.", 1, 1),
         ("exact", "12", "12.0", 0, 0),
         ("number", "1/2", "0.5", 1, 1),
+        ("number", "5k", "5", 0, 0),
+        ("auto", "1.5 million", "1500000", 1, 1),
+        ("auto", "1.5 million", "1.5", 0, 0),
         ("f1", "red green", "green", 0, 2 / 3),
     ],
 )
