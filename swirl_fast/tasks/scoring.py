@@ -1,8 +1,8 @@
 """Scores of an answer against gold answers: numeric equality, or the official HotPotQA metrics. Pure functions.
 
 The HotPotQA metrics are those of hotpot_evaluate_v1.py (Yang et al. 2018, arXiv 1809.09600): lower case, no
-punctuation, no articles, single spaces; token F1; `yes`, `no` and `noanswer` match only themselves. One difference: an
-answer that normalises to nothing scores 0, also against a gold answer that does.
+punctuation, no articles, single spaces; token F1; `yes`, `no` and `noanswer` match only themselves. Two differences: an
+answer that normalises to nothing scores 0, also against a gold answer that does; and accents are composed first (NFC).
 
 The scripts of 2WikiMultihopQA (v1.1), BeerQA and MuSiQue normalise in the same way and take the best of several gold
 answers: exact match and F1 are theirs too, with MuSiQue's missing rule about `yes` and `no` (`closed`). Precision and
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -65,6 +66,7 @@ def score_number(answer: str | None, golds: Sequence[str]) -> Score:
 
 def normalise_answer(text: str) -> str:
     """The official normalisation: lower case, punctuation and articles dropped, white space collapsed."""
+    text = unicodedata.normalize("NFC", text)
     text = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
