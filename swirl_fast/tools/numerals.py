@@ -165,10 +165,11 @@ def number_in(text: str) -> Mention | None:
 def _spelled(text: str) -> str:
     """Folded, with one dash, one sign of currency and single spaces; without emphasis and without the digits of names."""
     text = text.strip().strip("\ufeff\u200b\u200e\u200f\u2060").strip()
+    text = _EMPHASIS.sub(r" \2 ", text).strip()
     if not text.isascii():
         text = fold("".join(map(_plain_character, _BLANKS.sub(_GAP, fold(text, blanks=False)))))
     text = re.sub(r"[-=]>", ":", re.sub(r"[ \t\r\n]+", " ", text))
-    text = _SURFACE.sub(" units", _EMPHASIS.sub(r" \2 ", text).strip())
+    text = _SURFACE.sub(" units", text.strip())
     spaced = _SPACED.search(text)
     if spaced and not re.search(r"[^\W_]", _without_codes(text[: spaced.start()] + text[spaced.end() :])):
         text = text[: spaced.start()] + spaced[1].replace(" ", _GAP) + text[spaced.end() :]

@@ -206,6 +206,8 @@ def test_the_reader_undoes_the_writer(
     body: tuple[str, Fraction, Fraction], sign: str, currency: str, around: str, wide: bool
 ) -> None:
     text, value, scale = body
+    if "*" in text:
+        around = around.replace("**", "")
     if wide:
         text = text.translate({ord(digit): ord(digit) + 0xFEE0 for digit in "0123456789"})
     stated = number_in(around.format(f"{sign}{currency}{text}"))
