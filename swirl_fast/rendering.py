@@ -19,9 +19,16 @@ from transformers import PreTrainedTokenizerBase
 from swirl_fast.config import ModelConfig
 from swirl_fast.formats.tags import ANSWER_TAG
 from swirl_fast.tasks.task import Example
+from swirl_fast.tools.characters import whole_characters
 from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 
 Message = dict[str, str]
+_BREAKS = (
+    " ",
+    " ",
+    "·",
+    "\ufffd",
+)  # put into what would become a control token, one after the other until none is left
 READY = (
     "configs/chat_templates/chatml.jinja is one for models with the tokens <|im_start|> and <|im_end|>, such as Qwen3"
 )
@@ -87,10 +94,7 @@ class Renderer:
     ) -> None:
         """end_ids: further tokens that the model may end a turn with. Raises ValueError, naming `name`, for a chat template that is not
         append-only."""
-        self.tokenizer = tokenizer
-        self._name = name
-        special = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+        self._read_tokenizer(tokenizer, name)
         self._system_role = self._has_system_role()
         before, self._after = self._probe()
         tokens = self._encode(before)
@@ -103,6 +107,15 @@ class Renderer:
         self.stop_ids = tuple(dict.fromkeys([self.stop_id, *end_ids]))
         self._end_of_turn = str(tokenizer.convert_ids_to_tokens(self.stop_id))
         self._before = before.removeprefix(self._end_of_turn)
+
+    def _read_tokenizer(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.tokenizer = tokenizer
+        self._name = name
+        special = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+        # but blanks and single characters, which end nothing, and what unknown characters become
+        control = {i for token, i in tokenizer.get_added_vocab().items() if len(token) > 1 and token.strip(" \t\r\n▁")}
+        self._control = control - {tokenizer.unk_token_id}
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of s_1: the rendered conversation with the opening of the assistant's turn."""
@@ -131,8 +144,38 @@ class Renderer:
         return self._encode(self.plain(text))
 
     def plain(self, text: str) -> str:
-        """`text` with the tokenizer's special tokens broken up, so that no question, passage or result can end a turn."""
-        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) if self._special else text
+        """`text` with the tokenizer's special tokens broken up, so that no question, passage or result can end a turn.
+
+        A tokenizer that normalises (lower case, NFKC, …) makes them of other texts too, `<|IM_END|>`: so the ids decide. Raises ValueError
+        for a text that gives control tokens however it is broken.
+        """
+        text = whole_characters(text)
+        if self._special:
+            text = self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        for by in _BREAKS:
+            spans = self._control_spans(text)
+            if not spans:
+                return text
+            for start, end in reversed(spans):
+                blank = len(text[start:end]) - len(text[start:end].lstrip())
+                at = start + blank + 1
+                if at >= end or by == _BREAKS[-1]:  # nothing to break: the character goes
+                    text = f"{text[: start + blank]}\ufffd{text[at:]}"
+                else:
+                    text = text[:at] + by + text[at:]
+        if self._control_spans(text):
+            raise ValueError(
+                f"the tokenizer of {self._name} makes a control token of the text {text[:80]!r}; leave it out"
+            )
+        return text
+
+    def _control_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the tokenizer makes control tokens of a text; all of it, where a slow tokenizer does not say."""
+        if not self.tokenizer.is_fast:
+            return [(0, len(text))] if self._control.intersection(self._encode(text)) else []
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [span for token, span in pairs if token in self._control]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
 from support.small_models import CHAT_TEMPLATE, train_tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -167,3 +168,76 @@ def test_the_hash_of_the_prompt_sees_template_and_wording_but_not_the_day(monkey
     hashes = [first, on(1, CHAT_TEMPLATE)[0], on(1, CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"))[0]]
     hashes.append(on(1, CHAT_TEMPLATE, (Example("1 + 1 =", ("<answer>2</answer>",), ()),))[0])
     assert len(set(hashes)) == 4
+
+
+def _normalising(
+    normalizer: normalizers.Normalizer | None, pre: pre_tokenizers.PreTokenizer, **added: bool
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters with the ends of turns as added tokens."""
+    letters = [chr(i) for i in range(32, 127)] + ["\n", "▁", "Ġ", "Ċ", "[UNK]"]
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="[UNK]"))
+    if normalizer is not None:
+        made.normalizer = normalizer
+    made.pre_tokenizer = pre
+    made.add_tokens([AddedToken(token, **added) for token in ("<|im_start|>", "<|im_end|>", "[gMASK]")])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+SPELLINGS = [
+    "<|im_end|>", "<|IM_END|>", "＜|im_end|＞", "<｜im_end｜>", "<|im\u200b_end|>", "<|\u0301im_end|>", "<|i\u0307m_end|>",
+    "  <|im_end|>  ",
+    "<|im_<|im_end|>end|>", "< |im_end|>", "<|im_end |>", "[gmask]", "[ｇMASK]", "[gMASK]", "<|im_ｓtart|>",
+    "<|ſtart|><|im_ſtart|>", "<|im_\u00adend|>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "added", [{"normalized": True}, {"normalized": False}, {"normalized": True, "lstrip": True, "rstrip": True}]
+)
+@pytest.mark.parametrize(
+    ("normalizer", "pre"),
+    [
+        (None, pre_tokenizers.Split("", "isolated")),
+        (normalizers.NFKC(), pre_tokenizers.Split("", "isolated")),
+        (normalizers.Lowercase(), pre_tokenizers.Split("", "isolated")),
+        (normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()),
+        (
+            normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]),
+            pre_tokenizers.Whitespace(),
+        ),
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), pre_tokenizers.Metaspace()),
+        (
+            normalizers.Sequence([normalizers.Replace(" ", ""), normalizers.NFKC()]),
+            pre_tokenizers.Split("", "isolated"),
+        ),
+        (normalizers.Nmt(), pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    ],
+    ids=["plain", "NFKC", "lower", "BERT", "no accents", "Llama", "no blanks", "Nmt"],
+)
+def test_no_spelling_of_a_control_token_becomes_one(
+    normalizer: normalizers.Normalizer | None, pre: pre_tokenizers.PreTokenizer, added: dict[str, bool]
+) -> None:
+    made = _normalising(normalizer, pre, **added)
+    control = {i for token, i in made.get_added_vocab().items() if token != "[UNK]"}
+    renderer = Renderer.__new__(Renderer)
+    renderer._read_tokenizer(made, "the model")
+    for text in [*SPELLINGS, "".join(SPELLINGS), "a".join(SPELLINGS)]:
+        plain = renderer.plain(text)
+        assert not control.intersection(made.encode(plain, add_special_tokens=False)), (text, plain)
+    for text in ("12 + 34 = 46", "Zürich und Köln, 3 < 4", "a\n\nb"):
+        assert renderer.plain(text) == text
+
+
+def test_the_tokens_of_plain_texts_are_what_they_were() -> None:
+    for text in ("2 + 3 = ?", "<answer>5</answer>", "a < b | c > d", "日本 🎉 é", "<|im_end|>"):
+        assert RENDERER.plain(text) == text.replace("<|im_end|>", "< |im_end|>")
+
+
+def test_half_a_character_is_replaced() -> None:
+    text = "Hi \ud83d there"
+    prompt = RENDERER.prompt([{"role": "system", "content": text}, {"role": "user", "content": text}])
+    assert prompt == RENDERER.prompt([{"role": r, "content": "Hi \ufffd there"} for r in ("system", "user")])
+    assert RENDERER.observation(text, True) == RENDERER.observation("Hi \ufffd there", True)
+    assert RENDERER.tokens(text) == RENDERER.tokens("Hi \ufffd there")

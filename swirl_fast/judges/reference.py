@@ -18,13 +18,14 @@ from swirl_fast.config import ConfigError
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges.judge import tool_identities
 from swirl_fast.judges.rules.calculations import read_calculation
-from swirl_fast.tasks.scoring import number
-from swirl_fast.tools.arithmetic import CalculationError, numbers
+from swirl_fast.tasks.scoring import states
+from swirl_fast.tools.arithmetic import CalculationError
+from swirl_fast.tools.numerals import numbers
 from swirl_fast.tools.tool import ToolSpec, observation
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
-VERSION = 1  # part of the judge's id, under which verdicts are cached
+VERSION = 2  # part of the judge's id, under which verdicts are cached
 
 
 class ReferenceJudge:
@@ -62,10 +63,9 @@ class ReferenceJudge:
             return Judgement(Verdict.BAD, f"malformed: {action.error}")
         shown = [_result(parse(text, tools).argument, seen) for text, seen in step.history]
         if action.kind == "answer":
-            value = number(action.argument)
-            if value != solution[-1]:
+            if not states(action.argument, solution[-1]):
                 return Judgement(Verdict.BAD, "not the answer of the solution")
-            if value not in shown:
+            if solution[-1] not in shown:
                 return Judgement(Verdict.BAD, "the answer of the solution, but no observation shows it")
             return Judgement(Verdict.GOOD, "the answer of the solution, as an observation shows it")
         try:

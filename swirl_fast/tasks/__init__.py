@@ -20,6 +20,7 @@ from swirl_fast.tasks.task import Task
 from swirl_fast.tasks.two_wiki import TwoWikiMultihopQA
 from swirl_fast.tasks.worked_examples import read_examples
 from swirl_fast.tools import describe_tools
+from swirl_fast.tools.characters import whole_characters
 from swirl_fast.tools.tool import ToolSpec
 
 _KINDS: dict[str, Callable[[TasksConfig, int], Task]] = {
@@ -61,7 +62,7 @@ def load_task(config: TasksConfig, seed: int) -> Task:
         task.examples = read_examples(Path(config.worked_examples), describe_tools(task.tools))
     task.examples = task.examples[: config.examples]
     if config.instructions:
-        task.instructions = _instructions(config.instructions, describe_tools(task.tools))
+        task.instructions = whole_characters(_instructions(config.instructions, describe_tools(task.tools)))
     return task
 
 

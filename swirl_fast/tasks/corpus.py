@@ -10,6 +10,7 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.files import hash_file
 from swirl_fast.tasks.rows import read_file
 from swirl_fast.tasks.task import Task
+from swirl_fast.tools.characters import whole_characters
 
 TEXT_FILES = (".txt", ".md")
 
@@ -55,7 +56,7 @@ def _of_folder(folder: Path) -> list[tuple[str, str]]:
         except UnicodeDecodeError as error:
             raise ValueError(f"search.corpus: {file}: not UTF-8 at byte {error.start}") from None
         paragraphs = (" ".join(part.split()) for part in text.replace("\r\n", "\n").split("\n\n"))
-        passages += [(file.stem, paragraph) for paragraph in paragraphs if paragraph]
+        passages += [(whole_characters(file.stem), paragraph) for paragraph in paragraphs if paragraph]
     return passages
 
 

@@ -13,6 +13,7 @@ from swirl_fast.tasks.rows import Row, question_id, read_splits
 from swirl_fast.tasks.scoring import number, score_number
 from swirl_fast.tasks.solutions import step_expressions, step_results
 from swirl_fast.tasks.task import Example, Question, Score, Split
+from swirl_fast.tools.characters import same_text
 from swirl_fast.tools.tool import observation
 
 
@@ -59,7 +60,7 @@ class GSM8K:
         self._solutions: dict[str, str] = {}  # question id -> worked solution
         splits = read_splits(config.path, config.eval_path, hub=("main", "test"))
         held_out = self._parse(splits["eval"], set())
-        train = self._parse(splits["train"], {question.text for question in held_out})
+        train = self._parse(splits["train"], {same_text(question.text) for question in held_out})
         self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
 
     def _parse(self, rows: list[Row], seen: set[str]) -> list[Question]:
@@ -68,9 +69,9 @@ class GSM8K:
             text, solution = row.text("question"), row.text("answer")
             _, marker, answer = solution.rpartition("####")
             if not marker or number(answer) is None:
-                raise row.error("answer", "must end in `#### N` with one number N")
-            if text not in seen:
-                seen.add(text)
+                raise row.error("answer", "must end in `#### N` with one number N, such as 1200, -0.5 or 3/4")
+            if same_text(text) not in seen:
+                seen.add(same_text(text))
                 questions.append(Question(question_id(self.name, text), self.name, text, (answer.strip(),)))
                 self._solutions[questions[-1].id] = solution
         return questions

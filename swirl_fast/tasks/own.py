@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -23,6 +24,7 @@ from swirl_fast.config.schema import SCORES, TASKS
 from swirl_fast.tasks.rows import question_id
 from swirl_fast.tasks.scoring import ZERO, score_auto
 from swirl_fast.tasks.task import Example, Question, Score, Split
+from swirl_fast.tools.characters import same_text, whole_characters, whole_values
 
 
 class OwnTask:
@@ -48,7 +50,7 @@ class OwnTask:
             _checked_score(f"tasks.kind={self._reference}", self._task.score) if hasattr(self._task, "score") else None
         )
         held_out = self._read("eval", config.eval_limit, set())
-        train = self._read("train", config.limit, {question.text for question in held_out})
+        train = self._read("train", config.limit, {same_text(question.text) for question in held_out})
         self._questions: dict[Split, list[Question]] = {"train": train, "eval": held_out}
 
     def _made(self, made: type, config: TasksConfig, seed: int) -> Any:
@@ -64,7 +66,7 @@ class OwnTask:
         found: dict[str, Question] = {}
         for place, given in enumerate(self._task.questions(split)):
             question = self._question(given, f"{split} question {place}")
-            if question.text in held_out:
+            if same_text(question.text) in held_out:
                 continue
             if question.id in found:
                 raise self._error(f"two {split} questions have the id {question.id!r}")
@@ -77,6 +79,7 @@ class OwnTask:
 
     def _question(self, given: Any, place: str) -> Question:
         if isinstance(given, Mapping):
+            given = dict(whole_values(dict(given)))  # type: ignore[call-overload]
             text, answer = given.get("question"), given.get("answer", ())
             answers = tuple(map(str, answer)) if isinstance(answer, list | tuple) else (str(answer),)
             if not isinstance(text, str) or not text.strip():
@@ -91,7 +94,8 @@ class OwnTask:
             raise self._error(f"{place}: is of the task {given.task!r}; use the task's own name")
         if "/" in given.id:
             raise self._error(f"{place}: its id {given.id!r} must not contain a slash")
-        return given
+        text = whole_characters(given.text)
+        return given if text == given.text else replace(given, text=text)
 
     def _error(self, remedy: str) -> ConfigError:
         return ConfigError(f"tasks.kind={self._reference}: {remedy}")
@@ -106,7 +110,9 @@ class OwnTask:
         return tuple(self._task.demonstration(question)) if hasattr(self._task, "demonstration") else ()
 
     def passages(self) -> Sequence[tuple[str, str]]:
-        return self._task.passages() if hasattr(self._task, "passages") else ()
+        if not hasattr(self._task, "passages"):
+            return ()
+        return [(whole_characters(title), whole_characters(text)) for title, text in self._task.passages()]
 
     def score(self, question: Question, answer: str | None) -> Score:
         return self._own_score(question, answer) if self._own_score else score_auto(answer, question.answers)

@@ -14,6 +14,7 @@ from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.tasks.rows import Row, read_splits
 from swirl_fast.tasks.scoring import score_text
 from swirl_fast.tasks.task import Example, Question, Score, Split
+from swirl_fast.tools.characters import same_text
 from swirl_fast.tools.tool import observation
 
 EXAMPLE_PASSAGES = (
@@ -83,7 +84,7 @@ class ParagraphQA:
                 raise ConfigError(f"{source}: all {len(rows)} {split} rows are left out: {self.left_out}")
         held_out = self._parse(asked["eval"], set(), set())
         train = self._parse(
-            asked["train"], {question.id for question in held_out}, {question.text for question in held_out}
+            asked["train"], {question.id for question in held_out}, {same_text(question.text) for question in held_out}
         )
         self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
         rows = splits["train"] + splits["eval"]
@@ -95,7 +96,7 @@ class ParagraphQA:
             id, text, answers = self.id(row), row.text("question"), self.answers(row)
             if id in questions:
                 raise row.error(self._id_field(row), "an earlier row has the same id")
-            if id not in other_ids and text not in other_texts:
+            if id not in other_ids and same_text(text) not in other_texts:
                 questions[id] = Question(id, self.name, text, tuple(dict.fromkeys(answers)))
         return list(questions.values())
 

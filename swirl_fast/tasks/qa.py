@@ -19,6 +19,7 @@ from swirl_fast.tasks.own import own_score
 from swirl_fast.tasks.rows import Row, question_id, read_splits
 from swirl_fast.tasks.scoring import score_auto, score_f1, score_number, score_text
 from swirl_fast.tasks.task import Example, Question, Score, Split
+from swirl_fast.tools.characters import same_text
 
 COLUMNS = ("question", "answer", "id")
 _SCORES: dict[str, Callable[[str | None, Sequence[str]], Score]] = {
@@ -48,11 +49,11 @@ class QA:
         self._own = own_score(config.score) if is_reference(config.score) else None
         self._score = None if self._own else _SCORES[config.score]
         splits = read_splits(config.path, config.eval_path, hub=("default", "test"))
-        held_out = self._parse(splits["eval"], {}, config.score)
-        train = self._parse(splits["train"], {question.text: question for question in held_out}, config.score)
+        held_out = self._parse(splits["eval"], set(), config.score)
+        train = self._parse(splits["train"], {same_text(question.text) for question in held_out}, config.score)
         self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
 
-    def _parse(self, rows: list[Row], held_out: dict[str, Question], score: str) -> list[Question]:
+    def _parse(self, rows: list[Row], held_out: set[str], score: str) -> list[Question]:
         found: dict[str, Question] = {}
         texts: set[str] = set()
         for row in rows:
@@ -61,11 +62,13 @@ class QA:
                 wrong := [answer for answer in answers if not score_number(answer, [answer]).exact_match]
             ):
                 raise row.error(
-                    self._columns["answer"], f"tasks.score=number needs one number, and {wrong[0]!r} is none"
+                    self._columns["answer"],
+                    f"tasks.score=number needs one number, and {wrong[0]!r} is none; write one such as 1200 or 3/4",
                 )
-            if text in held_out or text in texts:
+            key = same_text(text)
+            if key in held_out or key in texts:
                 continue
-            texts.add(text)
+            texts.add(key)
             id_ = self._id(row, text)
             if id_ in found:
                 raise row.error(self._columns["id"], "an earlier row has the same id")

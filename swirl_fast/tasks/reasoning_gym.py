@@ -23,7 +23,8 @@ from swirl_fast.tasks.rows import question_id
 from swirl_fast.tasks.scoring import ZERO, number, score_number
 from swirl_fast.tasks.solutions import step_expressions, step_results
 from swirl_fast.tasks.task import Example, Question, Score, Split
-from swirl_fast.tools.arithmetic import CalculationError, evaluate, numbers, render_value
+from swirl_fast.tools.arithmetic import CalculationError, evaluate, render_value
+from swirl_fast.tools.numerals import numbers
 
 _CHUNK = 256  # questions drawn from one seed of the generator
 _PATIENCE = 10  # chunks without a new question after which the generator counts as exhausted

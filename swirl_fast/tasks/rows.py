@@ -7,6 +7,8 @@ import gzip
 import hashlib
 import io
 import json
+import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 from swirl_fast.config import ConfigError
 from swirl_fast.config.check import looks_like_file
 from swirl_fast.tasks.task import Split
+from swirl_fast.tools.characters import whole_values
 
 HELD_OUT = 0.1  # share of the rows, from the end, that is held out when there is no eval_path
 
@@ -67,7 +70,8 @@ def read_splits(path: str | None, eval_path: str | None, hub: tuple[str, str]) -
 
 
 def question_id(task: str, text: str) -> str:
-    """An id that depends on nothing but the question: the same in every order, subset and split of its file."""
+    """An id that depends on nothing but the question: the same in every order, subset and split of its file, composed or decomposed."""
+    text = unicodedata.normalize("NFC", text)
     return f"{task}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
@@ -165,16 +169,22 @@ def _json_rows(file: Path, text: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            rows.append(Row(f"{file}:{i}", json.loads(line)))
+            rows.append(Row(f"{file}:{i}", _parsed(line)))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}:{i}: not a JSON object: {error}") from None
     return rows
 
 
+def _parsed(text: str) -> Any:
+    """JSON can write half a character, `\\ud83d`, as UTF-8 cannot: each becomes U+FFFD."""
+    value = json.loads(text)
+    return whole_values(value) if re.search(r"\\u[dD]", text) else value
+
+
 def _listed(file: Path, text: str) -> list[Any] | None:
     """The rows of a file that is one JSON value; None where they stand one a line."""
     try:
-        whole = json.loads(text)
+        whole = _parsed(text)
     except (json.JSONDecodeError, RecursionError) as error:
         if text.lstrip().startswith("["):
             raise ValueError(f"{file}:{getattr(error, 'lineno', 1)}: not valid JSON: {error}") from None

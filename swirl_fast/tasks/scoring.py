@@ -1,8 +1,8 @@
 """Scores of an answer against gold answers: numeric equality, or the official HotPotQA metrics. Pure functions.
 
 The HotPotQA metrics are those of hotpot_evaluate_v1.py (Yang et al. 2018, arXiv 1809.09600): lower case, no
-punctuation, no articles, single spaces; token F1; `yes`, `no` and `noanswer` match only themselves. One difference: an
-answer that normalises to nothing scores 0, also against a gold answer that does.
+punctuation, no articles, single spaces; token F1; `yes`, `no` and `noanswer` match only themselves. Two differences: an
+answer that normalises to nothing scores 0, also against a gold answer that does; and accents are composed first (NFC).
 
 The scripts of 2WikiMultihopQA (v1.1), BeerQA and MuSiQue normalise in the same way and take the best of several gold
 answers: exact match and F1 are theirs too, with MuSiQue's missing rule about `yes` and `no` (`closed`). Precision and
@@ -13,54 +13,49 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
 from swirl_fast.tasks.task import Score
-from swirl_fast.tools.arithmetic import numbers
+from swirl_fast.tools.numerals import Mention, number_in
 
 ZERO = Score(0.0, 0.0, 0.0, 0.0)
-_MAX_CHARS = 2_000  # an answer is a few words; what is longer than an action's argument may be is none
-_FRACTION = re.compile(r"\s*(-?)\s*(\d{1,50})\s*/\s*(\d{1,50})\s*", re.ASCII)
-_PERCENT = re.compile(r"\d\s*%")
-_PLAIN_NUMBER = re.compile(r"[-+−–]?\s*[$€£]?\s*\d[\d,]*(\.\d+)?(\s*%|\s*/\s*\d+|[eE][-+]?\d+)?")
 WHOLLY_CLOSED = ("yes", "no", "noanswer")
 
 
 def number(text: str) -> Fraction | None:
-    """The one number a text states, None when it states none or several.
+    """The one number a text states, None when it states none, several, or what may be another number (tools/numerals.py).
 
-    `10`, `10.00`, `$10`, `10 clips`, `1,200`, `3/4` and `50%` (= 1/2) are numbers. `48/2` is an unfinished calculation
+    `10`, `10.00`, `$10`, `10 clips`, `1,200`, `3/4`, `5k` (= 5000) and `50%` (= 1/2) are numbers. `48/2` is an unfinished calculation
     rather than a number: a fraction counts only when it is not a whole number. Never raises.
     """
-    if len(text) > _MAX_CHARS:
-        return None
-    text = re.sub(r"[−–]", "-", text)
-    fraction = _FRACTION.fullmatch(text)
-    if fraction:
-        numerator, denominator = int(fraction[2]), int(fraction[3])
-        if denominator == 0 or numerator % denominator == 0:
-            return None
-        return Fraction(-numerator if fraction[1] else numerator, denominator)
-    found = numbers(re.sub(r"^\s*-\s+(?=[$\d.])", "-", text))
-    return found[0] if len(found) == 1 else None
+    stated = number_in(text)
+    return stated.value if stated else None
 
 
 def same_number(answer: str, gold: str) -> bool:
-    """Whether both state one number and the numbers are equal, exactly: 10 == 10.00 == $10; 0.333 is not 1/3.
+    """Whether both state one number and the numbers are equal, exactly: 10 == 10.00 == $10; 0.333 is not 1/3, 5k is not 5.
 
     Where only one side has a percent sign it may also be the unit of the answer (GSM8K's gold answers have no units):
     `50%` equals 50 as well as 0.5.
     """
-    left, right = number(answer), number(gold)
+    left, right = number_in(answer), number_in(gold)
     if left is None or right is None:
         return False
-    if left == right:
-        return True
-    percent = bool(_PERCENT.search(answer)), bool(_PERCENT.search(gold))
-    return (percent == (True, False) and left * 100 == right) or (percent == (False, True) and left == right * 100)
+    return left.value == right.value or (left.percent != right.percent and _without_unit(left) == _without_unit(right))
+
+
+def states(answer: str, value: Fraction) -> bool:
+    """Whether an answer states the value, in the way of `same_number`."""
+    stated = number_in(answer)
+    return stated is not None and value in (stated.value, _without_unit(stated))
+
+
+def _without_unit(stated: Mention) -> Fraction:
+    return stated.bare if stated.percent else stated.value
 
 
 def score_number(answer: str | None, golds: Sequence[str]) -> Score:
@@ -71,6 +66,7 @@ def score_number(answer: str | None, golds: Sequence[str]) -> Score:
 
 def normalise_answer(text: str) -> str:
     """The official normalisation: lower case, punctuation and articles dropped, white space collapsed."""
+    text = unicodedata.normalize("NFC", text)
     text = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -89,7 +85,7 @@ def score_text(answer: str | None, golds: Sequence[str], closed: Collection[str]
 
 def score_auto(answer: str | None, golds: Sequence[str]) -> Score:
     """By number where the gold answers are plain numbers, else by words."""
-    numeric = golds and all(_PLAIN_NUMBER.fullmatch(gold.strip()) and number(gold) is not None for gold in golds)
+    numeric = golds and all((stated := number_in(gold)) and stated.whole for gold in golds)
     return score_number(answer, golds) if numeric else score_text(answer, golds)
 
 

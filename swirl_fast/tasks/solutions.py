@@ -9,10 +9,13 @@ import re
 from fractions import Fraction
 
 from swirl_fast.tasks.scoring import number
-from swirl_fast.tools.arithmetic import CalculationError, evaluate, numbers
+from swirl_fast.tools.arithmetic import CalculationError, evaluate
+from swirl_fast.tools.numerals import mentions, numbers
 
 _MARKED = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-_RESULT = re.compile(r"=\s*[$£€]?\s*(-?[\d,]*\.?\d+)(?![\d.,]*\s*[-+*/x×÷])")
+_RESULT = re.compile(
+    r"=\s*[$£€]?\s*(-?[\d,]*\.?\d+(?: ?(?:hundred|thousand|million|billion|trillion)\b|[kKMB]\b)?)(?![\d.,]*\s*[-+*/x×÷])"
+)
 _EQUATION = re.compile(r"([\d.,+\-*/×÷x()% ]*\d[\d.,%]*[)\s]*)=\s*(-?[\d,]*\.?\d+)(?![\d.,]*\s*[-+*/x×÷=])")
 _CONSTANTS = {
     Fraction(one)
@@ -31,7 +34,7 @@ def step_expressions(question: str, solution: str, answer: str) -> tuple[str, ..
     """The calculations of a solution, in order, as they can be given to the calculator: each evaluates to what the solution says, from
     numbers of the question, earlier results and everyday constants, and the last one to the answer. Empty where the text does not allow
     that, because a step is done in words, say."""
-    known = {*_CONSTANTS, *map(abs, numbers(question))}
+    known = {*_CONSTANTS, *(abs(value) for found in mentions(question) for value in (found.value, found.bare))}
     marked = _MARKED.findall(solution)
     text = re.sub(r"[$£€]", "", solution)
     found: dict[Fraction, str] = {}

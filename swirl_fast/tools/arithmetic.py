@@ -59,10 +59,10 @@ _FUNCTIONS = {  # name -> fewest and most arguments
 }
 _SEVERAL = {name for name, (_, most) in _FUNCTIONS.items() if most > 1}
 
-_GROUPED = r"\d{1,3}(?:,\d{3}){1,20}(?!\d|,\d)(?:\.\d+)?"  # 1,200 and 1,200.50
+GROUPED = r"\d{1,3}(?:,\d{3}){1,20}(?!\d|,\d)(?:\.\d+)?"  # 1,200 and 1,200.50
 _PLAIN = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
 _TOKEN = re.compile(
-    rf"\s*(?:(?P<number>(?!0){_GROUPED}|{_PLAIN})|(?P<word>[a-z]+)|(?P<power>⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)|(?P<sign>\*\*|//|[-+*/%!(),]))",
+    rf"\s*(?:(?P<number>(?!0){GROUPED}|{_PLAIN})|(?P<word>[a-z]+)|(?P<power>⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)|(?P<sign>\*\*|//|[-+*/%!(),]))",
     re.ASCII,
 )
 _PLAIN_TOKEN = re.compile(rf"\s*(?P<number>{_PLAIN})", re.ASCII)
@@ -110,7 +110,7 @@ def normalise(expression: str) -> str:
 
 def _spell(expression: str) -> str:
     """Without what has no meaning of its own, and in ASCII but for superscripts and what will be refused."""
-    text = _fold(expression)
+    text = fold(expression)
     text = _NOT_ASCII.sub(lambda match: _vulgar_fraction(match[0]), text)
     text = re.sub(r"(?<![\d.,])(\d{1,50})\u2044(\d{1,50})(?![\d.,])", r"(\1/\2)", text, flags=re.ASCII)
     text = text.translate(_SPELLINGS).lower().strip()
@@ -118,9 +118,14 @@ def _spell(expression: str) -> str:
     return re.sub(r"\s*=\s*\??$", "", text)
 
 
-def _fold(text: str) -> str:
-    """NFKC, as far as it makes one ASCII character of one: `３（％` is `3(%`. A superscript is no digit and stays, as does `①`."""
-    return _NOT_ASCII.sub(lambda match: _fold_character(match[0]), text)
+def fold(text: str, blanks: bool = True) -> str:
+    """NFKC, as far as it makes one ASCII character of one: `３（％` is `3(%`. A superscript is no digit and stays, as does `①`.
+
+    blanks: also the spaces.
+    """
+    return _NOT_ASCII.sub(
+        lambda match: match[0] if not blanks and match[0].isspace() else _fold_character(match[0]), text
+    )
 
 
 def _fold_character(character: str) -> str:
@@ -475,34 +480,6 @@ def render_value(value: Fraction) -> str:
             return f"{mantissa}{'0' if mantissa.endswith('.') else ''}e{int(exponent):+03d}"
         text = f"{number:.{max(9 - number.adjusted(), 4)}f}".rstrip("0")
         return text + "0" if text.endswith(".") else text
-
-
-_MENTION = re.compile(
-    r"(?P<minus>(?<![\w)%.!])(?<![\d)%!] )-)?"  # directly before the number and not after an operand
-    r"\$?(?:(?<![\w.])|(?<=\dx))"  # not inside a word, but 3x4 is 3 and 4
-    rf"(?P<number>{_GROUPED}|(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d+(?![\w.]))?)"
-    r"(?P<percent>%(?![\d(])|\s%(?!\s*[\d(]))?",  # 7%3 and 7 % 3 are remainders
-    re.IGNORECASE | re.ASCII,
-)
-_TEXT_SPELLINGS = str.maketrans({**dict.fromkeys("−–—‒", "-"), **dict.fromkeys("€£", "$")})
-
-
-def numbers(text: str) -> list[Fraction]:
-    """All numbers mentioned in a text, in order: 1,200 is 1200, $3.50 is 7/2, 50% is 1/2, 3/4 is 3 and 4, 3rd is 3.
-
-    A minus counts as a sign only where no subtraction can be meant: `-4` and `7 - -4` have one, `7-4` and `7 -4`
-    have none. Digits inside a word (`H2O`) and numbers of more than 2,000 digits are left out. Never raises; linear in
-    the length.
-    """
-    values = []
-    for match in _MENTION.finditer(re.sub(r"[ \t]+", " ", _fold(text).translate(_TEXT_SPELLINGS))):
-        digits, _, exponent = match["number"].replace(",", "").lower().partition("e")
-        if len(digits) > MAX_DIGITS or len(exponent) > 5 or abs(int(exponent or 0)) > MAX_DIGITS:
-            continue
-        value = Fraction(f"{digits}e{exponent or 0}")
-        value = -value if match["minus"] else value
-        values.append(value / 100 if match["percent"] else value)
-    return values
 
 
 def _serve(parent: int, time_limit: float) -> None:

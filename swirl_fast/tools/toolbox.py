@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Self
 
 from swirl_fast.config import ToolsConfig
+from swirl_fast.tools.characters import whole_characters
 from swirl_fast.tools.tool import ToolSpec
 
 MAX_ERROR_CHARS = 500
@@ -214,7 +215,7 @@ def as_text(result: Any, limit: int) -> str:
             raise ToolError(f"the tool gave {type(result).__name__} instead of text") from None
     if len(result) > limit:
         result = f"{result[:limit]} …"
-    return result.encode("utf-8", "replace").decode("utf-8")  # no tokenizer takes half of a surrogate pair
+    return whole_characters(result)  # no tokenizer takes half of a surrogate pair
 
 
 def _run(jobs: Sequence[Callable[[], Any]], concurrency: int, timeout: float) -> list[Any]:

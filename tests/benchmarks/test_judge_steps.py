@@ -17,7 +17,8 @@ from benchmarks.judges.steps import constructed
 from benchmarks.judges.world import draw_hops, draw_pair, world
 from swirl_fast.config import load
 from swirl_fast.judges.labels import LabelledStep, read_labels
-from swirl_fast.tools.arithmetic import evaluate, numbers
+from swirl_fast.tools.arithmetic import evaluate
+from swirl_fast.tools.numerals import numbers
 from swirl_fast.verdict import Verdict
 
 # What rules cannot see; every other kind must be judged without a mistake.
@@ -128,6 +129,6 @@ def test_the_command_writes_the_set_and_the_result(tmp_path: Path, steps: list[L
     small = ["--good", "1", "--bad", "1", "--seeds", "2", "judge.rules.coverage=full"]
     judge_agreement.main(["--out", str(tmp_path / "r.json"), *small])
     result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert result["steps"] == 60 and result["judge"].startswith("rules-v3-full")
+    assert result["steps"] == 60 and result["judge"].startswith("rules-v4-full")
     assert result["settings"]["each_good_kind"] == 1 and result["environment"]["cores"] >= 1
     assert result["accuracy_of_other_seeds"].keys() == {"1"}

@@ -31,6 +31,9 @@ SECOND = ("<math_exp>48 - 9</math_exp>", observation("48 - 9", "39.0"))
         ((), "<math_exp>4 * 12 - 9</math_exp>", Verdict.GOOD, "the result of a step"),
         ((FIRST,), "<math_exp>48 - 9</math_exp>", Verdict.GOOD, "the result of a step"),
         ((FIRST, SECOND), "<answer>39 pens</answer>", Verdict.GOOD, "the answer of the solution"),
+        ((FIRST, SECOND), "<answer>39%</answer>", Verdict.GOOD, "the answer of the solution"),  # a share in percent
+        ((FIRST, SECOND), "<answer>39k</answer>", Verdict.BAD, "not the answer"),
+        ((FIRST, SECOND), "<answer>minus 39</answer>", Verdict.BAD, "not the answer"),
         ((), "<math_exp>4 + 12</math_exp>", Verdict.BAD, "not the result of a step"),
         ((), "<math_exp>48</math_exp>", Verdict.BAD, "a number, not a calculation"),
         ((), "<math_exp>4 *</math_exp>", Verdict.BAD, "does not evaluate"),
@@ -63,6 +66,7 @@ def test_the_steps_of_solutions() -> None:
     official = "She sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 72"
     assert set(step_results(official, "72")) == {24, 72}
     generated = "1. So 35 × 3 = 105 kiwi\n2. 105 + 35 = 140, worth $1,200=$1,200.50\n#### 140"
+    assert step_results("They pay 3 * 5 = $15 thousand and 2 * 2 = 4k. #### 4k", "4k") == (15_000, 4_000, 4_000)
     assert step_results(generated, "140") == (105, 140, Fraction("1200.5"), 140)
 
 

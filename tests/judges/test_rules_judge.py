@@ -26,6 +26,7 @@ APPLES = "There are 12 apples and 5 pears in a box. Each costs $3. What do all o
 SWEETS = "There are 17 sweets for 5 children, who get 5 bags. How many are left over?"
 CLIPS = "Natalia sold clips to 48 friends in April, and then half as many in May. How many in all?"
 MAILS = "James gets 160 emails a day. 30% of them need no answer. How many answers are due in 5 days?"
+MILLIONS = "A town pays $1.5 million in 12 months. What does it pay a month?"
 FILM = "Who directed the film in which Greta Garbo first spoke?"
 CHOICE = "Which was started first, Arthur's Magazine or First for Women?"
 SAME = "Were Scott Derrickson and Ed Wood of the same nationality?"
@@ -100,6 +101,9 @@ CONNECTED = {
     "answer hedges": (CHAIN, WHOLE, answer("41 or 46"), "BAD"),
     "answer is an essay": (CHAIN, WHOLE, answer("After careful thought about this I say 41"), "BAD"),
     "answer without a number": (CHAIN, WHOLE, answer("forty-one"), "BAD"),
+    "answer with a factor": (CHAIN, WHOLE, answer("41k"), "BAD"),
+    "answer with a sign in words": (CHAIN, WHOLE, answer("minus 41"), "BAD"),
+    "answer with a sign in words that is meant": (GROUPS, [call("56-33-84")], answer("minus 61"), "GOOD"),
     "wrong sign of the answer": (GROUPS, [call("56-33-84")], answer("61"), "BAD"),
     "answer rounded to a whole number": (DECIMALS, [call("4.18+7.365/3.44")], answer("6"), "BAD"),
     "answer rounded the wrong way": (DECIMALS, [call("4.18+7.365/3.44")], answer("6.33"), "BAD"),
@@ -156,6 +160,9 @@ CONNECTED = {
     "a number word and the first number again": (CLIPS, [call("48/2")], call("48+24")[0], "GOOD"),
     "a percentage as a fraction": (MAILS, [], call("160*30/100")[0], "GOOD"),
     "a percentage of the rest": (MAILS, [], call("160*(1-0.3)*5")[0], "GOOD"),
+    "a number with its factor": (MILLIONS, [], call("1500000 / 12")[0], "GOOD"),
+    "a number without its factor": (MILLIONS, [], call("1.5 / 12")[0], "GOOD"),
+    "a percentage in words": ("Of 160 mails 30 percent need no answer.", [], call("160*(1-0.3)")[0], "GOOD"),
     "answer before all numbers are in": (APPLES, FRUIT, answer("17"), "BAD"),
     "answer that was not computed": (APPLES, [*FRUIT, call("17*3")], answer("52"), "BAD"),
     "answer copied from the problem": (APPLES, [*FRUIT, call("17*3")], answer("12"), "BAD"),
@@ -399,7 +406,7 @@ def test_ids_name_what_changes_verdicts():
         RulesJudge(RulesConfig(coverage=c), tools).id for c in ("connected", "full") for tools in (TOOLS, {"sums": ()})
     }
     assert len(ids) == 4
-    assert all(id.startswith(("rules-v3-connected", "rules-v3-full")) for id in ids)
+    assert all(id.startswith(("rules-v4-connected", "rules-v4-full")) for id in ids)
 
 
 def test_tools_of_the_task_decide_what_is_malformed():

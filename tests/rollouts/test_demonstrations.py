@@ -11,7 +11,7 @@ from swirl_fast.config import TasksConfig
 from swirl_fast.data.store import Store
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.solutions import step_expressions
-from swirl_fast.tools.arithmetic import numbers
+from swirl_fast.tools.numerals import numbers
 from swirl_fast.trajectory import Finish
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from support.task_files import RIGHT, texts, write_lines
 from swirl_fast.config import Config, ConfigError, SearchConfig, TasksConfig
 from swirl_fast.tasks import load_task, offered_tools, parts_of
 from swirl_fast.tasks.corpus import corpus_hash, passages_of, read_corpus
+from swirl_fast.tasks.rows import question_id
 from swirl_fast.tools.search import load_search
 
 ROWS = [{"question": f"Question {i}?", "answer": f"answer {i}"} for i in range(10)]
@@ -84,6 +87,41 @@ def test_a_question_is_asked_once_and_not_both_trained_and_held_out(tmp_path: Pa
     assert texts(task, "eval") == [row["question"] for row in ROWS[6:]]
 
 
+def test_one_question_in_two_spellings_of_unicode_is_not_both_trained_and_held_out(tmp_path: Path) -> None:
+    rows = [{"question": text, "answer": "x"} for text in ("Who is Beyoncé?", "Where is  Zürich?", "New?")]
+    spelled = [
+        {"question": unicodedata.normalize("NFD", row["question"]).replace("  ", " "), "answer": "x"}
+        for row in rows[:2]
+    ]
+    train = write_lines(tmp_path / "train.jsonl", [*rows, *spelled])
+    task = load(train, eval_path=write_lines(tmp_path / "eval.jsonl", spelled))
+    assert [question.text for question in task.questions("train")] == ["New?"]
+    assert len(task.questions("eval")) == 2
+    assert question_id("qa", rows[0]["question"]) == question_id("qa", spelled[0]["question"])
+    assert question_id("qa", "Plain  text?") == f"qa-{hashlib.sha256(b'Plain  text?').hexdigest()[:16]}"
+
+
+def test_half_a_character_is_replaced_where_it_is_read(tmp_path: Path) -> None:
+    rows = [{"question": f"Hi \ud83d there {i}", "answer": "\udc00", "extra": ["\ud800"]} for i in range(2)]
+    for path in (write_lines(tmp_path / "a.jsonl", rows), tmp_path / "b.json"):
+        (tmp_path / "b.json").write_text(json.dumps(rows), encoding="utf-8")
+        question = load(path).questions("train")[0]
+        assert (question.text, question.answers, question.fields["extra"]) == (
+            "Hi \ufffd there 0",
+            ("\ufffd",),
+            ["\ufffd"],
+        )
+    corpus = write_lines(tmp_path / "corpus.jsonl", [{"title": "\ud83d", "text": "a \udc00"}])
+    assert read_corpus(str(corpus)) == [("\ufffd", "a \ufffd")]
+    example = {"question": "\ud83d?", "actions": ["<answer>\ud83d</answer>"], "observations": []}
+    found = load(
+        tmp_path / "a.jsonl",
+        worked_examples=str(write_lines(tmp_path / "x.jsonl", [example])),
+        instructions="Be \ud83d. {tools}",
+    )
+    assert found.examples[0].question == "\ufffd?" and found.instructions == "Be \ufffd. {tools}"
+
+
 @pytest.mark.parametrize(
     ("score", "gold", "answer", "exact", "reward"),
     [
@@ -94,6 +132,9 @@ def test_a_question_is_asked_once_and_not_both_trained_and_held_out(tmp_path: Pa
         ("auto", ["Paris", "City of Light"], "city of light.", 1, 1),
         ("exact", "12", "12.0", 0, 0),
         ("number", "1/2", "0.5", 1, 1),
+        ("number", "5k", "5", 0, 0),
+        ("auto", "1.5 million", "1500000", 1, 1),
+        ("auto", "1.5 million", "1.5", 0, 0),
         ("f1", "red green", "green", 0, 2 / 3),
     ],
 )

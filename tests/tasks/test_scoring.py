@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swirl_fast.intervals import wilson
-from swirl_fast.tasks.scoring import ZERO, normalise_answer, number, same_number, score_number, score_text
+from swirl_fast.tasks.scoring import (
+    ZERO,
+    normalise_answer,
+    number,
+    same_number,
+    score_auto,
+    score_number,
+    score_text,
+)
 from swirl_fast.tasks.task import Score
 
 RIGHT = Score(1.0, 1.0, 1.0, 1.0)
@@ -57,6 +65,23 @@ RIGHT = Score(1.0, 1.0, 1.0, 1.0)
         ("5000%", "50%", False),
         ("50", "0.5", False),
         ("0.5", "50", False),
+        ("50 percent", "0.5", True),
+        ("50 percent", "50", True),
+        # nothing beside the digits is dropped
+        ("5k", "5", False),
+        ("5k", "5000", True),
+        ("1.5 million", "1.5", False),
+        ("1.5 million", "1,500,000", True),
+        ("minus 5", "5", False),
+        ("minus 5", "-5", True),
+        ("10_000", "10", False),
+        ("10_000", "10000", True),
+        ("5x", "5", False),
+        ("3rd", "3", False),
+        ("12:30", "12", False),
+        ("0.333...", "0.333", False),
+        ("at least 5", "5", False),
+        ("½", "0.5", True),
     ],
 )
 def test_numbers_are_compared_exactly(answer: str, gold: str, same: bool) -> None:
@@ -68,6 +93,23 @@ def test_a_number_may_equal_any_gold_answer() -> None:
     assert score_number("7", ["6", "7.0"]) == RIGHT
     assert score_number("7", []) == ZERO
     assert score_number(None, ["7"]) == ZERO
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("1500000", "1.5 million", True),
+        ("1.5", "1.5 million", False),
+        ("-5", "minus 5", True),
+        ("5.0", "5", True),
+        ("5", "5 clips", False),  # by words
+        ("12", "12:30", False),
+        ("3-5", "3-5", True),  # by words
+        ("3", "3-5", False),
+    ],
+)
+def test_gold_answers_that_are_numbers_are_compared_as_numbers(answer: str, gold: str, right: bool) -> None:
+    assert (score_auto(answer, [gold]).exact_match == 1) is right
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.formats.tags import parse
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.gsm8k import WORD_PROBLEMS
-from swirl_fast.tasks.scoring import ZERO, number
-from swirl_fast.tools.arithmetic import numbers
+from swirl_fast.tasks.scoring import ZERO, number, score_number
+from swirl_fast.tasks.task import Question
 from swirl_fast.tools.calculator import Calculator
+from swirl_fast.tools.numerals import numbers
 from swirl_fast.tools.tool import CALCULATOR
 
 
@@ -199,6 +200,11 @@ def test_gsm8k_drops_repeated_questions_and_blank_lines(tmp_path: Path) -> None:
         ('{"question": "a"}', r":3: field 'answer': is missing"),
         ('{"question": "a", "answer": "12"}', r":3: field 'answer' = '12': must end in `#### N`"),
         ('{"question": "a", "answer": "#### many"}', r":3: field 'answer' = '#### many': must end in"),
+        (
+            '{"question": "a", "answer": "#### 5x"}',
+            r":3: field 'answer' = '#### 5x': must end in `#### N` with one number N",
+        ),
+        ('{"question": "a", "answer": "#### 3-5"}', r":3: field 'answer' = '#### 3-5': must end in"),
         ("[" * 100_000, r":3: not a JSON object"),
     ],
 )
@@ -208,6 +214,18 @@ def test_a_malformed_row_is_named(tmp_path: Path, row: str, message: str) -> Non
     path.write_text("\n".join([*lines[:2], row, *lines[2:]]))
     with pytest.raises(ValueError, match=re.escape(str(path)) + message):
         gsm8k(str(path))
+
+
+def score(question: Question, answer: str) -> float:
+    return score_number(answer, question.answers).exact_match
+
+
+def test_gold_answers_are_read_with_all_that_belongs_to_them(tmp_path: Path) -> None:
+    rows = [{"question": f"{gold}?", "answer": f"#### {gold}"} for gold in ("5k", "1.5 million", "minus 5", "10_000")]
+    questions = gsm8k(write_lines(tmp_path / "a.jsonl", rows), str(tmp_path / "a.jsonl")).questions("eval")
+    for question, value in zip(questions, ("5000", "1,500,000", "-5", "10000"), strict=True):
+        assert score(question, value) == 1 and score(question, question.answers[0]) == 1
+        assert score(question, value.strip("-").rstrip("0,") or "0") == 0
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from support.paths import ROOT
 
 from swirl_fast.tools import arithmetic
 from swirl_fast.tools import calculator as calculator_module
-from swirl_fast.tools.arithmetic import CalculationError, evaluate, numbers, render_value
+from swirl_fast.tools.arithmetic import CalculationError, evaluate, render_value
 from swirl_fast.tools.calculator import Calculator
+from swirl_fast.tools.numerals import numbers
 
 PATIENT = 60.0  # seconds a call: a loaded machine must not end what is under test
 

@@ -30,6 +30,26 @@ def test_ties_go_to_the_earlier_passage(tmp_path: Path) -> None:
     assert len({score for _, score in ranking[1:]}) == 1
 
 
+def test_accents_and_spellings_of_unicode_are_no_difference(tmp_path: Path) -> None:
+    passages = [
+        ("Beyoncé", "A singer."),
+        ("Zu\u0308rich", "A city."),
+        ("Straßburg", "Another."),
+        ("ＴＯＫＹＯ", "One more."),
+    ]
+    search = Search(passages, 1, 100, tmp_path)
+    for at, queries in enumerate(
+        [
+            ("Beyonce", "beyoncé", "Beyonce\u0301", "BEYONCÉ"),
+            ("Zürich", "Zurich", "Zu\u0308rich"),
+            ("Strassburg", "STRASSBURG"),
+            ("Tokyo", "ｔｏｋｙｏ"),
+        ]
+    ):
+        for query in queries:
+            assert [i for i, _ in search.ranking(query, 1)] == [at], query
+
+
 def naive(passages: list[tuple[str, str]], query: str) -> list[tuple[int, float]]:
     """BM25 as Lucene has it, word by word and passage by passage."""
     stem = Stemmer.Stemmer("english").stemWord

@@ -40,7 +40,7 @@ def results(tool: Any, given: Sequence[Any] = ("1",), **settings: Any) -> list[s
         (None, "ERROR: the tool gave nothing instead of text"),
         (b"bytes", "ERROR: the tool gave bytes instead of text"),
         (object(), "ERROR: the tool gave object instead of text"),
-        ("half \ud800 a pair", "half ? a pair"),
+        ("half \ud800 a pair", "half \ufffd a pair"),
     ],
 )
 def test_results_become_text(result: Any, text: str) -> None:

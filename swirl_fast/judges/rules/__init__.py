@@ -43,7 +43,6 @@ from swirl_fast.config.schema import COVERAGES
 from swirl_fast.formats.tags import Action, parse
 from swirl_fast.judges.judge import tool_identities
 from swirl_fast.judges.rules.calculations import (
-    NUMBER,
     Calculation,
     composed,
     exchanged,
@@ -52,13 +51,14 @@ from swirl_fast.judges.rules.calculations import (
     stated_expression,
 )
 from swirl_fast.judges.rules.queries import answer_fault, query_fault, words
-from swirl_fast.tools.arithmetic import CalculationError, numbers
+from swirl_fast.tools.arithmetic import CalculationError
+from swirl_fast.tools.numerals import mentions, number_in, numbers
 from swirl_fast.tools.search import NOTHING_FOUND
 from swirl_fast.tools.tool import BUILT_IN, ToolSpec, observation
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
-VERSION = 3  # of the rules: part of the judge's id, under which verdicts are cached
+VERSION = 4  # of the rules: part of the judge's id, under which verdicts are cached
 MAX_ANSWER_CHARS = 40  # of a number with its unit
 
 _SPOKEN = {  # word -> numbers it may stand for
@@ -331,18 +331,18 @@ def _progress(chosen: Sequence[_Source]) -> bool:
 
 
 def _number_answer(state: _State, question: _Question, argument: str) -> str:
-    values = numbers(argument)
-    if len(argument) > MAX_ANSWER_CHARS or len(values) != 1:
-        raise _Bad(f"the answer is not one number in at most {MAX_ANSWER_CHARS} characters; it has {len(values)}")
+    stated = number_in(argument)
+    if len(argument) > MAX_ANSWER_CHARS or stated is None:
+        raise _Bad(f"the answer is not one number in at most {MAX_ANSWER_CHARS} characters")
     last = next((result for result in reversed(state.results) if result.covers >= question.needed), None)
     if last is None:
         used = frozenset[int]().union(*(result.covers for result in state.results))
         missing = [question.numbers[i] for i in sorted(question.needed - used)]
         raise _Bad(f"no accepted result rests on all numbers of the question; not used: {_list(missing) or 'none'}")
-    wanted = [values[0], values[0] * 100] if "%" in argument else values
+    wanted = [stated.value, stated.bare] if stated.percent else [stated.value]
     if not any(_equal(answer, last) for answer in wanted):
-        raise _Bad(f"the answer {_show(values[0])} is not the last result, {_show(last.shown)}")
-    return f"the answer {_show(values[0])} is the last result and rests on all numbers"
+        raise _Bad(f"the answer {_show(stated.value)} is not the last result, {_show(last.shown)}")
+    return f"the answer {_show(stated.value)} is the last result and rests on all numbers"
 
 
 def _equal(answer: Fraction, result: _Result) -> bool:
@@ -369,11 +369,11 @@ def _read_question(text: str) -> _Question:
     if stated is not None:
         values, parts = stated
         return _Question(text, values, frozenset(range(len(values))), (), parts)
-    values = tuple(abs(value) for value in numbers(text))
+    mentioned = mentions(text)
+    values = tuple(abs(one.value) for one in mentioned)
     sources = [_Source(value, frozenset({at})) for at, value in enumerate(values)]
-    shares = {abs(value) for match in re.finditer(rf"{NUMBER}\s?%", text) for value in numbers(match.group())}
-    # 30% is 3/10, and may be written 30
-    sources += [_Source(value * 100, frozenset({at})) for at, value in enumerate(values) if value in shares]
+    # 30% is 3/10, and may be written 30; 5 million may be written 5
+    sources += [_Source(abs(one.bare), frozenset({at})) for at, one in enumerate(mentioned) if one.bare != one.value]
     for match in re.finditer(r"(?<![\w./])(\d{1,9})/(\d{1,9})(?![\w/])", text):  # 3/4 may be written 0.75
         top, bottom = Fraction(match[1]), Fraction(match[2])
         at = next((i for i in range(len(values) - 1) if values[i : i + 2] == (top, bottom)), -1)
@@ -383,7 +383,7 @@ def _read_question(text: str) -> _Question:
         spoken = _SPOKEN.get(word) or _SPOKEN.get(word.removesuffix("s"), ())
         sources += [_Source(value, frozenset({at})) for value in spoken]
     # a factor of 1 is rarely written down: "1 hour at $12"
-    needed = frozenset(at for at, value in enumerate(values) if value != 1)
+    needed = frozenset(at for at, one in enumerate(mentioned) if 1 not in (one.value, one.bare))
     return _Question(text, values, needed, tuple(sources), {})
 
 

@@ -19,6 +19,8 @@ import string
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 
+from swirl_fast.tools.characters import without_accents
+
 MAX_ANSWER_WORDS = 12  # of a span
 MAX_QUERY_WORDS = 30
 
@@ -43,8 +45,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def words(text: str) -> list[str]:
-    """Words under HotPotQA's normalisation: lower case, no punctuation, no articles."""
-    return [word for word in text.lower().translate(_PUNCTUATION).split() if word not in ("a", "an", "the")]
+    """Words under HotPotQA's normalisation: lower case, no punctuation, no articles; without accents, as the search finds them."""
+    return [word for word in without_accents(text).translate(_PUNCTUATION).split() if word not in ("a", "an", "the")]
 
 
 @lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ Left out: several GPUs, models with code of their own (trust_remote_code).
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import xxhash
 from tqdm import tqdm
 
 from swirl_fast.files import content_hash
+from swirl_fast.tools.characters import whole_characters
 from swirl_fast.tools.search.index import Passages
 
 INDEXES = {"flat": "Flat", "fp16": "SQfp16", "hnsw": "HNSW32"}  # our names -> those of faiss.index_factory
-_FORMAT = 1  # raise it when an index of an older version of this file must not be used any more
+_FORMAT = 2  # raise it when an index of an older version of this file must not be used any more
 _BLOCK = 4096  # passages embedded, sorted by length, between two states that an interrupted build goes on from
 _SAME_WEIGHTS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot"]  # what other libraries read
 
@@ -124,7 +126,7 @@ class Dense:
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:k]
 
     def _encode(self, encode: Any, texts: list[str], prefix: str | None) -> np.ndarray:
-        clean = [text.encode(errors="replace").decode() for text in texts]  # tokenizers raise for half a surrogate pair
+        clean = [unicodedata.normalize("NFC", whole_characters(text)) for text in texts]
         vectors = encode(
             clean,
             prompt=prefix,
