@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import html
 import ipaddress
 import json
 import re
+import ssl
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -66,6 +68,7 @@ class Http:
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections or 64),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none are kept
+            verify=_tls(),
             trust_env=not direct,
             follow_redirects=False,  # the key is for this server
         )
@@ -73,8 +76,8 @@ class Http:
     async def ask(
         self, method: str, url: str, body: Any, timeout: float, most: int = MAX_BODY, limit: int = MAX_ERROR
     ) -> Answer:
-        """body: becomes JSON; None: there is none. timeout: seconds for all of it. most: bytes of an answer of status 200; of others `limit`
-        are read, and the rest is left. Raises NoAnswer, TooLate; never anything else."""
+        """body: becomes JSON; None: there is none. timeout: seconds for all of it. most: bytes of an answer of status 200; of
+        others `limit` are read, and the rest is left. Raises NoAnswer, TooLate; never anything else."""
         content = None if body is None else json.dumps(body).encode()
         try:
             async with asyncio.timeout(timeout):
@@ -157,6 +160,12 @@ class BlockingHttp(Http):
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Reading the certificates takes a tenth of a second."""
+    return httpx.create_ssl_context()
 
 
 def read_json(text: str) -> Any:
