@@ -148,6 +148,11 @@ def _check_engine(config: Config, values: _Values) -> None:
     if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
         fail("engine.urls", "names a server twice")
     launch = engine.launch
+    if any(re.match(r"--(admin-)?api-key\b", flag) for flag in launch.flags):
+        raise ConfigError(
+            "engine.launch.flags: a key among the arguments would be stored with the run and seen by all users of the machine; put it into "
+            f"the environment variable {engine.api_key_env} (engine.api_key_env)"
+        )
     needed = launch.servers * launch.gpus_per_server
     if launch.gpus and len(set(launch.gpus)) < needed:
         fail(

@@ -442,6 +442,13 @@ def test_an_address_with_a_key_in_its_query_is_refused() -> None:
     load(None, ["training.shards=s3://bucket/a@b", "judge.model.url=https://host/@me/v1"])
 
 
+def test_a_key_among_the_flags_is_refused_without_showing_it() -> None:
+    for flags in ("[--api-key, PASS]", "['--api-key=PASS']"):
+        with pytest.raises(ConfigError, match="engine.launch.flags: .*variable SGLANG_API_KEY") as error:
+            load(None, [f"engine.launch.flags={flags}"])
+        assert "PASS" not in str(error.value)
+
+
 def test_a_key_over_plain_http_is_warned_about(
     recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
