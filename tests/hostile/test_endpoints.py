@@ -74,7 +74,14 @@ def raw(data: bytes) -> Answers:
 
 def http(body: bytes | str, status: str = "200 OK", *headers: str, length: object = None) -> Answers:
     data = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
-    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(data) if length is None else length}", *headers, "", ""]
+    head = [
+        f"HTTP/1.1 {status}",
+        "Connection: close",
+        f"Content-Length: {len(data) if length is None else length}",
+        *headers,
+        "",
+        "",
+    ]
     return raw("\r\n".join(head).encode("latin-1") + data)
 
 
@@ -221,7 +228,7 @@ def step(text: str = "<math_exp>1+1</math_exp>") -> StepView:
 def judged(answer: Answers, **settings: object) -> tuple[str, object]:
     """(what is said, the judgement or the error) of one step."""
     with server(answer) as url:
-        config = EndpointConfig(**{"url": f"{url}/v1", "model": "m", "timeout": TIMEOUT, "retries": 0, **settings})
+        config = EndpointConfig(**{"url": f"{url}/v1", "model": "m", "timeout": LONG, "retries": 0, **settings})
         judge = ModelJudge(config)
         try:
             (judgement,) = judge.judge([step()])
@@ -232,18 +239,18 @@ def judged(answer: Answers, **settings: object) -> tuple[str, object]:
             judge.close()
 
 
-def asked_of_the_engine(answer: Answers) -> list[object]:
+def asked_of_the_engine(answer: Answers, timeout: float = LONG) -> list[object]:
     """What becomes of a generation, a description, a command and a look at its health."""
 
     async def ask(url: str) -> list[object]:
-        client = Client(url, KEY, TIMEOUT)
+        client = Client(url, KEY, timeout)
         request = Request([1, 2, 3], Sampling(4), 2, (7,))
         try:
             return await asyncio.gather(
                 client.generate(request, 0, "run:0", None),
-                client.info(TIMEOUT),
-                client.control("/flush_cache", {}, TIMEOUT),
-                client.healthy(TIMEOUT),
+                client.info(timeout),
+                client.control("/flush_cache", {}, timeout),
+                client.healthy(timeout),
                 client.warm([1, 2, 3], "run:0"),
                 return_exceptions=True,
             )
@@ -257,7 +264,7 @@ def asked_of_the_engine(answer: Answers) -> list[object]:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_judge_says_unknown_or_one_clear_error(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
-    text, outcome = judged(HOSTILE[name])
+    text, outcome = judged(HOSTILE[name], timeout=TIMEOUT)
     assert time.monotonic() - start < LONG
     if not isinstance(outcome, ConfigError):
         assert outcome.verdict is Verdict.UNKNOWN and text
@@ -270,7 +277,7 @@ def test_the_judge_says_unknown_or_one_clear_error(name: str, capfd: pytest.Capt
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_engines_client_raises_one_clear_error(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
-    generated, info, done, healthy, warm = asked_of_the_engine(HOSTILE[name])
+    generated, info, done, healthy, warm = asked_of_the_engine(HOSTILE[name], TIMEOUT)
     assert time.monotonic() - start < LONG
     for outcome in (generated, info, warm):
         assert isinstance(outcome, ServerFailure | EngineError | ValueError), repr(outcome)
