@@ -185,6 +185,12 @@ METRICS = (
     ),
     Metric("skipped_samples", "trajectories", Same(), "recorded trajectories in damaged shards, which are left out"),
     Metric("states", "states", Sum("states"), "states with an action that can be learned from"),
+    Metric(
+        "states_without_signal",
+        "states",
+        Sum("without_signal"),
+        "of these, states at which every advantage is 0, as where all rewards are equal: nothing is learned there",
+    ),
     Metric("actions", "actions", Sum("actions"), "actions of the batch"),
     Metric("action_tokens", "tokens", Sum("generated_tokens"), "tokens that the rollout engine generated"),
     Metric("tokens_computed", "tokens", Sum("computed_tokens"), "tokens of all combs: equal prefixes once"),

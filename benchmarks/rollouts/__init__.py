@@ -118,7 +118,7 @@ def sglang(options: argparse.Namespace) -> Measured:
     cached = SGLangEngine(config, folder, logs / "cached")
     uncached = SGLangEngine(off, folder, logs / "uncached")
     about = {"overrides": options.overrides}
-    same = SGLangEngine(naive, folder, logs / "cached", leader=False, urls=cached.urls)
+    same = SGLangEngine(naive, folder, logs / "cached", leader=False, urls=cached.urls, key=cached.key)
     return Measured(cached, same, uncached, cached.flush_cache, 0, about)
 
 

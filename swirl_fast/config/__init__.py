@@ -5,7 +5,7 @@ YAML is read as text, and each value by the type of its setting (read, yaml_text
 only in a text.
 """
 
-from swirl_fast.config.check import check, task_configs
+from swirl_fast.config.check import check, refuse_secrets, task_configs
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.load import dump, load
 from swirl_fast.config.schema import (
@@ -52,5 +52,6 @@ __all__ = [
     "check",
     "dump",
     "load",
+    "refuse_secrets",
     "task_configs",
 ]

@@ -36,6 +36,9 @@ def looks_like_file(path: str) -> bool:
 def check(config: Config, files: bool = True) -> None:
     """Raises ConfigError for values that are known to be impossible without loading anything. files: also for missing files."""
     check_each(config)
+    for key, urls in _urls(config):
+        for url in urls:
+            refuse_secrets(key, url)
     values = _Values(config)
     _check_data(config, values)
     if files:
@@ -44,6 +47,37 @@ def check(config: Config, files: bool = True) -> None:
     _check_stages(config, values)
     _check_algorithm(config, values)
     _check_training(config, values)
+
+
+def _urls(config: Config) -> list[tuple[str, list[str]]]:
+    """(setting, addresses) of all that may name one."""
+    model = config.judge.model
+    return [
+        ("judge.model.url", [model.url]),
+        ("judge.model.replicas", model.replicas),
+        ("engine.urls", config.engine.urls),
+        ("training.shards", [config.training.shards]),
+        ("filter.upload", [config.filter.upload]),
+    ]
+
+
+def refuse_secrets(key: str, url: str) -> None:
+    """Raises ConfigError, which does not show it, for an address with a user name, a password or a query: settings are stored in the run's
+    folder, shown in reports, and part of messages."""
+    where = {
+        "judge.model.url": "a key into the environment variable that judge.model.api_key_env names",
+        "judge.model.replicas": "a key into the environment variable that judge.model.api_key_env names",
+        "engine.urls": "a key into the environment variable that engine.api_key_env names",
+    }.get(key, "credentials where the storage's own client looks for them, such as AWS_ACCESS_KEY_ID or its files")
+    if re.match(r"\s*[A-Za-z][\w+.-]*:/*[^/?#]*@", url):
+        raise ConfigError(
+            f"{key}: the address has a user name or a password before the @, which would be stored with the run: leave them out, and put "
+            f"{where}"
+        )
+    if re.match(r"\s*https?:[^?#]*[?#]", url, re.IGNORECASE):
+        raise ConfigError(
+            f"{key}: the address has a query or a fragment (? or #), to which no path can be added: leave it out, and put {where}"
+        )
 
 
 class _Values:
@@ -121,6 +155,11 @@ def _check_engine(config: Config, values: _Values) -> None:
     if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
         fail("engine.urls", "names a server twice")
     launch = engine.launch
+    if any(re.match(r"--(admin-)?api-key\b", flag) for flag in launch.flags):
+        raise ConfigError(
+            "engine.launch.flags: a key among the arguments would be stored with the run and seen by all users of the machine; put it into "
+            f"the environment variable {engine.api_key_env} (engine.api_key_env)"
+        )
     needed = launch.servers * launch.gpus_per_server
     if launch.gpus and len(set(launch.gpus)) < needed:
         fail(
@@ -129,7 +168,7 @@ def _check_engine(config: Config, values: _Values) -> None:
         )
     if engine.urls and engine.weight_sync.method == "tensor":
         # here, so that a config without servers needs no httpx
-        from swirl_fast.loopback import is_loopback
+        from swirl_fast.http_client import is_loopback
 
         for url in engine.urls:
             if not is_loopback(url):

@@ -197,7 +197,7 @@ class EngineConfig:
     urls: list[str] = field(default_factory=list)
     """sglang: addresses of servers that run already; empty: engine.launch starts some."""
     api_key_env: str = "SGLANG_API_KEY"
-    """The environment variable that holds the servers' key; where it is not set, none is sent."""
+    """The environment variable that holds the servers' key; where it is not set, servers started here get a random one."""
     timeout: float = setting(600.0, above=0, endless=True)
     """Seconds until a request counts as hung."""
     retries: int = setting(3, minimum=0)

@@ -49,10 +49,12 @@ def load_engine(
             shared = e.weight_sync.folder
             e = replace(e, weight_sync=replace(e.weight_sync, folder=shared and f"{shared}/node-{node}"))
         engine = SGLangEngine(e, folder.absolute(), logs, label=label, seed=config.run.seed + ranks.rank)
-    urls_by_node = ranks.gather((node, engine.urls if engine is not None else []))
+    by_node = ranks.gather((node, engine.urls if engine is not None else [], engine.key if engine is not None else ""))
     if engine is None:
-        urls = [url for where, started in urls_by_node for url in started if e.urls or where == node]
-        engine = SGLangEngine(e, folder.absolute(), logs, label=label, leader=False, urls=urls)
+        found = [(urls, key) for where, urls, key in by_node if urls and (e.urls or where == node)]
+        urls = [url for started, _ in found for url in started]
+        key = found[0][1] if found else ""  # the servers of a node have one
+        engine = SGLangEngine(e, folder.absolute(), logs, label=label, leader=False, urls=urls, key=key)
     return engine
 
 

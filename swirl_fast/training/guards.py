@@ -14,6 +14,8 @@ from swirl_fast.ranks import Ranks
 
 ENOUGH_TO_TELL = 8  # judged actions without a single verdict: below that it may be the actions
 
+SIGNALLESS = 3  # steps in a row without any signal: a batch or two may be so by chance
+
 
 @dataclass
 class GuardCounts:
@@ -24,6 +26,7 @@ class GuardCounts:
     in_a_row: int = 0  # of either kind, up to now
     unanswered: int = 0  # actions without a verdict in this row
     kl_high: bool = False  # in the step before
+    signalless: int = 0  # steps in a row at whose states every advantage was 0, up to now
 
 
 class Guards:
@@ -38,9 +41,18 @@ class Guards:
         """Starts a step: nothing is skipped yet."""
         self.skipped = False
 
-    def end(self, step: int, kl: float) -> None:
-        """Ends the `step`-th step. kl: mean a token; a high one is warned about once, until it is low again."""
+    def end(self, step: int, kl: float, states: float = 0, without_signal: float = 0) -> None:
+        """Ends the `step`-th step. kl: mean a token; a high one is warned about once, until it is low again. states, without_signal: of all
+        ranks; SIGNALLESS steps in a row in which no state has a signal are warned about once, until one has."""
         counts = self.counts
+        if states:
+            counts.signalless = counts.signalless + 1 if without_signal >= states else 0
+            if counts.signalless == SIGNALLESS:
+                self._warn(
+                    f"training step {step}: for {SIGNALLESS} steps in a row all actions of a state have had the same reward, so there was "
+                    "nothing to learn. Read some actions (swirl-fast show): a model that never or always succeeds needs other tasks, a "
+                    "warm-up with algorithm.name=sft, or a larger training.group_size"
+                )
         if not self.skipped:
             counts.in_a_row = counts.unanswered = 0
         high = bool(self._kl_limit) and kl > self._kl_limit

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swirl_fast.metrics import METRICS, OVER_RANKS, largest, summed, values
 from swirl_fast.objective import Actions, LossSums, state_rewards, trajectory_rewards
@@ -17,6 +18,8 @@ from swirl_fast.rollouts.gaming import GamingSigns
 from swirl_fast.rollouts.pipeline import SampledBatch
 from swirl_fast.training.utilization import utilization
 from swirl_fast.verdict import Verdict
+
+NO_SIGNAL = 1e-6  # an advantage up to this is rounding: rewards are in [0, 1]
 
 
 @dataclass
@@ -30,6 +33,7 @@ class StepSums:
     process_label: float = summed()  # mean rewards of states
     judged_states: float = summed()
     states: float = summed()
+    without_signal: float = summed()  # states
     actions: float = summed()
     unknown: float = summed()
     malformed: float = summed()
@@ -72,6 +76,11 @@ class StepSums:
         self.rewards, self.rewarded = float(actions.rewards[actions.known].double().sum()), known
         means = state_rewards(actions)
         self.process_label, self.judged_states = float(means.double().sum()), len(means)
+
+    def add_signal(self, actions: Actions, advantage_A: Tensor) -> None:
+        """advantage_A: [A] float32, of all actions of the batch."""
+        told = advantage_A.abs() > NO_SIGNAL
+        self.without_signal = self.states - len(actions.states[actions.known & told].unique())
 
     def add_work(self, computed_tokens: int, effective_tokens: int, flops: float) -> None:
         """Adds the work of one micro-batch."""

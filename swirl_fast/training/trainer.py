@@ -234,7 +234,7 @@ class Trainer:
             **rewards_by_task(self.ranks, batch, self.rollouts.tasks),
         }
         metrics = step_metrics(together, given, updates, self.peak, self.ranks.size)
-        self.guards.end(self.step, metrics["kl"])
+        self.guards.end(self.step, metrics["kl"], together["states"], together["without_signal"])
         return metrics
 
     def _pack(self, batch: SampledBatch, sums: StepSums, timer: PhaseTimer) -> list[MicroBatch]:
@@ -246,6 +246,8 @@ class Trainer:
             actions = to_actions(batch.sampled, batch.judgements)
             sums.add_batch(batch, actions)
             advantage_A, valid_A = self._advantages(batch, actions)
+            if self.config.algorithm.name != "sft":
+                sums.add_signal(actions, advantage_A)
             if self.samples is not None:
                 self.samples.write(self.step + 1, batch, advantage_A, valid_A)
             with timer.phase("gather"):

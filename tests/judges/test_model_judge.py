@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support.endpoints import completion, prompt_of, serving
 
 from swirl_fast.config import ConfigError, EndpointConfig, JudgeConfig
+from swirl_fast.http_client import is_loopback
 from swirl_fast.judges import judge_id, load_judge
 from swirl_fast.judges.judge import Refusal
 from swirl_fast.judges.model import GivenAnswer, ModelJudge
@@ -24,7 +25,6 @@ from swirl_fast.judges.model.prompts import (
 )
 from swirl_fast.judges.outcome import outcome_judge_id
 from swirl_fast.judges.reference import ReferenceJudge
-from swirl_fast.loopback import is_loopback
 from swirl_fast.tools.tool import BUILT_IN, CALCULATOR, SEARCH
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Verdict
@@ -592,7 +592,7 @@ def test_ids_come_from_the_settings_without_an_http_client(settings, tools, ids,
     judge = ModelJudge(config, tools)
     assert (judge.id, judge.outcome_id) == ids
     judge.close()
-    monkeypatch.delattr("httpx.Client")
+    monkeypatch.delattr("httpx.AsyncClient")
     assert (judge_id(JudgeConfig(kind="model", model=config), tools), outcome_judge_id(config)) == ids
 
 

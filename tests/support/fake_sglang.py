@@ -496,7 +496,7 @@ class Handler(BaseHTTPRequestHandler):
                 while how == "drip" and not fake.closing.wait(0.05):
                     self.wfile.write(b" ")
             return
-        if fake.api_key and self.path != "/health_generate":
+        if fake.api_key and self.path not in ("/health_generate", "/log", "/misbehave"):
             if self.headers.get("Authorization") != f"Bearer {fake.api_key}":
                 return self.send(401, {"error": "Unauthorized"})
         if how is not None and how.isdigit():
@@ -547,7 +547,7 @@ class FakeServer(ThreadingHTTPServer):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for flag in ("--model-path", "--weight-version", "--host", "--api-key"):
+    for flag in ("--model-path", "--weight-version", "--host", "--api-key", "--config"):
         parser.add_argument(flag, default="")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--context-length", type=int, default=512)
@@ -556,6 +556,9 @@ def main() -> None:
     parser.add_argument("--fake-die-on-generate", action="store_true")
     parser.add_argument("--fake-deaf", action="store_true")  # does not end when asked to politely
     args, _ = parser.parse_known_args()
+    settings = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
+    args.api_key = args.api_key or settings.get("api-key", "")
+    print(f"server_args=ServerArgs(api_key={args.api_key!r}, {settings})", flush=True)  # as the real one does
     if args.fake_child:
         import subprocess
 

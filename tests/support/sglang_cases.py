@@ -40,9 +40,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def ask(url: str, path: str, body: dict | None = None) -> dict:
+def ask(url: str, path: str, body: dict | None = None, key: str = "") -> dict:
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url + path, data), timeout=10) as answer:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=10) as answer:
         return json.load(answer)
 
 

@@ -19,6 +19,7 @@ from swirl_fast.training import interrupt
 from swirl_fast.training.guards import Guards
 from swirl_fast.training.interrupt import Interrupts
 
+SAME = "all actions of a state have had the same reward"
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -171,3 +172,18 @@ def test_time_is_counted_from_the_start_of_the_process_or_of_torchrun(monkeypatc
     assert own > 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert time.monotonic() - interrupt._launched() > own  # the parent is older
+
+
+def test_steps_without_a_signal_are_warned_about_once_in_a_row() -> None:
+    found = guards()
+    said = []
+    for step, silent in enumerate([4, 4, 0, 4, 4, 4, 4, 4, 3, 4, 4, 4], start=1):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.end(step, 0.0, 4, silent)
+            found.end(step, 0.0)  # a step without states, as a skipped one, says nothing
+        said += [step for one in caught if SAME in str(one.message)]
+        again = guards()
+        again.load_state_dict(found.state_dict())
+        found = again
+    assert said == [6, 12]

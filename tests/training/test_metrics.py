@@ -24,11 +24,13 @@ from swirl_fast.comb.tree import SampledState, Trunk, pack
 from swirl_fast.config import ConfigError, TrainingConfig, load
 from swirl_fast.metrics import console_line, read_metrics
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
+from swirl_fast.objective import Actions, advantages
 from swirl_fast.ranks import Ranks
 from swirl_fast.report.curves import curves
 from swirl_fast.training import utilization
 from swirl_fast.training.build import settings_of
 from swirl_fast.training.metrics_log import MetricsLog, check_wandb
+from swirl_fast.training.step_metrics import StepSums
 from swirl_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -328,3 +330,18 @@ def test_settings() -> None:
     config = load(None, ["training.wandb=my project", "training.peak_tflops=2.5"])
     kept = settings_of(config, "judge")["training"]
     assert isinstance(kept, dict) and not {"wandb", "peak_tflops"} & kept.keys(), "a checkpoint does not depend on them"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "without"),
+    [("rloo", 2), ("grpo", 2), ("ppo", 2), ("reinforce", 1)],
+)
+def test_states_at_which_nothing_is_learned_are_counted(algorithm: str, without: int) -> None:
+    """State 0: all right. 1: all wrong. 2: they differ. 3: no verdict. With reinforce an action that is right is learned from anyway."""
+    states = torch.arange(4).repeat_interleave(3)
+    rewards = torch.tensor([0.7, 0.7, 0.7, 0, 0, 0, 1, 0, 0, 9, 9, 9])
+    known = states < 3
+    actions = Actions(rewards, known, states, torch.arange(12), torch.ones(12, dtype=torch.int64))
+    sums = StepSums(states=3)
+    sums.add_signal(actions, advantages(actions, algorithm)[0])
+    assert sums.without_signal == without

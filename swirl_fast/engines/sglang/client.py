@@ -6,19 +6,19 @@ no healthy server answers (AnswerError, which names the field), or it serves oth
 
 from __future__ import annotations
 
-import asyncio
-import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import httpx
 import numpy as np
 
 from swirl_fast.engines.engine import Completion, EngineError, Request, Tokens
-from swirl_fast.loopback import is_loopback
+from swirl_fast.http_client import MAX_BODY, Answer, Http, NoAnswer, TooLate, is_loopback, read_json, warn_of_plain_http
 
-CONNECT_TIMEOUT = 10.0  # seconds
 CONTROL_TIMEOUT = 60.0  # seconds for questions that a healthy server answers at once
+TOKEN_BYTES = (
+    512  # of an answer for each token: its id, its log-prob, its text and what is around them take less than 100
+)
+MIN_LOGPROB = -1e6  # of a token that was sampled; as a float32 it is still a number
 
 
 class AnswerError(EngineError):
@@ -50,32 +50,33 @@ class Client:
     def __init__(self, url: str, key: str, timeout: float, direct: bool = False) -> None:
         self.url = url.rstrip("/")
         self._timeout = timeout
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._http = httpx.AsyncClient(headers=headers, limits=limits, trust_env=not (direct or is_loopback(url)))
+        if not direct:
+            warn_of_plain_http(url, key, "engine.urls")
+        self._http = Http(key, direct=direct or is_loopback(url))
+        self.shown = self._http.shown  # what a server says, as it may be shown
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     async def info(self, timeout: float = CONTROL_TIMEOUT) -> ServerInfo:
         model = await self.get("/model_info", timeout)
         server = await self.get("/server_info", timeout)
         served = await self.get("/v1/models", timeout)
         try:
-            context = int(served["data"][0]["max_model_len"])
+            context = _count(served["data"][0]["max_model_len"])
             if server.get("max_req_input_len"):  # the key/value cache may hold less than the model could
-                context = min(context, int(server["max_req_input_len"]))
+                context = min(context, _count(server["max_req_input_len"]))
             return ServerInfo(
-                version=str(server["version"]),
-                model_path=str(model["model_path"]),
-                weight_version=str(model["weight_version"]),
+                version=self.shown(server["version"]),
+                model_path=self.shown(model["model_path"], most=None),
+                weight_version=self.shown(model["weight_version"], most=None),
                 max_context=context,
-                tensor_parallel=int(server["tp_size"]),
+                tensor_parallel=_count(server["tp_size"]),
                 deterministic=bool(server.get("enable_deterministic_inference")),
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise AnswerError(
-                f"{self.url} is not an SGLang server of 0.5 or later: its description lacks or garbles {error}"
+                f"{self.url} is not an SGLang server of 0.5 or later: its description lacks or garbles {self.shown(str(error))}"
             ) from None
 
     async def healthy(self, timeout: float = 30.0) -> bool:
@@ -89,19 +90,21 @@ class Client:
     async def get(self, path: str, timeout: float = CONTROL_TIMEOUT) -> Any:
         return self._json(path, await self._send("GET", path, None, timeout))
 
-    async def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> Any:
-        return self._json(path, await self._send("POST", path, body, timeout or self._timeout))
+    async def post(self, path: str, body: dict[str, Any], tokens: int = 0) -> Any:
+        """tokens: that the answer describes at most."""
+        most = MAX_BODY + TOKEN_BYTES * tokens
+        return self._json(path, await self._send("POST", path, body, self._timeout, most=most))
 
     async def control(self, path: str, body: dict[str, Any], timeout: float) -> None:
         """A command that answers with `success`. Raises ServerFailure with the server's message where it did not succeed."""
         response = await self._send("POST", path, body, timeout, accept=(200, 400))
         try:
-            answer = response.json()
+            answer = read_json(response.text)
         except ValueError:  # some commands answer in plain words
             answer = {}
-        if response.status_code != 200 or (isinstance(answer, dict) and answer.get("success") is False):
+        if response.status != 200 or (isinstance(answer, dict) and answer.get("success") is False):
             message = answer.get("message") if isinstance(answer, dict) else None
-            raise ServerFailure(f"{self.url}{path} failed: {message or response.text[:300]}")
+            raise ServerFailure(f"{self.url}{path} failed: {self.shown(message or response.text)}")
 
     async def exists(self, path: str, body: dict[str, Any], timeout: float) -> bool:
         """`control`, but False where the server does not know the command."""
@@ -154,7 +157,7 @@ class Client:
             "logprob_start_len": -1,
             "extra_key": tag,
         }
-        answer = await self.post("/generate", body)
+        answer = await self.post("/generate", body, request.n * sampling.max_new_tokens)
         answers = answer if isinstance(answer, list) else [answer]
         if len(answers) != request.n:
             raise AnswerError(f"{self.url}/generate: {len(answers)} completions instead of {request.n}")
@@ -164,9 +167,8 @@ class Client:
         meta = self._object(answer, "meta_info")
         finish = self._object(meta, "finish_reason").get("type")
         if finish == "abort":
-            raise ServerFailure(
-                f"{self.url} aborted a request: {meta['finish_reason'].get('message', 'no reason given')}"
-            )
+            message = meta["finish_reason"].get("message", "no reason given")
+            raise ServerFailure(f"{self.url} aborted a request: {self.shown(message)}")
         self._check_weights(meta, tag)
         self._check_prompt(meta, len(request.tokens))
         limit = request.sampling.max_new_tokens
@@ -191,8 +193,9 @@ class Client:
         if not isinstance(spans, list) or not all(isinstance(span, dict) for span in spans):
             self._garbled("meta_info.weight_versions", spans, "a list of objects")
         spans = [span.get("version") for span in spans]
-        if served != tag or set(spans) - {tag}:
-            raise StaleWeights(f"{self.url} answered with weights {served!r} {spans or ''}, asked for were {tag!r}")
+        if served != tag or any(span != tag for span in spans):
+            found = f"{self.shown(served)!r} {self.shown(spans) if spans else ''}"
+            raise StaleWeights(f"{self.url} answered with weights {found}, asked for were {tag!r}")
 
     def _read_tokens(self, answer: dict[str, Any], limit: int) -> list[int]:
         tokens = answer.get("output_ids")
@@ -214,8 +217,8 @@ class Client:
             if not isinstance(pair, list) or len(pair) < 2 or pair[1] != token:
                 self._garbled(name, pair, f"[log-prob, {token}, …]")
             value = pair[0]
-            if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
-                self._garbled(name, value, "a finite number up to 0")
+            if type(value) not in (int, float) or not MIN_LOGPROB <= value <= 1e-3:  # which NaN is not
+                self._garbled(name, value, f"a number from {MIN_LOGPROB:g} to 0")
             logprobs.append(min(float(value), 0.0))
         return logprobs
 
@@ -239,29 +242,27 @@ class Client:
 
     def _garbled(self, name: str, value: object, wanted: str) -> NoReturn:
         raise AnswerError(
-            f"{self.url}/generate: {name} is {str(value)[:200]!r}, expected {wanted}. Is this an SGLang server of 0.5.20 or later?"
+            f"{self.url}/generate: {name} is {self.shown(value, 200)!r}, expected {wanted}. Is this an SGLang server of 0.5.20 or later?"
         )
 
-    def _json(self, path: str, response: httpx.Response) -> Any:
+    def _json(self, path: str, answer: Answer) -> Any:
         try:
-            return response.json()
+            return read_json(answer.text)
         except ValueError:
-            raise AnswerError(f"{self.url}{path}: the answer is not JSON: {response.text[:200]!r}") from None
+            raise AnswerError(f"{self.url}{path}: the answer is not JSON: {self.shown(answer.text)!r}") from None
 
     async def _send(
-        self, method: str, path: str, body: Any, timeout: float, accept: tuple[int, ...] = (200,)
-    ) -> httpx.Response:
-        limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT))
+        self, method: str, path: str, body: Any, timeout: float, accept: tuple[int, ...] = (200,), most: int = MAX_BODY
+    ) -> Answer:
         try:
-            async with asyncio.timeout(timeout):  # of all of it: httpx's are of one step, as the next bytes
-                response = await self._http.request(method, self.url + path, json=body, timeout=limits)
-        except (httpx.TimeoutException, TimeoutError) as error:
-            raise ServerFailure(f"{self.url}{path} did not answer in {timeout:g} s ({type(error).__name__})") from None
-        except httpx.HTTPError as error:
-            raise ServerFailure(f"{self.url}{path}: {type(error).__name__}: {error}") from None
-        status, text = response.status_code, response.text[:300]
+            answer = await self._http.ask(method, self.url + path, body, timeout, most)
+        except TooLate as error:
+            raise ServerFailure(f"{self.url}{path} did not answer in {timeout:g} s ({error})") from None
+        except NoAnswer as error:
+            raise ServerFailure(f"{self.url}{path}: {error}") from None
+        status, text = answer.status, self.shown(answer.text)
         if status in accept:
-            return response
+            return answer
         if status in (401, 403):
             raise EngineError(
                 f"{self.url} refuses the key (HTTP {status}): put the right one into engine.api_key_env's variable"
@@ -275,3 +276,10 @@ class Client:
 
 class _NotFound(EngineError):
     pass
+
+
+def _count(value: object) -> int:
+    """Of a server's description. Raises ValueError for what no count of tokens or devices is."""
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ValueError("a count that is no whole number from 1 on")
+    return value

@@ -44,7 +44,8 @@ class SGLangEngine:
     run's weights; two runs that share servers need two labels.
 
     leader: whether this process starts servers and updates weights. urls: of the servers of a process that does not lead; empty:
-    those of the config, or some are started. seed: of the servers' own random numbers. SGLang takes a request's seed only
+    those of the config, or some are started. key: of these servers; empty: the one in the variable of config.api_key_env. Servers that are
+    started without one get a key by chance. seed: of the servers' own random numbers. SGLang takes a request's seed only
     under --enable-deterministic-inference; without it the same seeds give other tokens every time.
 
     Raises EngineError when a server does not come up, with the end of its log, or cannot be reached.
@@ -60,6 +61,7 @@ class SGLangEngine:
         seed: int = 0,
         leader: bool = True,
         urls: Sequence[str] = (),
+        key: str = "",
     ) -> None:
         self._label, self._warms = label, config.warm_prefixes
         self._dtype = DTYPES[config.dtype]
@@ -75,7 +77,7 @@ class SGLangEngine:
         self._closed = False
         self._updater: WeightUpdater | None = None
         urls = list(urls) or config.urls
-        self._servers = Servers(config, folder, str(weights), self._tag(), seed, leader, urls)
+        self._servers = Servers(config, folder, str(weights), self._tag(), seed, leader, urls, key)
         try:
             self._run(self._servers.open())
             if leader:
@@ -97,6 +99,10 @@ class SGLangEngine:
     @property
     def urls(self) -> list[str]:
         return [server.url for server in self._servers.all]
+
+    @property
+    def key(self) -> str:
+        return self._servers.key
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """As in the protocol. Where the model ends its turn with a token that is none of `stop_ids`, the completion ends there, with

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
+import json
 import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 from swirl_fast.config import LaunchConfig
 from swirl_fast.engines.engine import EngineError
@@ -31,11 +36,11 @@ _LOG_TAIL = 2000  # characters of the log shown when a server does not come up
 
 def claim_port(first: int, host: str) -> tuple[int, IO[str]]:
     """The first port from `first` on that nobody listens on and no server is about to: one that starts listens seconds later. The port is
-    claimed, among this user's commands on this machine, until the file is closed or the process ends."""
-    folder = Path(tempfile.gettempdir()) / f"swirl_fast-ports-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
+    claimed, among this user's commands on this machine, until the file is closed or the process ends. Raises EngineError where none is
+    free, or the folder of the claims is another user's."""
+    folder = private_folder()
     for port in range(first, 65536):
-        claim = open(folder / str(port), "w")
+        claim = open(folder / str(port), "a", opener=_private, encoding="utf-8")
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with socket.socket() as probe:
@@ -47,9 +52,34 @@ def claim_port(first: int, host: str) -> tuple[int, IO[str]]:
     raise EngineError(f"engine.launch.port={first}: no port from there on is free on {host}")
 
 
+def private_folder() -> Path:
+    """This user's folder for claims of ports and keys of servers, which nobody else can read or prepare. Raises EngineError for one that is
+    a link or another user's: everybody may write where it lies."""
+    folder = Path(tempfile.gettempdir()) / f"swirl_fast-ports-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise EngineError(
+            f"{folder} is a link, a file or another user's folder, and this command would write there: remove it, or set TMPDIR to "
+            "a folder of your own"
+        )
+    if stat.S_IMODE(found.st_mode) & 0o077:  # of an earlier version
+        folder.chmod(0o700)
+    return folder
+
+
+def _private(path: str, flags: int) -> int:
+    """For `open`: a file that only this user reads, and no link to another."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise EngineError(f"{path}: {error.strerror}; it must be a file of this user, and no link: remove it") from None
+
+
 class ServerProcess:
-    """One server, started again as often as needed on the same port. number: its place among this node's servers. claim: on the port, kept
-    as long as this object lives."""
+    """One server, started again as often as needed on the same port. number: its place among this node's servers. key: that it asks for;
+    it is given in a file, which is gone when the server is up. claim: on the port, kept as long as this object lives."""
 
     def __init__(
         self,
@@ -67,6 +97,7 @@ class ServerProcess:
         self.config, self.number, self.port, self.log = config, number, port, log
         self.dtype, self.max_sequences, self.seed, self.key = dtype, max_sequences, seed, key
         self._process: subprocess.Popen[bytes] | None = None
+        self._hidden = 0  # bytes of the log from its beginning that hold no key
         self._ending = threading.Lock()
 
     @property
@@ -97,9 +128,33 @@ class ServerProcess:
             line += ["--attention-backend", backend]
         if cpu:
             line += ["--device", "cpu", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-        if self.key:
-            line += ["--api-key", self.key]
-        return line + c.flags
+        return [*line, *_without_config(c.flags), "--config", str(self._settings)]
+
+    @property
+    def _settings(self) -> Path:
+        return private_folder() / f"{self.port}.yaml"
+
+    def _write_settings(self) -> None:
+        """Everybody sees a process's arguments, so the key is not among them. SGLang reads one such file: what the user's says is in it."""
+        settings = _config_of(self.config.flags) | ({"api-key": self.key} if self.key else {})
+        self._settings.unlink(missing_ok=True)
+        with open(self._settings, "x", opener=_private, encoding="utf-8") as file:
+            json.dump(settings, file)  # which is YAML too
+
+    def _hide_key(self) -> None:
+        """SGLang writes all of its settings into its log when it starts. The key in it is overwritten, with as many letters."""
+        key = self.key.encode()
+        if not key or not self.log.is_file():
+            return
+        with self.log.open("r+b") as log:
+            log.seek(self._hidden)
+            text = log.read()
+            at = text.find(key)
+            while at >= 0:
+                log.seek(self._hidden + at)
+                log.write(b"*" * len(key))
+                at = text.find(key, at + len(key))
+            self._hidden += max(0, len(text) - len(key))  # the rest may hold its beginning
 
     def environment(self) -> dict[str, str]:
         import torch
@@ -130,9 +185,9 @@ class ServerProcess:
     def start(self, model: str, weight_version: str) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         line = self.command(model, weight_version)
-        shown = ["…" if before == "--api-key" else word for before, word in zip(["", *line], line, strict=False)]
-        with self.log.open("ab") as log:
-            log.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(shown)}\n".encode())
+        self._write_settings()
+        with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
+            log.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(line)}\n".encode())
             log.flush()
             wrapper = [sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid())] if sys.platform == "linux" else []
             try:
@@ -152,7 +207,10 @@ class ServerProcess:
         end of the log."""
         start = time.monotonic()
         while True:
-            if await healthy():  # type: ignore[misc]
+            up = await healthy()  # type: ignore[misc]
+            self._hide_key()
+            if up:
+                self._settings.unlink(missing_ok=True)
                 return
             waited = time.monotonic() - start
             if not self.alive:
@@ -189,9 +247,32 @@ class ServerProcess:
                         continue
             # its children too, which outlive it for a moment, or for good where it was killed
             _signal_group(process.pid, signal.SIGKILL)
+            self._hide_key()
+            self._settings.unlink(missing_ok=True)
 
     def tail(self) -> str:
-        return self.log.read_text(errors="replace")[-_LOG_TAIL:] if self.log.is_file() else ""
+        self._hide_key()
+        return self.log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:] if self.log.is_file() else ""
+
+
+def _config_of(flags: Sequence[str]) -> dict[str, Any]:
+    """What the YAML file holds that --config names among engine.launch.flags. Raises EngineError for one that is none."""
+    if "--config" not in flags:
+        return {}
+    path = "".join(flags[flags.index("--config") + 1 :][:1])
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise EngineError(
+            f"engine.launch.flags: --config {path}: {error}; give a YAML file of SGLang's settings"
+        ) from None
+    if not isinstance(settings, dict):
+        raise EngineError(f"engine.launch.flags: --config {path} holds no table of SGLang's settings")
+    return {name: value for name, value in settings.items() if str(name).replace("_", "-") != "api-key"}
+
+
+def _without_config(flags: Sequence[str]) -> list[str]:
+    return [flag for before, flag in zip(["", *flags], flags, strict=False) if "--config" not in (before, flag)]
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

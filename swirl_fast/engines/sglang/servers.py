@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -68,10 +69,19 @@ class Server:
 
 class Servers:
     """weights: the folder or name that the servers serve now, None where they are in no folder; tag: the name of these weights.
-    Whoever changes the servers' weights sets both. urls: of servers that run already; leader: as in SGLangEngine."""
+    Whoever changes the servers' weights sets both. urls: of servers that run already; leader and
+    key: as in SGLangEngine."""
 
     def __init__(
-        self, config: EngineConfig, folder: Path, weights: str, tag: str, seed: int, leader: bool, urls: Sequence[str]
+        self,
+        config: EngineConfig,
+        folder: Path,
+        weights: str,
+        tag: str,
+        seed: int,
+        leader: bool,
+        urls: Sequence[str],
+        key: str = "",
     ) -> None:
         self.config, self.leader = config, leader
         self.weights: str | None = weights
@@ -80,7 +90,10 @@ class Servers:
         self._home: OrderedDict[str, Server] = OrderedDict()  # trajectory -> its server
         self._watching: asyncio.Task[None] | None = None
         self._turn = int(os.environ.get("LOCAL_RANK", "0"))  # processes that share servers begin with different ones
-        key = os.environ.get(config.api_key_env, "").strip()
+        key = key or os.environ.get(config.api_key_env, "").strip()
+        if not urls:  # a server takes commands from whoever may ask it, on a machine of many users too
+            key = key or secrets.token_urlsafe(32)
+        self.key = key
         self.all: list[Server] = []
         direct = not config.urls  # started by a command of ours, on this node
         if urls:

@@ -177,7 +177,9 @@ class WeightUpdater:
         info = await server.client.get("/model_info")
         served = info.get("weight_version") if isinstance(info, dict) else None
         if served != tag:
-            raise StaleWeights(f"{server.url} says that it serves weights {served!r} after an update to {tag!r}")
+            raise StaleWeights(
+                f"{server.url} says that it serves weights {server.client.shown(served)!r} after an update to {tag!r}"
+            )
 
     async def _hand_over(self, bucket: Bucket, server: Server) -> None:
         assert server.info is not None

@@ -7,7 +7,7 @@ say aloud: otherwise a whole run would silently have no verdicts. One that refus
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import random
 import threading
@@ -18,14 +18,15 @@ from typing import Any
 
 import httpx
 
-from swirl_fast.config import ConfigError, EndpointConfig
+from swirl_fast.config import ConfigError, EndpointConfig, refuse_secrets
+from swirl_fast.http_client import Answer, BlockingHttp, NoAnswer, TooLate, is_loopback, read_json, warn_of_plain_http
 from swirl_fast.judges.judge import GIVEN_UP
-from swirl_fast.loopback import is_loopback
 from swirl_fast.verdict import JudgeStats
 
 BACKOFF = 0.5  # seconds before the second try, doubled for each further one, times a random factor in [0.5, 1.5)
 GIVE_UP_AFTER = 4  # prompts that fail all their tries, none being answered, after which a call asks about no more
 MAX_WAIT = 30.0  # seconds between two tries, also where the server's Retry-After asks for more
+MAX_TOKENS = 2**24  # that a reply's `usage` may name; no model reads as many
 
 _RETRIED = {408, 409, 429}  # and every 5xx
 _ABOUT_CONTENT = {400, 413, 422}  # e.g. a prompt longer than the model's context
@@ -35,7 +36,7 @@ class Refused(Exception):
     """The endpoint at this URL answered with a status that another try would not change. about_prompt: another prompt may be answered."""
 
     def __init__(self, status: int, body: str, url: str) -> None:
-        super().__init__(f"HTTP {status}: {body[:300]}")
+        super().__init__(f"HTTP {status}: {body}")
         self.status = status
         self.url = url
         self.about_prompt = status in _ABOUT_CONTENT
@@ -93,6 +94,7 @@ class Endpoint:
     """
 
     def __init__(self, config: EndpointConfig, url: str, setting: str) -> None:
+        refuse_secrets(setting, url)
         if not _is_address(url):
             raise ConfigError(
                 f"{setting} is {url!r}; give the address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1"
@@ -100,78 +102,78 @@ class Endpoint:
         key = os.environ.get(config.api_key_env, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ConfigError(f"the key in the environment variable {config.api_key_env} has characters no key has")
+        warn_of_plain_http(url, key, setting)
         self.stats = JudgeStats()
         self.url = completions_url(url)
         self.model = ""
         self._config = config
         self._limit_name = "max_tokens"
         self._lock = threading.Lock()
-        self._client = httpx.Client(
-            headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
-            timeout=config.timeout,
-            trust_env=not is_loopback(url),
-            limits=httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
-        )
+        self._http = BlockingHttp(key, config.concurrency, direct=is_loopback(url))
 
     def complete(self, prompt: str, max_tokens: int) -> tuple[str, str]:
         """(text, finish reason) of one completion. Raises Failed, Refused."""
-        response, text = self._post(prompt, max_tokens)
-        status = response.status_code
-        if status == 400 and self._limit_name == "max_tokens" and "max_completion_tokens" in text:
+        end = time.monotonic() + self._config.timeout
+        answer = self._post(prompt, max_tokens, end)
+        if answer.status == 400 and self._limit_name == "max_tokens" and "max_completion_tokens" in answer.text:
             self._limit_name = "max_completion_tokens"  # the newer name, which some vendors insist on
-            return self.complete(prompt, max_tokens)
+            answer = self._post(prompt, max_tokens, end)
+        status, shown = answer.status, self._http.shown(answer.text)
         if status in _RETRIED or status >= 500:
-            raise Failed(f"HTTP {status}: {text[:200]}", _retry_after(response.headers.get("Retry-After")))
+            raise Failed(f"HTTP {status}: {shown}", _retry_after(answer.headers.get("retry-after")))
         if status != 200:
-            raise Refused(status, text, self.url)
+            raise Refused(status, shown, self.url)
         try:
-            answer = json.loads(text)
-            choice = answer["choices"][0]
-            self._count(answer.get("usage"))
-            self.model = str(answer.get("model") or "")
-            return str(choice["message"]["content"] or ""), str(choice.get("finish_reason") or "")
+            return self._read(read_json(answer.text))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Failed(f"the body is not a chat completion ({type(error).__name__}): {text[:200]}") from None
+            raise Failed(f"the body is not a chat completion ({type(error).__name__}): {shown}") from None
 
-    def _post(self, prompt: str, max_tokens: int) -> tuple[httpx.Response, str]:
-        """The response and its body, whatever the status. Raises Failed without one."""
+    def _read(self, answer: Any) -> tuple[str, str]:
+        """Raises ValueError, LookupError, TypeError or AttributeError for what is no chat completion."""
+        choice = answer["choices"][0]
+        text, finish, model = choice["message"]["content"], choice.get("finish_reason"), answer.get("model")
+        if not isinstance(text, str | None):
+            raise TypeError("the content is no text")
+        self._count(answer.get("usage"))
+        self.model = self._http.shown(model) if isinstance(model, str) else ""
+        return self._http.shown(text or "", most=None), finish if isinstance(finish, str) else ""
+
+    def _post(self, prompt: str, max_tokens: int, end: float) -> Answer:
+        """The answer, whatever its status. Raises Failed without one until `end`, of time.monotonic."""
         request: dict[str, Any] = {
             "model": self._config.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": self._config.temperature,
             self._limit_name: max_tokens,
         }
-        deadline = time.monotonic() + self._config.timeout
-        body = b""
         try:
-            # streamed, because httpx's own timeout starts again with every chunk
-            with self._client.stream("POST", self.url, content=json.dumps(request)) as response:
-                for chunk in response.iter_bytes():
-                    body += chunk
-                    if time.monotonic() > deadline:
-                        raise httpx.ReadTimeout("the reply took too long")
-        except httpx.TimeoutException:
+            return self._http.post(self.url, request, end - time.monotonic())
+        except TooLate:
             raise Failed(f"time-out after {self._config.timeout:g} s") from None
-        except httpx.RequestError as error:
-            raise Failed(f"{type(error).__name__}: {error}") from None
-        return response, body.decode("utf-8", "replace")
+        except NoAnswer as error:
+            raise Failed(str(error)) from None
 
     def _count(self, usage: object) -> None:
-        """Adds a reply's `usage`; not every endpoint sends it."""
+        """Adds a reply's `usage`; not every endpoint sends it, and some send what cannot be."""
         if isinstance(usage, dict):
             details = usage.get("prompt_tokens_details")
-            cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-            prompt = usage.get("prompt_tokens")
+            prompt = _bounded(usage.get("prompt_tokens"), MAX_TOKENS)
+            cached = _bounded(details.get("cached_tokens") if isinstance(details, dict) else 0, prompt)
             with self._lock:
-                if isinstance(prompt, int) and isinstance(cached or 0, int):
-                    self.stats = JudgeStats(self.stats.prompt_tokens + prompt, self.stats.cached_tokens + (cached or 0))
+                self.stats = JudgeStats(self.stats.prompt_tokens + prompt, self.stats.cached_tokens + cached)
 
     def close(self) -> None:
-        self._client.close()
+        self._http.stop()
+
+
+def _bounded(count: object, most: int) -> int:
+    return min(max(count, 0), most) if type(count) is int else 0
 
 
 def describe_refusal(config: EndpointConfig, error: Refused) -> str:
     setting = "judge.model.url" if error.url == completions_url(config.url) else "judge.model.replicas"
+    if 300 <= error.status < 400:
+        return f"the judge's endpoint {error.url} refuses: {error}. Remedy: no redirect is followed; give the final address in {setting}"
     remedy = {
         401: f"put a valid key into the environment variable {config.api_key_env}",
         403: f"put a key with access to {config.model!r} into the environment variable {config.api_key_env}",
@@ -193,16 +195,16 @@ def _is_address(url: str) -> bool:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header, which is a number or a date; None when it is neither."""
+    """Seconds from a Retry-After header, a day at most, which is a number or a date; None when it is neither."""
     if not value:
         return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
     except ValueError:
-        pass
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
+        try:
+            when = parsedate_to_datetime(value)
+            when = when if when.tzinfo else when.replace(tzinfo=UTC)
+            seconds = (when - datetime.now(UTC)).total_seconds()
+        except (ValueError, OverflowError, TypeError, IndexError):  # also a year or a zone that no calendar has
+            return None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), 86400.0)

@@ -86,7 +86,7 @@ def test_a_server_killed_in_the_middle_of_a_batch_loses_nothing(launch, model: P
     assert_from(results[0], requests, weights, version)
     until(lambda: pids_of(engine)[0] != pids[0] and len(engine._servers.up) == 2, "it is started again")
     assert engine.urls == urls and pids_of(engine)[1] == pids[1]
-    assert ask(urls[0], "/model_info")["weight_version"] == f"swirl:{version}"
+    assert ask(urls[0], "/model_info", key=engine.key)["weight_version"] == f"swirl:{version}"
     fresh = [request(number) for number in range(100, 108)]
     assert_from(engine.generate(fresh), fresh, weights, version)
     assert any(e["path"] == "/generate" for e in ask(urls[0], "/log")["requests"]), "it works again"

@@ -159,12 +159,12 @@ def test_a_proxy_of_the_environment_is_for_servers_elsewhere(serve, attach, mode
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
     assert_from(attach(serve()).generate(MANY), MANY, original(model), 0)
     elsewhere = "http://10.0.0.2:30000"
-    assert Client(elsewhere, "", 1.0)._http.trust_env
-    assert not Client(elsewhere, "", 1.0, direct=True)._http.trust_env
+    assert not Client(elsewhere, "", 1.0)._http.direct
+    assert Client(elsewhere, "", 1.0, direct=True)._http.direct
     for attached in (True, False):
         config = EngineConfig(urls=[elsewhere] if attached else [])
         servers = Servers(config, Path("unused"), "", "", 0, leader=False, urls=[elsewhere])
-        assert servers.all[0].client._http.trust_env == attached, "what a command of ours started is asked directly"
+        assert servers.all[0].client._http.direct != attached, "what a command of ours started is asked directly"
 
 
 @pytest.mark.parametrize("path", ["/model_info", "/server_info", "/v1/models"])
