@@ -24,6 +24,7 @@ from swirl_fast.trajectory import Finish, Trajectory
 
 def settings(folder: Path, model: Path, *more: str) -> list[str]:
     own = (
+        "run.seed=5",  # questions whose answer the model that was taught some sums likes to give
         "tasks.eval_limit=4",
         "collect.trajectories_per_question=2",
         "algorithm.kl_coef=0",
@@ -97,18 +98,19 @@ def test_outcome_broadcasts_the_score_of_whole_fresh_trajectories(
             return fresh, questions
 
     monkeypatch.setattr(build, "WholeRollouts", Watched)
-    arguments = settings(collected, tiny_model, "algorithm.reward=outcome", "algorithm.weighting=trajectory")
+    more = ("algorithm.reward=outcome", "algorithm.weighting=trajectory", "training.trajectories_per_step=12")
+    arguments = settings(collected, tiny_model, *more)
     assert cli.main(["train", *arguments, f"training.shards={collected}/r/shards", "run.name=outcome"]) == 0
     (row,) = read_metrics(collected / "outcome")
     ((fresh, places, recorded),) = seen
-    assert len(fresh) == 4 * 6 and places == [place for place in range(4) for _ in range(6)]
+    assert len(fresh) == 12 * 6 and places == [place for place in range(12) for _ in range(6)]
     assert len({tuple(t.tokens) for t in fresh}) > 4, "samples differ"
     assert all(t.finish in (Finish.ANSWER, Finish.STEP_LIMIT) and t.num_steps <= 3 for t in fresh)
     called = [s for t in fresh for s in t.steps if s.action.kind == "tool" and s.observation is not None]
     assert called and all(s.observation.startswith(f"{s.action.argument} -> ") for s in called if s.observation)
     from swirl_fast.config import load
 
-    task = load_task(load(None, arguments).tasks, 0)
+    task = load_task(load(None, arguments).tasks, 5)
     gold = {q.id: q for q in task.questions("train")}
     right = [float(task.score(gold[t.question_id], t.answer).exact_match == 1.0) for t in fresh]
     assert 0 < sum(right) < len(right), "otherwise nothing is tested here"
@@ -133,7 +135,7 @@ def test_outcome_broadcasts_the_score_of_whole_fresh_trajectories(
 def test_a_question_that_the_task_does_not_have_cannot_be_scored(
     collected: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = settings(collected, tiny_model, "algorithm.reward=outcome", "run.seed=5", "run.name=other")
+    arguments = settings(collected, tiny_model, "algorithm.reward=outcome", "run.seed=6", "run.name=other")
     assert cli.main(["train", *arguments, f"training.shards={collected}/r/shards"]) == 2
     shown = capsys.readouterr().err
     assert "algorithm.reward=outcome: the recorded question" in shown and "run.seed" in shown
