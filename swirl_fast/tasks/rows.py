@@ -77,7 +77,7 @@ def question_id(task: str, text: str) -> str:
 
 def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
     file = Path(path).expanduser()
-    if file.is_dir():
+    if file.is_dir() and looks_like_file(path):
         raise ConfigError(f"{key}={path}: is a folder; name a data file in it")
     if file.is_file():
         rows = read_file(file)

@@ -77,7 +77,7 @@ def check_sql(folder: Path) -> None:
         def ask(*queries: str) -> list[str]:
             return boxes["orders"].call([ToolCall("t", "sql", {"query": query}) for query in queries])
 
-        for example in read_examples(folder / "worked.jsonl"):
+        for example in read_examples(folder / "worked.jsonl", [spec]):
             argument = parse(example.actions[0], [spec]).argument
             assert observation(argument, *ask(argument)) == example.observations[0]
             assert example.actions[1] == f"<answer>{ask(argument)[0]}</answer>"

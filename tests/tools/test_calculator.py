@@ -173,9 +173,13 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(monkeypatch: pytest.M
 
 def test_an_interrupted_start_leaves_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its `ready` would be taken for an answer."""
+
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt  # as SIGINT does, which a shell's background jobs ignore
+
     with Calculator(PATIENT) as calculator:
         with monkeypatch.context() as patch:
-            patch.setattr(calculator_module, "_read_line", lambda *_: signal.raise_signal(signal.SIGINT))
+            patch.setattr(calculator_module, "_read_line", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 calculator.call("1 + 1")
         assert calculator._worker is None
