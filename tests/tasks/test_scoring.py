@@ -4,7 +4,7 @@ import string
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from swirl_fast.intervals import wilson
@@ -205,6 +205,9 @@ def of_beerqa(prediction: str, golds: list[str]) -> tuple[float, float, float, f
 
 @given(_phrases.filter(normalise_answer), st.lists(_phrases.filter(normalise_answer), min_size=1, max_size=4))
 def test_equals_the_scripts_for_several_gold_answers(answer: str, golds: list[str]) -> None:
+    words = {normalise_answer(gold) for gold in golds}
+    # of gold answers with the same words BeerQA's script keeps the first, and so may miss the one that is given
+    assume(len({tuple(sorted(one.split())) for one in words}) == len(words))
     score = score_text(answer, golds)
     beerqa = of_beerqa(answer, golds)
     assert (score.exact_match, score.f1) == pytest.approx(beerqa[:2])
