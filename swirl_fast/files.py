@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -65,6 +66,15 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 22):
             state.update(block)
     return state.hexdigest()
+
+
+def hash_tree(place: Path, endings: tuple[str, ...]) -> str:
+    """Hex digest of a file; or of the files in a folder and in those below it, by their names, that end so."""
+    if not place.is_dir():
+        return content_hash(place)
+    files = sorted(file for file in place.rglob("*") if file.suffix.lower() in endings and file.is_file())
+    named = [f"{file.relative_to(place).as_posix()} {content_hash(file)}" for file in files]
+    return hashlib.sha256("\n".join(named).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def fsync(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from swirl_fast.config import references
 from swirl_fast.config.fields import Setting, settings
-from swirl_fast.files import hash_file
+from swirl_fast.files import content_hash, hash_tree
 
 TEXTS = ("tasks.instructions", "tasks.worked_examples", "search.corpus", "judge.model.rubric")
 
@@ -55,5 +55,7 @@ def _content(entry: Setting, value: Any, key: str) -> Any:
         and len(value) < 4096
         and Path(value).expanduser().is_file()
     ):
-        return f"xxh64 {hash_file(Path(value).expanduser())}"
+        return f"xxh64 {content_hash(Path(value).expanduser())}"
+    if key == "search.corpus" and value and Path(value).expanduser().is_dir():
+        return hash_tree(Path(value).expanduser(), (".txt", ".md"))
     return value

@@ -69,6 +69,18 @@ def identity(key: str, text: str, known: Sequence[str] = ()) -> str:
     return f"{name}@{_digest(_source(key, text, place))}"
 
 
+@contextlib.contextmanager
+def running(key: str, text: str, what: str) -> Iterator[None]:
+    """Around what a reference names where it must work before anything else can: raises ConfigError, with the place, for whatever it
+    raises."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{key}={text}: {what} fails: {_last_line(error)}") from error
+
+
 def _split(key: str, text: str, known: Sequence[str]) -> tuple[str, str]:
     place, separator, name = text.rpartition(":")
     if not separator or not place or not all(part.isidentifier() for part in name.split(".")):

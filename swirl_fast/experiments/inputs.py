@@ -24,7 +24,7 @@ def inputs(configs: Iterable[Config]) -> dict[str, str]:
             except ConfigError:
                 name = path
             if name != path:
-                found[path] = name.removeprefix(f"{path} ")
+                found[path] = name.removeprefix("weights ")
         if config.search.kind == "dense" and config.search.model and config.search.model not in found:
             with contextlib.suppress(ConfigError):
                 found[config.search.model] = folder_hash(model_folder(config.search.model))

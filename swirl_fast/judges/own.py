@@ -18,13 +18,14 @@ import json
 import math
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import ConfigError
-from swirl_fast.config.references import identity, load
+from swirl_fast.config.references import identity, load, running
 from swirl_fast.config.schema import JUDGES
 from swirl_fast.formats.tags import Action, parse
 from swirl_fast.judges.judge import tool_identities
@@ -121,8 +122,9 @@ def _callable(reference: str) -> tuple[Callable[[list[JudgedStep]], list[Any]], 
             inspect.signature(found).bind()
         except (TypeError, ValueError):
             raise ConfigError(f"{KEY}={reference}: the class must be made without arguments") from None
-        made: Any = found()
-        return _batched(reference, made.judge), getattr(made, "close", lambda: None)
+        with running(KEY, reference, "making it"):
+            made: Any = found()
+        return _batched(made.judge), getattr(made, "close", lambda: None)
     if not callable(found):
         raise ConfigError(
             f"{KEY}={reference}: must be a function of a step, or a class with judge(steps), not {type(found).__name__}"
@@ -132,17 +134,17 @@ def _callable(reference: str) -> tuple[Callable[[list[JudgedStep]], list[Any]], 
         inspect.signature(found).bind(None)
     except (TypeError, ValueError):
         raise ConfigError(f"{KEY}={reference}: must be a function of one step, or of a list called `steps`") from None
-    return (_batched(reference, found) if parameters[0] == "steps" else _single(found)), lambda: None
+    return (_batched(found) if parameters[0] == "steps" else _single(found)), lambda: None
 
 
-def _batched(reference: str, function: Any) -> Callable[[list[JudgedStep]], list[Any]]:
+def _batched(function: Any) -> Callable[[list[JudgedStep]], list[Any]]:
     def judge(steps: list[JudgedStep]) -> list[Any]:
         try:
             outcomes = function(steps)
             if inspect.isawaitable(outcomes):
-                outcomes = asyncio.run(_awaited(outcomes))
+                outcomes = _run(_awaited(outcomes))
             outcomes = list(outcomes)
-        except Exception as error:  # whatever a stranger's function raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's function raises
             return [error] * len(steps)
         if len(outcomes) != len(steps):
             return [ValueError(f"it gave {len(outcomes)} rewards for {len(steps)} steps")] * len(steps)
@@ -160,15 +162,21 @@ def _single(function: Any) -> Callable[[list[JudgedStep]], list[Any]]:
         for step in steps:
             try:
                 outcomes.append(function(step))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 outcomes.append(error)
         places = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
         if places:
-            for i, outcome in zip(places, asyncio.run(together([outcomes[i] for i in places])), strict=True):
+            for i, outcome in zip(places, _run(together([outcomes[i] for i in places])), strict=True):
                 outcomes[i] = outcome
         return outcomes
 
     return judge
+
+
+def _run(waiting: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """In a thread of its own: the caller's may run an event loop, as in a notebook."""
+    with ThreadPoolExecutor(1, "judge") as pool:
+        return pool.submit(asyncio.run, waiting).result()
 
 
 async def _awaited(outcomes: Any) -> Any:

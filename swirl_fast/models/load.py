@@ -192,9 +192,10 @@ def named_errors(config: ModelConfig, folder: str | None = None) -> Iterator[Non
 
 
 def model_fingerprint(config: ModelConfig) -> str:
-    """Names the weights that sampled something: the path, and for a local folder a hash of its files (`weights_hash`)."""
+    """Names the weights that sampled something, wherever they lie: the hash of a local folder (`weights_hash`), else the name on the
+    hub."""
     folder = Path(resolve(config.path))
-    return f"{config.path} {weights_hash(folder)}" if folder.is_dir() else config.path
+    return f"weights {weights_hash(folder)}" if folder.is_dir() else config.path
 
 
 def weights_hash(folder: Path) -> str:

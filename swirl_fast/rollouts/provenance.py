@@ -25,8 +25,9 @@ def fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
     from swirl_fast.models.load import model_fingerprint
 
     tasks = contents(config.tasks, "tasks")
-    for name in ("limit", "eval_limit"):
-        del tasks[name]
+    for table in (tasks, *tasks["mix"]):
+        for name in ("limit", "eval_limit"):
+            table.pop(name, None)
     search: dict[str, Any] = {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars}
     if config.search.corpus:
         search["corpus"] = corpus_hash(config.search.corpus)
@@ -35,10 +36,10 @@ def fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
 
         search |= {name: getattr(config.search, name) for name in ("kind", "query_prefix", "passage_prefix", "index")}
         assert config.search.model, "refused by the check of the config"
-        search["model"] = f"{config.search.model} {folder_hash(model_folder(config.search.model))}"
+        search["model"] = folder_hash(model_folder(config.search.model))
     return {
         "model": model_fingerprint(config.model),
-        "chat_template": config.model.chat_template,
+        "chat_template": contents(config.model, "model")["chat_template"],
         "engine_dtype": config.engine.dtype,
         "tasks": tasks,
         "search": search,

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from swirl_fast.config import Config, dump
+from swirl_fast.config import Config, ConfigError, dump
 from swirl_fast.engines.engine import Engine
 from swirl_fast.files import write_text
 from swirl_fast.judges import close_judge, load_judge
@@ -24,7 +24,10 @@ def build_task(config: Config) -> Task:
 
 @contextlib.contextmanager
 def opened_tools(config: Config, task: Task, offered: ToolsByTask) -> Iterator[dict[str, Toolbox]]:
-    """Those on offer, ready for calls, by the name of a question's task. Says afterwards which failed, and how often."""
+    """Those on offer, ready for calls, by the name of a question's task. Says afterwards which failed, and how often. Raises ConfigError
+    for a corpus that no tool searches."""
+    if config.search.corpus and not any("search" in part.tools for part in parts_of(task).values()):
+        raise ConfigError(f"search.corpus={config.search.corpus}: no tool searches in it; add search to tasks.tools")
     with contextlib.ExitStack() as stack:
         boxes = {
             name: stack.enter_context(

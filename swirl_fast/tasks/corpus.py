@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from swirl_fast.config import Config, ConfigError
-from swirl_fast.files import hash_file
+from swirl_fast.files import hash_tree
 from swirl_fast.tasks.rows import read_file
 from swirl_fast.tasks.task import Task
 from swirl_fast.tools.characters import whole_characters
@@ -37,11 +36,7 @@ def read_corpus(path: str) -> list[tuple[str, str]]:
 
 def corpus_hash(path: str) -> str:
     """Hex digest of the contents, wherever they lie."""
-    place = Path(path).expanduser()
-    if not place.is_dir():
-        return hash_file(place)
-    files = [f"{file.relative_to(place)} {hash_file(file)}" for file in _files(place)]
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+    return hash_tree(Path(path).expanduser(), TEXT_FILES)
 
 
 def _files(folder: Path) -> list[Path]:

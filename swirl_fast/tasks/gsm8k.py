@@ -12,7 +12,7 @@ from swirl_fast.config import TasksConfig
 from swirl_fast.tasks.rows import Row, question_id, read_splits
 from swirl_fast.tasks.scoring import number, score_number
 from swirl_fast.tasks.solutions import step_expressions, step_results
-from swirl_fast.tasks.task import Example, Question, Score, Split
+from swirl_fast.tasks.task import Example, Question, Score, Split, TaskDefaults
 from swirl_fast.tools.characters import same_text
 from swirl_fast.tools.tool import observation
 
@@ -44,7 +44,7 @@ WORD_PROBLEMS = (
 )
 
 
-class GSM8K:
+class GSM8K(TaskDefaults):
     """path, eval_path: files, or Hugging Face names such as `openai/gsm8k` (splits train and test).
 
     Without eval_path the last tenth of `path` is held out. A training question that is also in the held-out split is
@@ -53,7 +53,6 @@ class GSM8K:
 
     name = "gsm8k"
     tools: tuple[str, ...] = ("calculator",)
-    instructions = ""
     examples: tuple[Example, ...] = WORD_PROBLEMS
 
     def __init__(self, config: TasksConfig, seed: int = 0) -> None:
@@ -84,9 +83,6 @@ class GSM8K:
 
     def demonstration(self, question: Question) -> tuple[str, ...]:
         return step_expressions(question.text, self._solutions[question.id], question.answers[0])
-
-    def passages(self) -> Sequence[tuple[str, str]]:
-        return ()
 
     def score(self, question: Question, answer: str | None) -> Score:
         return score_number(answer, question.answers)

@@ -8,16 +8,12 @@ from dataclasses import replace
 from fractions import Fraction
 
 from swirl_fast.config import ConfigError, TasksConfig
-from swirl_fast.tasks.task import Example, Question, Score, Split, Task
+from swirl_fast.tasks.task import Question, Score, Split, Task, TaskDefaults
 
 
-class Mixture:
+class Mixture(TaskDefaults):
     """Of tasks.limit and tasks.eval_limit every task has the share that its weight gives it, all of its own limit where it sets one. Their
     questions follow each other in turns, so that a part of them has the same shares."""
-
-    tools: tuple[str, ...] = ()  # every part has its own
-    examples: tuple[Example, ...] = ()
-    instructions = ""
 
     def __init__(self, config: TasksConfig, seed: int, load: Callable[[TasksConfig, int], Task]) -> None:
         """load: makes the task of settings without a mixture."""

@@ -16,12 +16,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import ConfigError, TasksConfig
-from swirl_fast.config.references import load
+from swirl_fast.config.references import absolute, load, running
 from swirl_fast.config.schema import SCORES, TASKS
-from swirl_fast.tasks.rows import question_id
+from swirl_fast.tasks.rows import gold_answers, question_id
 from swirl_fast.tasks.scoring import ZERO, score_auto
 from swirl_fast.tasks.task import Example, Question, Score, Split
 from swirl_fast.tools.characters import same_text, whole_characters, whole_values
@@ -43,8 +44,12 @@ class OwnTask:
         self.name: str = self._task.name
         if "/" in self.name:
             raise self._error(f"its name {self.name!r} must not contain a slash")
-        self.tools: tuple[str, ...] = tuple(getattr(self._task, "tools", ()))
+        self.tools = self._tools()
         self.examples: tuple[Example, ...] = tuple(getattr(self._task, "examples", ()))
+        if not all(isinstance(example, Example) for example in self.examples):
+            raise self._error(
+                "examples must be Example objects (swirl_fast.tasks.task); tasks.worked_examples reads a file"
+            )
         self.instructions: str = getattr(self._task, "instructions", "")
         self._own_score = (
             _checked_score(f"tasks.kind={self._reference}", self._task.score) if hasattr(self._task, "score") else None
@@ -59,20 +64,30 @@ class OwnTask:
                 inspect.signature(made).bind(*arguments)
             except (TypeError, ValueError):
                 continue
-            return made(*arguments)
+            with running("tasks.kind", self._reference, "making it"):
+                return made(*arguments)
         raise self._error("the class must be made with (config, seed), or without arguments")
+
+    def _tools(self) -> tuple[str, ...]:
+        """FILE.py of a tool is looked for beside the file of the task."""
+        names = getattr(self._task, "tools", ())
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise self._error('tools must be a list of names, such as ("calculator", "mine.py:convert")')
+        folder = Path(self._reference.rpartition(":")[0]).parent
+        return tuple(absolute(name, folder) for name in names)
 
     def _read(self, split: Split, limit: int, held_out: set[str]) -> list[Question]:
         found: dict[str, Question] = {}
-        for place, given in enumerate(self._task.questions(split)):
-            question = self._question(given, f"{split} question {place}")
-            if same_text(question.text) in held_out:
-                continue
-            if question.id in found:
-                raise self._error(f"two {split} questions have the id {question.id!r}")
-            found[question.id] = question
-            if len(found) == limit:  # 0: all
-                break
+        with running("tasks.kind", self._reference, f"questions({split!r})"):
+            for place, given in enumerate(self._task.questions(split)):
+                question = self._question(given, f"{split} question {place}")
+                if same_text(question.text) in held_out:
+                    continue
+                if question.id in found:
+                    raise self._error(f"two {split} questions have the id {question.id!r}")
+                found[question.id] = question
+                if len(found) == limit:  # 0: all
+                    break
         if not found:
             raise self._error(f"questions({split!r}) gives none" + (" that is not held out too" if held_out else ""))
         return list(found.values())
@@ -80,8 +95,10 @@ class OwnTask:
     def _question(self, given: Any, place: str) -> Question:
         if isinstance(given, Mapping):
             given = dict(whole_values(dict(given)))  # type: ignore[call-overload]
-            text, answer = given.get("question"), given.get("answer", ())
-            answers = tuple(map(str, answer)) if isinstance(answer, list | tuple) else (str(answer),)
+            text, answer = given.get("question"), given.get("answer", [])
+            answers = () if answer in ([], ()) else gold_answers(list(answer) if isinstance(answer, tuple) else answer)
+            if answers is None:
+                raise self._error(f"{place}: its `answer` {answer!r:.80} must be a text, a number, or a list of those")
             if not isinstance(text, str) or not text.strip():
                 raise self._error(
                     f"{place}: must have a text `question`, and has {', '.join(map(str, given)) or 'nothing'}"

@@ -7,13 +7,12 @@ BeerQA, CofCA). Everything else is here: the splits, what is kept out of trainin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.tasks.rows import Row, read_splits
 from swirl_fast.tasks.scoring import score_text
-from swirl_fast.tasks.task import Example, Question, Score, Split
+from swirl_fast.tasks.task import Example, Question, Score, Split, TaskDefaults
 from swirl_fast.tools.characters import same_text
 from swirl_fast.tools.tool import observation
 
@@ -55,7 +54,7 @@ EXAMPLES = (
 )
 
 
-class ParagraphQA:
+class ParagraphQA(TaskDefaults):
     """path, eval_path: files in the official format, or names of Hugging Face data sets.
 
     Without eval_path the last tenth of `path` is held out; the same file as both is held out whole. A training row
@@ -72,7 +71,6 @@ class ParagraphQA:
     id_fields: tuple[str, ...] = ("_id", "id")  # the first that a row has; `id` on Hugging Face
     left_out = ""  # why `asked` leaves rows out, for the error when none is left
     tools: tuple[str, ...] = ("search",)
-    instructions = ""
     examples: tuple[Example, ...] = EXAMPLES
 
     def __init__(self, config: TasksConfig, seed: int = 0) -> None:
@@ -124,12 +122,6 @@ class ParagraphQA:
 
     def questions(self, split: Split) -> Sequence[Question]:
         return self._questions[split]
-
-    def solution(self, question: Question) -> tuple[Fraction, ...]:
-        return ()
-
-    def demonstration(self, question: Question) -> tuple[str, ...]:
-        return ()
 
     def passages(self) -> Sequence[tuple[str, str]]:
         return self._passages

@@ -6,19 +6,16 @@ or a list of those, any of which is right. All columns are there for tools and s
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.config.references import is_reference
 from swirl_fast.tasks.own import own_score
-from swirl_fast.tasks.rows import Row, question_id, read_splits
+from swirl_fast.tasks.rows import Row, gold_answers, question_id, read_splits
 from swirl_fast.tasks.scoring import score_auto, score_f1, score_number, score_text
-from swirl_fast.tasks.task import Example, Question, Score, Split
+from swirl_fast.tasks.task import Question, Score, Split, TaskDefaults
 from swirl_fast.tools.characters import same_text
 
 COLUMNS = ("question", "answer", "id")
@@ -30,13 +27,9 @@ _SCORES: dict[str, Callable[[str | None, Sequence[str]], Score]] = {
 }
 
 
-class QA:
+class QA(TaskDefaults):
     """Without tasks.eval_path the last tenth of the rows is held out. A training question that is also held out is left out, and of equal
     questions the first stays."""
-
-    tools: tuple[str, ...] = ()
-    examples: tuple[Example, ...] = ()
-    instructions = ""
 
     def __init__(self, config: TasksConfig, seed: int = 0) -> None:
         if unknown := sorted(set(config.fields) - set(COLUMNS)):
@@ -98,38 +91,19 @@ class QA:
         if column not in row.fields and self._own:
             return ()
         self._column(row, "answer", str)
-        value = row.fields[column]
-        answers = [_answer(one) for one in (value if isinstance(value, list) else [value])]
-        if not answers or None in answers:
+        answers = gold_answers(row.fields[column])
+        if answers is None:
             raise row.error(column, "must be a text, a number, or a list of those")
-        return tuple(dict.fromkeys(answer for answer in answers if answer is not None))
+        return answers
 
     def questions(self, split: Split) -> Sequence[Question]:
         return self._questions[split]
-
-    def solution(self, question: Question) -> tuple[Fraction, ...]:
-        return ()
-
-    def demonstration(self, question: Question) -> tuple[str, ...]:
-        return ()
-
-    def passages(self) -> Sequence[tuple[str, str]]:
-        return ()
 
     def score(self, question: Question, answer: str | None) -> Score:
         if self._own:
             return self._own(question, answer)
         assert self._score is not None, "either of them"
         return self._score(answer, question.answers)
-
-
-def _answer(value: object) -> str | None:
-    """None for what is no answer."""
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return json.dumps(value)
-    return None
 
 
 def _plain_name(path: str) -> str:

@@ -22,7 +22,7 @@ from swirl_fast.tasks.gsm8k import WORD_PROBLEMS, worked
 from swirl_fast.tasks.rows import question_id
 from swirl_fast.tasks.scoring import ZERO, number, score_number
 from swirl_fast.tasks.solutions import step_expressions, step_results
-from swirl_fast.tasks.task import Example, Question, Score, Split
+from swirl_fast.tasks.task import Example, Question, Score, Split, TaskDefaults
 from swirl_fast.tools.arithmetic import CalculationError, evaluate, render_value
 from swirl_fast.tools.numerals import numbers
 
@@ -35,7 +35,7 @@ _ROUNDED = (
 )  # these ask for rounded answers: their own scorers tell which are right
 
 
-class ReasoningGym:
+class ReasoningGym(TaskDefaults):
     """dataset: the generator's name; options: its settings, as reasoning-gym names them.
 
     Its seed and size are not options: they are run.seed and tasks.limit. Questions are kept as they are generated,
@@ -49,7 +49,6 @@ class ReasoningGym:
     """
 
     tools: tuple[str, ...] = ("calculator",)
-    instructions = ""
 
     def __init__(self, config: TasksConfig, seed: int) -> None:
         self.name = config.dataset
@@ -166,9 +165,6 @@ class ReasoningGym:
     def demonstration(self, question: Question) -> tuple[str, ...]:
         solution = self._solutions.get(question.id)
         return step_expressions(question.text, solution, question.answers[0]) if solution else ()
-
-    def passages(self) -> Sequence[tuple[str, str]]:
-        return ()
 
     def score(self, question: Question, answer: str | None) -> Score:
         score = score_number(answer, question.answers)

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 import unicodedata
 import zlib
@@ -67,6 +68,20 @@ def read_splits(path: str | None, eval_path: str | None, hub: tuple[str, str]) -
     if len(rows) <= held_out:
         raise ConfigError(f"tasks.path={path}: {len(rows)} rows cannot be split; give at least 2, or tasks.eval_path")
     return {"train": rows[:-held_out], "eval": rows[-held_out:]}
+
+
+def gold_answers(value: object) -> tuple[str, ...] | None:
+    """Of a text, a number, or a list of those, each once; None for anything else, and for a blank text or no entry."""
+    found = [_gold_answer(one) for one in (value if isinstance(value, list) else [value])]
+    return tuple(dict.fromkeys(one for one in found if one)) if found and all(found) else None
+
+
+def _gold_answer(value: object) -> str | None:
+    if isinstance(value, str):
+        return value.strip() or None
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return json.dumps(value)
+    return None
 
 
 def question_id(task: str, text: str) -> str:

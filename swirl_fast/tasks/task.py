@@ -57,6 +57,23 @@ class Example:
     observations: tuple[str, ...]
 
 
+class TaskDefaults:
+    """What a task has where it says nothing else."""
+
+    tools: tuple[str, ...] = ()
+    examples: tuple[Example, ...] = ()
+    instructions = ""
+
+    def passages(self) -> Sequence[tuple[str, str]]:
+        return ()
+
+    def solution(self, question: Question) -> tuple[Fraction, ...]:
+        return ()
+
+    def demonstration(self, question: Question) -> tuple[str, ...]:
+        return ()
+
+
 class Task(Protocol):
     name: str
     tools: tuple[str, ...]  # on offer: names of built-in ones, references to others

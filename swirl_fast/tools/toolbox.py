@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Self
 
 from swirl_fast.config import ToolsConfig
+from swirl_fast.config.references import running
 from swirl_fast.tools.characters import whole_characters
 from swirl_fast.tools.tool import ToolSpec
 
@@ -49,10 +50,10 @@ class ToolCounts:
 
 @dataclass
 class _Session:
-    """The objects of one trajectory. broken: those that a call of hung."""
+    """The objects of one trajectory. broken: why one is not called any more."""
 
     objects: dict[str, Any] = field(default_factory=dict)
-    broken: set[str] = field(default_factory=set)
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 class Toolbox:
@@ -72,9 +73,10 @@ class Toolbox:
         for name, tool in self._tools.items():
             if name in self._stateful:
                 continue
-            if inspect.isclass(tool):
-                tool = tool()
-            self._tools[name] = self._stack.enter_context(tool) if hasattr(tool, "__exit__") else tool
+            with running("tasks.tools", name, "opening it"):
+                if inspect.isclass(tool):
+                    tool = tool()
+                self._tools[name] = self._stack.enter_context(tool) if hasattr(tool, "__exit__") else tool
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -96,8 +98,14 @@ class Toolbox:
             return
         session = self._sessions[key] = _Session()
         for name in self._stateful:
-            session.objects[name] = self._tools[name]()
-            session.objects[name].begin(question)
+            (outcome,) = _run([partial(_begun, self._tools[name], question)], 1, self._config.timeout)
+            if isinstance(outcome, BaseException):
+                self._note(name, outcome)
+                hung = isinstance(outcome, _Hung)
+                why = f" within {self._config.timeout:g} seconds" if hung else f": {type(outcome).__name__}: {outcome}"
+                session.broken[name] = f"{name} could not begin{why}"
+            else:
+                session.objects[name] = outcome
         for name, arguments, result in earlier:
             if name in self._stateful:
                 (again,) = self.call([ToolCall(key, name, arguments)])
@@ -113,10 +121,9 @@ class Toolbox:
         session = self._sessions.pop(key, None)
         for name, tool in session.objects.items() if session else ():
             if name not in session.broken:  # type: ignore[union-attr]
-                try:
-                    tool.end()
-                except Exception as error:
-                    self._note(name, error)
+                (outcome,) = _run([tool.end], 1, self._config.timeout)
+                if isinstance(outcome, BaseException):
+                    self._note(name, outcome)
 
     # ---- calls
 
@@ -131,7 +138,7 @@ class Toolbox:
         if call.tool in self._stateful:
             session = self._sessions[call.key]
             if call.tool in session.broken:
-                raise ToolError("it has not come back from an earlier call")
+                raise ToolError(session.broken[call.tool])
             tool = session.objects[call.tool]
         function = tool if inspect.isroutine(tool) else tool.call
         result = function(**call.arguments)
@@ -150,7 +157,7 @@ class Toolbox:
         if isinstance(outcome, _Hung):
             counts.hung += 1
             if call.tool in self._stateful:
-                self._sessions[call.key].broken.add(call.tool)
+                self._sessions[call.key].broken[call.tool] = f"{call.tool} has not come back from an earlier call"
             if counts.hung == counts.calls >= HUNG:
                 raise RuntimeError(
                     f"the tool {call.tool} came back from none of {counts.calls} calls within tools.timeout={self._config.timeout:g} "
@@ -192,6 +199,12 @@ class ToolError(Exception):
 
 class _Hung(Exception):
     """Took longer than the time limit."""
+
+
+def _begun(made: Any, question: Any) -> Any:
+    tool = made()
+    tool.begin(question)
+    return tool
 
 
 async def _awaited(result: Any) -> Any:

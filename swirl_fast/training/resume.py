@@ -64,7 +64,8 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
 
 
 def model_settings(config: Config) -> dict[str, Any]:
-    return asdict(config.model) | {"weights": model_fingerprint(config.model)}
+    """What was trained, wherever it lies."""
+    return contents(config.model, "model") | {"path": model_fingerprint(config.model)}
 
 
 def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from pathlib import Path
 
@@ -99,6 +100,19 @@ def test_one_that_fails_for_all_steps_stops(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         assert judged(tmp_path, "def reward(step): return None")[0] == Judgement(
             Verdict.UNKNOWN, "the judge cannot say"
+        )
+
+
+def test_it_works_where_an_event_loop_runs_and_ends_no_process(tmp_path: Path) -> None:
+    async def notebook() -> list[Judgement]:
+        return judged(tmp_path, "async def reward(step): return 0.5")
+
+    assert [one.reward for one in asyncio.run(notebook())] == [0.5, 0.5]
+    with pytest.raises(RuntimeError, match="it failed for all of 2 steps: SystemExit: 3"):
+        judged(tmp_path, "import sys\ndef reward(step): sys.exit(3)")
+    with pytest.raises(ConfigError, match="mine.py:reward: making it fails: OSError: no key"):
+        judged(
+            tmp_path, "class reward:\n    def __init__(self): raise OSError('no key')\n    def judge(self, steps): pass"
         )
 
 

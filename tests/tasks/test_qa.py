@@ -314,11 +314,26 @@ class Empty(Task):
 
 class Double(Task):
     def questions(self, split):
-        return [{"question": f"{split} {i}?", "answer": "", "id": "same"} for i in range(2)]
+        return [{"question": f"{split} {i}?", "answer": "x", "id": "same"} for i in range(2)]
 
 class Wrong(Task):
     def questions(self, split):
         return ["text"]
+
+class Raises(Task):
+    def questions(self, split):
+        yield {"question": "one?", "answer": 1}
+        raise KeyError("row 2")
+
+class NoAnswer(Task):
+    def questions(self, split):
+        return [{"question": "one?", "answer": None}]
+
+class Functions(Task):
+    tools = (print,)
+
+class Beside(Task):
+    tools = ("mine.py:tool", "search")
 
 class Needy(Task):
     def __init__(self, one, two, three):
@@ -338,6 +353,7 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     assert (task.name, task.tools, task.passages(), len(task.questions("train"))) == ("mine", ("calculator",), (), 3)
     question = task.questions("eval")[1]
     assert (question.id, question.answers) == ("eval1", ("1",)) and task.score(question, "1.0") == RIGHT
+    assert own("Beside").tools == (f"{tmp_path}/mine.py:tool", "search")
     assert own("Scored").score(question, "yes") == RIGHT and own("Task", tools=["search"]).tools == ("search",)
     for name, message in {
         "Nameless": "lacks name: a task has a name and questions",
@@ -346,6 +362,9 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         "Wrong": "eval question 0: must be a Question or a table, not str",
         "Needy": "must be made with \\(config, seed\\), or without arguments",
         "function": "must be a class",
+        "Raises": r"questions\('eval'\) fails: KeyError: 'row 2' \(mine.py, line",
+        "NoAnswer": "eval question 0: its `answer` None must be a text, a number, or a list",
+        "Functions": "tools must be a list of names",
     }.items():
         with pytest.raises(ConfigError, match=f"mine.py:{name}: .*{message}"):
             own(name)

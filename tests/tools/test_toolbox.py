@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swirl_fast.config import ToolsConfig
+from swirl_fast.config import ConfigError, ToolsConfig
 from swirl_fast.tools.tool import text_tool
 from swirl_fast.tools.toolbox import HUNG, Toolbox, ToolCall
 
@@ -160,7 +160,7 @@ def test_state_of_a_question_is_its_own() -> None:
         assert [opened.call([call])[0] for call in calls] == ["question a 1", "question b 1", "question a 2"]
         opened.end("a")
         assert opened.call([ToolCall("b", "tool", {"x": "hang"})]) == ["ERROR: tool took longer than 0.5 seconds"]
-        assert opened.call([ToolCall("b", "tool", {"x": ""})]) == ["ERROR: it has not come back from an earlier call"]
+        assert opened.call([ToolCall("b", "tool", {"x": ""})]) == ["ERROR: tool has not come back from an earlier call"]
     assert Counter.made == 2 and Counter.ended == ["question a"], "one that hangs is not ended"
 
 
@@ -172,6 +172,37 @@ def test_a_trajectory_that_was_broken_off_has_its_calls_made_again() -> None:
             UserWarning, match="continue trajectory b, gave 'q 1' and 'another' before: its state is not"
         ):
             opened.begin("b", "q", [("tool", {"x": ""}, "another")])
+
+
+def test_a_tool_that_cannot_begin_costs_its_calls_and_not_the_run() -> None:
+    class Fussy(Counter):
+        def begin(self, question: str) -> None:
+            if question == "hang":
+                threading.Event().wait(5)
+            raise LookupError(f"no {question}")
+
+    with box({"tool": Fussy}, timeout=0.3) as opened:
+        for key in ("door", "hang"):
+            opened.begin(key, key)
+        assert opened.call([ToolCall("door", "tool", {"x": ""})]) == [
+            "ERROR: tool could not begin: LookupError: no door"
+        ]
+        assert opened.call([ToolCall("hang", "tool", {"x": ""})]) == ["ERROR: tool could not begin within 0.3 seconds"]
+    assert opened.counts["tool"].first_error.startswith("LookupError: no door (")
+
+
+def test_a_tool_that_cannot_be_opened_is_named() -> None:
+    class Closed:
+        def __init__(self) -> None:
+            raise OSError("no such server")
+
+        def call(self, x: str) -> str:
+            return x
+
+    with pytest.raises(
+        ConfigError, match=r"tasks.tools=tool: opening it fails: OSError: no such server \(test_toolbox.py, line"
+    ):
+        results(Closed)
 
 
 def test_a_class_is_made_once_and_entered() -> None:
