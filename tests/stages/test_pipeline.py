@@ -472,8 +472,14 @@ def test_another_prompt_is_another_collection(
     assert sorted(path.name for path in evaluations.glob("*.json")) == ["base.json"]
     template.write_text(CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"), encoding="utf-8")
     assert cli.main(["collect", *arguments]) == 1
-    assert "was made with another collection: prompt was '" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "was made with another collection: chat_template was 'xxh64 " in shown and "prompt was '" in shown
     template.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    elsewhere = (
+        f"model.path={shutil.copytree(tiny_model, tmp_path / 'moved')}",
+        f"model.chat_template={shutil.copy(template, tmp_path / 'b')}",
+    )
+    assert cli.main(["collect", *arguments, *elsewhere]) == 0, "the same model and template in another place"
     assert cli.main(["collect", *arguments, "collect.temperature=0.5"]) == 1
     assert "sampling.temperature was" in capsys.readouterr().err
 
