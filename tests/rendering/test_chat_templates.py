@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.chat_templates import END_TOKENS, native_templates, template_text, tokenizer_for
+from support.paths import ROOT
 
 from swirl_fast.rendering import Renderer
 from swirl_fast.rendering.template import calling, result_of
@@ -124,3 +125,45 @@ def test_thoughts_can_be_turned_off_or_it_is_said_that_they_cannot(name: str) ->
     closed = tokenizer.decode(off.prompt([{"role": "user", "content": "Q"}]))
     assert not closed.rstrip().endswith("<think>")
     assert closed != opening or not opening.rstrip().endswith("<think>")
+
+
+READY = sorted(path.stem for path in (ROOT / "configs" / "chat_templates").glob("*.jinja"))
+
+
+def ready(name: str) -> Renderer:
+    text = (ROOT / "configs" / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return Renderer(tokenizer_for(text, *["[INST]"] * (name == "mistral")), name)
+
+
+@pytest.mark.parametrize("name", READY)
+def test_the_shipped_templates_are_accepted_and_append_tool_results(name: str) -> None:
+    renderer = ready(name)
+    if name == "chatml":
+        with pytest.raises(ValueError, match="does not write calls"):
+            renderer.native_format("tag")
+        return
+    form = renderer.native_format("message")
+    assert form.identity == "native-hermes-message"
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who?"}]
+    tokens = renderer.prompt(messages, [LOOKUP])
+    thinking = {
+        **calling([("lookup", {"words": "a"}), ("lookup", {"words": "b"})]),
+        "reasoning_content": "I look it up.",
+    }
+    for turn, following in (
+        (thinking, [result_of(i, "lookup", f"found {i}") for i in range(2)]),
+        ({"role": "assistant", "content": "It is a."}, [{"role": "user", "content": "and?"}]),
+    ):
+        written = renderer.written(turn)
+        tokens += [*written, *renderer.following(turn, following, written[-1])]
+        messages += [turn, *following]
+    assert tokens == renderer.prompt(messages, [LOOKUP]), "thoughts stay"
+    assert "I look it up." in renderer.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("name", sorted(set(READY) - {"chatml"}))
+def test_a_refused_template_names_the_one_for_the_model(name: str) -> None:
+    tokenizer = ready(name).tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}"
+    with pytest.raises(ValueError, match=f"configs/chat_templates/{name}.jinja is one for this model"):
+        Renderer(tokenizer, name)

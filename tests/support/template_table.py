@@ -1,6 +1,6 @@
 """The table of chat templates in docs/models.md: which are accepted, and how exact training is on trajectories that they write.
 
-    PYTHONPATH=.:kernels:tests python -m support.template_table    # rewrites the table in docs/models.md
+PYTHONPATH=.:kernels:tests python -m support.template_table    # rewrites the table in docs/models.md
 """
 
 from __future__ import annotations
@@ -61,8 +61,16 @@ def row_of(name: str) -> Row:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=len(renderer.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, initializer_range=0.3, pad_token_id=0,
+            vocab_size=len(renderer.tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=4096,
+            initializer_range=0.3,
+            pad_token_id=0,
         )  # fmt: skip
     ).eval()
     trajectory = _trajectory(renderer, form.native)
@@ -77,7 +85,9 @@ def row_of(name: str) -> Row:
     rolled = np.concatenate([np.asarray(sampled[n].completion.logprobs) for n in comb.indices_A])
     gap = float((logp_N.detach() - torch.from_numpy(rolled)).abs().max())
     shared = _gradients(policy, [trunks])
-    apart = _gradients(policy, [[Trunk(trunk.tokens[: state.length], (state,))] for trunk in trunks for state in trunk.states])
+    apart = _gradients(
+        policy, [[Trunk(trunk.tokens[: state.length], (state,))] for trunk in trunks for state in trunk.states]
+    )
     difference = max(
         float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in zip(shared, apart, strict=True)
     )
