@@ -36,7 +36,8 @@ def open_renderer(config: ModelConfig, dated: bool = True) -> Renderer:
 def open_format(actions: ActionsConfig, model: ModelConfig) -> Format:
     """How actions are written: actions.format=native is read off the chat template of the model, whose tokenizer it loads.
 
-    Raises ConfigError as `open_renderer` does, ValueError for a chat template that cannot write calls, or in a way that nobody can read.
+    Raises ConfigError as `open_renderer` does, and for a chat template that cannot write calls, or writes them in a way that cannot be
+    read here.
     """
     if actions.format == "tags":
         return TagsFormat(actions.answer)

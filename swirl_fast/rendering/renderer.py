@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jinja2 import TemplateError
 
+from swirl_fast.config import ConfigError
 from swirl_fast.formats.format import Format
 from swirl_fast.formats.native import NativeFormat
 from swirl_fast.formats.syntaxes import SYNTAXES, CallError, Syntax
@@ -132,17 +133,17 @@ class Renderer:
         return tokens[len(before) :]
 
     def native_format(self, answer: Literal["tag", "message"]) -> Format:
-        """How its chat template writes calls. Raises ValueError where it does not, or in a way that no parser here can read."""
+        """How its chat template writes calls. Raises ConfigError where it does not, or in a way that no parser here can read."""
         refused = f"actions.format=native: the chat template of {self._name}"
         remedy = "use actions.format=tags, or set model.chat_template to a template for tools"
         if not self.template.calls:
-            raise ValueError(f"{refused} does not write calls and their results; {remedy}")
+            raise ConfigError(f"{refused} does not write calls and their results; {remedy}")
         if _TOOL.name not in self.template.render([{"role": "user", "content": "question"}], [_TOOL]):
-            raise ValueError(f"{refused} does not tell the model its tools; {remedy}")
+            raise ConfigError(f"{refused} does not tell the model its tools; {remedy}")
         text = self.template.turn(calling([(_TOOL.name, _ARGUMENTS)]))
         syntax = next((syntax for syntax in SYNTAXES if _reads(syntax, text, 1)), None)
         if syntax is None:
-            raise ValueError(f"{refused} writes calls in a way that is not known here: {text[:200]!r}; {remedy}")
+            raise ConfigError(f"{refused} writes calls in a way that is not known here: {text[:200]!r}; {remedy}")
         try:
             both = self.template.turn(calling([(_TOOL.name, _ARGUMENTS)] * 2))
             results = [result_of(i, _TOOL.name, f"RESULT-{i}") for i in range(2)]

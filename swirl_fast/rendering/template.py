@@ -208,7 +208,8 @@ class Template:
             except (TemplateError, TypeError) as error:
                 reason = str(error)
         raise ValueError(
-            f"the chat template of {self._name} does not write a user's text: {reason}; set model.chat_template to one that does ({self._ready()})"
+            f"the chat template of {self._name} does not write a user's text: {reason}; set model.chat_template to one that "
+            f"does ({self._ready()})"
         )
 
     def _find_call_form(self) -> bool:
@@ -273,7 +274,8 @@ class Template:
                 at = next((k for k, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), 0)
                 raise ValueError(
                     f"the chat template of {self._name} rewrites earlier turns: after one more turn, {start[max(0, at - 20) : at + 40]!r} "
-                    f"has become {whole[max(0, at - 20) : at + 40]!r}. Set model.chat_template to a template that only appends; {self._ready()}"
+                    f"has become {whole[max(0, at - 20) : at + 40]!r}. Set model.chat_template to a template that only appends; "
+                    f"{self._ready()}"
                 )
             found = [piece.replace(_user(k)["content"], "…") for k, piece in enumerate(pieces[1:])]
             expected = between.replace(_user(0)["content"], "…")

@@ -7,9 +7,11 @@ import random
 from pathlib import Path
 
 import torch
+from support.paths import ROOT
 from support.small_models import SHAPE, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+HERMES = ROOT / "configs" / "chat_templates" / "hermes.jinja"
 MINE = '''
 from typing import Literal
 
@@ -104,32 +106,52 @@ def own_folder(folder: Path, model: Path) -> Path:
     return folder / "mine.yaml"
 
 
-def teach_calls(folder: Path) -> Path:
-    """A small model, taught for some seconds to call `convert`; some of its calls and answers are wrong. Returns its folder."""
+def teach_calls(folder: Path, native: bool = False) -> Path:
+    """A small model, taught for some seconds to call `convert`, once or natively also twice in a turn; some of its calls and answers are
+    wrong. Returns its folder."""
+    from swirl_fast.formats.tags import TAGS
     from swirl_fast.rendering import Renderer, conversation
+    from swirl_fast.rendering.template import calling, result_of
     from swirl_fast.tools import describe_tools
 
     yaml = own_folder(folder / "mine", folder)
     tools = describe_tools([f"{yaml.parent}/mine.py:convert"])
     torch.manual_seed(0)
     draw = random.Random(0)
-    messages = [conversation(row["q"], tools, 3, ()) for row in rows(40)]
     calls = [f'<convert>{{"n": {i}, "to": "m"}}</convert> <answer>{i}</answer>' for i in range(100)]
-    tokenizer = train_tokenizer([*calls, *(m["content"] for one in messages[:3] for m in one)])
+    prompts = [m["content"] for row in rows(3) for m in conversation(row["q"], tools, 3, ())]
+    tokenizer = train_tokenizer([*calls, *prompts, *[HERMES.read_text(), json.dumps(tools[0].schema)] * native])
+    if native:
+        tokenizer.chat_template = HERMES.read_text(encoding="utf-8")
     renderer = Renderer(tokenizer)
+    form = renderer.native_format("tag") if native else TAGS
+    messages = [conversation(row["q"], tools, 3, (), form=form) for row in rows(40)]
     taught = []
     for row, one in zip(rows(40), messages, strict=True):
         value = row["q"].split()[2]
-        call = f'{{"n": {draw.choice([value, value, "3"])}, "to": "m"}}'
-        turn = [
-            ([*renderer.tokens(f"<convert>{call}</convert>"), renderer.stop_id], True),
-            (renderer.observation(f"{call} -> {row['a']}", stopped=True), False),
+        made = [
+            {"n": int(draw.choice([value, value, "3"])), "to": "m"} for _ in range(draw.choice([1, 2]) if native else 1)
         ]
-        answer = [*renderer.tokens(f"<answer>{draw.choice([row['a'], row['a'], '7'])}</answer>"), renderer.stop_id]
-        parts = [(renderer.prompt(one), False), *turn * draw.choice([1, 2]), (answer, True)]
+        turn = calling([("convert", arguments) for arguments in made])
+        following = [result_of(i, "convert", row["a"]) for i in range(len(made))]
+        if not native:
+            call = json.dumps(made[0])
+            turn = {"role": "assistant", "content": f"<convert>{call}</convert>"}
+            following = [{"role": "user", "content": f"{call} -> {row['a']}"}]
+        written = renderer.written(turn)
+        step = [(written, True), (renderer.following(turn, following, written[-1]), False)]
+        answer = f"<answer>{draw.choice([row['a'], row['a'], '7'])}</answer>"
+        last = (renderer.written({"role": "assistant", "content": answer}), True)
+        parts = [(renderer.prompt(one, tools if native else ()), False), *step * draw.choice([1, 2]), last]
         tokens = [token for part, _ in parts for token in part]
         taught.append((tokens, [t if own else -100 for part, own in parts for t in part]))
-    shape = {**SHAPE, "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
+    shape = {
+        **SHAPE,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "max_position_embeddings": 1024,
+    }
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(100):
