@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from support.forks import ranks_of, run_all
 from support.paths import SUPPORT
 from support.runs import environment, free_port
 
@@ -20,10 +19,9 @@ Run = tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 
 def torchrun(ranks: int, out: Path, *variants: str) -> str:
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    """What they print together. Forks with the environment that torchrun gives its processes."""
     script = SUPPORT / "parallel_variants.py"
-    command = [*start, "--master-port", str(free_port()), str(script), str(out), *variants]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    done = run_all([str(script), str(out), *variants], ranks_of(ranks, environment(), free_port()), timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
