@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.interpreter import patch_once_a_launch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS, read once
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when a kernel's module is imported
-    patch_once_a_launch()
 
 
 @pytest.fixture(autouse=True)

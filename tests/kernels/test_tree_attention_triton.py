@@ -124,8 +124,10 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("seed", range(6))
+FORESTS = [(options, seed) for i, options in enumerate(OPTIONS) for seed in range(i % 2, 6, 2)]  # each with all SIZES
+
+
+@pytest.mark.parametrize(("options", "seed"), FORESTS, ids=str)
 def test_random_forests(monkeypatch, options, seed) -> None:
     use_tiles(monkeypatch, *SIZES[seed % 3])
     end = random_forest((60, 97, 81, 64, 33, 75)[seed], seed)
@@ -271,8 +273,10 @@ def ancestors_and_descendants(end: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 9}], ids=str)
-@pytest.mark.parametrize("where", ["q", "k", "v", "qkv", "upstream"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [*((math.nan, x) for x in ("q", "k", "v", "qkv", "upstream")), *((math.inf, x) for x in ("qkv", "upstream"))],
+)
 def test_a_poisoned_branch_leaves_the_others_alone(small, options, where, value) -> None:
     """The second tooth, a token of the last one and a second tree are poisoned, all inside tiles that others share.
 

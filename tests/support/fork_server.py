@@ -16,6 +16,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -59,6 +60,7 @@ def run(arguments: list[str], environment: dict[str, str], folder: str) -> None:
     """As `python ARGUMENTS` would: -m MODULE, -c CODE or a file, and what follows it. Raises what the program raises."""
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # TMPDIR may be another
     os.chdir(folder)
     kind, *rest = arguments
     if kind == "-m":
@@ -84,10 +86,12 @@ def end(code: object) -> None:
 
 
 if __name__ == "__main__":
-    import torch.distributed
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     import swirl_fast.stages  # noqa: F401
+    from swirl_fast.data.shards import streaming
+
+    streaming()
 
     assert threading.active_count() == 1, "only this thread would be there in a fork"
     gc.freeze()

@@ -130,4 +130,6 @@ def run_all(
 def ranks_of(size: int, env: Mapping[str, str], port: int) -> list[dict[str, str]]:
     """The part of the environments that torchrun gives `size` ranks on one machine which torch.distributed reads."""
     shared = {**env, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)} for rank in range(size)]
+    return [
+        {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)} for rank in range(size)
+    ]
