@@ -55,6 +55,6 @@ def _answer(expression: str) -> str:
 if __name__ == "__main__":
     # -I leaves the script's folder out; behind the standard library, so that nothing here takes the place of one of its modules
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    import arithmetic  # type: ignore[import-not-found]  # not swirl_fast.tools.arithmetic, whose packages import more
+    import arithmetic  # not swirl_fast.tools.arithmetic, whose packages import more
 
     serve(int(sys.argv[1]), float(sys.argv[2]))
