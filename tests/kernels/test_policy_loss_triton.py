@@ -36,7 +36,7 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")
 
 
-def three_words_alike(spec: PolicyLossSpec) -> bool:
+def in_the_chosen_third(spec: PolicyLossSpec) -> bool:
     """True for a third of all specs, in which any three words of ratio, clip, kl and correction still meet in every combination."""
     ratio, clip, kl = (
         words.index(word)
@@ -50,7 +50,7 @@ def three_words_alike(spec: PolicyLossSpec) -> bool:
     return ratio == (clip + kl + corrections.index((spec.correction, spec.correction_level))) % 3
 
 
-CHOSEN = [(i, spec) for i, spec in enumerate(SPECS) if DEVICE == "cuda" or three_words_alike(spec)]
+CHOSEN = [(i, spec) for i, spec in enumerate(SPECS) if DEVICE == "cuda" or in_the_chosen_third(spec)]
 
 
 @pytest.mark.parametrize("part", range(4))
