@@ -28,18 +28,17 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 from hypothesis.internal.constants_ast import Constants
-from support.endpoints import JudgeServer
-from support.small_models import SHAPE, train_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.interpreter import patch_once_a_launch
 
 # Loaded before any test module is imported: a test's own @settings takes the rest from the profile of that moment. Examples may take as
 # long as a busy machine needs. `make fuzz` chooses "fuzz"; its failures stay in .hypothesis/ and are tried first the next time.
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
-settings.register_profile("fixed", derandomize=True, database=None, **PATIENT)
+settings.register_profile("fixed", derandomize=True, database=None, max_examples=50, **PATIENT)
 settings.register_profile("fuzz", max_examples=300, **PATIENT)
 settings.load_profile("fixed")
 
-LONGEST = ("tests/stages", "tests/training", "tests/kernels", "tests/engines", "tests/benchmarks", "tests/experiments")
+# The kernels before the stages: one worker makes `tiny_model` while the other is not waiting for it yet.
+LONGEST = ("kernels", "stages", "training", "engines", "benchmarks", "experiments", "models", "data")
 
 
 @pytest.hookimpl(trylast=True)  # when Hypothesis has read --hypothesis-profile
@@ -53,8 +52,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers the longest files come first, so that none is left alone with one of them at the end."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(
-            key=lambda item: next((i for i, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST))
+            key=lambda item: next(
+                (i for i, name in enumerate(LONGEST) if item.nodeid.startswith(f"tests/{name}/")), len(LONGEST)
+            )
         )
+
+
+def pytest_collection_finish() -> None:
+    if "TRITON_INTERPRET" in os.environ:
+        patch_once_a_launch()
 
 
 def _seed(name: str) -> None:
@@ -94,6 +100,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _teach(folder: Path) -> None:
     """Plain next-token training on rendered conversations for some seconds; what the model writes inside the tags is mostly wrong."""
+    from support.small_models import SHAPE, train_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     from swirl_fast.config import TasksConfig
     from swirl_fast.rendering import Renderer, conversation
     from swirl_fast.tasks import load_task
@@ -145,6 +154,8 @@ def _teach(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def judged() -> Iterator[str]:
     """The overrides that make the server the judge."""
+    from support.endpoints import JudgeServer
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"judge={{kind: model, model: {{url: 'http://127.0.0.1:{server.server_port}/v1'}}}}"

@@ -5,8 +5,8 @@
 
 No part of the text is ever executed. The tokenizer knows numbers, operators and a dozen words and rejects the rest;
 the walk over the tree knows six kinds of nodes; every power and factorial is bounded before it is computed. So
-`evaluate` is safe in any process. The calculator runs it in a worker process all the same (calculator.py). The worker is this
-file run as a script, so it imports nothing but the standard library (30 ms to start).
+`evaluate` is safe in any process. The calculator runs it in a worker process all the same (calculator_worker.py), without
+site-packages: this file imports nothing but the standard library.
 
 What has two readings is refused, and the message says how to write either. The rule for `%`:
 
@@ -25,13 +25,8 @@ Left out: units, variables, equations, complex numbers, trigonometry and logarit
 from __future__ import annotations
 
 import ast
-import json
 import math
-import os
 import re
-import select
-import signal
-import sys
 import unicodedata
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -40,7 +35,6 @@ MAX_CHARS = 500
 MAX_NODES = 200
 MAX_DIGITS = 2_000  # of a numerator or denominator
 MAX_EXPONENT = 10_000
-MEMORY_LIMIT = 512 * 2**20  # bytes of address space of the worker
 
 _MAX_BITS = int(MAX_DIGITS * math.log2(10))
 _PRECISION = 30  # significant digits of an irrational result, e.g. sqrt(2)
@@ -480,43 +474,3 @@ def render_value(value: Fraction) -> str:
             return f"{mantissa}{'0' if mantissa.endswith('.') else ''}e{int(exponent):+03d}"
         text = f"{number:.{max(9 - number.adjusted(), 4)}f}".rstrip("0")
         return text + "0" if text.endswith(".") else text
-
-
-def _serve(parent: int, time_limit: float) -> None:
-    """The worker: one JSON string a line in, one out, until the input ends or the process `parent` has gone."""
-    import resource
-
-    # Ctrl-C reaches the whole group; the parent decides when the worker ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    except (ValueError, OSError):
-        pass  # macOS knows no limit of address space
-    os.write(1, b"ready\n")
-    pending = b""
-    while os.getppid() == parent:
-        if not select.select([0], [], [], 1.0)[0]:
-            continue
-        chunk = os.read(0, 65536)
-        if not chunk:
-            return
-        *lines, pending = (pending + chunk).split(b"\n")
-        for line in lines:
-            # SIGALRM ends the worker even if the parent has gone by then
-            signal.setitimer(signal.ITIMER_REAL, time_limit + 1)
-            answer = _answer(json.loads(line))
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            os.write(1, json.dumps(answer).encode() + b"\n")
-
-
-def _answer(expression: str) -> str:
-    try:
-        return render_value(evaluate(expression))
-    except CalculationError as error:
-        return f"ERROR: {error}"
-    except MemoryError:
-        return "ERROR: The calculation needs too much memory; write a simpler expression."
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), float(sys.argv[2]))

@@ -1,7 +1,7 @@
 """The calculator: exact arithmetic as a tool, in a worker process of its own.
 
 What arithmetic.py computes is safe in any process. The tool runs it in one worker all the same, under a memory limit and a time
-limit: whatever was overlooked there then costs one call, not the run. The worker is arithmetic.py run as a script, never the
+limit: whatever was overlooked there then costs one call, not the run. The worker is calculator_worker.py run as a script, never the
 caller's `__main__` as multiprocessing would, so it starts alike under pytest, torchrun and `python -m`.
 """
 
@@ -16,7 +16,7 @@ import threading
 import time
 from types import TracebackType
 
-from swirl_fast.tools import arithmetic
+from swirl_fast.tools import calculator_worker
 from swirl_fast.tools.arithmetic import MAX_CHARS
 
 TIME_LIMIT = 2.0  # seconds a call
@@ -79,7 +79,7 @@ class Calculator:
 
     def _start(self) -> None:
         # -I -S: neither the environment, the working directory nor site-packages decide what the worker imports
-        command = [sys.executable, "-I", "-S", arithmetic.__file__, str(os.getpid()), str(self.time_limit)]
+        command = [sys.executable, "-I", "-S", calculator_worker.__file__, str(os.getpid()), str(self.time_limit)]
         for _ in range(STARTS):
             self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
             try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.paths import ROOT
+from support import forks
 from support.runs import environment, free_port
 
 from benchmarks.step_training.ways import SHAPES, Shape
@@ -105,15 +103,8 @@ def test_two_ranks_are_added_to_one(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     arguments = [*TINY, "--steps", "1", "--append", "--out", str(out)]
     main(arguments)
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    done = subprocess.run(
-        [*start, "-m", "benchmarks.train_throughput", *arguments],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    ranks = forks.ranks_of(2, environment(), free_port())
+    done = forks.run_all(["-m", "benchmarks.train_throughput", *arguments], ranks, timeout=200)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text(encoding="utf-8"))
     assert [(row["ranks"], row["way"]) for row in result["results"]] == [

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,9 @@ import pytest
 from filelock import FileLock
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support import forks
 from support.paths import ROOT
+from support.runs import environment, free_port
 from support.stores import FINGERPRINT, ids, make_samples, open_stream, read_samples
 
 from swirl_fast.data import shard_source as shard_store
@@ -70,12 +71,6 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def shard_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.mds"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def in_shard(folder: Path, name: str) -> set[str]:
@@ -356,9 +351,9 @@ def test_processes_share_a_cache(remote: Path, tmp_path: Path, shards_in_cache: 
     batches are the same."""
     limit = shards_in_cache and shards_in_cache * max(path.stat().st_size for path in remote.glob("*.mds"))
     code = READER.format(paths=[str(ROOT)], url=f"file://{remote}", cache=str(tmp_path / "cache"), limit=limit)
-    readers = [subprocess.Popen([sys.executable, "-c", code, rank], stdout=subprocess.PIPE, text=True) for rank in "01"]
-    outputs = [reader.communicate(timeout=120)[0] for reader in readers]
-    assert [reader.returncode for reader in readers] == [0, 0]
+    readers = [forks.Fork(["-c", code, rank], environment()) for rank in "01"]
+    assert [reader.wait(timeout=120) for reader in readers] == [0, 0]
+    outputs = [reader.printed()[0] for reader in readers]
     (first, copied_first), (second, copied_second) = (json.loads(output.splitlines()[-1]) for output in outputs)
     alone = batches(open_stream(remote, 8), 15)
     assert (first, second) == ([batch[0::2] for batch in alone], [batch[1::2] for batch in alone])
@@ -496,9 +491,9 @@ def test_over_http_as_from_the_hugging_face_hub(own: Path, tmp_path: Path) -> No
         "one = stream(False)\n"
         f"for _ in range({COUNT}): one.next_batch()\n"
     )
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
     server.shutdown()
     server.server_close()
     assert done.stdout, done.stderr[-3000:]
@@ -633,18 +628,9 @@ stop()
 def trainer_ranks(folders: list[Path]) -> list[list[str]]:
     """Lines that each of two ranks prints when it opens the stream as `train` does, on the folder of its machine."""
     code = TRAINER_RANK.format(paths=[str(ROOT), str(ROOT / "kernels")], folders=[str(folder) for folder in folders])
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    ranks = [forks.Fork(["-c", code], env) for env in forks.ranks_of(2, environment(), free_port())]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    outputs = [rank.printed()[0] for rank in ranks]
     return [output.splitlines() for output in outputs]
 
 

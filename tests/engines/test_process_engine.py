@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
 import pytest
 import torch
+from support import forks
 from support.local_engines import build, engine_of, make, mixed_requests
-from support.paths import ROOT
 from support.processes import runs
+from support.runs import environment
 from torch import Tensor
 
 from swirl_fast.engines import process
 from swirl_fast.engines.engine import Completion, EngineError
 from swirl_fast.engines.local.engine import LocalEngine
 from swirl_fast.engines.process import ProcessEngine
-
-
-def fail() -> LocalEngine:
-    raise ValueError("no such model")
 
 
 def build_under_signals() -> LocalEngine:
@@ -124,6 +120,7 @@ def test_an_update_that_the_process_has_no_memory_for_says_so_and_changes_nothin
         assert tokens(one.generate(requests)) == tokens(engine_of(model).generate(requests)) != tokens(before)
     finally:
         one.close()
+    assert not runs(one.pid)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -136,15 +133,19 @@ def test_it_outlives_signals_that_tell_the_trainer_to_stop(engine, number):
     assert tokens(engine.generate(requests)) == tokens(before)
 
 
-def test_it_outlives_them_also_while_it_starts():
+def test_it_outlives_them_also_while_it_starts_and_a_killed_process_is_told():
     one = ProcessEngine(build_under_signals, threads=1)
     assert one.generate(mixed_requests(0))
+    os.kill(one.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match="code -9"):
+        one.generate(mixed_requests(0))
     one.close()
-    assert not runs(one.pid)
+    one.close()
 
 
 PROGRAM = """
 import sys
+from support import forks
 from support.local_engines import build, mixed_requests
 from swirl_fast.engines.process import ProcessEngine
 if __name__ == "__main__":
@@ -161,14 +162,7 @@ if __name__ == "__main__":
 )
 def test_it_ends_with_a_parent_that_does_not_close_it(tmp_path, end, code):
     (tmp_path / "program.py").write_text(PROGRAM.format(end=end))
-    path = os.pathsep.join(map(str, (ROOT / "tests", ROOT, ROOT / "kernels")))
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py")],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=100,
-    )
+    done = forks.run([str(tmp_path / "program.py")], environment(), timeout=100)
     assert done.returncode == code
     deadline = time.monotonic() + 60
     while runs(int(done.stdout)):
@@ -178,13 +172,4 @@ def test_it_ends_with_a_parent_that_does_not_close_it(tmp_path, end, code):
 
 def test_what_building_it_raises_is_raised_here():
     with pytest.raises(ValueError, match="no such model"):
-        ProcessEngine(fail)
-
-
-def test_a_killed_process_is_told():
-    one = ProcessEngine(build, threads=1)
-    os.kill(one.pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match="code -9"):
-        one.generate(mixed_requests(0))
-    one.close()
-    one.close()
+        ProcessEngine(int, "no such model")  # a module of its own would import more there

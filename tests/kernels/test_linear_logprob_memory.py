@@ -1,10 +1,8 @@
 """Resident memory of linear_logprob's CPU path, measured in a process of its own: nothing but what the call itself adds."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from support import forks
+from support.runs import environment
 
 ROWS, SIZE, VOCAB, WORKSPACE = 400, 64, 152_064, 64
 BOUND = 1.1 * (WORKSPACE + ROWS * SIZE * 4 / 2**20)
@@ -29,13 +27,8 @@ if memory.mib() is not None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resident_memory_stays_within_the_workspace(dtype: str) -> None:
     """V = 152k, forward and backward, above the two gradients that are returned; the matrix library's own buffers included."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("DTYPE", dtype)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = forks.run(["-c", PROGRAM.replace("DTYPE", dtype)], environment(), timeout=200)
+    assert done.returncode == 0, done.stderr
     if not done.stdout:
         pytest.skip("this system does not let a process reset its high-water mark")
     extra = float(done.stdout)

@@ -7,13 +7,13 @@ import json
 import math
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import forks
 from support.paths import SUPPORT
 from support.runs import command, copy_of, environment, kill_when, overrides, weights
 
@@ -59,18 +59,12 @@ def straight(prepared: Path, tiny_model: Path, judged: str, tmp_path_factory: py
 def faulty(
     folder: Path, faults: str, stage: list[str], ranks: int = 0, restarts: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable]
-    if ranks:
-        start = command(ranks=ranks)[:-2] + ["--max-restarts", str(restarts)]
-    script = str(SUPPORT / "faulty.py")
-    return subprocess.run(
-        [*start, script, str(folder), faults, *stage],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        start_new_session="group" in faults,
-    )
+    """Under torchrun where ranks are given."""
+    script = [str(SUPPORT / "faulty.py"), str(folder), faults, *stage]
+    if not ranks:
+        return forks.run(script, environment(), timeout=300, new_session="group" in faults)
+    line = [*command(ranks=ranks)[:-2], "--max-restarts", str(restarts), *script]
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def checkpoints(folder: Path) -> list[str]:

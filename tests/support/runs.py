@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from support import forks
 from support.paths import ROOT
 
 from swirl_fast import cli
@@ -80,28 +81,22 @@ def attempt(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def start(arguments: Sequence[str], ranks: int = 0, own_process: bool = False) -> subprocess.CompletedProcess[str]:
-    """A command that must succeed; with ranks under torchrun."""
+    """A command that must succeed; with ranks as torchrun would start them."""
     if ranks or own_process:
-        line = command(*arguments, ranks=ranks)
-        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=600)
+        envs = forks.ranks_of(ranks, environment(), free_port()) if ranks else [environment()]
+        done = forks.run_all(["-m", "swirl_fast", *arguments], envs, timeout=600)
     else:
         done = attempt(arguments)
     assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def kill_when(arguments: Sequence[str], reached: Callable[[], bool], ranks: int = 0) -> None:
+def kill_when(arguments: Sequence[str], reached: Callable[[], bool]) -> None:
     """Starts a stage and ends its whole process group with SIGKILL as soon as `reached()`."""
-    process = subprocess.Popen(
-        command(*arguments, ranks=ranks),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    process = forks.Fork(["-m", "swirl_fast", *arguments], environment(), new_session=True)
     deadline = time.monotonic() + 200
     while not reached():
-        assert process.poll() is None, f"ended before it could be killed: {process.stderr.read().decode()}"  # type: ignore[union-attr]
+        assert process.poll() is None, f"ended before it could be killed: {process.printed()[1]}"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from support.forks import ranks_of, run_all
 from support.paths import SUPPORT
 from support.runs import environment, free_port
 
@@ -20,10 +21,14 @@ Run = tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 
 def torchrun(ranks: int, out: Path, *variants: str) -> str:
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    script = SUPPORT / "parallel_variants.py"
-    command = [*start, "--master-port", str(free_port()), str(script), str(out), *variants]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    """What they print together. Without a GPU they are forks with the environment that torchrun gives its processes."""
+    script = [str(SUPPORT / "parallel_variants.py"), str(out), *variants]
+    if torch.cuda.is_available():  # CUDA is not for forks
+        line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        line += ["--master-port", str(free_port()), *script]
+        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=600)
+    else:
+        done = run_all(script, ranks_of(ranks, environment(), free_port()), timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 

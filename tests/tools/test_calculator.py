@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
 
-from swirl_fast.tools import arithmetic
 from swirl_fast.tools import calculator as calculator_module
+from swirl_fast.tools import calculator_worker
 from swirl_fast.tools.arithmetic import CalculationError, evaluate, render_value
 from swirl_fast.tools.calculator import Calculator
 from swirl_fast.tools.numerals import numbers
@@ -131,10 +131,10 @@ def worker_that_dies(folder: Path, starts: int, monkeypatch: pytest.MonkeyPatch)
             with open(died, "a") as file:
                 file.write("x\\n")
             os.kill(os.getpid(), signal.SIGKILL)
-        runpy.run_path({arithmetic.__file__!r}, run_name="__main__")
+        runpy.run_path({calculator_worker.__file__!r}, run_name="__main__")
     """
     (folder / "worker.py").write_text(textwrap.dedent(script), encoding="utf-8")
-    monkeypatch.setattr(arithmetic, "__file__", str(folder / "worker.py"))
+    monkeypatch.setattr(calculator_worker, "__file__", str(folder / "worker.py"))
     return died
 
 

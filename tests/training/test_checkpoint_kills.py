@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from support.paths import ROOT
+from support import forks
+from support.runs import environment
 
 # Runs four steps in a child, killed at one of the calls of the last write; then again in another. Prints what is there each time.
 CODE = """
@@ -82,12 +81,7 @@ print(json.dumps([there(root / "none"), found]))
 
 
 def test_a_kill_anywhere_in_the_last_write_leaves_no_trace(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{CODE}", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks.run(["-c", CODE, str(tmp_path)], environment(), timeout=200)
     assert done.returncode == 0, done.stderr
     undisturbed, found = json.loads(done.stdout.splitlines()[-1])
     assert undisturbed == [["best", "step_000004", "step_000005"], "step_000005", "step_000005"]

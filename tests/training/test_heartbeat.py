@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
-from support.runs import command, environment, free_port, overrides, start
+from support import forks
+from support.runs import environment, free_port, overrides, start
 
 from swirl_fast.exits import EXIT_RESUMABLE
 from swirl_fast.metrics import read_metrics
@@ -45,41 +45,22 @@ def test_a_rank_that_says_nothing_ends_the_process_and_one_that_goes_on_does_not
 
 
 def test_a_stopped_rank_ends_a_run_which_then_goes_on(tmp_path: Path, tiny_model: Path, judged: str) -> None:
-    arguments = overrides(tmp_path, tiny_model, judged, "training.step_timeout=20", "training.steps=200")
+    arguments = overrides(tmp_path, tiny_model, judged, "training.step_timeout=10", "training.steps=200")
     for stage in ("collect", "judge", "filter"):
         start([stage, *arguments])
-    process = subprocess.Popen(
-        command("train", *arguments, ranks=2),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    stage = ["-m", "swirl_fast", "train", *arguments]
+    going, stopped = ranks = [forks.Fork(stage, env) for env in forks.ranks_of(2, environment(), free_port())]
     try:
-        wait_for(lambda: len(read_metrics(tmp_path / "r")) >= 2, process)
-        (stopped,) = [pid for pid in children(process.pid) if rank_of(pid) == "1"]
-        os.kill(stopped, signal.SIGSTOP)
-        shown = process.communicate(timeout=200)[0]
+        deadline = time.monotonic() + 300
+        while len(read_metrics(tmp_path / "r")) < 2:
+            assert going.poll() is stopped.poll() is None and time.monotonic() < deadline, going.printed()
+            time.sleep(0.05)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        assert going.wait(timeout=200) == EXIT_RESUMABLE
+        assert "train: rank 1 has not gone on after" in going.printed()[1]
     finally:
-        process.kill()
-    assert process.returncode == 1 and "train: rank 1 has not gone on after" in shown
+        for rank in ranks:
+            rank.kill()
     done = len(read_metrics(tmp_path / "r"))
     start(["train", *arguments[:-1], f"training.steps={done + 1}"])
     assert len(read_metrics(tmp_path / "r")) == done + 1
-
-
-def wait_for(reached: Any, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not reached():
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout
-        time.sleep(0.05)
-
-
-def children(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text(encoding="utf-8").split()]
-
-
-def rank_of(pid: int) -> str:
-    entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((entry[5:].decode() for entry in entries if entry.startswith(b"RANK=")), "")

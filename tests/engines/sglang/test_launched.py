@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from support.paths import ROOT
+from support import forks
 from support.processes import runs
+from support.runs import environment
 from support.sglang_cases import (
     FAKE,
     MANY,
@@ -301,16 +301,11 @@ engine = SGLangEngine(config, Path({str(model)!r}), Path({str(tmp_path / "engine
 print(pids_of(engine)[0], flush=True)
 time.sleep(60)
 """
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "kernels")))
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
+    parent = forks.Fork(["-c", program], environment())
+    until(lambda: "\n" in parent.printed()[0], "the server is up")
+    pid = int(parent.printed()[0])
     assert runs(pid)
     parent.kill()
-    parent.wait()
-    parent.stdout.close()
     until(lambda: not runs(pid), "the server ends")
 
 
