@@ -63,13 +63,18 @@ def sample_actions(
     ]
     sampled = []
     for state, ((t, i), completions) in enumerate(zip(places, engine.generate(requests), strict=True)):
-        recorded = trajectories[t].view(i)
+        specs = tools_for(trajectories[t].task, tools)
         for completion in completions:
             text = renderer.text(completion.tokens)
-            action = parse(text, tools_for(recorded.task, tools), truncated=completion.finish == "length")
-            view = StepView(recorded.task, recorded.question, recorded.history, text)
-            sampled.append(SampledAction(t, state, completion, action, view))
+            action = parse(text, specs, truncated=completion.finish == "length")
+            sampled.append(SampledAction(t, state, completion, action, fresh_view(trajectories[t], i, text)))
     return sampled
+
+
+def fresh_view(trajectory: Trajectory, i: int, text: str) -> StepView:
+    """What a judge sees of a fresh action with this text at state i."""
+    recorded = trajectory.view(i)
+    return StepView(recorded.task, recorded.question, recorded.history, text)
 
 
 def tools_for(task: str, tools: ToolsByTask) -> Sequence[ToolSpec]:

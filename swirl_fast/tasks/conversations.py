@@ -166,8 +166,8 @@ class Conversations(LogPart):
         keys = {key(entry) for entry in train}
         if len(keys) < 2:
             raise ConfigError(
-                f"collect.path={config.collect.path}: {len(train)} conversation{'s' * (len(train) > 1)} cannot be split into those to train "
-                "on and those to evaluate on; give more, or collect.eval_path"
+                f"collect.path={config.collect.path}: {len(train)} conversation(s) cannot be split into those to train on and those to "
+                "evaluate on; give more, or collect.eval_path"
             )
         held_out = {one for one in keys if int.from_bytes(one, "big") < HELD_OUT * 2**64} or {min(keys)}
         if len(held_out) == len(keys):
