@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,9 @@ def _plan(config: Config, name: str, weights: str | None) -> _Plan:
     fingerprint = provenance(config, task, offered, sampling) | {
         "weights": weights and hashed,
         "use_tools": settings.use_tools,
-        **({"states": True} if isinstance(task, Conversations) else {}),
+        "sampling": asdict(sampling),
+        "seed": config.run.seed,
+        "engine_dtype": config.engine.dtype,
     }
     return _Plan(name, folder, task, task.questions("eval"), sampling, offered, weights, hashed, fingerprint)
 
