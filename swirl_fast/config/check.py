@@ -218,9 +218,15 @@ def _check_conversations(config: Config, values: _Values) -> None:
     if collect.source != "conversations":
         for key in ("collect.path", "collect.eval_path"):
             if values[key]:
-                fail(key, "is read by collect.source=conversations; set that, or leave it out (a task's data are tasks.path)")
+                fail(
+                    key,
+                    "is read by collect.source=conversations; set that, or leave it out (a task's data are tasks.path)",
+                )
         if config.evaluate.states:
-            fail("evaluate.states", "only collect.source=conversations has held-out states; leave it out, and questions are answered")
+            fail(
+                "evaluate.states",
+                "only collect.source=conversations has held-out states; leave it out, and questions are answered",
+            )
         return
     if not collect.path:
         fail("collect.path", "collect.source=conversations needs the path of a log, such as logs.jsonl")
@@ -236,7 +242,7 @@ def _check_conversations(config: Config, values: _Values) -> None:
     if config.judge.kind == "reference" or (config.judge.kind == "rules" and config.actions.format == "native"):
         fail(
             "judge.kind",
-            "cannot judge the actions of a log; use recorded_action, which compares with the logged action, model, or a function of your own",
+            "cannot judge the actions of a log; use recorded_action, which compares with the logged ones, model, or a function of your own",
         )
 
 

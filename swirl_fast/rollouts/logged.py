@@ -43,7 +43,7 @@ class LogWriter:
         self.renderer, self.form, self._tools = renderer, form, tools
         self._max_tokens, self._max_action_tokens, self._skip = max_tokens, max_action_tokens, skip
         self._refused: list[str] = []
-        self._too_long = self._cut = self._steps = self._malformed = 0
+        self._too_long = self._cut = self._steps = self._malformed = self._silent = 0
         self._first_error = ""
 
     def write(self, conversations: Iterable[tuple[Question, Conversation]]) -> Iterator[Trajectory]:
@@ -52,10 +52,10 @@ class LogWriter:
         for question, conversation in conversations:
             try:
                 trajectory = self._written(question, conversation)
-            except TemplateError as error:
+            except (TemplateError, ValueError) as error:
                 refusal = (
                     f"{conversation.where}: the chat template of the model refuses this conversation: {error}; change it, set "
-                    "model.chat_template, or collect.broken_lines=skip"
+                    "model.chat_template, or leave it out with collect.broken_lines=skip"
                 )
                 if not self._skip:
                     raise BrokenRow(refusal) from None
@@ -84,9 +84,15 @@ class LogWriter:
             more = f" and {len(self._refused) - SHOWN} more" if len(self._refused) > SHOWN else ""
             found.append(f"{len(self._refused)} conversations are skipped: {'; '.join(self._refused[:SHOWN])}{more}")
         if self._too_long:
-            found.append(f"{self._too_long} conversations are left out: not even their first state fits into {fits} ({limits})")
+            found.append(
+                f"{self._too_long} conversations are left out: not even their first state fits into {fits} ({limits})"
+            )
         if self._cut:
             found.append(f"{self._cut} conversations are cut at the last turn that fits into {fits} ({limits})")
+        if self._silent:
+            found.append(
+                f"{self._silent} turns lose text that the chat template does not write, such as that beside a call"
+            )
         if self._malformed:
             found.append(
                 f"{self._malformed} of {self._steps} recorded actions would be malformed if the model drew them, and count as BAD; the "
@@ -101,7 +107,7 @@ class LogWriter:
         tokens = np.asarray(self.renderer.prompt(messages[:first], conversation.tools), np.int32)
         trajectory = Trajectory(f"{question.id}/0", question.id, question.task, question.text, 0, len(tokens), tokens)
         for place, until in zip(places, [*places[1:], None], strict=True):
-            message = self._with_thoughts(messages[place])
+            message = self._turn(messages[place])
             ids = self.renderer.written(message)
             start = len(trajectory.tokens)
             end = start + len(ids)
@@ -118,13 +124,24 @@ class LogWriter:
         trajectory.finish = Finish.ANSWER if answered else Finish.STEP_LIMIT
         return trajectory
 
-    def _with_thoughts(self, message: Message) -> Message:
-        """A template that knows no thoughts drops them: they stay, in the text."""
+    def _turn(self, message: Message) -> Message:
+        """As the template can write it. One that knows no thoughts drops them: they stay, in the text. One that writes no text beside calls
+        loses that, which is counted."""
         thoughts = str(message.get("reasoning_content") or "").strip()
-        if not thoughts or thoughts in self.renderer.template.turn(message):
-            return message
-        content = f"<think>\n{thoughts}\n</think>\n\n{message['content']}"
-        return {**{key: value for key, value in message.items() if key != "reasoning_content"}, "content": content}
+        try:
+            if thoughts in self.renderer.template.turn(message):
+                return message
+        except ValueError:  # the text is left out
+            if not message.get("tool_calls"):
+                raise
+        bare = {key: value for key, value in message.items() if key != "reasoning_content"}
+        told = {**bare, "content": f"<think>\n{thoughts}\n</think>\n\n{bare['content']}"} if thoughts else bare
+        try:
+            self.renderer.template.turn(told)
+        except ValueError:
+            self._silent += 1
+            return {**message, "content": ""}
+        return told
 
 
 def log_writer(config: Config, tools: ToolsByTask, max_action_tokens: int = 0) -> LogWriter:

@@ -11,7 +11,7 @@ from typing import Any
 from swirl_fast.config import Config
 from swirl_fast.config.contents import contents
 from swirl_fast.engines.engine import Sampling
-from swirl_fast.rendering import Renderer, open_format, open_renderer
+from swirl_fast.rendering import Message, Renderer, open_format, open_renderer
 from swirl_fast.rollouts.collector import prompt_of
 from swirl_fast.rollouts.logged import max_log_tokens
 from swirl_fast.tasks import ToolsByTask, offered_tools

@@ -19,7 +19,7 @@ from swirl_fast.data.store import Store
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.judges.cached import NOT_JUDGED, judge_missing
 from swirl_fast.judges.judge import Judge, judge_malformed
-from swirl_fast.rollouts.at_states import SampledAction, fresh_view, sample_actions
+from swirl_fast.rollouts.at_states import SampledAction, sample_actions, state_view
 from swirl_fast.rollouts.logged import LogWriter, log_writer
 from swirl_fast.seeds import seed_of
 from swirl_fast.stages.build import built_engine
@@ -65,20 +65,26 @@ def score_states(
         print(f"{what}: of the held-out ones, {note}")
 
     def written() -> Iterator[list[Trajectory]]:
-        return _batches(log_writer(config, offered_tools(task), sampling.max_new_tokens).write(task.conversations("eval")))
+        return _batches(
+            log_writer(config, offered_tools(task), sampling.max_new_tokens).write(task.conversations("eval"))
+        )
 
     judge_missing(store, judge.id, _to_judge(store, written(), count), judge.judge, f"judge {what}")
-    scores, actions = StateScores(task, questions), 0
+    scores, actions = StateScores(task, questions, writer.form), 0
     for batch in written():
         fresh = list(_fresh(store, batch, count))
         stored = store.verdicts(judge.id, [key for _, key, _ in fresh])
         for trajectory, key, _ in fresh:
             last = trajectory.steps[-1].action
             judgement = judge_malformed(last) if last.kind == "malformed" else stored.get(key, NOT_JUDGED)
-            scores.add(trajectory, [NOT_JUDGED] * (trajectory.num_steps - 1) + [judgement], first=trajectory.num_steps - 1)
+            scores.add(
+                trajectory, [NOT_JUDGED] * (trajectory.num_steps - 1) + [judgement], first=trajectory.num_steps - 1
+            )
             actions += 1
     if not actions:
-        raise ConfigError(f"collect.path={config.collect.path}: no held-out conversation can be used; {'; '.join(notes)}")
+        raise ConfigError(
+            f"collect.path={config.collect.path}: no held-out conversation can be used; {'; '.join(notes)}"
+        )
     return scores
 
 
@@ -138,7 +144,7 @@ def _fresh(store: Store, recorded: Sequence[Trajectory], count: int) -> Iterator
     """(trajectory, key of its verdict, what the judge sees) of each fresh action at the states of these conversations."""
     for one in recorded:
         for trajectory in store.trajectories(_ids(one, count)):
-            view = fresh_view(one, trajectory.num_steps - 1, trajectory.steps[-1].text)
+            view = replace(state_view(one, trajectory.num_steps - 1), action_text=trajectory.steps[-1].text)
             yield trajectory, view.content_hash(), view
 
 

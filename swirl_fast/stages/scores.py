@@ -15,7 +15,7 @@ from swirl_fast.formats.format import Format
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.intervals import wilson
 from swirl_fast.rollouts.gaming import GamingSigns, gaming_metrics
-from swirl_fast.tasks.task import Question, Score, Task
+from swirl_fast.tasks.task import SHOWN_TASKS, Question, Score, Task
 from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Judgement
 
@@ -62,7 +62,7 @@ class EvaluationScores:
         self._unknown += len(verdicts) - len(known)
         self._answered += trajectory.answer is not None
         actions = [step.action for step in trajectory.steps]
-        for i, (step, verdict) in enumerate(zip(trajectory.steps, verdicts, strict=True)):
+        for i, (step, verdict) in enumerate(zip(steps, verdicts, strict=True), first):
             self._signs.observe(step.text, step.action, step.end - step.start, verdict, actions[:i], self._form)
 
     def summary(self, outcome_judge: bool = False) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class EvaluationScores:
         groups: dict[str, list[_TrajectoryScore]] = {}
         for one in self._scores:
             groups.setdefault(one.task, []).append(one)
-        if len(groups) < 2:
+        if not 1 < len(groups) <= SHOWN_TASKS:
             return {}
         found = {}
         for task, group in sorted(groups.items()):

@@ -51,9 +51,9 @@ class _Entry:
 class Conversations(LogPart):
     """Reads the log once, and keeps of each conversation no more than its question and its keys.
 
-    Held out are those of collect.eval_path, or else about a tenth, by a hash of the messages before the first action: so conversations
-    with the same opening, as several attempts at one question are, all lie on the same side, whatever is added to the log. Where all have
-    the same opening, a hash of the whole conversation decides. A conversation that comes again is left out.
+    Held out are those of collect.eval_path, or else a tenth, by a hash of the messages before the first action: so conversations with the
+    same opening, as several attempts at one question are, all lie on the same side, in whatever order the log has them. Where all have the
+    same opening, a hash of the whole conversation decides. A conversation that comes again is left out.
 
     notes: what was left out, in sentences. Raises ValueError for a row that cannot be read, with file, line, field and remedy, unless
     collect.broken_lines=skip; ConfigError where nothing is left.
@@ -91,7 +91,9 @@ class Conversations(LogPart):
                 entry = self._entry(number, read)
             except BrokenRow as error:
                 if not self._skip:
-                    raise ValueError(str(error)) from None
+                    raise ValueError(
+                        f"{error}. To leave out what cannot be read, set collect.broken_lines=skip"
+                    ) from None
                 broken.append(error)
                 continue
             if entry.content in contents:
@@ -169,9 +171,7 @@ class Conversations(LogPart):
                 f"collect.path={config.collect.path}: {len(train)} conversation(s) cannot be split into those to train on and those to "
                 "evaluate on; give more, or collect.eval_path"
             )
-        held_out = {one for one in keys if int.from_bytes(one, "big") < HELD_OUT * 2**64} or {min(keys)}
-        if len(held_out) == len(keys):
-            held_out.remove(max(held_out))
+        held_out = set(sorted(keys)[: max(1, round(len(keys) * HELD_OUT))])
         return {
             "train": [entry for entry in train if key(entry) not in held_out],
             "eval": [entry for entry in train if key(entry) in held_out],

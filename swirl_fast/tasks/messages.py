@@ -269,8 +269,7 @@ class _Reader:
             if kind not in _TEXTS:
                 self._fail(
                     f"{place}[{i}]",
-                    "only text can be read, no images, audio or files; leave the block or the conversation out, or set "
-                    "collect.broken_lines=skip",
+                    "only text can be read, no images, audio or files; leave the block or the conversation out",
                     kind or block,
                 )
             if not isinstance(block.get("text"), str):
@@ -296,8 +295,8 @@ class _Reader:
         if self._tools and name not in self._tools:
             self._fail(
                 f"{place}.name",
-                f"is not among the conversation's `tools` ({', '.join(self._tools)[:200]}); add its schema there, leave `tools` out of "
-                "all rows, or set collect.broken_lines=skip",
+                f"is not among the conversation's `tools` ({', '.join(self._tools)[:200]}); add its schema there, or leave `tools` out of "
+                "all rows",
                 name,
             )
         if isinstance(arguments, str):
@@ -341,7 +340,7 @@ class _Reader:
         try:
             return json.loads(text, parse_constant=_no_constant)
         except ValueError as error:
-            self._fail(place, f"is not valid JSON ({error}); write it as JSON, or set collect.broken_lines=skip", text)
+            self._fail(place, f"is not valid JSON ({error}); write it as JSON", text)
 
     # ---- the whole
 
@@ -391,7 +390,7 @@ def _without_thoughts(text: str) -> tuple[str, str]:
     """(the rest, the thoughts at the head). A template that opens the thoughts itself leaves logs without `<think>`."""
     head, closing, rest = text.partition("</think>")
     opened = re.match(r"\s*<think>", head)
-    if not closing or ("<think>" in head and not opened) or (opened and "<think>" in head[opened.end() :]):
+    if not closing or ("<think>" in head and not opened):
         return text, ""
     return rest.lstrip("\n"), (head[opened.end() :] if opened else head).strip("\n")
 

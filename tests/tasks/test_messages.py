@@ -131,6 +131,7 @@ def test_the_old_form_of_calls_and_a_bare_list() -> None:
         ("x <think>a</think> b", ("x <think>a</think> b", None)),
         ("<think>a", ("<think>a", None)),
         ("<think>a</think>b<think>c</think>", ("b<think>c</think>", "a")),
+        ("<think>a <think> b</think>c", ("c", "a <think> b")),
     ],
 )
 def test_thoughts_at_the_head(content: str, wanted: tuple[str, str | None]) -> None:
