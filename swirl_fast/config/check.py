@@ -239,6 +239,8 @@ def _check_conversations(config: Config, values: _Values) -> None:
         fail("filter.kind", f"{without}; use process or none")
     if config.evaluate.outcome == "judge":
         fail("evaluate.outcome", f"{without}; leave it out")
+    if not config.evaluate.use_tools:
+        fail("evaluate.use_tools", "the conversations of a log name their tools themselves; leave it out")
     if config.judge.kind == "reference" or (config.judge.kind == "rules" and config.actions.format == "native"):
         fail(
             "judge.kind",

@@ -4,7 +4,7 @@ What is read:
 
     {"messages": [{"role", "content", "tool_calls"?, "tool_call_id"?, …}, …], "tools": […]?, "id"?}    OpenAI
     the same with content blocks: text, thinking, tool_use, tool_result; tools with input_schema       Anthropic
-    {"conversations": [{"from", "value"}, …], "system"?, "tools"?}                                     ShareGPT
+    {"conversations": [{"from", "value"}, …], "system"?, "tools"?}                                     ShareGPT, Hermes
     a bare list of messages
 
 What comes out: at most one system message, at the head. Arguments of calls are objects; every call has an id, and every result names its
@@ -34,6 +34,8 @@ _ROLES = {
 }
 _TEXTS = ("text", "input_text", "output_text")  # types of content blocks
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _ENDLESS = 1 << 31  # characters of a call: what was logged was accepted, and tools of logs never run
 
 
@@ -196,7 +198,11 @@ class _Reader:
         if str(item[named]).lower() == "function_call":
             yield {"role": role, "content": "", "tool_calls": self._written_calls(content, place_of)}
         elif role == "assistant":
-            yield self._assistant(item, content, place, place_of)
+            message = self._assistant(item, content, place, place_of)
+            yield self._with_calls_in_text(message, place_of) if named == "from" else message
+        elif role == "tool" and named == "from" and (results := _RESPONSE.findall(str(content))):
+            for result in results:
+                yield self._result(None, None, result, place)
         elif role == "tool":
             yield self._result(item.get("tool_call_id"), item.get("name"), self._text(content, place_of), place)
         elif role == "user" and isinstance(content, list):
@@ -315,6 +321,14 @@ class _Reader:
             "function": {"name": name, "arguments": arguments},
             **({"made": True} if own else {}),
         }
+
+    def _with_calls_in_text(self, message: Message, place: str) -> Message:
+        """ShareGPT has no other place for calls: Hermes' logs have `<tool_call>{…}</tool_call>` in the text."""
+        written = _CALL.findall(message["content"])
+        if not written:
+            return message
+        calls = [self._called(self._json(text, place), place) for text in written]
+        return {**message, "content": _CALL.sub("", message["content"]).strip(), "tool_calls": calls}
 
     def _result(self, id_: Any, name: Any, text: str, place: str) -> Message:
         """Belongs to the call that it names, or to the first without a result where it names none, or where calls have no ids."""

@@ -69,6 +69,19 @@ SHAREGPT = {
         {"from": "gpt", "value": ANSWER},
     ],
 }
+HERMES = {
+    "tools": json.dumps(TOOLS),
+    "conversations": [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": USER["content"]},
+        {
+            "from": "gpt",
+            "value": '<think>Hm.</think>I look.\n<tool_call>\n{"arguments": {"town": "Bonn"}, "name": "weather"}\n</tool_call>\n',
+        },
+        {"from": "tool", "value": f"<tool_response>\n{RESULT}\n</tool_response>\n"},
+        {"from": "gpt", "value": ANSWER},
+    ],
+}
 OLD = {
     "messages": [
         {"role": "developer", "content": "Be brief."},
@@ -103,7 +116,9 @@ WANTED = [
 ]
 
 
-@pytest.mark.parametrize("row", [OPENAI, ANTHROPIC, SHAREGPT], ids=["openai", "anthropic", "sharegpt"])
+@pytest.mark.parametrize(
+    "row", [OPENAI, ANTHROPIC, SHAREGPT, HERMES], ids=["openai", "anthropic", "sharegpt", "hermes"]
+)
 def test_every_form_is_the_same_conversation(row: dict[str, Any]) -> None:
     read = read_conversation("f:1", row)
     assert texts(read) == WANTED
