@@ -278,7 +278,7 @@ def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> N
         (
             {
                 "settings": {
-                    "collect": {"source": "conversations", "path": "e.yaml"},
+                    "collect": {"source": "conversations", "path": str(ROOT / "README.md")},
                     "judge.kind": "model",
                     "judge.model.url": "http://h/v1",
                 }
