@@ -167,7 +167,7 @@ _ATEM = _tagged_call(
 def _python_calls(text: str) -> list[WrittenCall]:
     """`[f(x=1, y='text'), g()]`, with the words of JSON for true, false and null too."""
     try:
-        tree = ast.parse(text, mode="eval").body
+        tree = ast.parse(_QUOTED.sub(_escaped, text), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise CallError("The calls are not written as [NAME(KEY=VALUE)].") from None
     calls = []
@@ -182,6 +182,21 @@ def _python_calls(text: str) -> list[WrittenCall]:
             raise CallError(f"The arguments of {node.func.id[:100]} are not plain values, or one comes twice.")
         calls.append(WrittenCall(node.func.id, arguments))
     return calls
+
+
+# A text in quotes, which the template does not escape: it ends with a quote before the next argument, the next call or the end.
+_QUOTED = re.compile(
+    r"(?<==)(?P<quote>['\"])(?P<text>.*?)(?P=quote)(?=\s*(?:,\s*\w+\s*=|\)\s*(?:,\s*\w+\s*\(|\]|$)))", re.DOTALL
+)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    try:
+        if isinstance(ast.literal_eval(match[0]), str):  # it was escaped, or need not be
+            return match[0]
+    except (SyntaxError, ValueError):
+        pass
+    return repr(match["text"])
 
 
 def _literal(node: ast.expr) -> Any:

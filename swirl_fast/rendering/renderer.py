@@ -112,25 +112,24 @@ class Renderer:
         return text
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of the text of an action that was written, not sampled, as they follow the opening of a turn; without the token that
-        ends it."""
-        return self._turn_tokens(self.plain(text))
-
-    def _turn_tokens(self, text: str) -> list[int]:
-        before = self._encode(self._opening)
-        tokens = self._encode(self._opening + text)
-        if tokens[: len(before)] != before:
-            # The tokenizer would join the opening and the first characters: the opening stays as it is, as for a model that samples.
-            end = self.template.end
-            tokens, before = self._encode(end + text), self._encode(end)
-        return tokens[len(before) :]
+        """Token ids of the text of an action that was written, not sampled, as they stand in a turn; without the token that ends it."""
+        return self._turn_tokens(self.plain(text), self.template.end)[:-1]
 
     def written(self, message: Message) -> list[int]:
         """Token ids of an assistant's message as a turn of its own, with the token that ends it."""
         message = self._plain_message(message)
         calls = message.get("tool_calls") or []
-        end = self._id(self.template.call_end(calls[-1]["function"]["name"])) if calls else self.stop_id
-        return [*self._turn_tokens(self.template.turn(message)), end]
+        end = self.template.call_end(calls[-1]["function"]["name"]) if calls else self.template.end
+        return self._turn_tokens(self.template.turn(message), end)
+
+    def _turn_tokens(self, text: str, end: str) -> list[int]:
+        """end: text of the token that ends the turn, the last of the ids."""
+        before = self._encode(self._opening)
+        tokens = self._encode(self._opening + text + end)
+        if tokens[: len(before)] != before:
+            # The tokenizer would join the opening and the first characters: the opening stays as it is, as for a model that samples.
+            tokens, before = self._encode(end + text + end), [self._id(end)]
+        return tokens[len(before) :]
 
     def native_format(self, answer: Literal["tag", "message"]) -> Format:
         """How its chat template writes calls. Raises ValueError where it does not, or in a way that no parser here can read."""
@@ -219,9 +218,10 @@ class Renderer:
         for i, content in enumerate(("It is 15.", "<answer>yes, 15</answer>")):
             turn: Message = {"role": "assistant", "content": content}
             observed: Message = {"role": "user", "content": f"Is  it?\n{i} -> \u00fc"}
-            action = [*self.tokens(content), self.stop_id]
-            tokens += [*action, *self.following(turn, [observed], action[-1])]
-            text += content + self.template.following(turn, [observed])
+            after = self.template.following(turn, [observed])
+            written = self._turn_tokens(self.template.turn(turn), self.template.end)
+            tokens += [*written[:-1], *self._encode(after)]
+            text += self.template.turn(turn) + after
             messages += [turn, observed]
         whole = self.template.render(messages)
         if text == whole and tokens != self._encode(whole):

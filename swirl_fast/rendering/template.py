@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 # In OpenAI's form: role and content; of an assistant reasoning_content and tool_calls, [{"id", "type": "function", "function": {"name",
 # "arguments": {…}}}]; of a tool name and tool_call_id.
 Message = dict[str, Any]
-READY = (
-    "configs/chat_templates/chatml.jinja is one for models with the tokens <|im_start|> and <|im_end|>, such as Qwen3"
-)
+# Templates of configs/chat_templates, by a token that the models have which they are for; the first that fits.
+READY = {
+    "<|im_start|>": "hermes",
+    "<|start_header_id|>": "llama3",
+    "<start_of_turn>": "gemma",
+    "[INST]": "mistral",
+    "</s>": "mistral",
+}
 THINKING = ("enable_thinking", "thinking")  # what templates call the variable
 _MARKS = ("MARK-0-EDGE", "MARK-1-EDGE", "MARK-2-EDGE")
 _OPENED = re.compile(r"<think>\s*(?:</think>\s*)?$")
@@ -94,7 +99,7 @@ class Template:
         if match is None:
             raise ValueError(
                 f"the chat template of {name} does not end an assistant's turn with a special token (it continues with {between!r}), "
-                f"so generation would not know where to stop; set model.chat_template to one that does ({READY})"
+                f"so generation would not know where to stop; set model.chat_template to one that does ({self._ready()})"
             )
         self.end = match[0]
         self.end_texts = list(dict.fromkeys([self.end, *end_texts]))
@@ -143,7 +148,7 @@ class Template:
             if not whole.startswith(head) or not rest.startswith(opened):
                 raise ValueError(
                     f"the chat template of {self._name} opens a turn with {before[-40:]!r} and writes {whole[-200:]!r}; "
-                    f"set model.chat_template to one that writes turns as it opens them ({READY})"
+                    f"set model.chat_template to one that writes turns as it opens them ({self._ready()})"
                 )
             text = f"{(thought or '').strip()}\n</think>\n\n{_EMPTY.sub('', rest[len(opened) :])}"
         ends = [at for end in self.end_texts if (at := text.find(end)) >= 0]
@@ -203,7 +208,7 @@ class Template:
             except (TemplateError, TypeError) as error:
                 reason = str(error)
         raise ValueError(
-            f"the chat template of {self._name} does not write a user's text: {reason}; set model.chat_template to one that does ({READY})"
+            f"the chat template of {self._name} does not write a user's text: {reason}; set model.chat_template to one that does ({self._ready()})"
         )
 
     def _find_call_form(self) -> bool:
@@ -225,7 +230,7 @@ class Template:
         if not found or mark in after:
             raise ValueError(
                 f"the chat template of {self._name} does not write an assistant's turn once; set model.chat_template to one that does "
-                f"({READY})"
+                f"({self._ready()})"
             )
         return after
 
@@ -248,6 +253,14 @@ class Template:
         except TemplateError:  # Gemma-2 raises: it has no system role
             return False
 
+    def _ready(self) -> str:
+        """Which template of ours is for this model."""
+        tokens = self._tokenizer.get_vocab()
+        name = next((name for token, name in READY.items() if token in tokens), None)
+        if name is None:
+            return "those in configs/chat_templates are for models with " + ", ".join(READY)
+        return f"configs/chat_templates/{name}.jinja is one for this model"
+
     def _check(self, between: str) -> None:
         """Raises ValueError unless turns are only appended: what was written before stays, thoughts and what opens them aside."""
         messages, prompt = list(_BASE), self.render(_BASE)
@@ -260,7 +273,7 @@ class Template:
                 at = next((k for k, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), 0)
                 raise ValueError(
                     f"the chat template of {self._name} rewrites earlier turns: after one more turn, {start[max(0, at - 20) : at + 40]!r} "
-                    f"has become {whole[max(0, at - 20) : at + 40]!r}. Set model.chat_template to a template that only appends; {READY}"
+                    f"has become {whole[max(0, at - 20) : at + 40]!r}. Set model.chat_template to a template that only appends; {self._ready()}"
                 )
             found = [piece.replace(_user(k)["content"], "…") for k, piece in enumerate(pieces[1:])]
             expected = between.replace(_user(0)["content"], "…")
@@ -268,7 +281,7 @@ class Template:
                 raise ValueError(
                     f"the chat template of {self._name} renders the same turn differently at different places: "
                     f"{sorted({*found, expected})}. "
-                    f"Set model.chat_template to a template that only appends; {READY}"
+                    f"Set model.chat_template to a template that only appends; {self._ready()}"
                 )
 
 

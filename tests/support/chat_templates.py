@@ -30,7 +30,8 @@ def template_text(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
+def tokenizer_for(template: str, *more: str) -> PreTrainedTokenizerFast:
+    """more: further control tokens."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -39,7 +40,7 @@ def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
         ["the answer is 12 + 3 = 15 QUERY -> RESULT user assistant tool"] * 3,
         trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False),
     )
-    control = dict.fromkeys(["<bos>", "<eos>", *_CONTROL.findall(template)])
+    control = dict.fromkeys(["<bos>", "<eos>", *more, *_CONTROL.findall(template)])
     made.add_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>", eos_token="<eos>")
     tokenizer.chat_template = template
