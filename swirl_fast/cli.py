@@ -27,7 +27,7 @@ _Call = Callable[[Any, Config, argparse.Namespace], object]
 
 # The sections that each stage reads; a subsection such as judge.model goes with its section.
 READS = {
-    "collect": ("run", "model", "actions", "tasks", "tools", "search", "engine", "collect"),
+    "collect": ("run", "model", "actions", "tasks", "tools", "search", "engine", "collect", "training"),
     "judge": ("run", "model", "actions", "tasks", "collect", "judge", "filter"),
     "filter": ("run", "model", "actions", "tasks", "collect", "judge", "filter"),
     "train": (
@@ -44,7 +44,9 @@ READS = {
         "training",
     ),
     "export": ("run", "model", "training"),
-    "evaluate": ("run", "model", "actions", "tasks", "tools", "search", "engine", "collect", "judge", "evaluate"),
+    "evaluate": (
+        *("run", "model", "actions", "tasks", "tools", "search", "engine", "collect", "judge", "training", "evaluate"),
+    ),
     "report": ("run",),
     "run": tuple(name for name in sections(Config) if "." not in name),
 }

@@ -45,6 +45,7 @@ def check(config: Config, files: bool = True) -> None:
         _check_files(config, values)
     _check_engine(config, values)
     _check_stages(config, values)
+    _check_conversations(config, values)
     _check_algorithm(config, values)
     _check_training(config, values)
 
@@ -131,6 +132,9 @@ def _check_files(config: Config, values: _Values) -> None:
                 and not Path(value).expanduser().is_file()
             ):
                 raise ConfigError(f"{prefix}.{key}={value}: no such file")
+    for key in ("collect.path", "collect.eval_path"):
+        if values[key] and not Path(values[key]).expanduser().is_file():
+            values.fail(key, "no such file")
     kind: type = type(config)
     for key, entry in settings(kind).items():
         if entry.reads == "reference":
@@ -181,7 +185,7 @@ def _check_engine(config: Config, values: _Values) -> None:
 def _check_stages(config: Config, values: _Values) -> None:
     """collect, judge, filter, evaluate."""
     fail, collect, evaluate = values.fail, config.collect, config.evaluate
-    if collect.temperature == 0 and collect.trajectories_per_question > 1:
+    if collect.temperature == 0 and collect.trajectories_per_question > 1 and collect.source == "policy":
         fail(
             "collect.temperature",
             f"greedy trajectories are all alike, and {collect.trajectories_per_question} a question are asked for; set it above 0",
@@ -206,6 +210,42 @@ def _check_stages(config: Config, values: _Values) -> None:
             fail(key, f"must be a folder or a URL of the kind {', '.join(f'{name}://' for name in schemes)}")
     if evaluate.temperature == 0 and evaluate.samples > 1:
         fail("evaluate.samples", "greedy samples are all alike; set evaluate.temperature above 0")
+
+
+def _check_conversations(config: Config, values: _Values) -> None:
+    """collect.source=conversations: what needs tools that run, questions that can be asked, or gold answers is refused."""
+    fail, collect = values.fail, config.collect
+    if collect.source != "conversations":
+        for key in ("collect.path", "collect.eval_path"):
+            if values[key]:
+                fail(
+                    key,
+                    "is read by collect.source=conversations; set that, or leave it out (a task's data are tasks.path)",
+                )
+        if config.evaluate.states:
+            fail(
+                "evaluate.states",
+                "only collect.source=conversations has held-out states; leave it out, and questions are answered",
+            )
+        return
+    if not collect.path:
+        fail("collect.path", "collect.source=conversations needs the path of a log, such as logs.jsonl")
+    if config.tasks.mix:
+        fail("tasks.mix", "collect.source=conversations has the log in the place of tasks; leave it out")
+    without = "a log has neither tools that run nor gold answers"
+    if config.algorithm.reward == "outcome":
+        fail("algorithm.reward", f"{without}, so no fresh trajectory can be drawn or scored; use process")
+    if "outcome" in config.filter.kind:
+        fail("filter.kind", f"{without}; use process or none")
+    if config.evaluate.outcome == "judge":
+        fail("evaluate.outcome", f"{without}; leave it out")
+    if not config.evaluate.use_tools:
+        fail("evaluate.use_tools", "the conversations of a log name their tools themselves; leave it out")
+    if config.judge.kind == "reference" or (config.judge.kind == "rules" and config.actions.format == "native"):
+        fail(
+            "judge.kind",
+            "cannot judge the actions of a log; use recorded_action, which compares with the logged ones, model, or a function of your own",
+        )
 
 
 def _check_algorithm(config: Config, values: _Values) -> None:

@@ -73,7 +73,7 @@ class TasksConfig:
     kind: str = setting("reasoning_gym", reads="reference", known=TASKS)
     """Which task: reasoning_gym generates its questions, qa reads rows of your own, the others a data file in their official format."""
     name: str = ""
-    """qa: what the task is called in ids and results; empty: the name of its file."""
+    """qa, conversations: what the task is called in ids and results; empty: the name of its file."""
     path: str | None = setting(None, reads="file")
     """A data file (qa: JSONL, JSON, CSV, TSV or Parquet, also .gz; else in the official format), or a Hugging Face data set's name, as
     NAME or NAME:CONFIGURATION."""
@@ -232,8 +232,16 @@ class EngineConfig:
 class CollectConfig:
     """Stage 1: trajectories for the questions, with the real tools."""
 
-    source: Literal["policy", "solutions"] = "policy"
-    """policy: the model acts. solutions: actions are written from the task's worked solutions."""
+    source: Literal["policy", "solutions", "conversations"] = "policy"
+    """policy: the model acts. solutions: actions are written from the task's worked solutions. conversations: those of an agent's log, at
+    collect.path; no tool is called, then or later."""
+    path: str | None = setting(None, reads="file")
+    """conversations: JSON Lines (also .gz), a JSON list or Parquet, a conversation a row: messages of OpenAI, Anthropic or ShareGPT, with
+    their tool calls, results and tool schemas."""
+    eval_path: str | None = setting(None, reads="file")
+    """conversations: a file of held-out ones. null: a tenth of collect.path is held out, all with the same opening on one side."""
+    broken_lines: Literal["error", "skip"] = "error"
+    """conversations: what to do about a row that cannot be read. skip leaves it out and counts it."""
     trajectories_per_question: int = setting(5, minimum=1)
     """Trajectories drawn for each question; 5 in the paper."""
     max_action_tokens: int = setting(256, minimum=1)
@@ -451,6 +459,9 @@ class EvaluateConfig:
     """Tokens of one action at most; 0: as in collect.max_action_tokens."""
     use_tools: bool = True
     """false: no tool is offered, and the worked examples, which call tools, are left out of the prompt."""
+    states: bool = False
+    """true: no question is answered; fresh actions are drawn at the states of held-out conversations and judged, as in training. Always so
+    with collect.source=conversations."""
     outcome: Outcome = "exact"
     """judge: the model at judge.model judges answers too, as judge_accuracy beside accuracy."""
 

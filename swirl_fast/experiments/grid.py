@@ -159,6 +159,11 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
             }
         except ConfigError as error:
             raise ConfigError(f"{path}, arm {arm}: {error}") from None
+        if any(one.collect.source == "conversations" for one in (config, *evaluations.values())):
+            raise ConfigError(
+                f"{path}, arm {arm}: collect.source=conversations: an experiment compares accuracies, and a log has no gold answers; use "
+                "swirl-fast run for each"
+            )
         cell = _cell(arm, seed, trained, config, evaluations)
         cells.append(replace(cell, start=earlier.name) if earlier else cell)
     results = path.parent / Path(spec.results).expanduser() if spec.results else folder / name

@@ -79,7 +79,7 @@ def _collect(run: OpenRun, files: RunFolder, found: Status) -> Stage:
         return Stage("collect", "waiting", "no trajectories yet", "collect")
     try:
         with Store(path, writable=False) as store:
-            wanted, written = _wanted(store, files), files.setting("collect.source") == "solutions"
+            wanted, written = _wanted(store, files), files.setting("collect.source") in ("solutions", "conversations")
             finished, begun = set(store.ids(finished=True)), len(store.ids(finished=False))
             done = sorted(finished if wanted is None else finished.intersection(wanted))
             found.numbers["questions"] = len(store.questions())

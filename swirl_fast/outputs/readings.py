@@ -39,14 +39,23 @@ class Reading:
 
     @property
     def matches(self) -> bool | None:
-        """Whether the answer equals a gold answer; None without an answer. Some tasks accept a rounded number, or score by a function of
-        a user's own, which only they can tell: the score of an evaluation goes before the comparison here."""
+        """Whether the answer equals a gold answer; None without an answer or a gold one. Some tasks accept a rounded number, or score by a
+        function of a user's own, which only they can tell: the score of an evaluation goes before the comparison here."""
         answer = self.trajectory.answer
         if answer is None:
             return None
         if self.right is not None:
             return self.right
+        if not self.gold:
+            return None
         return _comparison(self.trajectory.task)(answer, self.gold).exact_match == 1.0
+
+    @property
+    def match(self) -> str:
+        """`matches` in words."""
+        if self.matches is None and self.trajectory.answer is not None:
+            return "no gold"
+        return MATCHES[self.matches]
 
     @property
     def verdicts(self) -> list[str]:
@@ -64,7 +73,7 @@ class Reading:
     @property
     def kind(self) -> tuple[str, ...]:
         """What a sample should have some of each: the verdicts that occur, the match with gold, the finish."""
-        return (*sorted(set(self.verdicts)), MATCHES[self.matches], FINISHES[self.trajectory.finish])
+        return (*sorted(set(self.verdicts)), self.match, FINISHES[self.trajectory.finish])
 
 
 def _comparison(task: str) -> Callable[[str | None, Sequence[str]], Score]:

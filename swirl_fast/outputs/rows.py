@@ -18,20 +18,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from swirl_fast.outputs.readings import Reading
+from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
 Message = dict[str, str]
-Opening = Callable[
-    [str, str], Sequence[Message]
-]  # name of the task, question -> the messages up to it, itself included
+Opening = Callable[[Question], Sequence[Message]]  # question -> the messages up to it, itself included
 
 NO_VERDICT = "steps without a verdict (UNKNOWN, or not judged)"
 
 
-def from_question(task: str, question: str) -> list[Message]:
+def from_question(question: Question) -> list[Message]:
     """The opening of a conversation without system message and worked examples."""
-    return [{"role": "user", "content": question}]
+    return [{"role": "user", "content": question.text}]
+
+
+def question_of(trajectory: Trajectory) -> Question:
+    """Without its gold answers."""
+    return Question(trajectory.question_id, trajectory.task, trajectory.question, ())
 
 
 def turns(trajectory: Trajectory, count: int) -> list[Message]:
@@ -48,7 +52,7 @@ def conversation_row(reading: Reading, opening: Opening) -> dict[str, Any]:
     """A trajectory as a conversation that ends with its last action."""
     one = reading.trajectory
     return {
-        "messages": [*opening(one.task, one.question), *turns(one, one.num_steps)],
+        "messages": [*opening(question_of(one)), *turns(one, one.num_steps)],
         "trajectory": one.id,
         "question_id": one.question_id,
         "right": reading.matches,
@@ -142,7 +146,7 @@ def recorded_pairs(readings: Iterable[Reading], opening: Opening, left_out: Coun
             "state": i,
             "training_step": None,
         }
-        yield from preference_rows(siblings, [*opening(one.task, one.question), *turns(one, i)], **more)
+        yield from preference_rows(siblings, [*opening(question_of(one)), *turns(one, i)], **more)
 
 
 def sampled_pairs(

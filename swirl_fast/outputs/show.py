@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from swirl_fast.data.samples import read_samples
-from swirl_fast.outputs.readings import FINISHES, MATCHES, Reading, sample
+from swirl_fast.outputs.readings import FINISHES, Reading, sample
 from swirl_fast.outputs.run import COLLECTED, OpenRun
 from swirl_fast.outputs.text import is_number, one_line, visible
 from swirl_fast.trajectory import Step
@@ -33,7 +33,7 @@ def overview(run: OpenRun, of: str = COLLECTED, limit: int = LIMIT) -> Iterator[
     width = max(len(visible(id_)) for id_ in shown)
     for reading in readings.of(shown):
         question = visible(one_line(reading.trajectory.question, LINE))
-        yield f"  {visible(reading.trajectory.id):{width}}  {MATCHES[reading.matches]:9}  {reading.good:13}  {question}"
+        yield f"  {visible(reading.trajectory.id):{width}}  {reading.match:9}  {reading.good:13}  {question}"
     yield ""
     for line in _more(run, of, shown[0]):
         yield f"  {line}"
@@ -90,7 +90,7 @@ def full(reading: Reading, with_question: bool = True) -> Iterator[str]:
         yield from _field("gold", " | ".join(reading.gold))
         yield ""
     answer = "" if one.answer is None else f": {one_line(one.answer, LINE)}"
-    yield visible(f"trajectory {one.id}   {MATCHES[reading.matches]}{answer}   {reading.good}   {FINISHES[one.finish]}")
+    yield visible(f"trajectory {one.id}   {reading.match}{answer}   {reading.good}   {FINISHES[one.finish]}")
     for i, (step, judgement) in enumerate(zip(one.steps, reading.judgements, strict=True)):
         yield from _step(i, step, judgement)
     yield ""

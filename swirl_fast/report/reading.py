@@ -87,9 +87,7 @@ def _block(readings: Mapping[str, Reading]) -> str:
     chips = []
     for name, one in readings.items():
         origin = "" if name == "collected" else f"{escape(name)} "
-        chips.append(
-            f'<span class="chip {CLASSES[one.matches]}">{origin}<b>{MATCHES[one.matches]}</b> {one.good}</span>'
-        )
+        chips.append(f'<span class="chip {CLASSES[one.matches]}">{origin}<b>{one.match}</b> {one.good}</span>')
     articles = "".join(_article(name, one) for name, one in readings.items())
     return (
         f'<details class="block" data-change="{_change(readings)}"><summary>'
@@ -118,7 +116,7 @@ def _article(name: str, reading: Reading) -> str:
         f'<article class="trajectory" data-verdicts="{" ".join(sorted(set(reading.verdicts)))}" '
         f'data-finish="{_finish(t.finish)}" data-match="{CLASSES[reading.matches]}">'
         f'<h4>{escape(name)} <span class="id">{short(t.id, 60)}</span></h4>'
-        f'<p class="outcome"><b>{MATCHES[reading.matches]}</b> · {reading.good} · {FINISHES[t.finish]}</p>'
+        f'<p class="outcome"><b>{reading.match}</b> · {reading.good} · {FINISHES[t.finish]}</p>'
         f'<ol class="steps">{steps or "<li>no step was taken</li>"}</ol></article>'
     )
 

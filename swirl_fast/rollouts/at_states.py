@@ -7,7 +7,7 @@ spans of the trajectory itself, which the comb merges into its trunk: a comb wit
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -65,13 +65,17 @@ def sample_actions(
     ]
     sampled = []
     for state, ((t, i), completions) in enumerate(zip(places, engine.generate(requests), strict=True)):
-        recorded = trajectories[t].view(i)
+        specs, view = tools_for(trajectories[t].task, tools), state_view(trajectories[t], i)
         for completion in completions:
             text = renderer.text(completion.tokens)
-            action = form.parse(text, tools_for(recorded.task, tools), truncated=completion.finish == "length")
-            view = StepView(recorded.task, recorded.question, recorded.history, text)
-            sampled.append(SampledAction(t, state, completion, action, view))
+            action = form.parse(text, specs, truncated=completion.finish == "length")
+            sampled.append(SampledAction(t, state, completion, action, replace(view, action_text=text)))
     return sampled
+
+
+def state_view(trajectory: Trajectory, i: int) -> StepView:
+    """What a judge sees of a fresh action at state i; its text is to be put into `action_text`."""
+    return replace(trajectory.view(i), action_text="")
 
 
 def tools_for(task: str, tools: ToolsByTask) -> Sequence[ToolSpec]:

@@ -11,9 +11,11 @@ from typing import Any
 from swirl_fast.config import Config
 from swirl_fast.config.contents import contents
 from swirl_fast.engines.engine import Sampling
-from swirl_fast.rendering import Renderer, open_format, open_renderer
+from swirl_fast.rendering import Message, Renderer, open_format, open_renderer
 from swirl_fast.rollouts.collector import prompt_of
-from swirl_fast.tasks import ToolsByTask
+from swirl_fast.rollouts.logged import max_log_tokens
+from swirl_fast.tasks import ToolsByTask, offered_tools
+from swirl_fast.tasks.conversations import Conversations
 from swirl_fast.tasks.corpus import corpus_hash
 from swirl_fast.tasks.task import Question, Task
 
@@ -57,9 +59,34 @@ def prompt_hash(renderer: Renderer, prompts: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
+def _of_log(config: Config, task: Conversations) -> dict[str, Any]:
+    """What trajectories that were written from a log depend on; how many of its conversations are used may grow."""
+    from swirl_fast.models.load import model_fingerprint
+
+    collect = contents(config.collect, "collect")
+    renderer = open_renderer(config.model, dated=False)
+    form = open_format(config.actions, config.model)
+    probe: list[Message] = [{"role": "user", "content": PROBE}]
+    tools = {name: [spec.identity for spec in specs] for name, specs in offered_tools(task).items()}
+    return {
+        "model": model_fingerprint(config.model),
+        "chat_template": contents(config.model, "model")["chat_template"],
+        "source": config.collect.source,
+        "log": {name: collect[name] for name in ("path", "eval_path", "broken_lines")},
+        "name": task.name,
+        "tools": hashlib.sha256(json.dumps(tools).encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        "max_tokens": max_log_tokens(config),
+        "max_action_tokens": config.training.max_action_tokens,
+        "prompt": prompt_hash(renderer, [renderer.prompt(probe)]),
+        **({"actions": form.identity} if form.identity else {}),
+    }
+
+
 def provenance(config: Config, task: Task, offered: ToolsByTask, sampling: Sampling) -> dict[str, Any]:
     """The fingerprint of a collection or an evaluation, with a hash of what `prompt_of` makes of a probe; kept with
     `Store.check_meta`. offered: the tools, by the name of a question's task."""
+    if isinstance(task, Conversations):
+        return _of_log(config, task)
     renderer = open_renderer(config.model, dated=False)
     form = open_format(config.actions, config.model)
     prompt = prompt_of(config, task, renderer, offered, form)

@@ -12,7 +12,7 @@ from swirl_fast.files import write_text
 from swirl_fast.judges import close_judge, load_judge
 from swirl_fast.judges.judge import Judge
 from swirl_fast.rendering import open_format
-from swirl_fast.tasks import ToolsByTask, load_task, offered_tools, parts_of
+from swirl_fast.tasks import ToolsByTask, offered_tools, open_task, parts_of
 from swirl_fast.tasks.corpus import passages_of
 from swirl_fast.tasks.task import Question, Task
 from swirl_fast.tools import open_tools
@@ -20,7 +20,7 @@ from swirl_fast.tools.toolbox import Toolbox
 
 
 def build_task(config: Config) -> Task:
-    return load_task(config.tasks, config.run.seed)
+    return open_task(config)
 
 
 @contextlib.contextmanager

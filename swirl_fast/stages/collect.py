@@ -12,8 +12,9 @@ from swirl_fast.rollouts.collector import trajectory_ids
 from swirl_fast.rollouts.provenance import provenance
 from swirl_fast.seeds import seed_of
 from swirl_fast.stages.build import build_task, save_config
-from swirl_fast.stages.roll_out import finished_ids, roll_out, write_demonstrations
+from swirl_fast.stages.roll_out import finished_ids, roll_out, write_conversations, write_demonstrations
 from swirl_fast.tasks import offered_tools
+from swirl_fast.tasks.conversations import Conversations
 from swirl_fast.tasks.task import Question, Task
 
 COLLECTION = "collection"  # key of the fingerprint in the store
@@ -30,7 +31,9 @@ def collect(config: Config) -> None:
         if not any((config.folder / "checkpoints").glob("step_*")):
             save_config(config)
         seed = seed_of(config.run.seed, "collect")
-        if config.collect.source == "solutions":
+        if isinstance(task, Conversations):
+            ids = write_conversations(config, task, store)
+        elif config.collect.source == "solutions":
             ids = write_demonstrations(config, task, questions, store)
         else:
             ids = roll_out(config, task, offered_tools(task), questions, count, sampling, store, seed, "collect")
@@ -58,7 +61,7 @@ def collected_ids(config: Config, task: Task, store: Store, what: str) -> list[s
     wanted = trajectory_ids(task.questions("train"), config.collect.trajectories_per_question)
     finished = finished_ids(store, wanted)
     missing = set(wanted).difference(finished)
-    if config.collect.source == "solutions":  # questions without a solution that can be written down have no trajectory
+    if config.collect.source != "policy":  # questions without a solution that can be written down have no trajectory
         missing &= set(store.ids(finished=False))
     if missing:
         print(

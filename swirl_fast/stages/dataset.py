@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from swirl_fast.rendering import open_format
 from swirl_fast.rollouts.collector import conversation_of
 from swirl_fast.stages.build import build_task
 from swirl_fast.tasks import offered_tools
+from swirl_fast.tasks.conversations import Conversations
 from swirl_fast.tasks.task import Question
 
 README = "README.md"
@@ -135,12 +136,24 @@ def _opening(run: OpenRun, whole: bool) -> rows.Opening:
     try:
         config = run.config
         task = build_task(config)
+        if isinstance(task, Conversations):
+            openings = {
+                question.id: [
+                    {"role": one["role"], "content": one["content"]} for one in read.messages[: read.first_action]
+                ]
+                for question, read in task.conversations("train")
+            }
+            return lambda question: openings[question.id]
         messages = conversation_of(config, task, offered_tools(task), open_format(config.actions, config.model))
     except (ValueError, OSError) as error:
         raise ValueError(
             f"the system message and the worked examples cannot be made again: {error}. --from-question leaves them out"
         ) from error
-    return lambda name, text: messages(Question("", name, text, ()))
+    return messages
+
+
+def _question(sample: Mapping[str, Any]) -> Question:
+    return Question(sample["question_id"], sample["task"], sample["question"], ())
 
 
 def _sampled_pairs(
@@ -160,14 +173,14 @@ def _sampled_pairs(
                 left_out[NOT_RECORDED] += 1
         if fresh:
             for actions in states.values():
-                yield from rows.sampled_pairs(actions, opening(actions[0]["task"], actions[0]["question"]), left_out)
+                yield from rows.sampled_pairs(actions, opening(_question(actions[0])), left_out)
             continue
         by_trajectory: dict[str, list[int]] = {}
         for id_, state in sorted(states):
             by_trajectory.setdefault(id_, []).append(state)
         for one in run.store().trajectories(list(by_trajectory)):
             for state in by_trajectory[one.id]:
-                prompt = [*opening(one.task, one.question), *rows.turns(one, state)]
+                prompt = [*opening(rows.question_of(one)), *rows.turns(one, state)]
                 yield from rows.sampled_pairs(states[one.id, state], prompt, left_out)
 
 

@@ -1,10 +1,11 @@
-"""Stage 4: held-out questions, step by step with tools, scored and judged; runs/NAME/evaluations/NAME.json."""
+"""Stage 4: held-out questions, step by step with tools, scored and judged, or fresh actions at held-out states, judged;
+runs/NAME/evaluations/NAME.json."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from swirl_fast.rollouts.provenance import provenance
 from swirl_fast.seeds import seed_of
 from swirl_fast.stages.build import build_task, questions_by_id, save_config, task_judge
 from swirl_fast.stages.evaluation_files import check_evaluation_name, make_room
+from swirl_fast.stages.held_out import score_states
 from swirl_fast.stages.roll_out import roll_out
 from swirl_fast.stages.scores import EvaluationScores, accuracy_table
 from swirl_fast.tasks import ToolsByTask, offered_tools
+from swirl_fast.tasks.conversations import Conversations
 from swirl_fast.tasks.task import Question, Task
 
 
@@ -99,6 +102,9 @@ def _plan(config: Config, name: str, weights: str | None) -> _Plan:
     fingerprint = provenance(config, task, offered, sampling) | {
         "weights": weights and hashed,
         "use_tools": settings.use_tools,
+        "sampling": asdict(sampling),
+        "seed": config.run.seed,
+        "engine_dtype": config.engine.dtype,
     }
     return _Plan(name, folder, task, task.questions("eval"), sampling, offered, weights, hashed, fingerprint)
 
@@ -106,6 +112,8 @@ def _plan(config: Config, name: str, weights: str | None) -> _Plan:
 def _score(config: Config, plan: _Plan, judge: Judge, store: Store) -> EvaluationScores:
     """Answers, judges and scores the questions; what is in the store already is not done again."""
     settings, seed, what = config.evaluate, seed_of(config.run.seed, "evaluate"), f"evaluate {plan.name}"
+    if isinstance(plan.task, Conversations):
+        return score_states(config, plan.task, plan.sampling, judge, store, what, plan.weights)
     ids = roll_out(
         config,
         plan.task,

@@ -22,7 +22,7 @@ from swirl_fast.rendering import open_format
 from swirl_fast.stages.build import build_task, questions_by_id
 from swirl_fast.stages.collect import COLLECTION, collected_ids
 from swirl_fast.tasks import offered_tools
-from swirl_fast.tasks.task import Task
+from swirl_fast.tasks.task import SHOWN_TASKS, Task
 
 SAME_JUDGE = "run judge with the same judge.* settings"
 
@@ -97,14 +97,14 @@ def _fingerprint(config: Config, store: Store, judge_id: str) -> dict[str, Any]:
 
 
 def _by_task(selection: Selection, candidates: Sequence[Candidate]) -> dict[str, dict[str, int]]:
-    """How many trajectories of each task were kept, where there are several tasks."""
+    """How many trajectories of each task were kept, where there are several tasks, and not too many to be shown."""
     kept = set(selection.kept)
     tasks = sorted({candidate.task for candidate in candidates})
     counts = {task: {"kept": 0, "total": 0} for task in tasks}
     for candidate in candidates:
         counts[candidate.task]["total"] += 1
         counts[candidate.task]["kept"] += candidate.id in kept
-    return counts if len(counts) > 1 else {}
+    return counts if 1 < len(counts) <= SHOWN_TASKS else {}
 
 
 def _write_summary(config: Config, selection: Selection, candidates: Sequence[Candidate], judge_id: str) -> None:

@@ -1,4 +1,5 @@
-"""Trajectories into a store, where they are missing: drawn from a model, for `collect` and `evaluate`, or written from worked solutions."""
+"""Trajectories into a store, where they are missing: drawn from a model, for `collect` and `evaluate`, or written from worked
+solutions or from the conversations of a log."""
 
 from __future__ import annotations
 
@@ -7,14 +8,16 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from swirl_fast.config import Config
+from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.store import BATCH, Store
 from swirl_fast.engines.engine import Sampling
 from swirl_fast.rendering import open_format, open_renderer
 from swirl_fast.rollouts.collector import Collector, prompt_of, trajectory_ids
 from swirl_fast.rollouts.demonstrations import demonstrations
+from swirl_fast.rollouts.logged import log_writer
 from swirl_fast.stages.build import built_engine, opened_tools
 from swirl_fast.tasks import ToolsByTask, offered_tools
+from swirl_fast.tasks.conversations import Conversations
 from swirl_fast.tasks.task import Question, Task
 
 
@@ -80,4 +83,26 @@ def write_demonstrations(config: Config, task: Task, questions: Sequence[Questio
         while batch := list(islice(written, BATCH)):
             store.record(trajectory for trajectory in batch if trajectory.id not in recorded)
             ids += [trajectory.id for trajectory in batch]
+    return finished_ids(store, ids)
+
+
+def write_conversations(config: Config, task: Conversations, store: Store) -> list[str]:
+    """Fills the store from a log, and says what was left out or cut. Returns the ids of those that could be written. Raises ConfigError
+    where there is none."""
+    questions = task.questions("train")
+    store.add_questions(questions)
+    recorded = set(store.ids())
+    ids = []
+    writer = log_writer(config, offered_tools(task))
+    with tqdm(desc="collect", total=len(questions), unit="conversation", disable=None, leave=False) as bar:
+        written = writer.write(task.conversations("train"))
+        while batch := list(islice(written, BATCH)):
+            store.record(trajectory for trajectory in batch if trajectory.id not in recorded)
+            ids += [trajectory.id for trajectory in batch]
+            bar.update(len(batch))
+    notes = [*task.notes, *writer.notes()]
+    if not ids:
+        raise ConfigError(f"collect.path={config.collect.path}: no conversation can be used; {'; '.join(notes)}")
+    for note in notes:
+        print(f"collect: {note}")
     return finished_ids(store, ids)

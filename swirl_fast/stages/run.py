@@ -36,7 +36,7 @@ def run(config: Config) -> None:
     filter(config)
     train(config)
     trained = evaluate_trained(config)
-    rows = {"base": {key: base[key] for key in SHOWN}, "trained": {key: trained[key] for key in SHOWN}}
+    rows = {"base": {key: base.get(key) for key in SHOWN}, "trained": {key: trained.get(key) for key in SHOWN}}
     seconds = time.perf_counter() - start
     if previous is not None and {name: previous.get(name) for name in rows} == rows:
         seconds = previous["seconds"]  # everything was there already: keep the time that it took to make

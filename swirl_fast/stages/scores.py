@@ -15,7 +15,7 @@ from swirl_fast.formats.format import Format
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.intervals import wilson
 from swirl_fast.rollouts.gaming import GamingSigns, gaming_metrics
-from swirl_fast.tasks.task import Question, Score, Task
+from swirl_fast.tasks.task import SHOWN_TASKS, Question, Score, Task
 from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Judgement
 
@@ -42,20 +42,27 @@ class EvaluationScores:
         self._signs = GamingSigns()
         self._steps = self._malformed = self._unknown = self._answered = 0
 
-    def add(self, trajectory: Trajectory, judgements: Sequence[Judgement], judged_right: bool | None = False) -> None:
+    def add(
+        self,
+        trajectory: Trajectory,
+        judgements: Sequence[Judgement],
+        judged_right: bool | None = False,
+        first: int = 0,
+    ) -> None:
         """judgements: one a step. judged_right: whether the outcome judge found the answer right, None for UNKNOWN; False where there is no
-        answer, or no such judge."""
+        answer, or no such judge. first: steps before this one are not the policy's, and are not counted."""
+        steps, judgements = trajectory.steps[first:], judgements[first:]
         verdicts = [judgement.verdict for judgement in judgements]
         known = [judgement.reward for judgement in judgements if judgement.reward is not None]
         label = sum(known) / len(known) if known else None
         score = self._task.score(self._questions[trajectory.question_id], trajectory.answer)
         self._scores.append(_TrajectoryScore(trajectory.question_id, trajectory.task, score, label, judged_right))
-        self._steps += trajectory.num_steps
-        self._malformed += sum(step.action.kind == "malformed" for step in trajectory.steps)
+        self._steps += len(steps)
+        self._malformed += sum(step.action.kind == "malformed" for step in steps)
         self._unknown += len(verdicts) - len(known)
         self._answered += trajectory.answer is not None
         actions = [step.action for step in trajectory.steps]
-        for i, (step, verdict) in enumerate(zip(trajectory.steps, verdicts, strict=True)):
+        for i, (step, verdict) in enumerate(zip(steps, verdicts, strict=True), first):
             self._signs.observe(step.text, step.action, step.end - step.start, verdict, actions[:i], self._form)
 
     def summary(self, outcome_judge: bool = False) -> dict[str, Any]:
@@ -97,7 +104,7 @@ class EvaluationScores:
         groups: dict[str, list[_TrajectoryScore]] = {}
         for one in self._scores:
             groups.setdefault(one.task, []).append(one)
-        if len(groups) < 2:
+        if not 1 < len(groups) <= SHOWN_TASKS:
             return {}
         found = {}
         for task, group in sorted(groups.items()):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from swirl_fast.config import ConfigError, TasksConfig
+from swirl_fast.config import Config, ConfigError, TasksConfig
 from swirl_fast.config.references import is_reference
 from swirl_fast.tasks.beerqa import BeerQA
 from swirl_fast.tasks.cofca import CofCA
+from swirl_fast.tasks.conversations import Conversations, LogPart
 from swirl_fast.tasks.gsm8k import GSM8K
 from swirl_fast.tasks.hotpotqa import HotPotQA
 from swirl_fast.tasks.mixture import Mixture
@@ -39,6 +40,13 @@ TEXT_ANSWERS = frozenset(_KINDS) - {"reasoning_gym", "qa", "gsm8k"}
 ToolsByTask = Mapping[str, Sequence[ToolSpec]]
 
 
+def open_task(config: Config) -> Task:
+    """What the trajectories of a run are about: its task, or the conversations of a log. Raises as `load_task` does."""
+    if config.collect.source == "conversations":
+        return Conversations(config)
+    return load_task(config.tasks, config.run.seed)
+
+
 def load_task(config: TasksConfig, seed: int) -> Task:
     """The task with its questions read or generated, and what the settings put in the place of its own tools, examples and instructions.
 
@@ -67,13 +75,16 @@ def load_task(config: TasksConfig, seed: int) -> Task:
 
 
 def parts_of(task: Task) -> Mapping[str, Task]:
-    """The tasks by the names that their questions give: itself, or those of a mixture."""
-    return task.parts if isinstance(task, Mixture) else {task.name: task}
+    """The tasks by the names that their questions give: itself, those of a mixture, or the parts of a log."""
+    return task.parts if isinstance(task, Mixture | Conversations) else {task.name: task}
 
 
 def offered_tools(task: Task) -> ToolsByTask:
     """The tools on offer, by the name of a question's task. Raises ConfigError for one of a user's own that forgets something."""
-    return {name: describe_tools(part.tools) for name, part in parts_of(task).items()}
+    return {
+        name: part.specs if isinstance(part, LogPart) else describe_tools(part.tools)
+        for name, part in parts_of(task).items()
+    }
 
 
 def _instructions(written: str) -> str:

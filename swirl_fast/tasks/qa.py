@@ -6,14 +6,12 @@ or a list of those, any of which is right. All columns are there for tools and s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.config.references import is_reference
 from swirl_fast.tasks.own import own_score
-from swirl_fast.tasks.rows import Row, gold_answers, question_id, read_splits
+from swirl_fast.tasks.rows import Row, gold_answers, plain_name, question_id, read_splits
 from swirl_fast.tasks.scoring import score_auto, score_f1, score_number, score_text
 from swirl_fast.tasks.task import Question, Score, Split, TaskDefaults
 from swirl_fast.tools.characters import same_text
@@ -36,7 +34,7 @@ class QA(TaskDefaults):
             raise ConfigError(
                 f"tasks.fields.{unknown[0]}: must be one of {', '.join(COLUMNS)}; other columns need no name here"
             )
-        self.name = config.name or _plain_name(config.path or "")
+        self.name = config.name or plain_name(config.path or "", "qa")
         self._columns = {name: config.fields.get(name, name) for name in COLUMNS}
         self._needs_id = "id" in config.fields
         self._own = own_score(config.score) if is_reference(config.score) else None
@@ -104,11 +102,3 @@ class QA(TaskDefaults):
             return self._own(question, answer)
         assert self._score is not None, "either of them"
         return self._score(answer, question.answers)
-
-
-def _plain_name(path: str) -> str:
-    """`data/My units.jsonl.gz` -> `My_units`."""
-    name = Path(path).name
-    while Path(name).suffix.lower() in (".gz", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"):
-        name = Path(name).stem
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name) or "qa"

@@ -90,6 +90,14 @@ def question_id(task: str, text: str) -> str:
     return f"{task}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
+def plain_name(path: str, otherwise: str) -> str:
+    """What a task is called by its file: `data/My units.jsonl.gz` -> `My_units`. otherwise: where nothing is left."""
+    name = Path(path).name
+    while Path(name).suffix.lower() in (".gz", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"):
+        name = Path(name).stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name) or otherwise
+
+
 def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
     file = Path(path).expanduser()
     if file.is_dir() and looks_like_file(path):

@@ -8,6 +8,9 @@ from fractions import Fraction
 from typing import Any, Literal, Protocol
 
 Split = Literal["train", "eval"]
+SHOWN_TASKS = (
+    16  # with more of them, as logs whose conversations all have tools of their own, no numbers of each are shown
+)
 
 
 @dataclass(frozen=True)

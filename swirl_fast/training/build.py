@@ -25,7 +25,7 @@ from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer, open_format, open_renderer
 from swirl_fast.rollouts.pipeline import RolloutPipeline
 from swirl_fast.rollouts.whole import WholeRollouts
-from swirl_fast.tasks import load_task, offered_tools, parts_of
+from swirl_fast.tasks import offered_tools, open_task, parts_of
 from swirl_fast.tasks.corpus import passages_of
 from swirl_fast.tasks.task import Task
 from swirl_fast.tools import open_tools
@@ -147,7 +147,7 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     layers.check_layers(training, model_config, ranks.device)
     stream = open_stream(config, ranks)
     stack.callback(stream.close)
-    task = load_task(config.tasks, config.run.seed)
+    task = open_task(config)
     tools_by_task = offered_tools(task)
     form = open_format(config.actions, config.model)
     settings = settings_of(config, judge_id(config.judge, tools_by_task, form))

@@ -17,6 +17,7 @@ from swirl_fast.objective import Actions, LossSums, state_rewards, trajectory_re
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.gaming import GamingSigns
 from swirl_fast.rollouts.pipeline import SampledBatch
+from swirl_fast.tasks.task import SHOWN_TASKS
 from swirl_fast.training.utilization import utilization
 from swirl_fast.verdict import Verdict
 
@@ -116,8 +117,9 @@ def gaming_signs(batch: SampledBatch, form: Format) -> GamingSigns:
 
 
 def rewards_by_task(ranks: Ranks, batch: SampledBatch, tasks: Sequence[str]) -> dict[str, float]:
-    """The mean reward of the samples of each task, where there are several; of trajectories with algorithm.reward=outcome. Collective."""
-    if len(tasks) < 2 or batch.judgements is None:
+    """The mean reward of the samples of each task, where there are several, and not too many to be shown; of trajectories with
+    algorithm.reward=outcome. Collective."""
+    if not 1 < len(tasks) <= SHOWN_TASKS or batch.judgements is None:
         return {}
     sums = torch.zeros(len(tasks), 2, dtype=torch.float64)
     seen: set[int] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,25 @@ def read(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str
         stages.evaluate(config(), "base")
     with reading("report", read):
         stages.report(config())
+    logged = log_overrides(folder, tiny_model)
+    with reading("collect", read):
+        stages.collect(config(*logged))
+    with reading("evaluate", read):
+        stages.evaluate(config(*logged), "base")
     return read
+
+
+def log_overrides(folder: Path, model: Path) -> list[str]:
+    """Of a log of texts, in which tags are calls."""
+    said = {"role": "assistant", "content": "<answer>2</answer>"}
+    rows = [{"messages": [{"role": "user", "content": f"{i} + 1?"}, said]} for i in range(4)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [
+        "run.name=log",
+        "collect.source=conversations",
+        f"collect.path={folder / 'log.jsonl'}",
+        "tasks.tools=[calculator]",
+    ]
 
 
 @pytest.mark.parametrize("stage", ["collect", "judge", "filter", "train", "export", "evaluate", "report"])

@@ -275,6 +275,16 @@ def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> N
             {"arms": {"a": {"algorithm.nam": "rloo"}}, "compare": []},
             "arms.a): unknown key; did you mean algorithm.name",
         ),
+        (
+            {
+                "settings": {
+                    "collect": {"source": "conversations", "path": str(ROOT / "README.md")},
+                    "judge.kind": "model",
+                    "judge.model.url": "http://h/v1",
+                }
+            },
+            "a log has no gold answers",
+        ),
         ({"evaluations": {"other": {}}}, "evaluations: one must be called in_domain"),
         ({"evaluations": {"in_domain": {"tasks.kind": "gsm9k"}}}, "tasks.kind=gsm9k: must be one of"),
         ({"grid": {"filter.kind": "none"}}, "grid={filter.kind: none}: must be a table of lists"),

@@ -1,0 +1,441 @@
+"""A row of an agent's log -> a conversation in one form, that of OpenAI's chat messages; or what is wrong with the row.
+
+What is read:
+
+    {"messages": [{"role", "content", "tool_calls"?, "tool_call_id"?, …}, …], "tools": […]?, "id"?}    OpenAI
+    the same with content blocks: text, thinking, tool_use, tool_result; tools with input_schema       Anthropic
+    {"conversations": [{"from", "value"}, …], "system"?, "tools"?}                                     ShareGPT, Hermes
+    a bare list of messages
+
+What comes out: at most one system message, at the head. Arguments of calls are objects; every call has an id, and every result names its
+call and its tool. Thoughts, also `<think>…</think>` at the head of a text, are `reasoning_content`. Messages of the assistant that follow
+each other are one turn: loggers split a turn into its text and its calls, and a policy's turn ends where the environment answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NoReturn
+
+from swirl_fast.tools.characters import whole_values
+from swirl_fast.tools.tool import ToolSpec
+
+Message = dict[str, Any]
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+_TEXTS = ("text", "input_text", "output_text")  # types of content blocks
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+_ENDLESS = 1 << 31  # characters of a call: what was logged was accepted, and tools of logs never run
+
+
+class BrokenRow(ValueError):
+    """Names the file, the line, the field, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """where: `file:line`. id: as the log names it, None where it does not. tools: those that the log names, empty where it names none;
+    then any call is accepted. messages: see above; the last may be of any role."""
+
+    where: str
+    id: str | None
+    messages: tuple[Message, ...]
+    tools: tuple[ToolSpec, ...]
+
+    @property
+    def first_action(self) -> int:
+        """The number of the first message that is an action: the first of the assistant behind one of the user. A greeting before that
+        belongs to the prompt."""
+        user = next(i for i, message in enumerate(self.messages) if message["role"] == "user")
+        return next(i for i, message in enumerate(self.messages) if i > user and message["role"] == "assistant")
+
+    @property
+    def question(self) -> str:
+        """The first message of the user."""
+        return next(str(message["content"]) for message in self.messages if message["role"] == "user")
+
+    def opening_key(self) -> bytes:
+        """8 bytes: equal for conversations with the same messages up to the first action. The system message is left out: many hold the
+        date."""
+        return _digest([one for one in self.messages[: self.first_action] if one["role"] != "system"], [])[:8]
+
+    def content_key(self) -> bytes:
+        """16 bytes: equal for the same conversation, whatever its id and its calls' ids."""
+        return _digest(self.messages, [spec.identity for spec in self.tools])[:16]
+
+
+def _digest(messages: Sequence[Message], tools: Sequence[str]) -> bytes:
+    bare = [
+        {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
+        | {"calls": [call["function"] for call in message.get("tool_calls", ())]}
+        for message in messages
+    ]
+    text = json.dumps([bare, tools], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def read_conversation(where: str, row: Any) -> Conversation:
+    """row: as JSON gives it. Raises BrokenRow."""
+    try:
+        return _Reader(where).read(whole_values(row))
+    except RecursionError:
+        raise BrokenRow(f"{where}: is nested too deeply") from None
+
+
+def _fail(where: str, field: str, remedy: str, *value: Any) -> NoReturn:
+    """value: what stands there, where it says something."""
+    shown = "".join(f" = {repr(one)[:80]}{'…' if len(repr(one)) > 80 else ''}" for one in value)
+    raise BrokenRow(f"{where}: {field}{shown}: {remedy}")
+
+
+class _Reader:
+    """Of one row."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._found: list[Message] = []
+        self._waiting: list[tuple[str, str, bool]] = []  # calls without a result: id, name, whether the id is ours
+        self._calls = 0
+        self._tools: dict[str, ToolSpec] = {}
+
+    def read(self, row: Any) -> Conversation:
+        key, items, table = self._messages(row)
+        self._tools = {spec.name: spec for spec in self._read_tools(table.get("tools") or table.get("functions"))}
+        if table.get("system") not in (None, ""):
+            self._add({"role": "system", "content": self._text(table["system"], "system")}, "system")
+        for i, item in enumerate(items):
+            for message in self._read_message(item, f"{key}[{i}]"):
+                self._add(message, f"{key}[{i}]")
+        self._check_whole(key)
+        return Conversation(self._where, self._id(table), tuple(self._found), tuple(self._tools.values()))
+
+    def _fail(self, field: str, remedy: str, *value: Any) -> NoReturn:
+        _fail(self._where, field, remedy, *value)
+
+    def _messages(self, row: Any) -> tuple[str, list[Any], Mapping[str, Any]]:
+        if isinstance(row, list):
+            return "", row, {}
+        if not isinstance(row, Mapping):
+            raise BrokenRow(
+                f"{self._where}: must be a JSON object with `messages`, or a list of messages, not {type(row).__name__}"
+            )
+        key = next((key for key in ("messages", "conversations") if row.get(key) is not None), None)
+        if key is None:
+            names = ", ".join(map(str, row)) or "nothing"
+            raise BrokenRow(
+                f"{self._where}: has no messages, only {names[:200]}; a row is {{'messages': [{{'role': …, 'content': …}}, …]}}"
+            )
+        if not isinstance(row[key], list):
+            self._fail(key, "must be a list of messages", row[key])
+        return key, row[key], row
+
+    def _id(self, table: Mapping[str, Any]) -> str | None:
+        value = table.get("id")
+        if value is None or value == "":
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+            self._fail("id", "must be a text or a whole number; leave it out to have one made", value)
+        return str(value).strip()
+
+    # ---- tools
+
+    def _read_tools(self, value: Any) -> list[ToolSpec]:
+        if isinstance(value, str) and value.strip():
+            value = self._json(value, "tools")
+        if value in (None, "", [], {}):
+            return []
+        if not isinstance(value, list):
+            self._fail("tools", "must be a list of tool schemas", value)
+        found: dict[str, ToolSpec] = {}
+        for i, entry in enumerate(value):
+            place = f"tools[{i}]"
+            inner = entry.get("function") if isinstance(entry, Mapping) and "function" in entry else entry
+            if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
+                self._fail(
+                    place,
+                    "must have a `name`, as {'type': 'function', 'function': {'name': …, 'parameters': …}}",
+                    entry,
+                )
+            keys = ("parameters", "input_schema", "inputSchema")
+            schema = next(
+                (inner[key] for key in keys if inner.get(key) is not None), {"type": "object", "properties": {}}
+            )
+            description = inner.get("description") or ""
+            if not isinstance(schema, Mapping) or not isinstance(description, str):
+                self._fail(place, "its parameters must be a JSON schema, and its description a text", entry)
+            if problem := _schema_problem(json.dumps(schema, sort_keys=True)):
+                self._fail(place, f"its parameters are no JSON schema: {problem}", inner["name"])
+            if inner["name"] in found:
+                self._fail(place, "a tool of this name comes twice; leave one out", inner["name"])
+            found[inner["name"]] = log_tool(inner["name"], description, schema)
+        return list(found.values())
+
+    # ---- messages
+
+    def _read_message(self, item: Any, place: str) -> Iterator[Message]:
+        """One, or several where results of tools stand in a message of the user."""
+        if not isinstance(item, Mapping):
+            self._fail(place, "must be a message: an object with `role` and `content`", item)
+        named = "role" if item.get("role") is not None else "from"
+        role = _ROLES.get(str(item.get(named)).lower())
+        if role is None:
+            if item.get(named) is None:
+                self._fail(place, "has no role; write system, user, assistant or tool", dict(item))
+            self._fail(f"{place}.{named}", "is no role; write system, user, assistant or tool", item[named])
+        field = next((key for key in ("content", "value") if key in item), "content")
+        content, place_of = item.get(field), f"{place}.{field}"
+        if str(item[named]).lower() == "function_call":
+            yield {"role": role, "content": "", "tool_calls": self._written_calls(content, place_of)}
+        elif role == "assistant":
+            message = self._assistant(item, content, place, place_of)
+            yield self._with_calls_in_text(message, place_of) if named == "from" else message
+        elif role == "tool" and named == "from" and (results := _RESPONSE.findall(str(content))):
+            for result in results:
+                yield self._result(None, None, result, place)
+        elif role == "tool":
+            yield self._result(item.get("tool_call_id"), item.get("name"), self._text(content, place_of), place)
+        elif role == "user" and isinstance(content, list):
+            yield from self._user_blocks(content, place, place_of)
+        else:
+            yield {"role": role, "content": self._text(content, place_of)}
+
+    def _assistant(self, item: Mapping[str, Any], content: Any, place: str, place_of: str) -> Message:
+        texts, calls = [], []
+        thoughts = [item[key] for key in _THOUGHTS if item.get(key)][:1]
+        for i, block in enumerate(content if isinstance(content, list) else [content]):
+            kind = block.get("type") if isinstance(block, Mapping) else None
+            if kind == "tool_use":
+                calls.append(
+                    self._call(block.get("id"), block.get("name"), block.get("input"), f"{place_of}[{i}]", "input")
+                )
+            elif kind == "thinking":
+                thoughts.append(block.get("thinking") or "")
+            elif kind != "redacted_thinking":  # which nobody can read
+                texts.append(self._text([block] if isinstance(content, list) else block, place_of, i))
+        if content is None and isinstance(item.get("refusal"), str):
+            texts = [item["refusal"]]
+        if not all(isinstance(thought, str) for thought in thoughts):
+            self._fail(place, "its thoughts (reasoning_content) must be a text", thoughts)
+        entries = item.get("tool_calls") or []
+        if not isinstance(entries, list):
+            self._fail(f"{place}.tool_calls", "must be a list of calls", entries)
+        calls += [self._called(entry, f"{place}.tool_calls[{i}]") for i, entry in enumerate(entries)]
+        if item.get("function_call"):  # OpenAI's form before tool_calls
+            calls.append(self._called(item["function_call"], f"{place}.function_call"))
+        text, inside = _without_thoughts("\n".join(texts))
+        thoughts += [inside] if inside else []
+        message: Message = {"role": "assistant", "content": text}
+        if any(thoughts):
+            message["reasoning_content"] = "\n".join(thought for thought in thoughts if thought)
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+    def _user_blocks(self, blocks: list[Any], place: str, place_of: str) -> Iterator[Message]:
+        texts: list[str] = []
+        for i, block in enumerate(blocks):
+            if isinstance(block, Mapping) and block.get("type") == "tool_result":
+                if texts:
+                    yield {"role": "user", "content": "\n".join(texts)}
+                    texts = []
+                result = self._text(block.get("content"), f"{place_of}[{i}].content")
+                yield self._result(block.get("tool_use_id"), None, result, f"{place_of}[{i}]")
+            else:
+                texts.append(self._text([block], place_of, i))
+        if texts or not blocks:
+            yield {"role": "user", "content": "\n".join(texts)}
+
+    def _text(self, content: Any, place: str, first: int = 0) -> str:
+        """Of a text, or of blocks of text. first: the number of the first block, for messages."""
+        if content is None:
+            return ""
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list):
+            if isinstance(content, Mapping) and content.get("type") in _TEXTS:
+                return self._text([content], place)
+            self._fail(place, "must be a text, or a list of blocks {'type': 'text', 'text': …}", content)
+        texts = []
+        for i, block in enumerate(content, first):
+            if isinstance(block, str):
+                texts.append(block)
+                continue
+            kind = block.get("type") if isinstance(block, Mapping) else None
+            if kind not in _TEXTS:
+                self._fail(
+                    f"{place}[{i}]",
+                    "only text can be read, no images, audio or files; leave the block or the conversation out",
+                    kind or block,
+                )
+            if not isinstance(block.get("text"), str):
+                self._fail(f"{place}[{i}].text", "must be a text", block.get("text"))
+            texts.append(block["text"])
+        return "\n".join(texts)
+
+    # ---- calls
+
+    def _called(self, entry: Any, place: str) -> Message:
+        inner = entry.get("function", entry) if isinstance(entry, Mapping) else entry
+        if not isinstance(inner, Mapping) or "name" not in inner:
+            self._fail(place, "must be a call: {'id': …, 'function': {'name': …, 'arguments': …}}", entry)
+        return self._call(entry.get("id"), inner["name"], inner.get("arguments"), place, "arguments")
+
+    def _written_calls(self, value: Any, place: str) -> list[Message]:
+        found = self._json(value, place) if isinstance(value, str) else value
+        return [self._called(entry, place) for entry in (found if isinstance(found, list) else [found])]
+
+    def _call(self, id_: Any, name: Any, arguments: Any, place: str, field: str) -> Message:
+        if not isinstance(name, str) or not name:
+            self._fail(f"{place}.name", "must be the name of a tool", name)
+        if self._tools and name not in self._tools:
+            self._fail(
+                f"{place}.name",
+                f"is not among the conversation's `tools` ({', '.join(self._tools)[:200]}); add its schema there, or leave `tools` out of "
+                "all rows",
+                name,
+            )
+        if isinstance(arguments, str):
+            arguments = self._json(arguments, f"{place}.{field}") if arguments.strip() else {}
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            self._fail(f"{place}.{field}", "must be a JSON object, or the text of one", arguments)
+        if id_ is not None and not isinstance(id_, str | int):
+            self._fail(f"{place}.id", "must be a text", id_)
+        self._calls += 1
+        own = id_ in (None, "")
+        return {
+            "id": f"call_{self._calls}" if own else str(id_),
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+            **({"made": True} if own else {}),
+        }
+
+    def _with_calls_in_text(self, message: Message, place: str) -> Message:
+        """ShareGPT has no other place for calls: Hermes' logs have `<tool_call>{…}</tool_call>` in the text."""
+        written = _CALL.findall(message["content"])
+        if not written:
+            return message
+        calls = [self._called(self._json(text, place), place) for text in written]
+        return {**message, "content": _CALL.sub("", message["content"]).strip(), "tool_calls": calls}
+
+    def _result(self, id_: Any, name: Any, text: str, place: str) -> Message:
+        """Belongs to the call that it names, or to the first without a result where it names none, or where calls have no ids."""
+        waiting = self._waiting
+        given = id_ not in (None, "")
+        at = next((i for i, (call, _, made) in enumerate(waiting) if not given or made or call == str(id_)), None)
+        if at is None:
+            what = (
+                f"names the call {id_!r}, and no call of this id waits for a result"
+                if given
+                else "is a result, and no call waits for one"
+            )
+            self._fail(place, f"{what}; add the assistant's call before it, or leave the result out", text)
+        call, called, _ = waiting.pop(at)
+        return {
+            "role": "tool",
+            "content": text,
+            "tool_call_id": call,
+            "name": name if isinstance(name, str) and name else called,
+        }
+
+    def _json(self, text: str, place: str) -> Any:
+        try:
+            return json.loads(text, parse_constant=_no_constant)
+        except ValueError as error:
+            self._fail(place, f"is not valid JSON ({error}); write it as JSON", text)
+
+    # ---- the whole
+
+    def _add(self, message: Message, place: str) -> None:
+        role, last = message["role"], self._found[-1] if self._found else None
+        if role == "system" and last is not None:
+            second = any(one["role"] == "system" for one in self._found)
+            remedy = "is a second system message; put both into one" if second else "a system message must be the first"
+            self._fail(place, remedy, message["content"])
+        for call in message.get("tool_calls", ()):
+            self._waiting.append((call["id"], call["function"]["name"], call.pop("made", False)))
+        if role == "assistant" and last is not None and last["role"] == "assistant":
+            self._join(last, message, place)
+        else:
+            self._found.append(message)
+
+    def _join(self, last: Message, message: Message, place: str) -> None:
+        if last.get("tool_calls") and (message["content"] or message.get("reasoning_content")):
+            self._fail(
+                place,
+                "speaks before the calls of the message before have a result; add the results, or leave the conversation out",
+                message["content"],
+            )
+        for key, between in (("content", "\n\n"), ("reasoning_content", "\n\n")):
+            parts = [one[key] for one in (last, message) if one.get(key)]
+            if parts or key == "content":
+                last[key] = between.join(parts)
+        if calls := [*last.get("tool_calls", ()), *message.get("tool_calls", ())]:
+            last["tool_calls"] = calls
+
+    def _check_whole(self, key: str) -> None:
+        roles = [message["role"] for message in self._found]
+        key = key or "the list"
+        if not roles:
+            self._fail(key, "holds no message")
+        if "assistant" not in roles:
+            self._fail(key, "no message is the assistant's, so there is no action to learn from; leave the row out")
+        if "user" not in roles:
+            self._fail(
+                key, "no message is the user's, so there is nothing that the assistant answers; leave the row out"
+            )
+        if "assistant" not in roles[roles.index("user") :]:
+            self._fail(key, "the assistant says nothing after the first message of the user; leave the row out")
+
+
+def _without_thoughts(text: str) -> tuple[str, str]:
+    """(the rest, the thoughts at the head). A template that opens the thoughts itself leaves logs without `<think>`."""
+    head, closing, rest = text.partition("</think>")
+    opened = re.match(r"\s*<think>", head)
+    if not closing or ("<think>" in head and not opened):
+        return text, ""
+    return rest.lstrip("\n"), (head[opened.end() :] if opened else head).strip("\n")
+
+
+def log_tool(name: str, description: str, parameters: Mapping[str, Any]) -> ToolSpec:
+    """A tool of a log: it is parsed and shown, and never runs."""
+    told = json.dumps([name, description, parameters], sort_keys=True, ensure_ascii=False)
+    digest = hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return ToolSpec(name, description, parameters, name, "conversations", f"{name}@{digest}", _ENDLESS)
+
+
+def open_tool(name: str) -> ToolSpec:
+    """Of a log that has no schemas: any arguments."""
+    return log_tool(name, "", {"type": "object", "properties": {}, "additionalProperties": True})
+
+
+@lru_cache(maxsize=4096)
+def _schema_problem(schema: str) -> str:
+    """Empty for a schema by which arguments can be checked."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+
+    table = json.loads(schema)
+    if table.get("type", "object") != "object":
+        return f"type {table['type']!r} is not object"
+    try:
+        Draft202012Validator.check_schema(table)
+    except SchemaError as error:
+        return str(error.message)[:200]
+    return ""
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a number in JSON")

@@ -1,0 +1,326 @@
+"""Rows of agents' logs: every form comes out as the same conversation, and what cannot be read is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.paths import DATA
+
+from swirl_fast.tasks.logs import read_log
+from swirl_fast.tasks.messages import BrokenRow, Conversation, read_conversation
+
+WEATHER = {
+    "name": "weather",
+    "description": "The weather of a town.",
+    "parameters": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
+}
+TOOLS = [{"type": "function", "function": WEATHER}]
+SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it raining in Bonn?"}
+RESULT, ANSWER = "rain, 9 °C", "Yes, it is."
+
+
+def call(arguments: Any = '{"town": "Bonn"}', id_: str | None = "c1", name: str = "weather") -> dict[str, Any]:
+    entry = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return entry if id_ is None else {"id": id_, **entry}
+
+
+OPENAI = {
+    "messages": [
+        SYSTEM,
+        USER,
+        {"role": "assistant", "content": "I look.", "reasoning_content": "Hm.", "tool_calls": [call()]},
+        {"role": "tool", "tool_call_id": "c1", "content": RESULT},
+        {"role": "assistant", "content": ANSWER},
+    ],
+    "tools": TOOLS,
+}
+ANTHROPIC = {
+    "system": [{"type": "text", "text": "Be brief."}],
+    "tools": [{"name": "weather", "description": WEATHER["description"], "input_schema": WEATHER["parameters"]}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": USER["content"]}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": "x"},
+                {"type": "text", "text": "I look."},
+                {"type": "tool_use", "id": "t1", "name": "weather", "input": {"town": "Bonn"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": RESULT}]}],
+        },
+        {"role": "assistant", "content": ANSWER},
+    ],
+}
+SHAREGPT = {
+    "system": "Be brief.",
+    "tools": json.dumps([WEATHER]),
+    "conversations": [
+        {"from": "human", "value": USER["content"]},
+        {"from": "gpt", "value": "<think>\nHm.\n</think>\n\nI look."},
+        {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": {"town": "Bonn"}})},
+        {"from": "observation", "value": RESULT},
+        {"from": "gpt", "value": ANSWER},
+    ],
+}
+HERMES = {
+    "tools": json.dumps(TOOLS),
+    "conversations": [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": USER["content"]},
+        {
+            "from": "gpt",
+            "value": '<think>Hm.</think>I look.\n<tool_call>\n{"arguments": {"town": "Bonn"}, "name": "weather"}\n</tool_call>\n',
+        },
+        {"from": "tool", "value": f"<tool_response>\n{RESULT}\n</tool_response>\n"},
+        {"from": "gpt", "value": ANSWER},
+    ],
+}
+OLD = {
+    "messages": [
+        {"role": "developer", "content": "Be brief."},
+        USER,
+        {"role": "assistant", "content": None, "reasoning": "Hm.", "function_call": call()["function"]},
+        {"role": "function", "name": "weather", "content": RESULT},
+        {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+    ],
+    "functions": [WEATHER],
+}
+
+
+def texts(one: Conversation) -> list[tuple[Any, ...]]:
+    return [
+        (
+            m["role"],
+            m["content"],
+            m.get("reasoning_content"),
+            [c["function"] for c in m.get("tool_calls", ())],
+            m.get("name"),
+        )
+        for m in one.messages
+    ]
+
+
+WANTED = [
+    ("system", "Be brief.", None, [], None),
+    ("user", USER["content"], None, [], None),
+    ("assistant", "I look.", "Hm.", [{"name": "weather", "arguments": {"town": "Bonn"}}], None),
+    ("tool", RESULT, None, [], "weather"),
+    ("assistant", ANSWER, None, [], None),
+]
+
+
+@pytest.mark.parametrize(
+    "row", [OPENAI, ANTHROPIC, SHAREGPT, HERMES], ids=["openai", "anthropic", "sharegpt", "hermes"]
+)
+def test_every_form_is_the_same_conversation(row: dict[str, Any]) -> None:
+    read = read_conversation("f:1", row)
+    assert texts(read) == WANTED
+    (call_,), result = read.messages[2]["tool_calls"], read.messages[3]
+    assert call_["id"] == result["tool_call_id"] and call_["type"] == "function" and "made" not in call_
+    assert read.content_key() == read_conversation("f:2", OPENAI).content_key()  # ids of calls are no difference
+    (spec,) = read.tools
+    assert (spec.name, spec.description, spec.parameters) == ("weather", WEATHER["description"], WEATHER["parameters"])
+    assert read.first_action == 2 and read.question == USER["content"]
+
+
+def test_the_old_form_of_calls_and_a_bare_list() -> None:
+    read = read_conversation("f:1", OLD)
+    assert texts(read)[2] == ("assistant", "", "Hm.", [{"name": "weather", "arguments": {"town": "Bonn"}}], None)
+    assert [spec.name for spec in read.tools] == ["weather"]
+    assert texts(read_conversation("f:1", OPENAI["messages"])) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("<think>a</think>b", ("b", "a")),
+        ("\n<think>\na\n</think>\n\n b", (" b", "a")),
+        ("a\n</think>\n\nb", ("b", "a")),  # the template had opened the thoughts
+        ("x <think>a</think> b", ("x <think>a</think> b", None)),
+        ("<think>a", ("<think>a", None)),
+        ("<think>a</think>b<think>c</think>", ("b<think>c</think>", "a")),
+        ("<think>a <think> b</think>c", ("c", "a <think> b")),
+    ],
+)
+def test_thoughts_at_the_head(content: str, wanted: tuple[str, str | None]) -> None:
+    read = read_conversation("f:1", [USER, {"role": "assistant", "content": content}])
+    assert (read.messages[1]["content"], read.messages[1].get("reasoning_content")) == wanted
+
+
+def test_messages_of_the_assistant_that_follow_each_other_are_one_turn() -> None:
+    said = [
+        {"role": "assistant", "content": "I look."},
+        {"role": "assistant", "content": None, "tool_calls": [call()]},
+        {"role": "assistant", "content": "", "tool_calls": [call(id_="c2")]},
+    ]
+    results = [{"role": "tool", "tool_call_id": id_, "content": id_} for id_ in ("c2", "c1")]
+    read = read_conversation("f:1", [USER, *said, *results, {"role": "assistant", "content": ANSWER}])
+    assert [m["role"] for m in read.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert read.messages[1]["content"] == "I look." and [c["id"] for c in read.messages[1]["tool_calls"]] == [
+        "c1",
+        "c2",
+    ]
+
+
+def test_results_without_ids_belong_to_the_calls_in_order() -> None:
+    calls = {"role": "assistant", "content": "", "tool_calls": [call(id_=None), call(id_=None, name="time")]}
+    read = read_conversation("f:1", [USER, calls, {"role": "tool", "content": "a"}, {"role": "tool", "content": "b"}])
+    assert [(m["tool_call_id"], m["name"]) for m in read.messages[2:]] == [("call_1", "weather"), ("call_2", "time")]
+
+
+def test_a_greeting_belongs_to_the_prompt_and_a_call_may_be_the_end() -> None:
+    greeting = {"role": "assistant", "content": "Hello!"}
+    read = read_conversation(
+        "f:1", [SYSTEM, greeting, USER, {"role": "assistant", "content": "", "tool_calls": [call()]}]
+    )
+    assert read.first_action == 3 and len(read.messages) == 4
+
+
+def test_what_is_the_same_opening() -> None:
+    other = [{**SYSTEM, "content": "Today is Monday."}, USER, {"role": "assistant", "content": "No."}]
+    one, two = read_conversation("f:1", OPENAI), read_conversation("f:2", other)
+    assert one.opening_key() == two.opening_key() and one.content_key() != two.content_key()
+    assert one.opening_key() != read_conversation("f:3", [{**USER, "content": "Is it?"}, *other[2:]]).opening_key()
+
+
+def test_a_megabyte_of_text_and_half_characters() -> None:
+    long = "word " * 200_000
+    read = read_conversation("f:1", [{"role": "user", "content": long}, {"role": "assistant", "content": "a\ud83d"}])
+    assert read.question == long and read.messages[1]["content"] == "a\ufffd"
+
+
+def messages(*more: Any, tools: Any = None) -> dict[str, Any]:
+    return {"messages": [USER, *more], **({} if tools is None else {"tools": tools})}
+
+
+SAID = {"role": "assistant", "content": "Yes."}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [call()]}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:…"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ("text", "must be a JSON object with `messages`"),
+        ({"text": "a"}, "has no messages, only text"),
+        ({"messages": "a"}, "messages = 'a': must be a list"),
+        ({"messages": []}, "messages: holds no message"),
+        ({"messages": ["a"]}, "messages[0] = 'a': must be a message"),
+        (messages({"role": "narrator", "content": "a"}), "messages[1].role = 'narrator': is no role"),
+        (messages({"content": "a"}), "messages[1] = {'content': 'a'}: has no role"),
+        (messages(), "no message is the assistant's"),
+        ({"messages": [SYSTEM, SAID]}, "no message is the user's"),
+        ({"messages": [SAID, USER]}, "the assistant says nothing after"),
+        ({"messages": [SYSTEM, SYSTEM, USER, SAID]}, "messages[1] = 'Be brief.': is a second system message"),
+        ({"system": "a", "messages": [SYSTEM, USER, SAID]}, "is a second system message"),
+        (messages(SYSTEM, SAID), "a system message must be the first"),
+        (messages({"role": "tool", "tool_call_id": "c1", "content": "a"}, CALLED), "names the call 'c1', and no call of this id waits"),
+        (messages(CALLED, {"role": "tool", "tool_call_id": "c9", "content": "a"}), "names the call 'c9'"),
+        (messages(SAID, {"role": "tool", "content": "a"}), "is a result, and no call waits for one"),
+        (messages(CALLED, SAID), "speaks before the calls of the message before have a result"),
+        (
+            messages(CALLED, tools=[{"type": "function", "function": {**WEATHER, "name": "time"}}]),
+            "tool_calls[0].name = 'weather': is not among the conversation's `tools` (time)",
+        ),
+        (messages({**CALLED, "tool_calls": [call("{")]}), "tool_calls[0].arguments = '{': is not valid JSON"),
+        (messages({**CALLED, "tool_calls": [call('{"a": NaN}')]}), "NaN is not a number in JSON"),
+        (messages({**CALLED, "tool_calls": [call("[1]")]}), "tool_calls[0].arguments = [1]: must be a JSON object"),
+        (messages({**CALLED, "tool_calls": [call(name="")]}), "tool_calls[0].name = '': must be the name of a tool"),
+        (messages({**CALLED, "tool_calls": {}} | {"tool_calls": "x"}), "messages[1].tool_calls = 'x': must be a list of calls"),
+        (messages({**CALLED, "tool_calls": [{"type": "custom", "custom": {}}]}), "tool_calls[0] = "),
+        (messages({"role": "assistant", "content": 3}), "messages[1].content = 3: must be a text"),
+        (messages({"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}, SAID), "content[1] = 'image_url': only text"),
+        (messages({"role": "assistant", "content": [{"type": "audio"}]}), "messages[1].content[0] = 'audio': only text"),
+        (messages({"role": "assistant", "content": "", "reasoning_content": 3}), "its thoughts (reasoning_content) must be a text"),
+        (messages(SAID, tools=3), "tools = 3: must be a list"),
+        (messages(SAID, tools="{"), "tools = '{': is not valid JSON"),
+        (messages(SAID, tools=[{"type": "function"}]), "tools[0] = {'type': 'function'}: must have a `name`"),
+        (messages(SAID, tools=[WEATHER, WEATHER]), "tools[1] = 'weather': a tool of this name comes twice"),
+        (messages(SAID, tools=[{"name": "a", "parameters": {"type": "object", "properties": 3}}]), "are no JSON schema"),
+        (messages(SAID, tools=[{"name": "a", "parameters": {"type": "string"}}]), "type 'string' is not object"),
+        ({**messages(SAID), "id": [1]}, "id = [1]: must be a text or a whole number"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named(row: Any, shown: str) -> None:
+    with pytest.raises(BrokenRow) as error:
+        read_conversation("log.jsonl:7", row)
+    assert str(error.value).startswith("log.jsonl:7: ") and shown in str(error.value)
+
+
+# ---- files
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{**OPENAI, "id": "a"}, messages(CALLED)]
+    wanted = [texts(read_conversation("", row)) for row in rows]
+    lines = written(tmp_path / "log.jsonl", *rows)
+    (tmp_path / "log.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf\n" + lines.read_bytes()))
+    (tmp_path / "list.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "pretty.json").write_text(json.dumps({"data": rows}, indent=1), encoding="utf-8")
+    written(tmp_path / "bare.jsonl", *(row["messages"] for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "log.parquet")
+    for file in sorted(tmp_path.iterdir()):
+        found = list(read_log(file))
+        assert [texts(one) for one in found if isinstance(one, Conversation)] == wanted, file
+        assert str(file) in found[1].where  # type: ignore[union-attr]
+    (tmp_path / "one.json").write_text(json.dumps(OPENAI, indent=1), encoding="utf-8")
+    (one,) = read_log(tmp_path / "one.json")
+    assert isinstance(one, Conversation) and texts(one) == wanted[0]
+
+
+def test_broken_lines_do_not_stop_the_reading(tmp_path: Path) -> None:
+    deep = "[" * 200_000
+    lines = [
+        json.dumps(OPENAI),
+        "",
+        '{"messages": [',
+        "\udcff",
+        deep,
+        json.dumps({"a": float("nan")}),
+        "[]",
+        json.dumps(OPENAI),
+    ]
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    found = list(read_log(tmp_path / "log.jsonl"))
+    broken = [str(one) for one in found if isinstance(one, BrokenRow)]
+    assert len(found) == 7 and [isinstance(one, Conversation) for one in (found[0], found[-1])] == [True, True]
+    for number, shown, text in zip(
+        (3, 4, 5, 6, 7), ("not valid JSON", "not UTF-8", "nested", "NaN", "no message"), broken, strict=True
+    ):
+        assert text.startswith(f"{tmp_path / 'log.jsonl'}:{number}: ") and shown in text
+
+
+def test_files_that_cannot_be_read_at_all(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl.gz").write_bytes(gzip.compress(json.dumps(OPENAI).encode())[:-9])
+    (tmp_path / "log.parquet").write_bytes(b"PAR1")
+    for name in ("log.jsonl.gz", "log.parquet"):
+        with pytest.raises(ValueError, match=f"{name}: not readable as"):
+            list(read_log(tmp_path / name))
+
+
+@pytest.mark.skipif(not (DATA / "agent_process_bench").is_dir(), reason="the real logs are not here")
+def test_real_logs() -> None:
+    """Of 125 two calls are cut off inside their arguments, and one calls a tool that there is not."""
+    found = list(read_log(DATA / "agent_process_bench" / "hotpotqa_half.jsonl"))
+    broken = [str(one).partition(": ")[2] for one in found if isinstance(one, BrokenRow)]
+    assert len(found) == 125 and len({one.opening_key() for one in found if isinstance(one, Conversation)}) == 25
+    assert [one.partition(" = ")[0] for one in broken] == [
+        "messages[2].tool_calls[0].name",
+        "messages[2].tool_calls[0].arguments",
+        "messages[8].tool_calls[0].arguments",
+    ]
