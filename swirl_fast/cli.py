@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add(name: str, text: str, call: _Call) -> argparse.ArgumentParser:
         stage = _command(commands, name, text, _epilog(name))
-        stage.add_argument("--config", metavar="FILE", help="a YAML file; ready ones lie in configs/")
+        stage.add_argument("--config", metavar="FILE", help="a YAML file, or a name that `swirl-fast configs` lists")
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.steps=20")
         stage.set_defaults(run=lambda options: _run_stage(call, options))
         return stage
@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     _add_dataset(commands)
     _add_experiment(commands)
     _add_config(commands)
+    _add_configs(commands)
     return top
 
 
@@ -312,7 +313,7 @@ def _add_experiment(commands: Any) -> None:
     grid = _command(
         commands, "experiment", text, "settings: those of a run; `swirl-fast config` lists all keys with their meaning."
     )
-    grid.add_argument("file", metavar="FILE", help="a YAML file; ready ones lie in configs/experiments/")
+    grid.add_argument("file", metavar="FILE", help="a YAML file, or a name that `swirl-fast configs` lists")
     grid.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, e.g. training.steps=2")
     grid.add_argument("--report", action="store_true", help="only table and report, from the cells that are done")
     grid.set_defaults(run=_experiment)
@@ -353,6 +354,20 @@ def _config(options: argparse.Namespace) -> int:
     names = [word for word in options.overrides if "=" not in word]
     config = load(options.config, [word for word in options.overrides if "=" in word], files=False)
     print(describe(names, config))
+    return 0
+
+
+def _add_configs(commands: Any) -> None:
+    command = _command(commands, "configs", "the configs, experiments and chat templates that are shipped", "")
+    command.set_defaults(run=_configs, overrides=[])
+
+
+def _configs(options: argparse.Namespace) -> int:
+    from swirl_fast.config.shipped import listing
+
+    if options.overrides:
+        raise ConfigError(f"{' '.join(options.overrides)}: this command takes no arguments; it lists what is there")
+    _write([listing()])
     return 0
 
 

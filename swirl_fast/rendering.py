@@ -29,9 +29,7 @@ _BREAKS = (
     "·",
     "\ufffd",
 )  # put into what would become a control token, one after the other until none is left
-READY = (
-    "configs/chat_templates/chatml.jinja is one for models with the tokens <|im_start|> and <|im_end|>, such as Qwen3"
-)
+READY = "chatml is one for models with the tokens <|im_start|> and <|im_end|>, such as Qwen3"
 
 
 def instructions(tools: Sequence[ToolSpec], max_steps: int, own: str = "") -> str:

@@ -19,8 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config", "data", "files", "intervals", "metrics", "models", "report", "stages", "tools",
     },
     "stages": {
-        "config", "data", "engines", "files", "intervals", "judges", "models", "outputs", "ranks", "rendering", "report", "rollouts",
-        "seeds", "tasks", "tools", "training", "trajectory", "verdict",
+        "config", "data", "engines", "files", "intervals", "judges", "metrics", "models", "outputs", "ranks", "rendering", "report",
+        "rollouts", "seeds", "tasks", "tools", "training", "trajectory", "verdict",
     },
     "training": {
         "comb", "config", "data", "engines", "exits", "files", "judges", "metrics", "models", "objective", "ranks", "rendering",

@@ -17,6 +17,7 @@ from swirl_fast.config.error import ConfigError
 from swirl_fast.config.fields import settings
 from swirl_fast.config.read import check_each
 from swirl_fast.config.rubric import read_rubric
+from swirl_fast.config.shipped import ready
 
 if TYPE_CHECKING:
     from swirl_fast.config.schema import Config, TasksConfig
@@ -141,7 +142,7 @@ def _check_files(config: Config, values: _Values) -> None:
         values.fail("search.corpus", "no such file")
     read_rubric(config.judge.model.rubric)
     if config.model.chat_template and not Path(config.model.chat_template).expanduser().is_file():
-        values.fail("model.chat_template", "no such file; give the path of a Jinja template")
+        values.fail("model.chat_template", f"no such file; give the path of a Jinja template; {ready('template')}")
     model = config.search.model
     if model and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         values.fail("search.model", "no such folder")

@@ -49,7 +49,7 @@ def _content(entry: Setting, value: Any, key: str) -> Any:
         names = [references.identity(key, one, entry.known) for one in (value if isinstance(value, list) else [value])]
         return names if isinstance(value, list) else names[0]
     if (
-        entry.reads == "file"
+        entry.reads in ("file", "template")
         and value
         and "\n" not in value
         and len(value) < 4096

