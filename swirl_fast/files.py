@@ -88,7 +88,7 @@ def fsync(path: Path) -> None:
 
 def lock(path: Path) -> int:
     """File descriptor that holds the lock on writing to `path` until it is closed, or the process ends. The file PATH.lock stays:
-    removing it would race. Raises ValueError when another process holds it."""
+    removing it would race. Raises ValueError when another process holds it, and where the file system has no locks."""
     descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,6 +96,11 @@ def lock(path: Path) -> int:
         holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
         raise ValueError(f"{path} is being written by {holder}: wait until it ends, or use another run.name") from None
+    except OSError as error:
+        os.close(descriptor)
+        raise ValueError(
+            f"{path} cannot be locked ({error}), and two processes that write to it would destroy it: use a run.folder on a local disk"
+        ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
