@@ -17,6 +17,7 @@ from swirl_fast.config import Config, ConfigError, SearchConfig, TasksConfig
 from swirl_fast.tasks import load_task, offered_tools, parts_of
 from swirl_fast.tasks.corpus import corpus_hash, passages_of, read_corpus
 from swirl_fast.tasks.rows import question_id
+from swirl_fast.tools.characters import same_text
 from swirl_fast.tools.search import load_search
 
 ROWS = [{"question": f"Question {i}?", "answer": f"answer {i}"} for i in range(10)]
@@ -368,6 +369,19 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigError, match=f"mine.py:{name}: .*{message}"):
             own(name)
+
+
+def test_what_one_task_of_a_mixture_holds_out_none_trains_on(tmp_path: Path) -> None:
+    """Also what tasks.eval_limit leaves out of the evaluation, and in another spelling of Unicode."""
+    first = [{"question": f"{i} caf\u00e9s?", "answer": i} for i in range(10)]
+    second = [{"question": f"{i} cafe\u0301s?", "answer": i} for i in range(2, 12)]
+    files = [write_lines(tmp_path / name, rows) for name, rows in (("a.jsonl", first), ("b.jsonl", second))]
+    held = write_lines(tmp_path / "held.jsonl", [{"question": f"{i}  caf\u00e9s?", "answer": i} for i in (4, 5)])
+    mix = [{"kind": "qa", "path": files[0], "eval_path": held}, {"kind": "qa", "path": files[1]}]
+    task = load_task(TasksConfig(mix=mix, eval_limit=2), 0)
+    trained = {same_text(question.text) for question in task.questions("train")}
+    assert [question.text for question in task.questions("eval")] == ["4  caf\u00e9s?", "11 cafe\u0301s?"]
+    assert len(trained) == 9 and not trained & {f"{i} caf\u00e9s?" for i in (4, 5, 11)}
 
 
 def test_a_mixture_has_questions_in_turns_by_weight(tmp_path: Path) -> None:
