@@ -93,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """arguments: None for those of the command line."""
+    if arguments is None and sys.getfilesystemencoding() != "utf-8":
+        _restart_in_utf8()
     options = _parsed(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -113,6 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"swirl-fast {options.stage}: interrupted; start it again to go on", file=sys.stderr)
         return 130
+
+
+def _restart_in_utf8() -> None:
+    """Does not return. In the C locale without Python's UTF-8 mode, names of files that are not ASCII could be neither read nor written."""
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
