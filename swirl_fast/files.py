@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import fcntl
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,13 @@ SETTLED = (
     2.0  # seconds; a file younger than that may change once more without a change of its times, whose ticks are coarse
 )
 SLOW = 1 << 30  # bytes; hashes of larger files are kept on disk too
+# ending, first bytes, how it is read
+_PACKED: tuple[tuple[str, bytes, Callable[..., Any]], ...] = (
+    (".gz", b"\x1f\x8b", gzip.open),
+    (".bz2", b"BZh", bz2.open),
+    (".xz", b"\xfd7zXZ\0", lzma.open),
+)
+UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _hashes: dict[str, tuple[list[int], str, bool]] = {}  # path -> identity, hash, whether this process read the file
 
 
@@ -55,6 +66,15 @@ def content_hash(path: Path, read: bool = False) -> str:
             except OSError:  # it is hashed again next time
                 pass
     return found
+
+
+def unpacker(path: Path) -> Callable[..., Any] | None:
+    """What opens a packed file, by its ending or its first bytes; None for any other. Reading may raise UNPACKING_ERRORS."""
+    with path.open("rb") as file:
+        begin = file.read(8)
+    return next(
+        (how for ending, magic, how in _PACKED if path.name.lower().endswith(ending) or begin.startswith(magic)), None
+    )
 
 
 def hash_file(path: Path) -> str:

@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 SHARD_URLS = ("s3", "gs", "hf", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")
 UPLOAD_URLS = ("s3", "gs", "azure", "azure-dl", "oci", "dbfs", "file")
 HTTP = ("http://", "https://")
-DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+DATA_FILES = tuple(
+    ".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .arrow .feather .txt .gz .bz2 .xz .zst .lz4 .zip .tar .xls .xlsx .ods .yaml .yml "
+    ".xml .pkl .db .sqlite".split()
+)
 
 
 def looks_like_file(path: str) -> bool:
-    """Whether a path is one of a file, and not the name of a Hugging Face data set."""
-    return path.startswith((".", "/", "~")) or path.lower().endswith(DATA_FILES)
+    """Whether a path is one of a file, and not the name of a Hugging Face data set, NAME or OWNER/NAME, or a folder that datasets loads."""
+    nested = path.count("/") > 1 and not Path(path.partition(":")[0]).is_dir()
+    return nested or path.startswith((".", "/", "~")) or path.lower().endswith(DATA_FILES)
 
 
 def check(config: Config, files: bool = True) -> None:

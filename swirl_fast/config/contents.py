@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
 import operator
-import zlib
 from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import references
 from swirl_fast.config.fields import Setting, settings
-from swirl_fast.files import content_hash, hash_tree
+from swirl_fast.files import UNPACKING_ERRORS, content_hash, hash_tree, unpacker
 
 DATA = (
     ".parquet",
@@ -75,16 +73,17 @@ def _content(entry: Setting, value: Any, key: str) -> Any:
 
 
 def _unpacked_hash(file: Path) -> str | None:
-    """Of what a .gz file holds: the hash of the file before it was packed. None for any other file."""
-    if not file.name.lower().endswith(".gz"):
-        return None
+    """Of a packed file: the hash of what it was before. None for any other file."""
     import xxhash  # as in files.py
 
+    opened = unpacker(file)
+    if opened is None:
+        return None
     state = xxhash.xxh64()
     try:
-        with gzip.open(file) as stream:
+        with opened(file) as stream:
             while block := stream.read(1 << 22):
                 state.update(block)
-    except (OSError, EOFError, zlib.error):  # whoever reads it says so
+    except UNPACKING_ERRORS:  # whoever reads it says so
         return None
     return state.hexdigest()

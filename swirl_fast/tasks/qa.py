@@ -110,6 +110,18 @@ class QA(TaskDefaults):
 def _plain_name(path: str) -> str:
     """`data/My units.jsonl.gz` -> `My_units`."""
     name = Path(path).name
-    while Path(name).suffix.lower() in (".gz", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"):
+    while Path(name).suffix.lower() in (
+        ".gz",
+        ".bz2",
+        ".xz",
+        ".json",
+        ".jsonl",
+        ".jsonlines",
+        ".ndjson",
+        ".csv",
+        ".tsv",
+        ".parquet",
+        ".txt",
+    ):
         name = Path(name).stem
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name) or "qa"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import unicodedata
 from pathlib import Path
 
@@ -36,9 +38,10 @@ def table(path: Path, rows: list[dict], delimiter: str = ",") -> Path:
     return path
 
 
-def packed(path: Path) -> Path:
-    target = path.with_name(path.name + ".gz")
-    target.write_bytes(gzip.compress(path.read_bytes()))
+def packed(path: Path, ending: str = ".gz") -> Path:
+    target = path.with_name(path.name + ending)
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[ending]
+    target.write_bytes(pack(path.read_bytes()))
     return target
 
 
@@ -58,7 +61,11 @@ def test_every_format_gives_the_same_questions(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "same.parquet")
     files.append(tmp_path / "same.parquet")
-    for file in [*files, *map(packed, files)]:
+    misnamed = tmp_path / "packed" / "same.jsonl"
+    misnamed.parent.mkdir()
+    misnamed.write_bytes(gzip.compress(files[0].read_bytes()))
+    more = [misnamed, *(packed(files[0], ending) for ending in (".bz2", ".xz"))]
+    for file in [*files, *map(packed, files), *more]:
         task = load(file)
         assert task.name == "same" and len(task.questions("train")) == 9 and len(task.questions("eval")) == 1
         questions = [*task.questions("train"), *task.questions("eval")]
@@ -201,6 +208,10 @@ def test_files_and_settings_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "a.csv.gz").write_bytes(b"no gzip")
     with pytest.raises(ValueError, match="a.csv.gz: not readable as gzip"):
         load(tmp_path / "a.csv.gz")
+    for begin, what in {b"(\xb5/\xfdx": "packed with zstd", b"PK\x03\x04x": "a zip archive or a spreadsheet"}.items():
+        (tmp_path / "a.jsonl.x").write_bytes(begin)
+        with pytest.raises(ValueError, match=f"a.jsonl.x: is {what}, which is not read: unpack it, or save it as CSV"):
+            load(tmp_path / "a.jsonl.x")
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="a.parquet: not readable as Parquet"):
         load(tmp_path / "a.parquet")
