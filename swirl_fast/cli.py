@@ -141,6 +141,11 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         top.error(f"--count {options.count}: must be at least 1")
     if options.stage == "evaluate" and not options.of:
         top.error("--of '': must be base, trained, or a Hugging Face folder with weights")
+    for name, value in vars(options).items():
+        if value == "":
+            top.error(f"--{name.replace('_', '-')} '': is empty; leave it out, or give a value")
+    if "" in options.overrides:
+        top.error("an argument '' is empty; leave it out")
     if options.stage == "show" and options.limit < 1:
         top.error(f"--limit {options.limit}: must be at least 1")
     if options.stage == "show" and options.trajectory is not None and options.question is not None:

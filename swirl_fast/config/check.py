@@ -101,7 +101,8 @@ class _Values:
 def _check_data(config: Config, values: _Values) -> None:
     """run, tasks, search."""
     fail, search = values.fail, config.search
-    if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
+    name = config.run.name
+    if not name or "/" in name or name.startswith(".") or not name.isprintable() or len(name.encode()) > 200:
         fail("run.name", "must be a plain folder name")
     for prefix, tasks in task_configs(config):
         generated = tasks.kind == "reasoning_gym" or references.is_reference(tasks.kind)

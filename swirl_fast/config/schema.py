@@ -61,8 +61,8 @@ class TasksConfig:
     name: str = ""
     """qa: what the task is called in ids and results; empty: the name of its file."""
     path: str | None = setting(None, reads="file")
-    """A data file (qa: JSONL, JSON, CSV, TSV or Parquet, also .gz, .bz2, .xz; else in the official format), or a Hugging Face data set's name, as
-    NAME or NAME:CONFIGURATION."""
+    """A data file (qa: JSONL, JSON, CSV, TSV or Parquet, also .gz, .bz2, .xz; else in the official format), or a Hugging Face data set's
+    name, as NAME or NAME:CONFIGURATION."""
     eval_path: str | None = setting(None, reads="file")
     """The held-out file, may be the same as tasks.path. null: the tail of tasks.path is held out."""
     fields: dict[str, str] = field(default_factory=dict)

@@ -46,7 +46,7 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     Raises ConfigError for settings that cannot be followed here, ImportError for a missing package, each with what to do.
     """
     training = config.training
-    check_libraries(training.shards, config.filter.upload)
+    check_libraries(training.shards)
     fsdp.check_sharding(training, ranks)
     check_wandb(training)
     model_config = load_config(config.model)
