@@ -350,8 +350,10 @@ class PhaseTimer:
 
 
 def console_line(row: Mapping[str, float], steps: int) -> str:
-    """The console line of a training step. steps: training.steps. What a row does not have is left out."""
-    shown = (text.format(row[name]) for name, text in CONSOLE.items() if name in row)
+    """The console line of a training step. steps: training.steps. What a row does not have is left out, and so is what is not a number: but
+    for the gradient's norm, of which that is news."""
+    there = (name for name in CONSOLE if name in row and (name == "grad_norm" or not math.isnan(row[name])))
+    shown = (CONSOLE[name].format(row[name]) for name in there)
     return f"step {row['step']:.0f}/{steps}" + "".join(shown)
 
 
