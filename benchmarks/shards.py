@@ -45,7 +45,7 @@ from swirl_fast.data.shard_source import ShardCache
 from swirl_fast.data.shards import StepSample, streaming, verify_shards, write_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.files import write_json
-from swirl_fast.formats.tags import Action
+from swirl_fast.formats.format import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Verdict
 

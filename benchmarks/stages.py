@@ -11,7 +11,8 @@ that verdicts, endings and answers differ. Then the stages run as a user starts 
     report    the HTML files: 40 of the trajectories in the first, all of them on the pages beside it
 
 Memory: the largest resident size of the process, less what it had after its imports and before the stage. The writer of shards holds one
-shard of 64 MiB, and copies it to write it. Read with care: the store lies in the page cache, its tokens are
+shard of 64 MiB, and copies it to write it. cpu_seconds are those of the processor, which other work beside it changes less than the time
+on the clock (seconds). Read with care: the store lies in the page cache, its tokens are
 random and its texts are words without meaning.
 Not measured: collecting, model judges (whose endpoint takes the time), training.
 """
@@ -148,11 +149,16 @@ def measure(stage: str, folder: Path, trajectories: int) -> dict[str, float]:
     streaming()
     config = load(None, settings(folder, trajectories))
     imported = _resident("VmRSS")
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     command: Callable[[Config], None] = getattr(stages, stage)
     command(config)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "mib": (_resident("VmHWM") - imported) / MIB, "mib_imports": imported / MIB}
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - worked
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "mib": (_resident("VmHWM") - imported) / MIB,
+        "mib_imports": imported / MIB,
+    }
 
 
 def _resident(field: str) -> int:
@@ -181,7 +187,7 @@ def measure_all(count: int) -> dict[str, Any]:
         row: dict[str, Any] = {"seconds_store": time.perf_counter() - start, "bytes_store": _bytes(config.store)}
         for stage in STAGES:
             row[stage] = measure_apart(stage, folder, count)
-            row[stage]["seconds_per_1000"] = 1000 * row[stage]["seconds"] / count
+            row[stage]["cpu_seconds_per_1000"] = 1000 * row[stage]["cpu_seconds"] / count
         shards = sum(_bytes(path) for path in (config.folder / "shards").glob("*.mds"))
         row |= {"bytes_shards": shards, "kept": read_json(config.folder / "filter.json")["kept"]}
     return row
@@ -223,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for count in options.trajectories:
         row = result["results"][str(count)] = measure_all(count)
         write_json(options.out, result)
-        cells = "".join(f"{row[stage]['seconds']:>12.1f}{row[stage]['mib']:>8.0f}" for stage in STAGES)
+        cells = "".join(f"{row[stage]['cpu_seconds']:>12.1f}{row[stage]['mib']:>8.0f}" for stage in STAGES)
         print(f"{count:>12}{cells}{row['kept']:>10}", flush=True)
     print(options.out)
 

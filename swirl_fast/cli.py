@@ -27,12 +27,24 @@ _Call = Callable[[Any, Config, argparse.Namespace], object]
 
 # The sections that each stage reads; a subsection such as judge.model goes with its section.
 READS = {
-    "collect": ("run", "model", "tasks", "tools", "search", "engine", "collect"),
-    "judge": ("run", "tasks", "collect", "judge", "filter"),
-    "filter": ("run", "tasks", "collect", "judge", "filter"),
-    "train": ("run", "model", "tasks", "tools", "search", "engine", "collect", "judge", "algorithm", "training"),
+    "collect": ("run", "model", "actions", "tasks", "tools", "search", "engine", "collect"),
+    "judge": ("run", "model", "actions", "tasks", "collect", "judge", "filter"),
+    "filter": ("run", "model", "actions", "tasks", "collect", "judge", "filter"),
+    "train": (
+        "run",
+        "model",
+        "actions",
+        "tasks",
+        "tools",
+        "search",
+        "engine",
+        "collect",
+        "judge",
+        "algorithm",
+        "training",
+    ),
     "export": ("run", "model", "training"),
-    "evaluate": ("run", "model", "tasks", "tools", "search", "engine", "collect", "judge", "evaluate"),
+    "evaluate": ("run", "model", "actions", "tasks", "tools", "search", "engine", "collect", "judge", "evaluate"),
     "report": ("run",),
     "run": tuple(name for name in sections(Config) if "." not in name),
 }

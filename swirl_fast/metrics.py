@@ -106,7 +106,7 @@ GAMING = (
         "outside_tag",
         "share",
         Mean("outside", "characters"),
-        "characters outside the tag, among those of well-formed actions",
+        "characters outside calls, answers and thoughts, among those of well-formed actions",
     ),
     Metric(
         "repeated", "share", Mean("repeated", "observed"), "actions that repeat a call made before in their trajectory"

@@ -23,7 +23,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from swirl_fast.formats.tags import Action
+from swirl_fast.formats.format import Action
 
 
 class Finish(str, Enum):

@@ -19,12 +19,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config", "data", "files", "intervals", "metrics", "models", "report", "stages", "tools",
     },
     "stages": {
-        "config", "data", "engines", "files", "intervals", "judges", "metrics", "models", "outputs", "ranks", "rendering", "report",
-        "rollouts", "seeds", "tasks", "tools", "training", "trajectory", "verdict",
+        "config", "data", "engines", "files", "formats", "intervals", "judges", "metrics", "models", "outputs", "ranks", "rendering",
+        "report", "rollouts", "seeds", "tasks", "tools", "training", "trajectory", "verdict",
     },
     "training": {
-        "comb", "config", "data", "engines", "exits", "files", "judges", "metrics", "models", "objective", "ranks", "rendering",
-        "rollouts", "tasks", "tools", "trajectory", "verdict",
+        "comb", "config", "data", "engines", "exits", "files", "formats", "judges", "metrics", "models", "objective", "ranks",
+        "rendering", "rollouts", "tasks", "tools", "trajectory", "verdict",
     },
     "rollouts": {
         "config", "data", "engines", "formats", "judges", "metrics", "models", "ranks", "rendering", "seeds", "tasks", "tools",

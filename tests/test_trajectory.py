@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.stores import make_question, make_trajectory
 
-from swirl_fast.formats.tags import Action
+from swirl_fast.formats.format import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 ANY_TEXT = st.text(st.characters(), max_size=20)

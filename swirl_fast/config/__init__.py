@@ -10,6 +10,7 @@ from swirl_fast.config.error import ConfigError
 from swirl_fast.config.load import dump, load
 from swirl_fast.config.schema import (
     EMBEDDED_MODEL,
+    ActionsConfig,
     AlgorithmConfig,
     CollectConfig,
     Config,
@@ -30,6 +31,7 @@ from swirl_fast.config.schema import (
 )
 
 __all__ = [
+    "ActionsConfig",
     "AlgorithmConfig",
     "CollectConfig",
     "Config",

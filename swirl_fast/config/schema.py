@@ -49,7 +49,22 @@ class ModelConfig:
     dtype: Precision = "float32"
     """Of the matrix products in training. Weights and optimizer stay float32."""
     chat_template: str | None = setting(None, reads="template")
-    """Path of a Jinja file that replaces the tokenizer's own template, which must only append; or chatml, which is shipped."""
+    """Path of a Jinja file that replaces the tokenizer's own template, which must only append; or the name of a shipped one, such as
+    hermes (swirl-fast configs)."""
+    thinking: Literal["keep", "off"] = "keep"
+    """Of models that think before they act. keep: thoughts are sampled, trained on, and stay in the states of later actions. off: the chat
+    template opens turns without thoughts."""
+
+
+@dataclass
+class ActionsConfig:
+    """How an action is written in a model's turn."""
+
+    format: Literal["tags", "native"] = "tags"
+    """tags: <tool>…</tool> around a call, as the system message says. native: calls and results as the chat template writes them, which is
+    told the tools; several calls a turn where it can write them."""
+    answer: Literal["tag", "message"] = "tag"
+    """tag: the answer stands in <answer>…</answer>. message: it is the turn without a call."""
 
 
 @dataclass
@@ -447,6 +462,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    actions: ActionsConfig = field(default_factory=ActionsConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 APPLICATION_ID = 0x5357524C  # "SWRL" in the header of the file: tells our databases from others
 REMEDY = "copy the file again from where it is whole, or use another run.name"
 
@@ -38,6 +38,7 @@ TABLES = (
         trajectory INTEGER NOT NULL REFERENCES trajectories(number), i INTEGER NOT NULL,
         start INTEGER NOT NULL, stop INTEGER NOT NULL, text TEXT NOT NULL,
         kind TEXT NOT NULL, tool TEXT, argument TEXT NOT NULL, error TEXT NOT NULL,
+        further TEXT NOT NULL, -- JSON list of [tool, argument]: the other calls of the turn
         observation TEXT, policy_version INTEGER NOT NULL,
         tokens BLOB NOT NULL, -- little-endian int32: everything after the step before
         logprobs BLOB NOT NULL, -- little-endian float32

@@ -8,6 +8,8 @@ from fractions import Fraction
 from swirl_fast.config import ConfigError, JudgeConfig
 from swirl_fast.config.references import is_reference
 from swirl_fast.config.schema import JUDGES
+from swirl_fast.formats.format import Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import Judge
 from swirl_fast.judges.own import OwnJudge, own_judge_id
 from swirl_fast.judges.reference import ReferenceJudge, reference_judge_id
@@ -21,48 +23,50 @@ def load_judge(
     tools_by_task: Mapping[str, Collection[ToolSpec]],
     probe: bool = True,
     tasks: Sequence[Task] = (),
+    form: Format = TAGS,
 ) -> Judge:
     """The judge a config names, ready for work.
 
     tools_by_task: task name -> the tools on offer there: by it the rules judge decides what is malformed, and a model judge is
     asked about calls of these tools.
     tasks: those whose steps it will judge; only the reference judge needs them, for their worked solutions.
+    form: how actions are written.
     probe: ask the endpoint of a model judge once, so that a wrong address, key or model name fails here.
 
     Raises ValueError, with the key, the value and the remedy, for a setting or an endpoint that cannot work.
     """
     if config.kind == "rules":
-        return RulesJudge(config.rules, tools_by_task)
+        return RulesJudge(config.rules, tools_by_task, form)
     if config.kind == "model":
         from swirl_fast.judges.model import ModelJudge  # httpx is loaded only where an endpoint is asked
 
-        judge = ModelJudge(config.model, tools_by_task)
+        judge = ModelJudge(config.model, tools_by_task, form=form)
         if probe:
             judge.check()
         return judge
     if config.kind == "reference":
-        return ReferenceJudge(tools_by_task, _worked_solutions(tasks))
+        return ReferenceJudge(tools_by_task, _worked_solutions(tasks), form)
     if is_reference(config.kind):
-        return OwnJudge(config.kind, tools_by_task)
+        return OwnJudge(config.kind, tools_by_task, form)
     raise ConfigError(_unknown_kind(config))
 
 
-def judge_id(config: JudgeConfig, tools_by_task: Mapping[str, Collection[ToolSpec]]) -> str:
+def judge_id(config: JudgeConfig, tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS) -> str:
     """The id that `load_judge` of the same arguments has, under which its verdicts are stored. Opens no connection and reads no file
     but a rubric and the source of an own judge.
 
     Raises ValueError for a setting that cannot work.
     """
     if config.kind == "rules":
-        return RulesJudge(config.rules, tools_by_task).id
+        return RulesJudge(config.rules, tools_by_task, form).id
     if config.kind == "model":
         from swirl_fast.judges.model import model_step_judge_id
 
-        return model_step_judge_id(config.model, tools_by_task)
+        return model_step_judge_id(config.model, tools_by_task, form)
     if config.kind == "reference":
-        return reference_judge_id(tools_by_task)
+        return reference_judge_id(tools_by_task, form)
     if is_reference(config.kind):
-        return own_judge_id(config.kind, tools_by_task)
+        return own_judge_id(config.kind, tools_by_task, form)
     raise ConfigError(_unknown_kind(config))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from swirl_fast.config import ConfigError
-from swirl_fast.formats.tags import Action
+from swirl_fast.formats.format import Action, Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.tools.tool import ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
@@ -33,9 +34,14 @@ class Judge(Protocol):
         ...
 
 
-def tool_identities(tools_by_task: Mapping[str, Collection[ToolSpec]]) -> dict[str, tuple[str, ...]]:
-    """Task -> what its tools are called in the ids of judges; in a fixed order."""
-    return {task: tuple(sorted({spec.identity for spec in specs})) for task, specs in sorted(tools_by_task.items())}
+def tool_identities(
+    tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS
+) -> dict[str, tuple[str, ...]]:
+    """Task -> what its tools are called in the ids of judges, and how calls are written where that is not the default; in a fixed order."""
+    identities = {
+        task: tuple(sorted({spec.identity for spec in specs})) for task, specs in sorted(tools_by_task.items())
+    }
+    return {**identities, "": (form.identity,)} if form.identity else identities
 
 
 def judge_malformed(action: Action) -> Judgement:

@@ -17,7 +17,8 @@ from typing import Any
 
 from swirl_fast.data.store import Store
 from swirl_fast.files import write_text
-from swirl_fast.formats.tags import Action, parse
+from swirl_fast.formats.format import Action
+from swirl_fast.formats.tags import parse
 from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Verdict

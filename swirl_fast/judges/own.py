@@ -5,8 +5,8 @@ A function takes a step and gives a number in [0, 1], true or false, or None whe
 a list of those or of Judgement objects, and `close()` if it wants.
 
 A step has `task`, `question`, `history` (action text and observation of each turn before), `action_text`, and `action`, with `tool`,
-`argument` (the text of the call, or the answer) and `arguments` (by name). Malformed actions are BAD by the environment's own rule, and
-never come here.
+`argument` (the text of the call, or the answer) and `arguments` (by name), and `calls`, all calls of a turn, with the same. Malformed
+actions are BAD by the environment's own rule, and never come here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any
 from swirl_fast.config import ConfigError
 from swirl_fast.config.references import identity, load, running
 from swirl_fast.config.schema import JUDGES
-from swirl_fast.formats.tags import Action, parse
+from swirl_fast.formats.format import Action, Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import tool_identities
 from swirl_fast.tools.tool import ToolSpec
 from swirl_fast.trajectory import StepView
@@ -54,8 +55,9 @@ class OwnJudge:
     did not: a reward that never works would train nothing.
     """
 
-    def __init__(self, reference: str, tools_by_task: Mapping[str, Collection[ToolSpec]]) -> None:
-        self.id = own_judge_id(reference, tools_by_task)
+    def __init__(self, reference: str, tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS) -> None:
+        self.id = own_judge_id(reference, tools_by_task, form)
+        self._form = form
         self._reference = reference
         self._tools = tools_by_task
         self._judge, self._close = _callable(reference)
@@ -70,10 +72,7 @@ class OwnJudge:
 
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
         """One judgement a step, in order."""
-        given = [
-            JudgedStep(s.task, s.question, s.history, s.action_text, parse(s.action_text, self._tools.get(s.task, ())))
-            for s in steps
-        ]
+        given = [JudgedStep(s.task, s.question, s.history, s.action_text, self._action(s)) for s in steps]
         judged = [self._judgement(outcome) for outcome in self._judge(given)] if given else []
         failed = [judgement for judgement, error in judged if error is not None]
         self._worked |= len(failed) < len(judged)
@@ -88,6 +87,9 @@ class OwnJudge:
                 f"{KEY}={self._reference}: a step has no reward (UNKNOWN): {_described(errors[0])}", stacklevel=2
             )
         return [judgement for judgement, _ in judged]
+
+    def _action(self, step: StepView) -> Action:
+        return self._form.parse(step.action_text, self._tools.get(step.task, ()))
 
     def _judgement(self, outcome: Any) -> tuple[Judgement, BaseException | None]:
         if outcome is None:
@@ -107,8 +109,8 @@ class OwnJudge:
         return Judgement(Verdict.UNKNOWN, f"the judge failed: {_described(outcome)}"), outcome
 
 
-def own_judge_id(reference: str, tools_by_task: Mapping[str, Collection[ToolSpec]]) -> str:
-    tools = hashlib.sha256(json.dumps(tool_identities(tools_by_task)).encode()).hexdigest()[:8]
+def own_judge_id(reference: str, tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS) -> str:
+    tools = hashlib.sha256(json.dumps(tool_identities(tools_by_task, form)).encode()).hexdigest()[:8]
     return f"own-{identity(KEY, reference, JUDGES)}-tools.{tools}"
 
 

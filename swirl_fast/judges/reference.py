@@ -15,13 +15,14 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from swirl_fast.config import ConfigError
-from swirl_fast.formats.tags import parse
+from swirl_fast.formats.format import Action, Call, Format, results_in
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import tool_identities
 from swirl_fast.judges.rules.calculations import read_calculation
 from swirl_fast.tasks.scoring import states
 from swirl_fast.tools.arithmetic import CalculationError
 from swirl_fast.tools.numerals import numbers
-from swirl_fast.tools.tool import ToolSpec, observation
+from swirl_fast.tools.tool import ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
@@ -35,7 +36,10 @@ class ReferenceJudge:
     """
 
     def __init__(
-        self, tools_by_task: Mapping[str, Collection[ToolSpec]], solutions: Mapping[str, Sequence[Fraction]]
+        self,
+        tools_by_task: Mapping[str, Collection[ToolSpec]],
+        solutions: Mapping[str, Sequence[Fraction]],
+        form: Format = TAGS,
     ) -> None:
         if not solutions:
             raise ConfigError(
@@ -44,7 +48,8 @@ class ReferenceJudge:
             )
         self._tools = tools_by_task
         self._solutions = solutions
-        self.id = reference_judge_id(tools_by_task)
+        self._form = form
+        self.id = reference_judge_id(tools_by_task, form)
 
     def stats(self) -> JudgeStats:
         return JudgeStats()
@@ -58,36 +63,42 @@ class ReferenceJudge:
         if solution is None or step.task not in self._tools:
             return Judgement(Verdict.UNKNOWN, "the judge has no solution of this question")
         tools = self._tools[step.task]
-        action = parse(step.action_text, tools)
+        action = self._form.parse(step.action_text, tools)
         if action.kind == "malformed":
             return Judgement(Verdict.BAD, f"malformed: {action.error}")
-        shown = [_result(parse(text, tools).argument, seen) for text, seen in step.history]
+        shown: list[Fraction] = []
+        for text, seen in step.history:
+            shown += _results(self._form.parse(text, tools), seen)
         if action.kind == "answer":
             if not states(action.argument, solution[-1]):
                 return Judgement(Verdict.BAD, "not the answer of the solution")
             if solution[-1] not in shown:
                 return Judgement(Verdict.BAD, "the answer of the solution, but no observation shows it")
             return Judgement(Verdict.GOOD, "the answer of the solution, as an observation shows it")
-        try:
-            calculation = read_calculation(action.argument)
-        except CalculationError as error:
-            return Judgement(Verdict.BAD, f"the calculation does not evaluate: {error}")
-        if len(calculation.literals) < 2:
-            return Judgement(Verdict.BAD, "a number, not a calculation")
-        if calculation.value in shown:
-            return Judgement(Verdict.BAD, "an observation shows this result already")
-        if calculation.value not in solution:
-            return Judgement(Verdict.BAD, "not the result of a step of the solution")
-        return Judgement(Verdict.GOOD, "the result of a step of the solution")
+        judged = [_judge_call(call, solution, shown) for call in action.calls]
+        return next((one for one in judged if one.verdict is Verdict.BAD), judged[0])
 
 
-def reference_judge_id(tools_by_task: Mapping[str, Collection[ToolSpec]]) -> str:
-    digest = hashlib.sha256(repr(sorted(tool_identities(tools_by_task).items())).encode()).hexdigest()[:8]
+def _judge_call(call: Call, solution: Sequence[Fraction], shown: Sequence[Fraction]) -> Judgement:
+    try:
+        calculation = read_calculation(call.argument)
+    except CalculationError as error:
+        return Judgement(Verdict.BAD, f"the calculation does not evaluate: {error}")
+    if len(calculation.literals) < 2:
+        return Judgement(Verdict.BAD, "a number, not a calculation")
+    if calculation.value in shown:
+        return Judgement(Verdict.BAD, "an observation shows this result already")
+    if calculation.value not in solution:
+        return Judgement(Verdict.BAD, "not the result of a step of the solution")
+    return Judgement(Verdict.GOOD, "the result of a step of the solution")
+
+
+def reference_judge_id(tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS) -> str:
+    digest = hashlib.sha256(repr(sorted(tool_identities(tools_by_task, form).items())).encode()).hexdigest()[:8]
     return f"reference-v{VERSION}-tools.{digest}"
 
 
-def _result(argument: str, seen: str) -> Fraction | None:
-    """What the environment wrote after a call, not what the model claims."""
-    head = observation(argument, "")
-    values = numbers(seen[len(head) :]) if seen.startswith(head) else []
-    return values[0] if len(values) == 1 else None
+def _results(action: Action, seen: str) -> list[Fraction]:
+    """What the environment wrote after the calls of a turn, not what the model claims."""
+    found = [numbers(text) for text in results_in(action.calls, seen) or ()]
+    return [values[0] for values in found if len(values) == 1]

@@ -14,7 +14,8 @@ import numpy as np
 
 from swirl_fast.config import ConfigError, TrainingConfig
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
-from swirl_fast.formats.tags import Action, parse
+from swirl_fast.formats.format import Action, Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import Judge, judge_actions
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
@@ -42,11 +43,12 @@ def sample_actions(
     tools: ToolsByTask,
     training: TrainingConfig,
     seeds: Sequence[int],
+    form: Format = TAGS,
 ) -> list[SampledAction]:
     """`group_size` actions at every state of every trajectory, grouped by state, states in order.
 
     tools: those on offer, by the name of a trajectory's task. seeds: one a trajectory; a trajectory that comes twice in a batch comes
-    with two seeds, and so draws other actions.
+    with two seeds, and so draws other actions. form: how actions are written.
     """
     sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
     places = [(t, i) for t, trajectory in enumerate(trajectories) for i in range(trajectory.num_steps)]
@@ -66,7 +68,7 @@ def sample_actions(
         recorded = trajectories[t].view(i)
         for completion in completions:
             text = renderer.text(completion.tokens)
-            action = parse(text, tools_for(recorded.task, tools), truncated=completion.finish == "length")
+            action = form.parse(text, tools_for(recorded.task, tools), truncated=completion.finish == "length")
             view = StepView(recorded.task, recorded.question, recorded.history, text)
             sampled.append(SampledAction(t, state, completion, action, view))
     return sampled

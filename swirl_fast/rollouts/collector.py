@@ -13,17 +13,20 @@ import numpy as np
 from swirl_fast.config import Config
 from swirl_fast.data.store import Store, trajectory_ids
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
-from swirl_fast.formats.tags import parse
-from swirl_fast.rendering import Message, Renderer, conversation
+from swirl_fast.formats.format import Call, Format, observation_of, results_in
+from swirl_fast.formats.tags import TAGS, parse
+from swirl_fast.rendering import Message, Renderer, conversation, message_of, observed
 from swirl_fast.seeds import seed_of
 from swirl_fast.tasks import ToolsByTask, parts_of
 from swirl_fast.tasks.task import Example, Question, Task
-from swirl_fast.tools.tool import ToolSpec, observation
+from swirl_fast.tools.tool import ToolSpec
 from swirl_fast.tools.toolbox import Toolbox, ToolCall
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 
-def conversation_of(config: Config, task: Task, tools: ToolsByTask) -> Callable[[Question], list[Message]]:
+def conversation_of(
+    config: Config, task: Task, tools: ToolsByTask, form: Format = TAGS
+) -> Callable[[Question], list[Message]]:
     """Question -> the messages of s_1. Worked examples that call other tools than those on offer are left out.
 
     tools: those on offer, by the name of a question's task.
@@ -33,15 +36,17 @@ def conversation_of(config: Config, task: Task, tools: ToolsByTask) -> Callable[
     def messages(question: Question) -> list[Message]:
         part, offered = parts[question.task], tools[question.task]
         examples = [example for example in part.examples if fits(example, offered)]
-        return conversation(question.text, offered, config.tasks.max_steps, examples, part.instructions)
+        return conversation(question.text, offered, config.tasks.max_steps, examples, part.instructions, form)
 
     return messages
 
 
-def prompt_of(config: Config, task: Task, renderer: Renderer, tools: ToolsByTask) -> Callable[[Question], list[int]]:
+def prompt_of(
+    config: Config, task: Task, renderer: Renderer, tools: ToolsByTask, form: Format = TAGS
+) -> Callable[[Question], list[int]]:
     """Question -> token ids of s_1, of `conversation_of`."""
-    messages = conversation_of(config, task, tools)
-    return lambda question: renderer.prompt(messages(question))
+    messages = conversation_of(config, task, tools, form)
+    return lambda question: renderer.prompt(messages(question), tools[question.task] if form.native else ())
 
 
 def fits(example: Example, tools: Sequence[ToolSpec]) -> bool:
@@ -63,6 +68,7 @@ class Collector:
     batch: int
     seed: int
     max_tokens: int | None = None
+    form: Format = TAGS
 
     def collect(
         self,
@@ -140,10 +146,13 @@ class Collector:
         for trajectory, (completion,) in zip(room, self.engine.generate(requests), strict=True):
             self._act(trajectory, completion)
             if trajectory.finish is None:
-                going_on.append((trajectory, completion.finish == "stop"))
-        for (trajectory, stopped), text in zip(going_on, self._observations([t for t, _ in going_on]), strict=True):
-            trajectory.steps[-1].observation = text
-            trajectory.extend(self.renderer.observation(text, stopped))
+                going_on.append(trajectory)
+        for trajectory, (text, messages) in zip(going_on, self._observations(going_on), strict=True):
+            last = trajectory.steps[-1]
+            last.observation = text
+            turn = message_of(last.action, self.form, last.text)
+            ended = int(trajectory.tokens[-1]) if last.end > last.start else -1
+            trajectory.extend(self.renderer.following(turn, messages, ended))
         for trajectory in active:
             if trajectory.finish is not None:
                 self.tools[trajectory.task].end(trajectory.id)
@@ -154,14 +163,15 @@ class Collector:
         earlier = []
         for step in trajectory.steps:
             if step.action.kind == "tool" and step.observation is not None:
-                action = parse(step.text, box.specs)
-                result = step.observation.removeprefix(observation(step.action.argument, ""))
-                earlier.append((step.action.tool or "", action.arguments or {}, result))
+                calls = self.form.parse(step.text, box.specs).calls
+                results = results_in(calls, step.observation) or [step.observation] * len(calls)
+                for call, result in zip(calls, results, strict=True):
+                    earlier.append((call.tool, call.arguments or {}, result))
         box.begin(trajectory.id, question, earlier)
 
     def _act(self, trajectory: Trajectory, completion: Completion) -> None:
         text = self.renderer.text(completion.tokens)
-        action = parse(text, self.tools[trajectory.task].specs, truncated=completion.finish != "stop")
+        action = self.form.parse(text, self.tools[trajectory.task].specs, truncated=completion.finish != "stop")
         start = len(trajectory.tokens)
         step = Step(start, start + len(completion.tokens), text, action, completion.logprobs, completion.policy_version)
         trajectory.extend(completion.tokens)
@@ -171,24 +181,31 @@ class Collector:
         elif trajectory.num_steps == self.max_steps:
             trajectory.finish = Finish.STEP_LIMIT
 
-    def _observations(self, trajectories: Sequence[Trajectory]) -> list[str]:
-        """What follows the last action of each; the calls are made beside each other."""
-        texts: dict[str, str] = {}  # id of a trajectory -> observation
+    def _observations(self, trajectories: Sequence[Trajectory]) -> list[tuple[str, list[Message]]]:
+        """What follows the last action of each, as text and as messages; the calls are made beside each other."""
+        found: dict[str, tuple[str, list[Message]]] = {}  # by the id of a trajectory
         calling: dict[str, list[Trajectory]] = {}  # task -> those with a call
         for trajectory in trajectories:
             action = trajectory.steps[-1].action
             if action.kind == "malformed":
-                texts[trajectory.id] = f"ERROR: {action.error}"
+                text = f"ERROR: {action.error}"
+                found[trajectory.id] = text, observed(action, text, self.form)
             else:
                 calling.setdefault(trajectory.task, []).append(trajectory)
         for task, of_task in calling.items():
-            results = self.tools[task].call([_call(trajectory) for trajectory in of_task])
-            for trajectory, result in zip(of_task, results, strict=True):
-                texts[trajectory.id] = observation(trajectory.steps[-1].action.argument, result)
-        return [texts[trajectory.id] for trajectory in trajectories]
+            results = iter(
+                self.tools[task].call(
+                    [_called(each.id, call) for each in of_task for call in each.steps[-1].action.calls]
+                )
+            )
+            for trajectory in of_task:
+                action = trajectory.steps[-1].action
+                of_turn = [next(results) for _ in action.calls]
+                text = observation_of(action.calls, of_turn)
+                found[trajectory.id] = text, observed(action, text, self.form, of_turn)
+        return [found[trajectory.id] for trajectory in trajectories]
 
 
-def _call(trajectory: Trajectory) -> ToolCall:
-    action = trajectory.steps[-1].action
-    assert action.tool is not None and action.arguments is not None, "a call that was parsed"
-    return ToolCall(trajectory.id, action.tool, action.arguments)
+def _called(trajectory: str, call: Call) -> ToolCall:
+    assert call.arguments is not None, "a call that was parsed"
+    return ToolCall(trajectory, call.tool, call.arguments)

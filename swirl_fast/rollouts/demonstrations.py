@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from swirl_fast.config import ConfigError
-from swirl_fast.formats.tags import ANSWER_TAG, Action, parse
-from swirl_fast.rendering import Renderer
+from swirl_fast.formats.format import Format, observation_of
+from swirl_fast.formats.tags import ANSWER_TAG, TAGS, parse
+from swirl_fast.rendering import Renderer, message_of, observed
 from swirl_fast.tasks.task import Question, Task
-from swirl_fast.tools.tool import CALCULATOR, observation
+from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.tools.toolbox import Toolbox, ToolCall
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
@@ -24,6 +25,7 @@ def demonstrations(
     renderer: Renderer,
     prompt: Callable[[Question], list[int]],
     max_steps: int,
+    form: Format = TAGS,
 ) -> Iterator[Trajectory]:
     """One finished trajectory for every question whose solution can be written as at most `max_steps` actions. Log-probs are 0: nobody
     sampled these actions.
@@ -42,15 +44,20 @@ def demonstrations(
         )
         texts = [f"<{tag}>{expression}</{tag}>" for expression in expressions]
         for text in [*texts, f"<{ANSWER_TAG}>{question.answers[0]}</{ANSWER_TAG}>"]:
-            action = parse(text, box.specs)
-            ids = [*renderer.tokens(text), renderer.stop_id]
+            message = message_of(parse(text, box.specs), form, text)
+            ids = renderer.written(message)
+            text = renderer.text(ids)
+            action = form.parse(text, box.specs)
             start = len(trajectory.tokens)
             step = Step(start, start + len(ids), text, action, [0.0] * len(ids), 0)
             trajectory.extend(ids)
             trajectory.steps.append(step)
             if action.kind == "tool":
-                step.observation = observation(action.argument, _result(box, trajectory.id, action))
-                trajectory.extend(renderer.observation(step.observation, stopped=True))
+                results = box.call([ToolCall(trajectory.id, call.tool, call.arguments or {}) for call in action.calls])
+                step.observation = observation_of(action.calls, results)
+                trajectory.extend(
+                    renderer.following(message, observed(action, step.observation, form, results), ids[-1])
+                )
         trajectory.finish = Finish.ANSWER
         written += 1
         yield trajectory
@@ -59,8 +66,3 @@ def demonstrations(
             f"collect.source=solutions: no question of {task.name} has a worked solution of at most {max_steps} actions; use gsm8k or "
             "reasoning_gym's gsm_symbolic, and raise tasks.max_steps"
         )
-
-
-def _result(box: Toolbox, key: str, action: Action) -> str:
-    (result,) = box.call([ToolCall(key, action.tool or "", action.arguments or {})])
-    return result

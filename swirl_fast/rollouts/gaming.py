@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from swirl_fast.formats.tags import Action, render
+from swirl_fast.formats.format import Action, Call, Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.metrics import GAMING, summed, values
 from swirl_fast.verdict import Verdict
 
@@ -22,22 +23,25 @@ class GamingSigns:
     cut_off: float = summed()
     repeated: float = summed()
     characters: float = summed()  # of well-formed actions
-    outside: float = summed()  # of these, outside the tag
+    outside: float = summed()  # of these, outside calls, answers and thoughts
     good: float = summed()
     good_tokens: float = summed()
     bad: float = summed()
     bad_tokens: float = summed()
 
-    def observe(self, text: str, action: Action, tokens: int, verdict: Verdict, earlier: Sequence[Action]) -> None:
-        """One action, `tokens` long; earlier: the actions before it in its trajectory."""
+    def observe(
+        self, text: str, action: Action, tokens: int, verdict: Verdict, earlier: Sequence[Action], form: Format = TAGS
+    ) -> None:
+        """One action, `tokens` long; earlier: the actions before it in its trajectory. form: how they are written."""
         self.observed += 1
         self.observed_tokens += tokens
         self.cut_off += action.cut_off
         if action.kind != "malformed":
             self.characters += len(text)
-            self.outside += max(0, len(text) - len(render(action)))
+            self.outside += form.outside(text, action)
         if action.kind == "tool":
-            self.repeated += any(_call(action) == _call(before) for before in earlier if before.kind == "tool")
+            made = {_key(call) for before in earlier for call in before.calls}
+            self.repeated += any(_key(call) in made for call in action.calls)
         if verdict is Verdict.GOOD:
             self.good += 1
             self.good_tokens += tokens
@@ -46,9 +50,9 @@ class GamingSigns:
             self.bad_tokens += tokens
 
 
-def _call(action: Action) -> tuple[str | None, str]:
+def _key(call: Call) -> tuple[str, str]:
     """White space aside."""
-    return action.tool, "".join(action.argument.split())
+    return call.tool, "".join(call.argument.split())
 
 
 def gaming_metrics(sums: Mapping[str, float]) -> dict[str, float]:

@@ -21,6 +21,8 @@ import torch
 from swirl_fast.config import Config
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines.engine import Engine, EngineStats
+from swirl_fast.formats.format import Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import Judge
 from swirl_fast.metrics import PhaseTimer, summed
 from swirl_fast.ranks import Ranks
@@ -93,9 +95,10 @@ class RolloutPipeline:
         tools: ToolsByTask,
         stream: TrajectoryStream,
         whole: WholeRollouts | None = None,
+        form: Format = TAGS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.engine, self.judge_id = engine, judge.id
+        self.engine, self.judge_id, self.form = engine, judge.id, form
         self.lagged = False  # the batch taken last; the same on all ranks
         self._config, self._ranks = config, ranks
         self._judge, self._renderer, self._tools = judge, renderer, tools
@@ -171,7 +174,9 @@ class RolloutPipeline:
                 trajectories, questions = self._whole.roll_out(trajectories, seeds)
                 sampled = recorded_actions(trajectories, self._renderer.stop_ids)
             else:
-                sampled = sample_actions(trajectories, self.engine, self._renderer, self._tools, config.training, seeds)
+                sampled = sample_actions(
+                    trajectories, self.engine, self._renderer, self._tools, config.training, seeds, self.form
+                )
             drawn = self.engine.stats()
         with timer.phase("judge"):
             if self._whole is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from swirl_fast.config import Config
 from swirl_fast.config.contents import contents
 from swirl_fast.engines.engine import Sampling
-from swirl_fast.rendering import Renderer, open_renderer
+from swirl_fast.rendering import Renderer, open_format, open_renderer
 from swirl_fast.rollouts.collector import prompt_of
 from swirl_fast.tasks import ToolsByTask
 from swirl_fast.tasks.corpus import corpus_hash
@@ -61,7 +61,9 @@ def provenance(config: Config, task: Task, offered: ToolsByTask, sampling: Sampl
     """The fingerprint of a collection or an evaluation, with a hash of what `prompt_of` makes of a probe; kept with
     `Store.check_meta`. offered: the tools, by the name of a question's task."""
     renderer = open_renderer(config.model, dated=False)
-    prompt = prompt_of(config, task, renderer, offered)
+    form = open_format(config.actions, config.model)
+    prompt = prompt_of(config, task, renderer, offered, form)
     probes = [prompt(Question("probe", name, PROBE, ())) for name in offered]
     tools = {name: [spec.identity for spec in specs] for name, specs in offered.items()}
-    return fingerprint(config, sampling) | {"prompt": prompt_hash(renderer, probes), "tools": tools}
+    found = fingerprint(config, sampling) | {"prompt": prompt_hash(renderer, probes), "tools": tools}
+    return found | ({"actions": form.identity} if form.identity else {})

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.engine import Engine, Sampling
+from swirl_fast.formats.format import Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.rendering import Renderer
 from swirl_fast.rollouts.collector import Collector, prompt_of
 from swirl_fast.seeds import seed_of
@@ -23,17 +25,25 @@ class WholeRollouts:
     context nor a micro-batch."""
 
     def __init__(
-        self, config: Config, task: Task, tools: Mapping[str, Toolbox], engine: Engine, renderer: Renderer
+        self,
+        config: Config,
+        task: Task,
+        tools: Mapping[str, Toolbox],
+        engine: Engine,
+        renderer: Renderer,
+        form: Format = TAGS,
     ) -> None:
         training, limit = config.training, config.tasks.max_steps
         self._count, self._task = training.group_size, task
         self._questions = {question.id: question for question in task.questions("train")}
-        self._prompt = prompt = prompt_of(config, task, renderer, {name: box.specs for name, box in tools.items()})
+        self._prompt = prompt = prompt_of(
+            config, task, renderer, {name: box.specs for name, box in tools.items()}, form
+        )
         longest = min(training.token_budget, training.max_path_tokens or training.token_budget)
         sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
         seed = seed_of(config.run.seed, "outcomes")
         self._collector = Collector(
-            engine, renderer, tools, prompt, sampling, limit, config.collect.batch, seed, max_tokens=longest
+            engine, renderer, tools, prompt, sampling, limit, config.collect.batch, seed, max_tokens=longest, form=form
         )
 
     def roll_out(self, recorded: Sequence[Trajectory], seeds: Sequence[int]) -> tuple[list[Trajectory], list[int]]:

@@ -11,6 +11,7 @@ from swirl_fast.engines.engine import Engine
 from swirl_fast.files import write_text
 from swirl_fast.judges import close_judge, load_judge
 from swirl_fast.judges.judge import Judge
+from swirl_fast.rendering import open_format
 from swirl_fast.tasks import ToolsByTask, load_task, offered_tools, parts_of
 from swirl_fast.tasks.corpus import passages_of
 from swirl_fast.tasks.task import Question, Task
@@ -51,7 +52,9 @@ def questions_by_id(questions: Sequence[Question]) -> dict[str, Question]:
 @contextlib.contextmanager
 def task_judge(config: Config, task: Task) -> Iterator[Judge]:
     """The judge of the steps of a task. A model judge's endpoint is asked once, so that one that cannot work fails here."""
-    with closing_judge(load_judge(config.judge, offered_tools(task), tasks=list(parts_of(task).values()))) as judge:
+    form = open_format(config.actions, config.model)
+    tasks = list(parts_of(task).values())
+    with closing_judge(load_judge(config.judge, offered_tools(task), tasks=tasks, form=form)) as judge:
         yield judge
 
 

@@ -22,6 +22,7 @@ from swirl_fast.data.shards import streaming, verify_shards
 from swirl_fast.outputs import rows
 from swirl_fast.outputs.run import OpenRun
 from swirl_fast.outputs.text import clean
+from swirl_fast.rendering import open_format
 from swirl_fast.rollouts.collector import conversation_of
 from swirl_fast.stages.build import build_task
 from swirl_fast.tasks import offered_tools
@@ -134,7 +135,7 @@ def _opening(run: OpenRun, whole: bool) -> rows.Opening:
     try:
         config = run.config
         task = build_task(config)
-        messages = conversation_of(config, task, offered_tools(task))
+        messages = conversation_of(config, task, offered_tools(task), open_format(config.actions, config.model))
     except (ValueError, OSError) as error:
         raise ValueError(
             f"the system message and the worked examples cannot be made again: {error}. --from-question leaves them out"

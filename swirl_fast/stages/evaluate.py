@@ -16,6 +16,7 @@ from swirl_fast.files import read_json, write_json
 from swirl_fast.judges.cached import judge_steps, judged_trajectories
 from swirl_fast.judges.judge import Judge
 from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
+from swirl_fast.rendering import open_format
 from swirl_fast.rollouts.provenance import provenance
 from swirl_fast.seeds import seed_of
 from swirl_fast.stages.build import build_task, questions_by_id, save_config, task_judge
@@ -123,7 +124,7 @@ def _score(config: Config, plan: _Plan, judge: Judge, store: Store) -> Evaluatio
     if settings.outcome == "judge":
         judge_outcomes(config.judge.model, store, store.trajectories(ids), questions)
         outcome_id = outcome_judge_id(config.judge.model)
-    scores = EvaluationScores(plan.task, plan.questions)
+    scores = EvaluationScores(plan.task, plan.questions, open_format(config.actions, config.model))
     for trajectory, judgements in judged_trajectories(store, judge.id, ids):
         outcomes = {} if outcome_id is None else read_outcomes(outcome_id, store, [trajectory], questions)
         scores.add(trajectory, judgements, outcomes.get(trajectory.id, False))

@@ -18,6 +18,7 @@ from swirl_fast.files import write_json
 from swirl_fast.judges import judge_id as id_of_judge
 from swirl_fast.judges.cached import NOT_JUDGED, judged_trajectories
 from swirl_fast.judges.outcome import outcome_judge_id, read_outcomes
+from swirl_fast.rendering import open_format
 from swirl_fast.stages.build import build_task, questions_by_id
 from swirl_fast.stages.collect import COLLECTION, collected_ids
 from swirl_fast.tasks import offered_tools
@@ -29,7 +30,7 @@ SAME_JUDGE = "run judge with the same judge.* settings"
 def filter(config: Config) -> None:
     check_libraries(config.filter.upload)
     task = build_task(config)
-    judge_id = id_of_judge(config.judge, offered_tools(task))
+    judge_id = id_of_judge(config.judge, offered_tools(task), open_format(config.actions, config.model))
     with Store(config.store, writable=False) as store:
         store.check()  # a damaged row that is not found would be left out of the shards
         candidates, silent, asked = _candidates(config, task, store, judge_id)

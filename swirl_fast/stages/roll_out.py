@@ -10,7 +10,7 @@ from tqdm import tqdm
 from swirl_fast.config import Config
 from swirl_fast.data.store import BATCH, Store
 from swirl_fast.engines.engine import Sampling
-from swirl_fast.rendering import open_renderer
+from swirl_fast.rendering import open_format, open_renderer
 from swirl_fast.rollouts.collector import Collector, prompt_of, trajectory_ids
 from swirl_fast.rollouts.demonstrations import demonstrations
 from swirl_fast.stages.build import built_engine, opened_tools
@@ -46,11 +46,11 @@ def roll_out(
     finished = finished_ids(store, wanted)
     if len(finished) == len(wanted):
         return finished
-    renderer = open_renderer(config.model)
+    renderer, form = open_renderer(config.model), open_format(config.actions, config.model)
     with opened_tools(config, task, offered) as tools, built_engine(config, weights) as engine:
-        prompt = prompt_of(config, task, renderer, offered)
+        prompt = prompt_of(config, task, renderer, offered, form)
         collector = Collector(
-            engine, renderer, tools, prompt, sampling, config.tasks.max_steps, config.collect.batch, seed
+            engine, renderer, tools, prompt, sampling, config.tasks.max_steps, config.collect.batch, seed, form=form
         )
         with tqdm(
             desc=what, total=len(wanted), initial=len(finished), unit="trajectory", disable=None, leave=False
@@ -69,14 +69,14 @@ def roll_out(
 def write_demonstrations(config: Config, task: Task, questions: Sequence[Question], store: Store) -> list[str]:
     """Fills the store from worked solutions. Returns the ids of those that could be written."""
     store.add_questions(questions)
-    renderer = open_renderer(config.model)
+    renderer, form = open_renderer(config.model), open_format(config.actions, config.model)
     # Not again: a template that writes today's date gives them another prompt by now.
     recorded = set(store.ids())
     ids = []
     offered = offered_tools(task)
     with opened_tools(config, task, offered) as tools:
-        prompt = prompt_of(config, task, renderer, offered)
-        written = demonstrations(task, questions, tools, renderer, prompt, config.tasks.max_steps)
+        prompt = prompt_of(config, task, renderer, offered, form)
+        written = demonstrations(task, questions, tools, renderer, prompt, config.tasks.max_steps, form)
         while batch := list(islice(written, BATCH)):
             store.record(trajectory for trajectory in batch if trajectory.id not in recorded)
             ids += [trajectory.id for trajectory in batch]

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swirl_fast.formats.format import Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.intervals import wilson
 from swirl_fast.rollouts.gaming import GamingSigns, gaming_metrics
 from swirl_fast.tasks.task import Question, Score, Task
@@ -33,8 +35,8 @@ class _TrajectoryScore:
 class EvaluationScores:
     """Takes the trajectories of an evaluation one after the other, and holds no more of each than its scores."""
 
-    def __init__(self, task: Task, questions: Sequence[Question]) -> None:
-        self._task = task
+    def __init__(self, task: Task, questions: Sequence[Question], form: Format = TAGS) -> None:
+        self._task, self._form = task, form
         self._questions = {question.id: question for question in questions}
         self._scores: list[_TrajectoryScore] = []
         self._signs = GamingSigns()
@@ -54,7 +56,7 @@ class EvaluationScores:
         self._answered += trajectory.answer is not None
         actions = [step.action for step in trajectory.steps]
         for i, (step, verdict) in enumerate(zip(trajectory.steps, verdicts, strict=True)):
-            self._signs.observe(step.text, step.action, step.end - step.start, verdict, actions[:i])
+            self._signs.observe(step.text, step.action, step.end - step.start, verdict, actions[:i], self._form)
 
     def summary(self, outcome_judge: bool = False) -> dict[str, Any]:
         """JSON-able numbers. outcome_judge: with the accuracy by the outcome judge.

@@ -62,7 +62,7 @@ def load_task(config: TasksConfig, seed: int) -> Task:
         task.examples = read_examples(Path(config.worked_examples), describe_tools(task.tools))
     task.examples = task.examples[: config.examples]
     if config.instructions:
-        task.instructions = whole_characters(_instructions(config.instructions, describe_tools(task.tools)))
+        task.instructions = whole_characters(_instructions(config.instructions))
     return task
 
 
@@ -76,16 +76,8 @@ def offered_tools(task: Task) -> ToolsByTask:
     return {name: describe_tools(part.tools) for name, part in parts_of(task).items()}
 
 
-def _instructions(written: str, tools: Sequence[ToolSpec]) -> str:
-    """Raises ConfigError for a text from which no model can know how to act."""
+def _instructions(written: str) -> str:
     path = Path(written).expanduser()
-    text, place = written, "tasks.instructions"
     if "\n" not in written and len(written) < 4096 and path.is_file():
-        text, place = path.read_text(encoding="utf-8-sig").strip(), f"tasks.instructions={written}"
-    missing = [f"<{tag}>" for tag in (*(spec.tag for spec in tools), "answer") if f"<{tag}>" not in text]
-    if "{tools}" not in text and missing:
-        raise ConfigError(
-            f"{place}: the text says nothing of {', '.join(missing)}, so that no model could know how to act; write {{tools}} where the "
-            "description of tools and tags belongs"
-        )
-    return text
+        return path.read_text(encoding="utf-8-sig").strip()
+    return written

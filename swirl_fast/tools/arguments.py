@@ -26,15 +26,17 @@ def read_arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
     return checked_arguments(spec, arguments)
 
 
-def checked_arguments(spec: ToolSpec, arguments: Any) -> dict[str, Any]:
-    """Arguments that are parsed already. Raises ArgumentError for missing, surplus and wrong ones."""
+def checked_arguments(spec: ToolSpec, arguments: Any, usage: str | None = None) -> dict[str, Any]:
+    """Arguments that are parsed already. usage: what to write, by default the tag. Raises ArgumentError for missing, surplus and wrong
+    ones."""
+    usage = usage or spec.usage
     if not isinstance(arguments, dict):
-        raise ArgumentError(f"The arguments of {spec.name} must be a JSON object. Write {spec.usage}.")
+        raise ArgumentError(f"The arguments of {spec.name} must be a JSON object. Write {usage}.")
     known = spec.parameters.get("properties", {})
     missing = [name for name in spec.parameters.get("required", ()) if name not in arguments]
     surplus = [name for name in arguments if name not in known]
     if missing:
-        raise ArgumentError(f"The call of {spec.name} lacks {', '.join(missing)}. Write {spec.usage}.")
+        raise ArgumentError(f"The call of {spec.name} lacks {', '.join(missing)}. Write {usage}.")
     if surplus and not spec.parameters.get("additionalProperties", False):
         allowed = ", ".join(known) or "no arguments"
         raise ArgumentError(f"{spec.name} does not know {', '.join(surplus)[:100]}; it takes {allowed}.")

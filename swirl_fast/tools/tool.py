@@ -41,10 +41,19 @@ class ToolSpec:
     @property
     def usage(self) -> str:
         """The form of a call, such as `<math_exp>…</math_exp>` or `<convert>{"value": …, "to": …}</convert>`."""
-        if self.text_parameter:
-            return f"<{self.tag}>…</{self.tag}>"
+        return f"<{self.tag}>{'…' if self.text_parameter else self.arguments_form}</{self.tag}>"
+
+    @property
+    def arguments_form(self) -> str:
+        """Such as `{"value": …, "to": …}`."""
         entries = ", ".join(f"{json.dumps(name)}: …" for name in self.parameters.get("properties", {}))
-        return f"<{self.tag}>{{{entries}}}</{self.tag}>"
+        return f"{{{entries}}}"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What a chat template is given of a tool."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
 
     @property
     def arguments(self) -> str:

@@ -16,12 +16,13 @@ from swirl_fast.data.shard_source import check_libraries, open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
 from swirl_fast.files import describe_changes, read_json, write_json
+from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, stored_dtype
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
-from swirl_fast.rendering import Renderer, open_renderer
+from swirl_fast.rendering import Renderer, open_format, open_renderer
 from swirl_fast.rollouts.pipeline import RolloutPipeline
 from swirl_fast.rollouts.whole import WholeRollouts
 from swirl_fast.tasks import load_task, offered_tools, parts_of
@@ -159,7 +160,8 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     stack.callback(stream.close)
     task = load_task(config.tasks, config.run.seed)
     tools_by_task = offered_tools(task)
-    settings = settings_of(config, judge_id(config.judge, tools_by_task))
+    form = open_format(config.actions, config.model)
+    settings = settings_of(config, judge_id(config.judge, tools_by_task, form))
     marker = {
         "step": training.steps,
         "shards": stream.manifest.content_hash,
@@ -169,11 +171,11 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     if read_json(config.folder / "model" / _MARKER) == marker:
         return Training(config, ranks, None, None, marker)
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
-    judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=list(parts_of(task).values()))
+    judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=list(parts_of(task).values()), form=form)
     stack.callback(close_judge, judge)
     renderer = open_renderer(config.model)
     tokenizer = renderer.tokenizer
-    rollouts = _open_rollouts(config, ranks, stream, task, judge, renderer, stack)
+    rollouts = _open_rollouts(config, ranks, stream, task, judge, renderer, form, stack)
     context = rollouts.engine.max_context if rollouts.engine else model_config.get_text_config().max_position_embeddings
     check_budget(config, stream.manifest, context)
     if ranks.main:
@@ -193,6 +195,7 @@ def _open_rollouts(
     task: Task,
     judge: Judge,
     renderer: Renderer,
+    form: Format,
     stack: contextlib.ExitStack,
 ) -> RolloutPipeline:
     """What draws the actions and judges them. Raises ConfigError for shards that were collected with another tokenizer."""
@@ -213,8 +216,8 @@ def _open_rollouts(
                 )
                 for name, specs in offered_tools(task).items()
             }
-            whole = WholeRollouts(config, task, tools, engine, renderer)
-    rollouts = RolloutPipeline(config, ranks, engine, judge, renderer, offered_tools(task), stream, whole)
+            whole = WholeRollouts(config, task, tools, engine, renderer, form)
+    rollouts = RolloutPipeline(config, ranks, engine, judge, renderer, offered_tools(task), stream, whole, form)
     stack.callback(rollouts.close)
     return rollouts
 

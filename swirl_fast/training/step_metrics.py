@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swirl_fast.formats.format import Format
 from swirl_fast.metrics import METRICS, OVER_RANKS, largest, summed, values
 from swirl_fast.objective import Actions, LossSums, state_rewards, trajectory_rewards
 from swirl_fast.ranks import Ranks
@@ -101,8 +102,8 @@ class StepSums:
         self.ratio_max = max(self.ratio_max, sums.ratio_max)
 
 
-def gaming_signs(batch: SampledBatch) -> GamingSigns:
-    """Imitated actions count as GOOD."""
+def gaming_signs(batch: SampledBatch, form: Format) -> GamingSigns:
+    """Imitated actions count as GOOD. form: how actions are written."""
     signs = GamingSigns()
     verdicts = [Verdict.GOOD] * len(batch.sampled)
     if batch.judgements is not None:
@@ -110,7 +111,8 @@ def gaming_signs(batch: SampledBatch) -> GamingSigns:
     for sample, verdict in zip(batch.sampled, verdicts, strict=True):
         steps = batch.trajectories[sample.trajectory].steps[: len(sample.view.history)]
         earlier = [step.action for step in steps]
-        signs.observe(sample.view.action_text, sample.action, len(sample.completion.tokens), verdict, earlier)
+        tokens = len(sample.completion.tokens)
+        signs.observe(sample.view.action_text, sample.action, tokens, verdict, earlier, form)
     return signs
 
 

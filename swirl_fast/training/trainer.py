@@ -197,7 +197,7 @@ class Trainer:
             self.rollouts.begin_next()
         micro_batches = self._pack(batch, sums, timer)
         self.heartbeat.mark("packing")
-        signs = gaming_signs(batch)
+        signs = gaming_signs(batch, self.rollouts.form)
 
         with timer.phase("old_logprobs"), torch.no_grad():
             for micro in micro_batches:

@@ -21,7 +21,7 @@ from swirl_fast.comb.tree import SampledState, Trunk, pack
 from swirl_fast.config import ConfigError, load
 from swirl_fast.data.shards import Manifest
 from swirl_fast.engines.engine import Completion
-from swirl_fast.formats.tags import Action
+from swirl_fast.formats.format import Action
 from swirl_fast.models import policy as policy_module
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.objective import policy_loss

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swirl_fast.data.filters import REASONS, Candidate, judged_enough, select, subset
-from swirl_fast.formats.tags import Action
+from swirl_fast.formats.format import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swirl_fast.formats.tags import Action, parse, render
+from swirl_fast.formats.format import Action
+from swirl_fast.formats.tags import parse, render
 from swirl_fast.tools.tool import CALCULATOR
 
 TOOLS = (CALCULATOR,)

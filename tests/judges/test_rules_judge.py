@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.paths import DATA
 
 from swirl_fast.config import ConfigError, JudgeConfig, RulesConfig
-from swirl_fast.formats.tags import CUT_OFF
+from swirl_fast.formats.format import CUT_OFF
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.rules import RulesJudge
 from swirl_fast.tools.arithmetic import CalculationError, evaluate, render_value

@@ -48,7 +48,11 @@ def test_everything_that_goes_by_a_name_is_inside(wheel: Path, tmp_path: Path) -
     code = f"import json; from swirl_fast.config.shipped import shipped; print(json.dumps([sorted(shipped(k)) for k in {kinds}]))"
     names = json.loads(run(wheel, tmp_path, "-c", code).stdout)
     configs = {path.stem for path in (ROOT / "configs").glob("*.yaml")} | {"sql", "own_data"}
-    assert names == [sorted(configs), ["quick"], ["chatml"]]
+    assert names == [
+        sorted(configs),
+        ["quick"],
+        sorted(path.stem for path in (ROOT / "configs" / "chat_templates").glob("*.jinja")),
+    ]
     listed = run(wheel, tmp_path, "-m", "swirl_fast", "configs")
     assert listed.returncode == 0, listed.stderr
     assert str(wheel) in listed.stdout and str(ROOT / "configs") not in listed.stdout

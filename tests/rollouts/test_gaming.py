@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from swirl_fast.formats.tags import Action, parse
+from swirl_fast.formats.format import Action
+from swirl_fast.formats.tags import parse
 from swirl_fast.rollouts.gaming import GamingSigns, gaming_metrics
 from swirl_fast.tools.tool import CALCULATOR
 from swirl_fast.verdict import Verdict

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from support.scores import scored
 
-from swirl_fast.formats.tags import Action
+from swirl_fast.formats.format import Action
 from swirl_fast.stages.scores import accuracy_table
 from swirl_fast.tasks.scoring import score_auto
 from swirl_fast.tasks.task import Question

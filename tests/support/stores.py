@@ -12,7 +12,7 @@ import numpy as np
 from swirl_fast.data.shards import StepSample, decode_sample, streaming, verify_shards
 from swirl_fast.data.store import Store
 from swirl_fast.data.stream import TrajectoryStream
-from swirl_fast.formats.tags import Action
+from swirl_fast.formats.format import Action
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Verdict

@@ -12,7 +12,7 @@ from support import small_models
 from support.parallel_variants import Coin, config_of, trainer_of
 
 from swirl_fast.engines.engine import Completion
-from swirl_fast.formats.tags import Action
+from swirl_fast.formats.format import Action
 from swirl_fast.objective import advantages, state_rewards, trajectory_rewards
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction

@@ -21,7 +21,8 @@ from support.torchrun import CPU
 from swirl_fast.config import Config, ConfigError, load
 from swirl_fast.data.samples import Sample, full_from, read_samples, sample_steps, samples_file
 from swirl_fast.engines.engine import Completion
-from swirl_fast.formats.tags import Action, parse
+from swirl_fast.formats.format import Action
+from swirl_fast.formats.tags import parse
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction
 from swirl_fast.rollouts.pipeline import RolloutCounts, SampledBatch

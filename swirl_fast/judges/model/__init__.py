@@ -19,6 +19,8 @@ from typing import TypeVar
 import numpy as np
 
 from swirl_fast.config import EndpointConfig
+from swirl_fast.formats.format import Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import Refusal, tool_identities
 from swirl_fast.judges.model.endpoint import Call, Failed, Refused, completions_url, describe_refusal
 from swirl_fast.judges.model.prompts import (
@@ -48,16 +50,16 @@ T = TypeVar("T")
 ToolsByTask = Mapping[str, Collection[ToolSpec]]
 
 
-def model_step_judge_id(config: EndpointConfig, tools_by_task: ToolsByTask | None = None) -> str:
+def model_step_judge_id(config: EndpointConfig, tools_by_task: ToolsByTask | None = None, form: Format = TAGS) -> str:
     """Names the model, the version of the step prompt, and what else its verdicts depend on: the contents of a rubric, the scale, the tools
     and what own ones say of themselves. Raises ConfigError for a rubric or a scale that cannot work."""
-    return _step_judge_id(config, Criteria.of(config), tools_by_task or {})
+    return _step_judge_id(config, Criteria.of(config), tools_by_task or {}, form)
 
 
-def _step_judge_id(config: EndpointConfig, criteria: Criteria, tools_by_task: ToolsByTask) -> str:
-    identities = tool_identities(tools_by_task)
+def _step_judge_id(config: EndpointConfig, criteria: Criteria, tools_by_task: ToolsByTask, form: Format) -> str:
+    identities = tool_identities(tools_by_task, form)
     own = [spec for specs in tools_by_task.values() for spec in specs if spec.name not in BUILT_IN]
-    shown = sorted({(spec.identity, said_of(spec)) for spec in own})
+    shown = sorted({(spec.identity, said_of(spec, form)) for spec in own})
     hashed = _hash_text(json.dumps([identities, shown] if shown else identities))
     suffix = f"-tools.{hashed}" if identities else ""
     return f"model-{config.model}-v{PROMPT_VERSION}{criteria.suffix}{_model_suffix(config)}{suffix}"
@@ -94,11 +96,12 @@ class ModelJudge:
         config: EndpointConfig,
         tools_by_task: ToolsByTask | None = None,
         clock: Callable[[], float] = time.monotonic,
+        form: Format = TAGS,
     ) -> None:
         self._config = config
         self._criteria = Criteria.of(config)
-        self._tools = tools_by_task or {}
-        self.id = _step_judge_id(config, self._criteria, self._tools)
+        self._tools, self._form = tools_by_task or {}, form
+        self.id = _step_judge_id(config, self._criteria, self._tools, form)
         self.outcome_id = model_answer_judge_id(config)
         self._endpoints = Endpoints(config, clock)
 
@@ -110,7 +113,7 @@ class ModelJudge:
         is a ConfigError, when the endpoint refuses the key, the path or the model (401, 403, 404).
         """
         criteria = self._criteria
-        prompts = [step_prompt(step, self._tools.get(step.task, ()), criteria) for step in steps]
+        prompts = [step_prompt(step, self._tools.get(step.task, ()), criteria, self._form) for step in steps]
         groups = {prompt: f"{step.task}\n{step.question}" for prompt, step in zip(prompts, steps, strict=True)}
         read = (
             partial(read_score, scale=criteria.scale)

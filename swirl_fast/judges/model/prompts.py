@@ -28,6 +28,8 @@ from functools import lru_cache
 
 from swirl_fast.config import ConfigError, EndpointConfig
 from swirl_fast.config.rubric import read_rubric, rubric_hash
+from swirl_fast.formats.format import Format
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, Verdict
@@ -39,7 +41,7 @@ MAX_REASON_CHARS = 600
 
 _PREFACE = """\
 Below is the record of an assistant that answers a question in turns. In each turn it thinks and then does exactly \
-one thing: it calls a tool, with {tags}, or it gives its answer, with <answer>...</answer>. The result of a call is \
+one thing: it calls a tool{several} with {tags}, or it gives its answer, {answer}. The result of a call is \
 shown to it as an observation.
 
 Each piece of the record stands between a BEGIN line and an END line with the code {fence}. What stands between them \
@@ -92,9 +94,11 @@ question. It is BAD if it only stands in the assistant's own words, or is the an
 _ANY_ANSWER = """\
 - Your own knowledge of the answer does not count: where the observations hold too little information, every answer is \
 BAD. An answer that leaves several possibilities open is BAD.
-- A turn without a complete tag, with several tags, or with results that it made up itself is BAD. How sure or how \
+- {rule} or with results that it made up itself is BAD. How sure or how \
 long a turn sounds does not matter.
 """
+_TAG_RULE = "A turn without a complete tag, with several tags,"
+_NATIVE_RULE = "A turn with neither a complete call nor an answer, with both,"
 _VERDICT = """
 Explain your judgement in a few sentences. Then write the verdict on a last line of its own, exactly one of
 
@@ -183,7 +187,12 @@ def opening(criteria: Criteria, codes: Collection[str] = (), tags: tuple[str, ..
     return _RUBRIC.format(code=criteria.code, piece=piece)
 
 
-def judge_trunk(step: StepView, tools: Collection[ToolSpec] = (), criteria: Criteria = BUILT_IN_CRITERIA) -> str:
+def judge_trunk(
+    step: StepView,
+    tools: Collection[ToolSpec] = (),
+    criteria: Criteria = BUILT_IN_CRITERIA,
+    form: Format = TAGS,
+) -> str:
     """The trunk of a step's prompt: preface, question, turns up to the judged one; a prefix of every later step's. tools, criteria: as in
     `step_prompt`."""
     specs = _in_order(tools)
@@ -196,42 +205,53 @@ def judge_trunk(step: StepView, tools: Collection[ToolSpec] = (), criteria: Crit
 
     text = opening(criteria, codes, tags) + _PREFACE.format(
         fence=fence,
-        tags=" or ".join(_form_of_a_call(spec, codes, tags) for spec in specs),
+        tags=" or ".join(_form_of_a_call(spec, codes, tags, form) for spec in specs),
+        several=", or several," if form.native else ",",
+        answer="with <answer>...</answer>" if form.answer == "tag" else "in a turn without a call",
         result="score" if criteria.scale else "verdict",
     )
-    text += "".join(piece(f"TOOL {spec.name}", said_of(spec)) for spec in specs if spec.name not in BUILT_IN)
+    text += "".join(piece(f"TOOL {spec.name}", said_of(spec, form)) for spec in specs if spec.name not in BUILT_IN)
     text += piece("QUESTION", step.question)
     for turn, (action, seen) in enumerate(step.history, start=1):
         text += piece(f"TURN {turn}", action) + piece(f"OBSERVATION {turn}", seen)
     return text + piece(f"TURN {len(step.history) + 1}", step.action_text)
 
 
-def step_prompt(step: StepView, tools: Collection[ToolSpec] = (), criteria: Criteria = BUILT_IN_CRITERIA) -> str:
+def step_prompt(
+    step: StepView,
+    tools: Collection[ToolSpec] = (),
+    criteria: Criteria = BUILT_IN_CRITERIA,
+    form: Format = TAGS,
+) -> str:
     """The whole prompt of the process judge. tools: those on offer; none: all built-in ones."""
-    judged_by = _BY_RUBRIC.format(code=criteria.code) if criteria.rubric else _built_in_criteria(_in_order(tools))
+    judged_by = _BY_RUBRIC.format(code=criteria.code) if criteria.rubric else _built_in_criteria(_in_order(tools), form)
     return (
-        judge_trunk(step, tools, criteria)
+        judge_trunk(step, tools, criteria, form)
         + _TURN.format(turn=len(step.history) + 1)
         + judged_by
         + (_score_form(criteria) if criteria.scale else _VERDICT)
     )
 
 
-def said_of(spec: ToolSpec) -> str:
+def said_of(spec: ToolSpec, form: Format = TAGS) -> str:
     """What a tool of a user's own says of itself, as the prompt shows it."""
-    return f"{spec.usage}\n{spec.description}" + (f"\nArguments: {spec.arguments}" if spec.arguments else "")
+    return f"{spec.arguments_form if form.native else spec.usage}\n{spec.description}" + (
+        f"\nArguments: {spec.arguments}" if spec.arguments else ""
+    )
 
 
-def _form_of_a_call(spec: ToolSpec, codes: Collection[str], tags: tuple[str, ...]) -> str:
+def _form_of_a_call(spec: ToolSpec, codes: Collection[str], tags: tuple[str, ...], form: Format) -> str:
+    if form.native:
+        return _quoted(f"a call of {spec.name}", codes, tags)
     return f"<{spec.tag}>...</{spec.tag}>" if spec.name in BUILT_IN else _quoted(spec.usage, codes, tags)
 
 
-def _built_in_criteria(specs: Collection[ToolSpec]) -> str:
+def _built_in_criteria(specs: Collection[ToolSpec], form: Format) -> str:
     names = [spec.name for spec in specs if spec.name in BUILT_IN]
     own = " or ".join(spec.name for spec in specs if spec.name not in BUILT_IN)
     calls = "".join(_CALLS[name] for name in names) + (_OWN_CALLS.format(names=own) if own else "")
     answers = "".join(f"- {_ANSWERS[name]}\n" for name in names) + (_OWN_ANSWERS.format(names=own) if own else "")
-    return calls + answers + _ANY_ANSWER
+    return calls + answers + _ANY_ANSWER.format(rule=_NATIVE_RULE if form.native else _TAG_RULE)
 
 
 def _score_form(criteria: Criteria) -> str:

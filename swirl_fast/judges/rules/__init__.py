@@ -40,7 +40,8 @@ from functools import lru_cache
 
 from swirl_fast.config import ConfigError, RulesConfig
 from swirl_fast.config.schema import COVERAGES
-from swirl_fast.formats.tags import Action, parse
+from swirl_fast.formats.format import Action, Call, Format, results_in
+from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import tool_identities
 from swirl_fast.judges.rules.calculations import (
     Calculation,
@@ -54,7 +55,7 @@ from swirl_fast.judges.rules.queries import answer_fault, query_fault, words
 from swirl_fast.tools.arithmetic import CalculationError
 from swirl_fast.tools.numerals import mentions, number_in, numbers
 from swirl_fast.tools.search import NOTHING_FOUND
-from swirl_fast.tools.tool import BUILT_IN, ToolSpec, observation
+from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
@@ -138,7 +139,9 @@ class RulesJudge:
     or a tool that it has no rules for. A step of a task not listed is UNKNOWN.
     """
 
-    def __init__(self, config: RulesConfig, tools_by_task: Mapping[str, Collection[ToolSpec]]) -> None:
+    def __init__(
+        self, config: RulesConfig, tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS
+    ) -> None:
         if config.coverage not in COVERAGES:
             raise ValueError(f"judge.rules.coverage is {config.coverage!r}; use one of {', '.join(COVERAGES)}")
         try:
@@ -152,11 +155,11 @@ class RulesJudge:
                     "Use judge.kind=model, or a reward of your own, judge.kind=FILE.py:NAME"
                 )
         self._full = config.coverage == "full"
-        self._tools = tools_by_task
+        self._tools, self._form = tools_by_task, form
         self.id = f"rules-v{VERSION}-{config.coverage}"
         if self._constants != {Fraction(str(constant)) for constant in RulesConfig().constants}:
             self.id += f"-constants.{_hash_json(sorted(map(str, self._constants)))}"
-        self.id += f"-tools.{_hash_json(tool_identities(tools_by_task))}"
+        self.id += f"-tools.{_hash_json(tool_identities(tools_by_task, form))}"
 
     def stats(self) -> JudgeStats:
         return JudgeStats()
@@ -172,37 +175,31 @@ class RulesJudge:
         question = _read_question(step.question)
         state = _State()
         for text, seen in step.history:
-            self._replay(state, question, parse(text, tools), seen)
+            self._replay(state, question, self._form.parse(text, tools), seen)
         try:
-            reason, _ = self._consider(state, question, parse(step.action_text, tools))
+            reason = self._consider_turn(state, question, self._form.parse(step.action_text, tools))
         except _Bad as bad:
             return Judgement(Verdict.BAD, str(bad))
         return Judgement(Verdict.GOOD, reason)
 
     def _replay(self, state: _State, question: _Question, action: Action, seen: str) -> None:
         """Adds one earlier step. A result is what the environment wrote after the call, not what the model claims."""
-        head = observation(action.argument, "")
         # A turn that was cut off by the length limit may hold a whole call, which nobody made: it may be made again.
-        if action.kind != "tool" or not seen.startswith(head):
+        results = results_in(action.calls, seen) if action.kind == "tool" else None
+        if results is None:
             return
-        try:
-            _, result = self._consider(state, question, action)
-        except _Bad:
-            result = None
-        state.calls.add(_call_key(action))
-        shown = seen[len(head) :].strip()
-        if not shown or shown.startswith("ERROR:") or shown == NOTHING_FOUND:
-            return
-        if action.tool == "search":
-            state.succeeded = "search"
-            state.passages.append(shown)
-        elif len(values := numbers(shown)) == 1:
-            state.succeeded = "calculator"
-            if result is not None:
-                state.results.append(_Result(result.value, values[0], result.covers, result.joins))
+        considered: list[_Result | None] = []
+        for call in action.calls:
+            try:
+                considered.append(self._consider_call(state, question, call)[1])
+            except _Bad:
+                considered.append(None)
+            state.calls.add(_call_key(call))
+        for call, result, text in zip(action.calls, considered, results, strict=True):
+            _add_result(state, call, result, text.strip())
 
-    def _consider(self, state: _State, question: _Question, action: Action) -> tuple[str, _Result | None]:
-        """(reason, the result of an accepted calculation). Raises _Bad."""
+    def _consider_turn(self, state: _State, question: _Question, action: Action) -> str:
+        """The reason for GOOD. The calls of one turn are made beside each other: none knows the result of another. Raises _Bad."""
         if action.kind == "malformed":
             raise _Bad(f"malformed: {action.error}")
         if action.kind == "answer":
@@ -212,16 +209,24 @@ class RulesJudge:
                 reason = answer_fault(action.argument, question.text, state.passages)
                 return _pass(
                     reason, "the answer stands in a search result, or is a yes or no after both were looked up"
-                ), None
-            return _number_answer(state, question, action.argument), None
-        if action.tool == "search":
-            if _call_key(action) in state.calls:
-                raise _Bad("the same words were searched before")
-            reason = query_fault(action.argument, question.text, state.passages)
-            return _pass(reason, "a new query about the question or what was found"), None
-        return self._calculation(state, question, action)
+                )
+            return _number_answer(state, question, action.argument)
+        reasons = []
+        for call in action.calls:
+            reasons.append(self._consider_call(state, question, call)[0])
+            state.calls.add(_call_key(call))
+        return "; ".join(reasons)
 
-    def _calculation(self, state: _State, question: _Question, action: Action) -> tuple[str, _Result]:
+    def _consider_call(self, state: _State, question: _Question, call: Call) -> tuple[str, _Result | None]:
+        """(reason, the result of an accepted calculation). Raises _Bad."""
+        if call.tool == "search":
+            if _call_key(call) in state.calls:
+                raise _Bad("the same words were searched before")
+            reason = query_fault(call.argument, question.text, state.passages)
+            return _pass(reason, "a new query about the question or what was found"), None
+        return self._calculation(state, question, call)
+
+    def _calculation(self, state: _State, question: _Question, action: Call) -> tuple[str, _Result]:
         try:
             calculation = read_calculation(action.argument)
         except CalculationError as error:
@@ -330,6 +335,19 @@ def _progress(chosen: Sequence[_Source]) -> bool:
     return any(source.fresh for source in chosen) and sum(not source.constant for source in chosen) >= 2
 
 
+def _add_result(state: _State, call: Call, result: _Result | None, shown: str) -> None:
+    """shown: what the environment wrote after the call. result: of an accepted calculation."""
+    if not shown or shown.startswith("ERROR:") or shown == NOTHING_FOUND:
+        return
+    if call.tool == "search":
+        state.succeeded = "search"
+        state.passages.append(shown)
+    elif len(values := numbers(shown)) == 1:
+        state.succeeded = "calculator"
+        if result is not None:
+            state.results.append(_Result(result.value, values[0], result.covers, result.joins))
+
+
 def _number_answer(state: _State, question: _Question, argument: str) -> str:
     stated = number_in(argument)
     if len(argument) > MAX_ANSWER_CHARS or stated is None:
@@ -353,7 +371,7 @@ def _equal(answer: Fraction, result: _Result) -> bool:
     return decimals is not None and answer.denominator > 1 and abs(answer - result.value) * 2 * 10**decimals <= 1
 
 
-def _call_key(action: Action) -> object:
+def _call_key(action: Call) -> object:
     """Equal for calls that ask the same."""
     if action.tool == "search":
         return frozenset(words(action.argument))

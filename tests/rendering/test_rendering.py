@@ -33,6 +33,10 @@ DROPS_THINKING = (
 )
 CHATML = (ROOT / "configs" / "chat_templates" / "chatml.jinja").read_text()
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+SHOWS_TWO_TURNS = (
+    "{% for m in messages[:1] + messages[1:][-4:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 NUMBERS_TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ loop.index }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -128,15 +132,26 @@ def test_the_shipped_template_is_plain_chatml() -> None:
 
 def test_a_refusal_names_a_template_that_is_there_and_would_do() -> None:
     with pytest.raises(ValueError) as caught:
-        Renderer(tokenizer(DROPS_THINKING))
-    (named,) = [name for name in shipped("template") if f"{name} is one for" in str(caught.value)]
+        Renderer(tokenizer(SHOWS_TWO_TURNS))
+    (named,) = [name for name in shipped("template") if f"{name} is one for this model" in str(caught.value)]
     Renderer(tokenizer(shipped("template")[named].read_text()))
+
+
+def test_thoughts_that_a_template_drops_from_earlier_turns_stay() -> None:
+    """What was sampled is never rendered again."""
+    renderer = Renderer(tokenizer(DROPS_THINKING))
+    state = renderer.prompt([{"role": "user", "content": "Q"}])
+    action = [*TOKENIZER.encode("<think>\nx\n</think>\n\n<answer>5</answer>"), renderer.stop_id]
+    longer = TOKENIZER.decode([*state, *action, *renderer.observation("and?", stopped=True)])
+    assert longer.endswith(
+        "assistant\n<think>\nx\n</think>\n\n<answer>5</answer><|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        (DROPS_THINKING, "rewrites earlier turns"),
+        (SHOWS_TWO_TURNS, "rewrites earlier turns"),
         (NO_END, "does not end an assistant's turn"),
         (NUMBERS_TURNS, "differently at different places"),
     ],
