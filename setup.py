@@ -14,16 +14,30 @@ STREAMING = [
 ]  # what mosaicml-streaming's shards need
 DENSE = ["sentence-transformers>=5.0", "faiss-cpu>=1.12"]  # search.kind=dense
 
+# What a wheel carries besides Python, found by swirl_fast/config/shipped.py. Not the study: its results go to docs/ of a checkout.
+SHIPPED = {
+    f"swirl_fast.shipped.{folder.replace('/', '.')}": folder
+    for folder in (
+        "configs",
+        "configs/chat_templates",
+        "configs/experiments",
+        "examples/own_data",
+        "examples/sql",
+    )
+}
+
 setup(
     name="swirl-fast",
     version="0.1.0",
     description="The fastest trainer for Step-Wise Reinforcement Learning (SWiRL) of language models that use tools",
-    long_description=Path("README.md").read_text(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["swirl_fast", "swirl_fast.*"]),
-    package_data={"swirl_fast": ["py.typed"]},
+    packages=[*find_packages(include=["swirl_fast", "swirl_fast.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={"swirl_fast": ["py.typed"], **dict.fromkeys(SHIPPED, ["*.*"])},
+    exclude_package_data={"swirl_fast.shipped.configs.experiments": ["study.yaml"]},
     install_requires=[
         "swirl-kernels",
         "torch>=2.11",
@@ -57,6 +71,7 @@ setup(
             "ruff>=0.17",
             "mypy>=2.4",
             "pre-commit>=4.0",
+            "setuptools>=77",
         ],
     },
     entry_points={"console_scripts": ["swirl-fast = swirl_fast.cli:main"]},

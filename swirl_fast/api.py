@@ -2,7 +2,7 @@
 
     from swirl_fast import load_config, open_run, run
 
-    config = load_config("configs/quickstart.yaml", ["training.steps=2"])
+    config = load_config("quickstart", ["training.steps=2"])
     run(config)
     with open_run(config) as made:
         print(made.status())
@@ -28,7 +28,7 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides:
 
     Raises ConfigError, a ValueError, for a missing file, an unknown key, a wrong type or an impossible value.
 
-        load_config("configs/gsm8k.yaml", ["tasks.path=train.jsonl"])
+        load_config("gsm8k", ["tasks.path=train.jsonl"])
         load_config({"run": {"name": "short"}, "training": {"steps": 2}})
     """
     return load(source, overrides)

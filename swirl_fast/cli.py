@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add(name: str, text: str, call: _Call) -> argparse.ArgumentParser:
         stage = _command(commands, name, text, _epilog(name))
-        stage.add_argument("--config", metavar="FILE", help="a YAML file; ready ones lie in configs/")
+        stage.add_argument("--config", metavar="FILE", help="a YAML file, or a name that `swirl-fast configs` lists")
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.steps=20")
         stage.set_defaults(run=lambda options: _run_stage(call, options))
         return stage
@@ -102,10 +102,14 @@ def parser() -> argparse.ArgumentParser:
     _add_dataset(commands)
     _add_experiment(commands)
     _add_config(commands)
+    _add_configs(commands)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """arguments: None for those of the command line."""
+    if arguments is None and sys.getfilesystemencoding() != "utf-8":
+        _restart_in_utf8()
     options = _parsed(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -128,6 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _restart_in_utf8() -> None:
+    """Does not return. In the C locale without Python's UTF-8 mode, names of files that are not ASCII could be neither read nor written."""
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Leaves with exit code 2 for a command line that cannot work."""
     top = parser()
@@ -145,6 +155,11 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         top.error(f"--count {options.count}: must be at least 1")
     if options.stage == "evaluate" and not options.of:
         top.error("--of '': must be base, trained, or a Hugging Face folder with weights")
+    for name, value in vars(options).items():
+        if value == "":
+            top.error(f"--{name.replace('_', '-')} '': is empty; leave it out, or give a value")
+    if "" in options.overrides:
+        top.error("an argument '' is empty; leave it out")
     if options.stage == "show" and options.limit < 1:
         top.error(f"--limit {options.limit}: must be at least 1")
     if options.stage == "show" and options.trajectory is not None and options.question is not None:
@@ -326,7 +341,7 @@ def _add_experiment(commands: Any) -> None:
     grid = _command(
         commands, "experiment", text, "settings: those of a run; `swirl-fast config` lists all keys with their meaning."
     )
-    grid.add_argument("file", metavar="FILE", help="a YAML file; ready ones lie in configs/experiments/")
+    grid.add_argument("file", metavar="FILE", help="a YAML file, or a name that `swirl-fast configs` lists")
     grid.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, e.g. training.steps=2")
     grid.add_argument("--report", action="store_true", help="only table and report, from the cells that are done")
     grid.set_defaults(run=_experiment)
@@ -367,6 +382,20 @@ def _config(options: argparse.Namespace) -> int:
     names = [word for word in options.overrides if "=" not in word]
     config = load(options.config, [word for word in options.overrides if "=" in word], files=False)
     print(describe(names, config))
+    return 0
+
+
+def _add_configs(commands: Any) -> None:
+    command = _command(commands, "configs", "the configs, experiments and chat templates that are shipped", "")
+    command.set_defaults(run=_configs, overrides=[])
+
+
+def _configs(options: argparse.Namespace) -> int:
+    from swirl_fast.config.shipped import listing
+
+    if options.overrides:
+        raise ConfigError(f"{' '.join(options.overrides)}: this command takes no arguments; it lists what is there")
+    _write([listing()])
     return 0
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import fcntl
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,13 @@ SETTLED = (
     2.0  # seconds; a file younger than that may change once more without a change of its times, whose ticks are coarse
 )
 SLOW = 1 << 30  # bytes; hashes of larger files are kept on disk too
+# ending, first bytes, how it is read
+_PACKED: tuple[tuple[str, bytes, Callable[..., Any]], ...] = (
+    (".gz", b"\x1f\x8b", gzip.open),
+    (".bz2", b"BZh", bz2.open),
+    (".xz", b"\xfd7zXZ\0", lzma.open),
+)
+UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _hashes: dict[str, tuple[list[int], str, bool]] = {}  # path -> identity, hash, whether this process read the file
 
 
@@ -57,6 +68,15 @@ def content_hash(path: Path, read: bool = False) -> str:
     return found
 
 
+def unpacker(path: Path) -> Callable[..., Any] | None:
+    """What opens a packed file, by its ending or its first bytes; None for any other. Reading may raise UNPACKING_ERRORS."""
+    with path.open("rb") as file:
+        begin = file.read(8)
+    return next(
+        (how for ending, magic, how in _PACKED if path.name.lower().endswith(ending) or begin.startswith(magic)), None
+    )
+
+
 def hash_file(path: Path) -> str:
     """xxh64 of a file, in hex."""
     import xxhash  # here, so that the GPU check runs where the package is missing
@@ -88,7 +108,7 @@ def fsync(path: Path) -> None:
 
 def lock(path: Path) -> int:
     """File descriptor that holds the lock on writing to `path` until it is closed, or the process ends. The file PATH.lock stays:
-    removing it would race. Raises ValueError when another process holds it."""
+    removing it would race. Raises ValueError when another process holds it, and where the file system has no locks."""
     descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,6 +116,11 @@ def lock(path: Path) -> int:
         holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
         raise ValueError(f"{path} is being written by {holder}: wait until it ends, or use another run.name") from None
+    except OSError as error:
+        os.close(descriptor)
+        raise ValueError(
+            f"{path} cannot be locked ({error}), and two processes that write to it would destroy it: use a run.folder on a local disk"
+        ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor

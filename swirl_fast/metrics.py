@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -350,8 +350,10 @@ class PhaseTimer:
 
 
 def console_line(row: Mapping[str, float], steps: int) -> str:
-    """The console line of a training step. steps: training.steps. What a row does not have is left out."""
-    shown = (text.format(row[name]) for name, text in CONSOLE.items() if name in row)
+    """The console line of a training step. steps: training.steps. What a row does not have is left out, and so is what is not a number: but
+    for the gradient's norm, of which that is news."""
+    there = (name for name in CONSOLE if name in row and (name == "grad_norm" or not math.isnan(row[name])))
+    shown = (CONSOLE[name].format(row[name]) for name in there)
     return f"step {row['step']:.0f}/{steps}" + "".join(shown)
 
 
@@ -368,6 +370,24 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
             row = {name: math.nan if value is None else value for name, value in row.items()}
         rows.append(row)
     return rows
+
+
+NOTHING_LEARNED = (
+    "Read some actions (swirl-fast show): a model that never or always succeeds needs other tasks, a warm-up with algorithm.name=sft, or a "
+    "larger training.group_size"
+)
+
+
+def without_gradient(rows: Sequence[Mapping[str, float]]) -> str:
+    """What to say of a training of which more than half of the steps, rows of metrics.jsonl, had no state where rewards differed. Empty
+    for any other."""
+    empty = [row for row in rows if 0 < row.get("states", 0) <= row.get("states_without_signal", 0)]
+    if 2 * len(empty) <= len(rows):
+        return ""
+    steps = "no step" if len(empty) == len(rows) else f"only {len(rows) - len(empty)} of {len(rows)} steps"
+    rewards = [row["reward"] for row in empty if not math.isnan(row.get("reward", math.nan))]
+    mean = f" ({sum(rewards) / len(rewards):.2f} on average)" if rewards else ""
+    return f"{steps} had a gradient from rewards: elsewhere all actions of a state had the same one{mean}. {NOTHING_LEARNED}"
 
 
 def glossary() -> str:

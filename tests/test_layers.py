@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config", "data", "files", "intervals", "metrics", "models", "report", "stages", "tools",
     },
     "stages": {
-        "config", "data", "engines", "files", "formats", "intervals", "judges", "models", "outputs", "ranks", "rendering",
+        "config", "data", "engines", "files", "formats", "intervals", "judges", "metrics", "models", "outputs", "ranks", "rendering",
         "report", "rollouts", "seeds", "tasks", "tools", "training", "trajectory", "verdict",
     },
     "training": {

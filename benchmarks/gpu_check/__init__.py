@@ -169,7 +169,7 @@ class Worker:
     """A process that answers `NAME / DTYPE` with a row; what it prints besides is kept for when it dies."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        self.log: TextIO = tempfile.TemporaryFile("w+", errors="replace")  # type: ignore[assignment]
+        self.log: TextIO = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # type: ignore[assignment]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

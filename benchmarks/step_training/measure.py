@@ -57,7 +57,7 @@ class PeakMemory:
             return
         try:
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             self.before = self._resident()
         except (OSError, AttributeError):  # no Linux, no glibc, or not allowed
             self.before = None
@@ -70,7 +70,7 @@ class PeakMemory:
 
     @staticmethod
     def _resident() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 

@@ -17,6 +17,7 @@ from swirl_fast.config.error import ConfigError
 from swirl_fast.config.fields import settings
 from swirl_fast.config.read import check_each
 from swirl_fast.config.rubric import read_rubric
+from swirl_fast.config.shipped import ready
 
 if TYPE_CHECKING:
     from swirl_fast.config.schema import Config, TasksConfig
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 SHARD_URLS = ("s3", "gs", "hf", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")
 UPLOAD_URLS = ("s3", "gs", "azure", "azure-dl", "oci", "dbfs", "file")
 HTTP = ("http://", "https://")
-DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+DATA_FILES = tuple(
+    ".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .arrow .feather .txt .gz .bz2 .xz .zst .lz4 .zip .tar .xls .xlsx .ods .yaml .yml "
+    ".xml .pkl .db .sqlite".split()
+)
 
 
 def looks_like_file(path: str) -> bool:
-    """Whether a path is one of a file, and not the name of a Hugging Face data set."""
-    return path.startswith((".", "/", "~")) or path.lower().endswith(DATA_FILES)
+    """Whether a path is one of a file, and not the name of a Hugging Face data set, NAME or OWNER/NAME, or a folder that datasets loads."""
+    nested = path.count("/") > 1 and not Path(path.partition(":")[0]).is_dir()
+    return nested or path.startswith((".", "/", "~")) or path.lower().endswith(DATA_FILES)
 
 
 def check(config: Config, files: bool = True) -> None:
@@ -97,7 +102,8 @@ class _Values:
 def _check_data(config: Config, values: _Values) -> None:
     """run, tasks, search."""
     fail, search = values.fail, config.search
-    if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
+    name = config.run.name
+    if not name or "/" in name or name.startswith(".") or not name.isprintable() or len(name.encode()) > 200:
         fail("run.name", "must be a plain folder name")
     for prefix, tasks in task_configs(config):
         generated = tasks.kind == "reasoning_gym" or references.is_reference(tasks.kind)
@@ -145,7 +151,7 @@ def _check_files(config: Config, values: _Values) -> None:
         values.fail("search.corpus", "no such file")
     read_rubric(config.judge.model.rubric)
     if config.model.chat_template and not Path(config.model.chat_template).expanduser().is_file():
-        values.fail("model.chat_template", "no such file; give the path of a Jinja template")
+        values.fail("model.chat_template", f"no such file; give the path of a Jinja template; {ready('template')}")
     model = config.search.model
     if model and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         values.fail("search.model", "no such folder")

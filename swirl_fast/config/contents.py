@@ -10,8 +10,19 @@ from typing import Any
 
 from swirl_fast.config import references
 from swirl_fast.config.fields import Setting, settings
-from swirl_fast.files import content_hash, hash_tree
+from swirl_fast.files import UNPACKING_ERRORS, content_hash, hash_tree, unpacker
 
+DATA = (
+    ".parquet",
+    ".arrow",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".gz",
+    ".zst",
+)  # of a folder that datasets loads
 TEXTS = ("tasks.instructions", "tasks.worked_examples", "search.corpus", "judge.model.rubric")
 
 
@@ -48,14 +59,31 @@ def _content(entry: Setting, value: Any, key: str) -> Any:
     if entry.reads == "reference":
         names = [references.identity(key, one, entry.known) for one in (value if isinstance(value, list) else [value])]
         return names if isinstance(value, list) else names[0]
-    if (
-        entry.reads == "file"
-        and value
-        and "\n" not in value
-        and len(value) < 4096
-        and Path(value).expanduser().is_file()
-    ):
-        return f"xxh64 {content_hash(Path(value).expanduser())}"
-    if key == "search.corpus" and value and Path(value).expanduser().is_dir():
-        return hash_tree(Path(value).expanduser(), (".txt", ".md"))
+    if entry.reads not in ("file", "template") or not value or "\n" in value or len(value) >= 4096:
+        return value
+    place = Path(value).expanduser()
+    if place.is_file():
+        return f"xxh64 {_unpacked_hash(place) or content_hash(place)}"
+    if key == "search.corpus" and place.is_dir():
+        return hash_tree(place, (".txt", ".md"))
+    folder, _, configuration = value.partition(":")  # as tasks/rows.py reads the name of a data set
+    if key.endswith(("path", "eval_path")) and key.startswith("tasks") and Path(folder).expanduser().is_dir():
+        return f"{hash_tree(Path(folder).expanduser(), DATA)}:{configuration}"
     return value
+
+
+def _unpacked_hash(file: Path) -> str | None:
+    """Of a packed file: the hash of what it was before. None for any other file."""
+    import xxhash  # as in files.py
+
+    opened = unpacker(file)
+    if opened is None:
+        return None
+    state = xxhash.xxh64()
+    try:
+        with opened(file) as stream:
+            while block := stream.read(1 << 22):
+                state.update(block)
+    except UNPACKING_ERRORS:  # whoever reads it says so
+        return None
+    return state.hexdigest()

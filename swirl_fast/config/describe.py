@@ -30,7 +30,7 @@ _HEAD = """\
 
 One YAML file holds the settings of all stages, and `section.key=value` on the command line goes on top of it:
 
-    swirl-fast run --config configs/quickstart.yaml training.steps=20 'tasks.options={min_terms: 3}'
+    swirl-fast run --config quickstart training.steps=20 'tasks.options={min_terms: 3}'
 
 `swirl-fast config` prints what is below; `swirl-fast config training`, `swirl-fast config training.learning_rate` a part of it; with
 `--config FILE` and `key=value` the values that they give.

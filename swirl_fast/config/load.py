@@ -11,6 +11,7 @@ from swirl_fast.config.check import check
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.read import Layer, fill, read_file, read_override
 from swirl_fast.config.schema import Config
+from swirl_fast.config.shipped import find
 from swirl_fast.config.yaml_text import parse, write
 
 
@@ -20,7 +21,8 @@ def load(
     """Defaults, then the source, then `section.key=value` overrides; checked. Tables are merged key by key, but for `{}`: it empties a
     table of free keys, such as `tasks.options`. files: whether those that the settings name must be there.
 
-    source: a YAML file; or sections as a table, also one that OmegaConf or Hydra composed, whose interpolations are resolved.
+    source: a YAML file, or the name of a shipped one (shipped.py); or sections as a table, also one that OmegaConf or Hydra composed, whose
+    interpolations are resolved.
 
     Raises ConfigError for a missing or unreadable file, an unknown key, a wrong type or an impossible value.
     """
@@ -52,8 +54,8 @@ def load_layers(layers: Sequence[Layer], files: bool = True) -> Config:
 
 
 def read_config(path: str | Path, option: str = "--config") -> Layer:
-    """The YAML file of a run. option: what named it, for messages. Raises ConfigError as `load` does."""
-    layer = read_file(path, option)
+    """The YAML file of a run, or the shipped one of this name. option: what named it, for messages. Raises ConfigError as `load` does."""
+    layer = read_file(find("config", path), option)
     if {"arms", "evaluations"} <= set(layer.tree):
         raise ConfigError(f"{option} {path}: is an experiment, not the config of a run: swirl-fast experiment {path}")
     return layer

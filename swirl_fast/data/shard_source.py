@@ -15,6 +15,7 @@ at most a folder NAME.tmp, which the next download of that shard removes.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -37,15 +38,16 @@ BACK_OFF = 1.0  # seconds before the second try; twice as long before each furth
 TIMEOUT = 60.0  # seconds, of one download: what the library's downloaders take it for
 PARALLEL = 4  # downloads at a time in one process
 
-PACKAGES = {
-    "s3": "boto3",
-    "gs": "google-cloud-storage",
-    "azure": "azure-storage-blob azure-identity",
-    "azure-dl": "azure-storage-file-datalake azure-identity",
-    "oci": "oci",
-    "sftp": "paramiko",
-    "dbfs": "databricks-sdk",
-    "alipan": "AliPCS-Py",
+# scheme -> what is imported for it, and what to install
+CLIENTS = {
+    "s3": ("boto3", "boto3"),
+    "gs": ("google.cloud.storage", "google-cloud-storage"),
+    "azure": ("azure.storage.blob", "azure-storage-blob azure-identity"),
+    "azure-dl": ("azure.storage.filedatalake", "azure-storage-file-datalake azure-identity"),
+    "oci": ("oci", "oci"),
+    "sftp": ("paramiko", "paramiko"),
+    "dbfs": ("databricks.sdk", "databricks-sdk"),
+    "alipan": ("alipcs_py", "AliPCS-Py"),
 }
 
 
@@ -289,12 +291,26 @@ def upload_shards(folder: Path, target: str) -> bool:
     return True
 
 
+def check_libraries(*locations: str) -> None:
+    """Raises ImportError, with the line to install it, where the library of shards is missing, or the client of one of the URLs among the
+    locations: before work is done whose result could not be written."""
+    streaming()
+    for location in filter(is_url, locations):
+        module, _ = CLIENTS.get(urlparse(location).scheme, ("", ""))
+        try:
+            missing = bool(module) and importlib.util.find_spec(module) is None
+        except ImportError:  # of a package around it
+            missing = True
+        if missing:
+            raise _missing_package(location, ImportError(f"No module named {module!r}"))
+
+
 def is_url(location: str) -> bool:
     return "://" in location or location.startswith("dbfs:/")
 
 
 def _missing_package(url: str, error: ImportError) -> ImportError:
-    package = PACKAGES.get(urlparse(url).scheme, error.name)
+    package = CLIENTS.get(urlparse(url).scheme, ("", error.name))[1]
     return ImportError(f"{url} needs a package that is not there ({error}): pip install {package}")
 
 

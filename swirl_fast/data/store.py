@@ -3,9 +3,9 @@
     questions ──< trajectories (prompt tokens, finish) ──< steps (action, log-probs, tokens after the step before)
     verdicts (judge id, hash of what the judge saw)        meta (fingerprints of what produced the rows)
 
-SQLite in WAL mode. Every method writes in one transaction, so a SIGKILL loses at most the call in flight; what is there
-already is recognised and not written twice, so a rerun doubles nothing. synchronous=FULL extends the promise to a power
-failure: one fsync a round of a batch of trajectories is nothing beside the generation of that round.
+SQLite in WAL mode, where the file system can (store_file.py). Every method writes in one transaction, so a SIGKILL loses at most the
+call in flight; what is there already is recognised and not written twice, so a rerun doubles nothing. synchronous=FULL extends the
+promise to a power failure: one fsync a round of a batch of trajectories is nothing beside the generation of that round.
 
 What is read comes in batches of trajectories, so that a stage holds no more than it works on, however large the store is.
 
@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from swirl_fast.data.store_file import connect, set_journal
 from swirl_fast.data.store_tables import (
     APPLICATION_ID,
     REMEDY,
@@ -67,9 +68,9 @@ class Store:
     writable: take the one writer's place; False: read only, also while another process writes.
 
     Raises ValueError when another process writes, when the file is not one of our stores, has another schema or statements of its own,
-    for a reader, when there is no file, and, for a writer, what `check` raises; every method that reads raises ValueError for a row that is
-    not as it was written. RuntimeError, with the name of the file, for what SQLite fails at later, such as a full disk. Use as a context
-    manager, or call `close`. One thread.
+    for a reader, when there is no file, for a writer, what `check` raises, and what `store_file.connect` raises; every method that reads
+    raises ValueError for a row that is not as it was written. RuntimeError, with the name of the file, for what SQLite fails at later, such
+    as a full disk. Use as a context manager, or call `close`. One thread.
     """
 
     def __init__(self, path: str | Path, *, writable: bool = True) -> None:
@@ -81,9 +82,11 @@ class Store:
             self._lock = lock(self.path)
         elif not self.path.is_file():
             raise ValueError(f"{self.path} does not exist: collect first, or check run.folder and run.name")
-        # Autocommit: transactions are opened by hand. A reader's connection is not read-only: it may be the first
-        # after a killed writer, and then recovers the log; `_transaction` keeps it from writing anything else.
-        self._db = self._connect()
+        try:
+            self._db = connect(self.path, writable)  # transactions are opened by hand
+        except BaseException:
+            self._release()
+            raise
         self._db.text_factory = text_of
         try:
             self._open()
@@ -99,15 +102,6 @@ class Store:
         except BaseException:
             self.close()
             raise
-
-    def _connect(self) -> sqlite3.Connection:
-        if self.writable or (os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)):
-            return sqlite3.connect(self.path, isolation_level=None, timeout=60.0)
-        # Of somebody else, or on a read-only disk. Beside a writer, whose files are there, SQLite reads on; a file that nobody writes is
-        # read as it is, for which SQLite must be promised that it stays so.
-        log = self.path.with_name(self.path.name + "-wal")
-        how = "mode=ro" if log.is_file() and log.stat().st_size else "immutable=1"
-        return sqlite3.connect(f"{self.path.absolute().as_uri()}?{how}", uri=True, isolation_level=None, timeout=60.0)
 
     def _open(self) -> None:
         db = self._db
@@ -129,8 +123,7 @@ class Store:
         db.execute("PRAGMA foreign_keys = ON")
         if not self.writable:
             return
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
+        set_journal(db, self.path)
         if empty:
             with self._transaction():
                 for table in TABLES:
@@ -142,6 +135,9 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
+        self._release()
+
+    def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

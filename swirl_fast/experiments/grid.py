@@ -36,6 +36,7 @@ from swirl_fast.config.contents import identified
 from swirl_fast.config.fields import sections, setting, settings
 from swirl_fast.config.load import load_layers, read_config
 from swirl_fast.config.read import AsWritten, Layer, check_each, fill, read_file, read_override, truth
+from swirl_fast.config.shipped import find, ready
 from swirl_fast.config.yaml_text import Word, plain, shown
 
 
@@ -122,7 +123,7 @@ class Experiment:
     def done(self) -> dict[tuple[str, int], dict[str, Any]]:
         """(arm, seed) -> what the finished cells' files hold."""
         paths = {(cell.arm, cell.seed): self.path(cell) for cell in self.cells}
-        return {key: json.loads(path.read_text()) for key, path in paths.items() if path.is_file()}
+        return {key: json.loads(path.read_text(encoding="utf-8")) for key, path in paths.items() if path.is_file()}
 
 
 def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -130,7 +131,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     Raises ConfigError naming the file, the key and the remedy.
     """
-    path = Path(path)
+    path = find("experiment", path)
     spec = _read_spec(path)
     name, folder = spec.name or path.stem, Path(spec.folder).expanduser()
     base = [read_config(path.parent / spec.config, f"{path}: config")] if spec.config else []
@@ -175,7 +176,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 def _read_spec(path: Path) -> ExperimentSpec:
     """Without the settings of the runs, which need the runs to be read."""
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; ready ones lie in configs/experiments/")
+        raise ConfigError(f"{path}: no such file; {ready('experiment')}")
     layer = read_file(path)
     keys = {str(key).partition(".")[0] for key in layer.tree}
     if keys & set(sections(Config)) and not keys & set(settings(ExperimentSpec)):

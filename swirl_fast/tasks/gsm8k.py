@@ -59,7 +59,8 @@ class GSM8K(TaskDefaults):
         self._solutions: dict[str, str] = {}  # question id -> worked solution
         splits = read_splits(config.path, config.eval_path, hub=("main", "test"))
         held_out = self._parse(splits["eval"], set())
-        train = self._parse(splits["train"], {same_text(question.text) for question in held_out})
+        self.held_out = frozenset(same_text(question.text) for question in held_out)
+        train = self._parse(splits["train"], set(self.held_out))
         self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
 
     def _parse(self, rows: list[Row], seen: set[str]) -> list[Question]:

@@ -9,11 +9,12 @@ from fractions import Fraction
 
 from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.tasks.task import Question, Score, Split, Task, TaskDefaults
+from swirl_fast.tools.characters import same_text
 
 
 class Mixture(TaskDefaults):
     """Of tasks.limit and tasks.eval_limit every task has the share that its weight gives it, all of its own limit where it sets one. Their
-    questions follow each other in turns, so that a part of them has the same shares."""
+    questions follow each other in turns, so that a part of them has the same shares. What one of them holds out, none trains on."""
 
     def __init__(self, config: TasksConfig, seed: int, load: Callable[[TasksConfig, int], Task]) -> None:
         """load: makes the task of settings without a mixture."""
@@ -37,6 +38,7 @@ class Mixture(TaskDefaults):
         self.parts: Mapping[str, Task] = parts
         self.name = "+".join(parts)
         self._weights = weights
+        self.held_out = frozenset().union(*(part.held_out for part in parts.values()))
         self._questions: dict[Split, list[Question]] = {
             "train": self._in_turns("train"),
             "eval": self._in_turns("eval"),
@@ -48,6 +50,7 @@ class Mixture(TaskDefaults):
             ((k + 0.5) / self._weights[name], place, question)
             for place, (name, part) in enumerate(self.parts.items())
             for k, question in enumerate(part.questions(split))
+            if split == "eval" or same_text(question.text) not in self.held_out
         ]
         found: dict[str, Question] = {}
         for _, _, question in sorted(timed, key=lambda one: one[:2]):

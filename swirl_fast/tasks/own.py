@@ -55,7 +55,8 @@ class OwnTask:
             _checked_score(f"tasks.kind={self._reference}", self._task.score) if hasattr(self._task, "score") else None
         )
         held_out = self._read("eval", config.eval_limit, set())
-        train = self._read("train", config.limit, {same_text(question.text) for question in held_out})
+        self.held_out = frozenset(same_text(question.text) for question in held_out)
+        train = self._read("train", config.limit, set(self.held_out))
         self._questions: dict[Split, list[Question]] = {"train": train, "eval": held_out}
 
     def _made(self, made: type, config: TasksConfig, seed: int) -> Any:

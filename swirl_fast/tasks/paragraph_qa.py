@@ -81,9 +81,8 @@ class ParagraphQA(TaskDefaults):
                 source = f"tasks.eval_path={config.eval_path}" if split == "eval" else f"tasks.path={config.path}"
                 raise ConfigError(f"{source}: all {len(rows)} {split} rows are left out: {self.left_out}")
         held_out = self._parse(asked["eval"], set(), set())
-        train = self._parse(
-            asked["train"], {question.id for question in held_out}, {same_text(question.text) for question in held_out}
-        )
+        self.held_out = frozenset(same_text(question.text) for question in held_out)
+        train = self._parse(asked["train"], {question.id for question in held_out}, set(self.held_out))
         self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
         rows = splits["train"] + splits["eval"]
         self._passages = list(dict.fromkeys(passage for row in rows for passage in self.paragraphs(row)))

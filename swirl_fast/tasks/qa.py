@@ -41,7 +41,8 @@ class QA(TaskDefaults):
         self._score = None if self._own else _SCORES[config.score]
         splits = read_splits(config.path, config.eval_path, hub=("default", "test"))
         held_out = self._parse(splits["eval"], set(), config.score)
-        train = self._parse(splits["train"], {same_text(question.text) for question in held_out}, config.score)
+        self.held_out = frozenset(same_text(question.text) for question in held_out)
+        train = self._parse(splits["train"], set(self.held_out), config.score)
         self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
 
     def _parse(self, rows: list[Row], held_out: set[str], score: str) -> list[Question]:

@@ -24,6 +24,7 @@ from swirl_fast.tasks.scoring import ZERO, number, score_number
 from swirl_fast.tasks.solutions import step_expressions, step_results
 from swirl_fast.tasks.task import Example, Question, Score, Split, TaskDefaults
 from swirl_fast.tools.arithmetic import CalculationError, evaluate, render_value
+from swirl_fast.tools.characters import same_text
 from swirl_fast.tools.numerals import numbers
 
 _CHUNK = 256  # questions drawn from one seed of the generator
@@ -65,6 +66,7 @@ class ReasoningGym(TaskDefaults):
             "train": self._draw("train", seed, "tasks.limit", config.limit, shown),
             "eval": self._draw("eval", seed, "tasks.eval_limit", config.eval_limit, shown),
         }
+        self.held_out = frozenset(same_text(question.text) for question in self._questions["eval"])
 
     def _check_options(self) -> None:
         try:

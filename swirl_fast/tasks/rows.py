@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
 import json
 import math
 import re
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +16,17 @@ from typing import Any, NamedTuple
 
 from swirl_fast.config import ConfigError
 from swirl_fast.config.check import looks_like_file
+from swirl_fast.files import UNPACKING_ERRORS, unpacker
 from swirl_fast.tasks.task import Split
 from swirl_fast.tools.characters import whole_values
 
+_FOREIGN = {
+    b"(\xb5/\xfd": "packed with zstd",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"\xd0\xcf\x11\xe0": "an old spreadsheet",
+    b"ARROW1": "an Arrow file",
+    b"SQLite format 3": "a database",
+}
 HELD_OUT = 0.1  # share of the rows, from the end, that is held out when there is no eval_path
 
 
@@ -90,10 +96,13 @@ def question_id(task: str, text: str) -> str:
     return f"{task}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
+_ENDINGS = (".gz", ".bz2", ".xz", ".json", ".jsonl", ".jsonlines", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
+
+
 def plain_name(path: str, otherwise: str) -> str:
     """What a task is called by its file: `data/My units.jsonl.gz` -> `My_units`. otherwise: where nothing is left."""
     name = Path(path).name
-    while Path(name).suffix.lower() in (".gz", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"):
+    while Path(name).suffix.lower() in _ENDINGS:
         name = Path(name).stem
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name) or otherwise
 
@@ -115,10 +124,9 @@ def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
 
 def read_file(file: Path) -> list[Row]:
     """By the ending: .csv, .tsv, .parquet; else one JSON list of objects, one object that holds it as `data`, or one object a line. Any of
-    them may be compressed: .gz."""
-    name = file.name.lower()
-    content = _unpacked(file) if name.endswith(".gz") else file.read_bytes()
-    ending = Path(name.removesuffix(".gz")).suffix
+    them may be packed: .gz, .bz2, .xz."""
+    content = _unpacked(file)
+    ending = Path(re.sub(r"\.(gz|bz2|xz)$", "", file.name.lower())).suffix
     if ending == ".parquet":
         return _parquet_rows(file, content)
     try:
@@ -135,10 +143,18 @@ def read_file(file: Path) -> list[Row]:
 
 
 def _unpacked(file: Path) -> bytes:
+    opened = unpacker(file)
     try:
-        return gzip.decompress(file.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: not readable as gzip: {error}") from None
+        with opened(file) if opened else file.open("rb") as stream:
+            content = stream.read()
+    except UNPACKING_ERRORS as error:
+        raise ValueError(f"{file}: not readable as {'gzip, bzip2 or xz' if opened else 'a file'}: {error}") from None
+    for begin, name in _FOREIGN.items():
+        if content.startswith(begin):
+            raise ValueError(
+                f"{file}: is {name}, which is not read: unpack it, or save it as CSV, JSON Lines or Parquet"
+            )
+    return content
 
 
 def _delimiter(text: str) -> str:

@@ -66,6 +66,7 @@ class TaskDefaults:
     tools: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
     instructions = ""
+    held_out: frozenset[str] = frozenset()
 
     def passages(self) -> Sequence[tuple[str, str]]:
         return ()
@@ -82,6 +83,7 @@ class Task(Protocol):
     tools: tuple[str, ...]  # on offer: names of built-in ones, references to others
     examples: tuple[Example, ...]  # worked examples, best first
     instructions: str  # in place of the built-in system message; empty: that one
+    held_out: frozenset[str]  # `same_text` of all questions that are held out, also where tasks.eval_limit asks fewer
 
     def questions(self, split: Split) -> Sequence[Question]:
         """The questions of a split, in a fixed order. Raises ValueError naming file, line and field for a malformed row."""

@@ -53,7 +53,7 @@ _RAISED = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 
 _CODES = "USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD"
 _BEFORE = re.compile(
-    r"(?P<sign>(?<![^\W_])(?i:minus|negative)\s|[-+]\s?)?"
+    r"(?P<sign>(?<![^\W_])(?i:minus|negative|neg\.?)\s|[-+]\s?)?"
     rf"(?P<currency>\\?(?:(?<![^\W_])(?:US|CA|AU|NZ|HK|[ACS]))?\$\s?|(?<![^\W_])(?:{_CODES}|Rs\.?)\s?)?(?P<inner>[-+])?$"
 )
 _WHOLE = (
@@ -96,28 +96,37 @@ _COUNTS = (
 )
 # words right before a number, with which it is another one, a bound, or a name
 _CHANGED_BY = frozenset(
-    f"{_COUNTS} one zero hundred thousand million billion half twice double triple thrice quadruple point dot root sqrt log ln than least "
-    "most over under above below beyond exceeding between within plus minus times not never isn't wasn't aren't nor base version chapter "
-    "page step question problem option line".split()
+    f"{_COUNTS} one zero hundred thousand million billion half twice double triple thrice quadruple point dot root sqrt log ln than "
+    "least most over under above below beyond exceeding between within plus minus less x times not never isn't wasn't aren't nor base "
+    "version chapter page step question problem option line".split()
 )
 _CHANGING = re.compile(
-    r"\b(?:(?:half|halves|thirds?|quarters?|\w+ths?|percent|square|power|root) of|(?:up|close|next|prior|power) to|divided by|n't)$",
+    r"(?:\bnot|n't|\bcannot|\bnever)(?: \w+){1,2}$"
+    r"|\b(?:(?:half|halves|thirds?|quarters?|\w+ths?|percent|square|power|root) of|(?:up|close|next|prior|power) to|divided by|n't)$",
     re.I,
 )
 _LINKS = frozenset("is are was were be equals equal to gives get gets makes".split())  # a sign may follow
 # words right after a number, likewise
 _CHANGED_TO = frozenset(
-    f"{_COUNTS} hundred thousand million billion trillion lakh crore dozen "
-    "k K m M b B t T G mn mln mil tn trn grand milliard milliards milliarde milliarden millionen millones millón mille tausend "
-    "mlrd billiard quadrillion quintillion sextillion octillion googol half halves thirds fourths quarter quarters fifths sixths sevenths "
-    "eighths ninths tenths hundredths thousandths squared cubed factorial pi π plus minus divided multiplied raised point mod modulo fold "
-    "percentage permille permil basis bp bps score ish th st nd rd x am pm o'clock AM PM тыс млн млрд трлн тысяч тысячи тысяча миллион "
-    "миллиона миллионов миллиард миллиарда миллиардов".split()
+    f"{_COUNTS} hundred thousand million billion trillion lakh crore dozen e E k K m M b B t T G mn mln mil mill tn trn tsd bil bill "
+    "bln mlj milj zillion gazillion bazillion gross grand milliard milliards milliarde milliarden millionen millones millón mille "
+    "tausend mlrd billiard quadrillion quintillion sextillion octillion googol half halves thirds fourths quarter quarters fifths "
+    "sixths sevenths eighths ninths tenths hundredths thousandths millionths billionths doubled tripled quadrupled halved max maximum "
+    "minimum tops squared cubed factorial pi π plus minus divided multiplied raised point mod modulo fold percentage permille permil "
+    "promille ppm ppb ppt basis bp bps pp score ish th st nd rd x am pm o'clock AM PM тыс млн млрд трлн тысяч тысячи тысяча миллион "
+    "миллиона миллионов миллиард миллиарда миллиардов duizend tusen tusind tuhat hundert cientos mila tysiąc tysiące tysięcy tisíc "
+    "miljon miljoen milion miliony milionów milioni milhão milhões mil milyon miliardi miliardo miliard miliardy miliardów milliárd "
+    "lac lacs cr kharab हज़ार हजार लाख करोड़ ألف آلاف مليون مليار אלף 만 천 백 억 조".split()
+)
+# the scale of a table beside a number: `5 (thousand)`, `5 in millions`; `5 below zero`, `5 k$`, `5 TEUR`
+_SCALED = re.compile(
+    rf"[(\[]?\s?(?:in\s)?(?:{_FACTOR_WORDS})|(?:\w+ )?below zero\b|[kKMTB](?:\$|(?:{_CODES})\b)|p\.\s?p\."
 )
 _CHANGES = re.compile(
     r"(?:or|and) (?:more|less|fewer|so|above|below|over|under|up|higher|lower|greater|counting)\b"
     rf"|(?:and|or) (?:(?:an?|one|the) )?(?:{_COUNTS.replace(' ', '|')}|one|half|halves|thirds?|quarters?)\b|to the\b"
-    r"|(?:per|in|out of|in every) (?:an? )?(?:mille?|thousand|hundred|million)\b|a\.m|p\.m",
+    r"|(?:per|in|out of|in every) (?:an? )?(?:mille?|thousand|hundred|million)\b|a\.m|p\.m|at (?:most|least)\b"
+    rf"|out of (?:{_COUNTS.replace(' ', '|')})\b",
     re.I,
 )
 _OPENING, _CLOSING = "([{\"'“‘«„「『", ")]}\"'”’»」』"
@@ -168,6 +177,7 @@ def _spelled(text: str) -> str:
     text = _EMPHASIS.sub(r" \2 ", text).strip()
     if not text.isascii():
         text = fold("".join(map(_plain_character, _BLANKS.sub(_GAP, fold(text, blanks=False)))))
+    text = re.sub(r"(?<!\w)Rs\.(?=\s?\d)", "Rs ", text)
     text = re.sub(r"[-=]>", ":", re.sub(r"[ \t\r\n]+", " ", text))
     text = _SURFACE.sub(" units", text.strip())
     spaced = _SPACED.search(text)
@@ -283,6 +293,8 @@ def _fits_after(before: str, after: str) -> bool:
 
 def _follows(after: str) -> bool:
     after = after.strip()
+    if _SCALED.match(after):
+        return False
     if not after or after[0] in "([{\"'“‘«=≈|:":
         return True
     if after[0] == "-":  # a dash between two clauses, not a sign of its own

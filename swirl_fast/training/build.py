@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from swirl_fast.config import Config, ConfigError
-from swirl_fast.data.shard_source import open_shards
+from swirl_fast.data.shard_source import check_libraries, open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
 from swirl_fast.files import describe_changes, read_json, write_json
@@ -39,6 +39,20 @@ from swirl_fast.training.trainer import Trainer
 from swirl_fast.training.utilization import GIB
 
 _MARKER = "trained.json"
+
+
+def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
+    """The model's configuration, when nothing that this machine has speaks against the settings: ranks, GPUs, packages. Needs no shards.
+
+    Raises ConfigError for settings that cannot be followed here, ImportError for a missing package, each with what to do.
+    """
+    training = config.training
+    check_libraries(training.shards)
+    fsdp.check_sharding(training, ranks)
+    check_wandb(training)
+    model_config = load_config(config.model)
+    layers.check_layers(training, model_config, ranks.device)
+    return model_config
 
 
 def open_stream(config: Config, ranks: Ranks) -> TrajectoryStream:
@@ -141,10 +155,7 @@ def open_training(config: Config, ranks: Ranks) -> Iterator[Training]:
 
 def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) -> Training:
     training = config.training
-    fsdp.check_sharding(training, ranks)
-    check_wandb(training)
-    model_config = load_config(config.model)
-    layers.check_layers(training, model_config, ranks.device)
+    model_config = check_machine(config, ranks)
     stream = open_stream(config, ranks)
     stack.callback(stream.close)
     task = open_task(config)

@@ -333,14 +333,15 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, or with every `parts`-th of its files from number `part` on; None when it is whole."""
     try:
         hashes: dict[str, str] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        if missing := {_STATE, ".metadata"} - hashes.keys():
-            return f"{_MANIFEST} does not name {' and '.join(sorted(missing))}"
+        there = {entry.name for entry in path.iterdir()}
+        if unknown := {_STATE, ".metadata", *(name for name in there if name.endswith(".distcp"))} - hashes.keys():
+            return f"{_MANIFEST} does not name {' and '.join(sorted(unknown))}"
         for name in sorted(hashes)[part::parts]:
-            if not (path / name).is_file():
-                return f"{name} is missing"
+            if name not in there:
+                return f"{name!r:.80} is missing"
             if hash_file(path / name) != hashes[name]:
                 return f"{name} does not match its hash"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from swirl_fast.metrics import NOTHING_LEARNED
 from swirl_fast.ranks import Ranks
 
 ENOUGH_TO_TELL = 8  # judged actions without a single verdict: below that it may be the actions
@@ -50,8 +51,7 @@ class Guards:
             if counts.signalless == SIGNALLESS:
                 self._warn(
                     f"training step {step}: for {SIGNALLESS} steps in a row all actions of a state have had the same reward, so there was "
-                    "nothing to learn. Read some actions (swirl-fast show): a model that never or always succeeds needs other tasks, a "
-                    "warm-up with algorithm.name=sft, or a larger training.group_size"
+                    f"nothing to learn. {NOTHING_LEARNED}"
                 )
         if not self.skipped:
             counts.in_a_row = counts.unanswered = 0

@@ -65,8 +65,9 @@ class StepSums:
         self.actions = len(batch.sampled)
         self.malformed = sum(sample.action.kind == "malformed" for sample in batch.sampled)
         self.surprisal = -sum(sum(sample.completion.logprobs) for sample in batch.sampled)
-        if batch.judgements is None:  # imitated: nothing was rewarded
+        if batch.judgements is None:  # imitated: nothing was rewarded, and no engine drew it
             self.states = len(actions.states.unique())
+            self.gap = self.gap_max = math.nan
             return
         known = int(actions.known.sum())
         self.unknown = len(batch.sampled) - known

@@ -71,7 +71,7 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would count what the process was forked from
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB

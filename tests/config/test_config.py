@@ -20,6 +20,17 @@ def test_shipped_configs_load(path: Path, tmp_path: Path) -> None:
     load(path, files=False)
 
 
+@pytest.mark.parametrize("key", ["tasks.path", "tasks.eval_path"])
+@pytest.mark.parametrize(
+    "name",
+    ["x.jsonl.gz", "x.csv", "X.JSONL", "x.ndjson", "x.jsonl.zst", "x.csv.bz2", "x.zip", "x.xlsx", "a/b/c", "~/x"],
+)
+def test_a_data_file_that_is_not_there_is_named_at_once(key: str, name: str) -> None:
+    """And not looked for on the Hugging Face hub."""
+    with pytest.raises(ConfigError, match=f"^{key}={name}: no such file$"):
+        load(None, ["tasks.kind=gsm8k", *["tasks.path=org/name"] * (key != "tasks.path"), f"{key}={name}"])
+
+
 def test_round_trip(tmp_path: Path) -> None:
     config = load(None, ["training.steps=3", "tasks.options={min_terms: 3}", "model.path=org/name"])
     file = tmp_path / "config.yaml"

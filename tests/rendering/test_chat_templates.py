@@ -165,5 +165,5 @@ def test_the_shipped_templates_are_accepted_and_append_tool_results(name: str) -
 def test_a_refused_template_names_the_one_for_the_model(name: str) -> None:
     tokenizer = ready(name).tokenizer
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}"
-    with pytest.raises(ValueError, match=f"configs/chat_templates/{name}.jinja is one for this model"):
+    with pytest.raises(ValueError, match=f"[ (]{name} is one for this model"):
         Renderer(tokenizer, name)

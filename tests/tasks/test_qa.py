@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import unicodedata
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from swirl_fast.config import Config, ConfigError, SearchConfig, TasksConfig
 from swirl_fast.tasks import load_task, offered_tools, parts_of
 from swirl_fast.tasks.corpus import corpus_hash, passages_of, read_corpus
 from swirl_fast.tasks.rows import question_id
+from swirl_fast.tools.characters import same_text
 from swirl_fast.tools.search import load_search
 
 ROWS = [{"question": f"Question {i}?", "answer": f"answer {i}"} for i in range(10)]
@@ -35,9 +38,10 @@ def table(path: Path, rows: list[dict], delimiter: str = ",") -> Path:
     return path
 
 
-def packed(path: Path) -> Path:
-    target = path.with_name(path.name + ".gz")
-    target.write_bytes(gzip.compress(path.read_bytes()))
+def packed(path: Path, ending: str = ".gz") -> Path:
+    target = path.with_name(path.name + ending)
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[ending]
+    target.write_bytes(pack(path.read_bytes()))
     return target
 
 
@@ -57,7 +61,11 @@ def test_every_format_gives_the_same_questions(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "same.parquet")
     files.append(tmp_path / "same.parquet")
-    for file in [*files, *map(packed, files)]:
+    misnamed = tmp_path / "packed" / "same.jsonl"
+    misnamed.parent.mkdir()
+    misnamed.write_bytes(gzip.compress(files[0].read_bytes()))
+    more = [misnamed, *(packed(files[0], ending) for ending in (".bz2", ".xz"))]
+    for file in [*files, *map(packed, files), *more]:
         task = load(file)
         assert task.name == "same" and len(task.questions("train")) == 9 and len(task.questions("eval")) == 1
         questions = [*task.questions("train"), *task.questions("eval")]
@@ -200,6 +208,10 @@ def test_files_and_settings_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "a.csv.gz").write_bytes(b"no gzip")
     with pytest.raises(ValueError, match="a.csv.gz: not readable as gzip"):
         load(tmp_path / "a.csv.gz")
+    for begin, what in {b"(\xb5/\xfdx": "packed with zstd", b"PK\x03\x04x": "a zip archive or a spreadsheet"}.items():
+        (tmp_path / "a.jsonl.x").write_bytes(begin)
+        with pytest.raises(ValueError, match=f"a.jsonl.x: is {what}, which is not read: unpack it, or save it as CSV"):
+            load(tmp_path / "a.jsonl.x")
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="a.parquet: not readable as Parquet"):
         load(tmp_path / "a.parquet")
@@ -368,6 +380,19 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigError, match=f"mine.py:{name}: .*{message}"):
             own(name)
+
+
+def test_what_one_task_of_a_mixture_holds_out_none_trains_on(tmp_path: Path) -> None:
+    """Also what tasks.eval_limit leaves out of the evaluation, and in another spelling of Unicode."""
+    first = [{"question": f"{i} caf\u00e9s?", "answer": i} for i in range(10)]
+    second = [{"question": f"{i} cafe\u0301s?", "answer": i} for i in range(2, 12)]
+    files = [write_lines(tmp_path / name, rows) for name, rows in (("a.jsonl", first), ("b.jsonl", second))]
+    held = write_lines(tmp_path / "held.jsonl", [{"question": f"{i}  caf\u00e9s?", "answer": i} for i in (4, 5)])
+    mix = [{"kind": "qa", "path": files[0], "eval_path": held}, {"kind": "qa", "path": files[1]}]
+    task = load_task(TasksConfig(mix=mix, eval_limit=2), 0)
+    trained = {same_text(question.text) for question in task.questions("train")}
+    assert [question.text for question in task.questions("eval")] == ["4  caf\u00e9s?", "11 cafe\u0301s?"]
+    assert len(trained) == 9 and not trained & {f"{i} caf\u00e9s?" for i in (4, 5, 11)}
 
 
 def test_a_mixture_has_questions_in_turns_by_weight(tmp_path: Path) -> None:

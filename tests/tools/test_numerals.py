@@ -13,7 +13,8 @@ from swirl_fast.tools.numerals import number_in, numbers
 STATED = {
     # signs
     "-5": "-5", "−5": "-5", "–5": "-5", "—5": "-5", "- 5": "-5", "x = - 5": "-5", "minus 5": "-5", "Minus 5": "-5", "negative 5": "-5",
-    "it is negative 5": "-5", "-$4.50": "-9/2", "$-5": "-5", "－５": "-5", "+5": "5", "minus 5 degrees": "-5", "the answer is -5": "-5",
+    "it is negative 5": "-5", "-$4.50": "-9/2", "$-5": "-5", "－５": "-5", "+5": "5", "minus 5 degrees": "-5", "neg. 5": "-5",
+    "the answer is -5": "-5",
     # thousands and decimals
     "1,200": "1200", "1,200.50": "2401/2", "10_000": "10000", "1'200": "1200", "1,00,000": "100000", "1.200,50": "2401/2", "1 200": "1200",
     "1\u00a0200": "1200", "1\u202f200 clips": "1200", "10 000 €": "10000", "-1 200": "-1200", "1.200": "6/5", ".5": "1/2", "5.": "5",
@@ -26,6 +27,7 @@ STATED = {
     "1e5": "100000", "1.5e-3": "3/2000", "1.5×10^3": "1500", "1.5 x 10^-3": "3/2000", "10^3": "1000", "10³": "1000", "2·10⁻³": "1/500",
     # currencies, units and what is written around
     "$5": "5", "US$5": "5", "€5": "5", "5 €": "5", "USD 5": "5", "USD5": "5", "5 USD": "5", "5 dollars": "5", "\\$5": "5", "¥5": "5",
+    "Rs.5": "5", "Rs. 5": "5",
     "10 clips": "10", "5kg": "5", "5 km/h": "5", "5 m²": "5", "5 m of H2O".replace(" m ", " kg "): "5", "$5/hour": "5", "5°C": "5",
     "x = 10": "10", "Answer: 5": "5", "(5)": "5", "**5**": "5", "\\boxed{5}": "5", "$5$": "5", "“5”": "5", "5 (five)": "5", "-> 5": "5",
     "5, because": "5", "5 - the total": "5", "5 more apples": "5", "5 times": "5", "１２": "12", "\ufeff5": "5", "about 10": "10",
@@ -45,7 +47,10 @@ NOT_STATED = (
     "the answer — 5", "--5", "+-5", "minus -5", "5-", "5'10", "5'", '5"', "5*",
     # what would be dropped
     "0.3...", "0.3…", "0.(3)", "5\u0305", "5 grand", "5 quadrillion", "5 Millionen", "5 тысяч", "5 mil", "5 hundred-odd",
-    "5 and three quarters",
+    "5 and three quarters", "5 zillion", "5 Tsd.", "5 Mill.", "5 bln", "5 gross", "5 만", "5 ألف", "5 milioni", "5 duizend", "5 ppm",
+    "5 p.p.", "5 tysięcy", "5 milhões",
+    "5 (thousand)", "5 in millions", "5 (in thousands)", "5 k€", "5 TEUR", "5 MUSD", "5 e3", "5 doubled", "5 out of ten",
+    "5 at most", "5 max", "5 below zero", "5 degrees below zero", "less 5", "x 5", "can't be 5", "cannot be 5", "is not really 5",
     "1 thousand two hundred", "twenty 5", "point 5", "5‰", "5 per mille", "5 per thousand", "5 basis points", "5 million-dollar homes",
     "(5)k", "(5)!", "5\u200b0", "5ish", "no number", "ten", "nan", "", "9" * 5000, "1e99999", "1e999999999",
 )  # fmt: skip

@@ -61,7 +61,7 @@ def naive_gradient(model_path: Path, weighted: list[tuple[Trajectory, list[float
 
 
 def test_sft_is_cross_entropy_on_the_recorded_actions(
-    collected: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    collected: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every state weighs the same, an action's tokens are summed; no engine is loaded and nothing is judged."""
 
@@ -80,6 +80,9 @@ def test_sft_is_cross_entropy_on_the_recorded_actions(
     assert row["nll"] == pytest.approx(nll, rel=1e-5)
     assert row["states"] == row["actions"] == states and math.isnan(row["reward"]), "nothing is rewarded"
     assert math.isnan(row["entropy"]), "nothing is sampled"
+    assert math.isnan(row["engine_gap_mean"]) and math.isnan(row["engine_gap_max"]), "there is no engine"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/")]
+    assert " grad " in line and not any(word in line for word in ("nan", "gap", "reward", "label", "entropy"))
     assert not (collected / "sft" / "samples").exists()
     assert row["tokens_computed"] < sum(len(t.tokens) for t in recorded), "prompts of one question are shared"
     assert (collected / "sft" / "model" / "model.safetensors").is_file()

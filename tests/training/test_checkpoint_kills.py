@@ -14,7 +14,7 @@ import json, os, signal, sys, traceback
 from pathlib import Path
 import torch
 from swirl_fast.ranks import Ranks
-from swirl_fast.training.checkpoint import Checkpoints, named
+from swirl_fast.training.checkpoint import Checkpoints, load_weights, named
 torch.set_num_threads(1)
 REWARDS = [0.2, 0.9, 0.5, 0.95, 0.99]
 STEPS = len(REWARDS)
@@ -43,6 +43,7 @@ def train(folder):
         for step in range((state or {"step": 0})["step"] + 1, STEPS + 1):
             model(torch.ones(1, 2)).sum().backward()
             optimizer.step()
+            optimizer.zero_grad()
             checkpoints.measure({"reward": REWARDS[step - 1]})
             checkpoints.wait()
             armed = step == STEPS
@@ -66,7 +67,12 @@ def child(folder, at):
 
 def there(folder):
     kept = sorted(path.name for path in folder.iterdir())
-    return [kept, os.readlink(folder / "best"), named(folder, "best").name]
+    return [kept, os.readlink(folder / "best"), named(folder, "best").name, *map(exported, ("best", "step_000004"), [folder] * 2)]
+
+def exported(name, folder):
+    model = torch.nn.Linear(2, 2)
+    load_weights(named(folder, name), model)
+    return [parameter.flatten().tolist() for parameter in model.parameters()]
 
 root, found = Path(sys.argv[1]), []
 assert child(root / "none", None) == 0
@@ -84,7 +90,8 @@ def test_a_kill_anywhere_in_the_last_write_leaves_no_trace(tmp_path: Path) -> No
     done = forks.run(["-c", CODE, str(tmp_path)], environment(), timeout=200)
     assert done.returncode == 0, done.stderr
     undisturbed, found = json.loads(done.stdout.splitlines()[-1])
-    assert undisturbed == [["best", "step_000004", "step_000005"], "step_000005", "step_000005"]
+    assert undisturbed[:3] == [["best", "step_000004", "step_000005"], "step_000005", "step_000005"]
+    assert undisturbed[3] != undisturbed[4], "weights of two steps"
     assert {name for name, *_ in found} >= {"symlink", "rename", "replace", "unlink", "fsync"}
     published = False
     for i, (name, code, taken, again, after) in enumerate(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,18 @@ def test_the_console_line() -> None:
         "step 3/10  reward 0.250  label 0.250  malformed 0.25  unknown 0  kl 0.2500  entropy 0.25  grad 0.25  gap 2.5e-01  cached 25%  "
         "tok/s 0 (0 effective)  mfu 25.0% (25.0% of the step)  memory 0.2 GiB  0.2 s"
     )
+
+
+def test_the_console_line_leaves_out_what_is_not_a_number() -> None:
+    row = {
+        "step": 3,
+        "reward": math.nan,
+        "unknown": 0,
+        "grad_norm": math.nan,
+        "engine_gap_mean": math.nan,
+        "seconds": 2,
+    }
+    assert console_line(row, 10) == "step 3/10  unknown 0  grad nan  2.0 s"
 
 
 def test_the_glossary_is_up_to_date() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.small_models import train_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from swirl_fast.config import ConfigError, ModelConfig, load
+from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig, load
 from swirl_fast.models.load import check_weights_folder, load_model, load_tokenizer, resolve
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
@@ -107,6 +107,16 @@ def test_a_flipped_bit_in_an_exported_folder_is_found(tmp_path: Path) -> None:
                 look()
         (folder / name).write_bytes(whole)
     load_model(own, "float32")
+
+
+def test_a_flipped_bit_in_the_converted_default_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIRL_FAST_CACHE", str(tmp_path))
+    folder = exported(tmp_path / EMBEDDED_MODEL, source(tmp_path / "source", torch.float32))
+    assert resolve(EMBEDDED_MODEL) == str(folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=rf"converted in {folder}: model.safetensors is damaged .*or remove it"):
+        resolve(EMBEDDED_MODEL)
 
 
 def test_a_folder_that_lost_or_gained_files_is_refused(tmp_path: Path) -> None:

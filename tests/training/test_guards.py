@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from swirl_fast.metrics import without_gradient
 from swirl_fast.ranks import Ranks
 from swirl_fast.training import interrupt
 from swirl_fast.training.guards import Guards
@@ -172,6 +173,18 @@ def test_time_is_counted_from_the_start_of_the_process_or_of_torchrun(monkeypatc
     assert own > 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert time.monotonic() - interrupt._launched() > own  # the parent is older
+
+
+def test_a_training_that_had_nothing_to_learn_from_says_so_in_words() -> None:
+    def row(states: float, without: float, reward: float) -> dict[str, float]:
+        return {"states": states, "states_without_signal": without, "reward": reward}
+
+    said = without_gradient([row(5, 5, 0.0), row(4, 4, 0.5)])
+    assert said.startswith("no step had a gradient from rewards: ") and "(0.25 on average)" in said
+    assert "algorithm.name=sft, or a larger training.group_size" in said
+    assert without_gradient([row(5, 5, 1.0), row(5, 5, 1.0), row(5, 4, 0.9)]).startswith("only 1 of 3 steps had a ")
+    for rows in ([], [row(5, 5, 0.0), row(5, 4, 0.1)], [row(0, 0, float("nan"))], [{"step": 1}]):
+        assert without_gradient(rows) == ""
 
 
 def test_steps_without_a_signal_are_warned_about_once_in_a_row() -> None:

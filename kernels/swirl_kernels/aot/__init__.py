@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = case_table(results)
     print(text)
     if options.out is not None:
-        options.out.write_text(text)
+        options.out.write_text(text, encoding="utf-8")
     bad = [r for r in results if r.violations]
     for r in bad:
         print(f"{r.name}, sm_{r.target}: {'; '.join(filter(None, (*r.violations, r.failure)))}", file=sys.stderr)

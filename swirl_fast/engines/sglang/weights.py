@@ -40,7 +40,7 @@ def tied_names(folder: Path) -> frozenset[str]:
 
 def vocabulary_of(folder: Path) -> int | None:
     """How many token ids the model of a Hugging Face folder has; None where its config does not say."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config.get("text_config", config).get("vocab_size")
 
 
@@ -70,7 +70,9 @@ def _files(folder: Path) -> list[Path]:
     """Those of the index where there is one: some folders hold the weights a second time, under other names."""
     index = folder / _INDEX
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -143,7 +145,7 @@ class Snapshot:
 
     def finish(self) -> Path:
         (self._writing / _INDEX).write_text(
-            json.dumps({"metadata": {"total_size": self._size}, "weight_map": self._map})
+            json.dumps({"metadata": {"total_size": self._size}, "weight_map": self._map}), encoding="utf-8"
         )
         shutil.rmtree(self.target, ignore_errors=True)
         self._writing.rename(self.target)

@@ -52,7 +52,7 @@ def open_cached(index: Index, passages: Passages, cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     key = _key(index.settings, passages)
     folder, temporary = cache / key, cache / f"{key}.tmp"
-    with open(cache / f"{key}.lock", "w") as lock:
+    with open(cache / f"{key}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists() and (damage := _damage(folder)):
             warnings.warn(f"{folder}: {damage}; the search index is built again", stacklevel=3)
@@ -79,14 +79,14 @@ def _seal(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         manifest[file.name] = [file.stat().st_size, _hash(file)]
         _to_disk(file)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _to_disk(folder / "manifest.json")
 
 
 def _damage(folder: Path) -> str:
     """What is wrong with an index on disk, empty when nothing is."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, (size, digest) in manifest.items():
             if (folder / name).stat().st_size != size or _hash(folder / name) != digest:
                 return f"{name} is damaged"

@@ -1,0 +1,48 @@
+"""`run`: what it checks before it starts, and what it says at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from support.runs import attempt, overrides
+
+
+@pytest.mark.parametrize(
+    ("missing", "settings", "install"),
+    [
+        ("streaming", [], "mosaicml-streaming is not installed: pip install --no-deps mosaicml-streaming=="),
+        ("boto3", ["filter.upload=s3://bucket/x"], "s3://bucket/x needs a package that is not there"),
+        ("google.cloud.storage", ["training.shards=gs://b/x"], "'google.cloud.storage'): pip install google-cloud-st"),
+        ("wandb", ["training.wandb=mine"], "training.wandb=mine: the package is missing; run: pip install wandb"),
+    ],
+)
+def test_a_missing_package_is_found_before_any_work(
+    missing: str,
+    settings: list[str],
+    install: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == missing else real(name, *more))
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == "streaming":
+        monkeypatch.delitem(sys.modules, "streaming.base", raising=False)
+    for stage in ["run", *["filter"] * (missing in ("streaming", "boto3"))]:
+        done = attempt([stage, *overrides(tmp_path, tiny_model, *settings)])
+        assert done.returncode in (1, 2) and install in done.stderr, done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_had_nothing_to_learn_from_says_so_at_its_end(tmp_path: Path, tiny_model: Path) -> None:
+    """Random weights: no action is well-formed."""
+    short = ("training.steps=2", "tasks.limit=2", "tasks.eval_limit=1", "collect.trajectories_per_question=2")
+    done = attempt(["run", *overrides(tmp_path, tiny_model, *short, "training.trajectories_per_step=2")])
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.rpartition("mean process label")[2]
+    assert "no step had a gradient from rewards: elsewhere all actions of a state had the same one (0.00" in table
+    assert "a warm-up with algorithm.name=sft" in table
