@@ -42,14 +42,21 @@ def sample_actions(
     tools: ToolsByTask,
     training: TrainingConfig,
     seeds: Sequence[int],
+    kept: Sequence[Sequence[bool]] | None = None,
 ) -> list[SampledAction]:
-    """`group_size` actions at every state of every trajectory, grouped by state, states in order.
+    """`group_size` actions at every state of every trajectory, or at those that are kept (data/shards.py: StepSample), grouped by state,
+    states in order.
 
     tools: those on offer, by the name of a trajectory's task. seeds: one a trajectory; a trajectory that comes twice in a batch comes
     with two seeds, and so draws other actions.
     """
     sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
-    places = [(t, i) for t, trajectory in enumerate(trajectories) for i in range(trajectory.num_steps)]
+    places = [
+        (t, i)
+        for t, trajectory in enumerate(trajectories)
+        for i in range(trajectory.num_steps)
+        if kept is None or kept[t][i]
+    ]
     requests = [
         Request(
             tokens=trajectories[t].state(i),
@@ -63,11 +70,11 @@ def sample_actions(
     ]
     sampled = []
     for state, ((t, i), completions) in enumerate(zip(places, engine.generate(requests), strict=True)):
-        recorded = trajectories[t].view(i)
+        recorded, turn = trajectories[t].view(i), trajectories[t].steps[i].recorded
         for completion in completions:
             text = renderer.text(completion.tokens)
             action = parse(text, tools_for(recorded.task, tools), truncated=completion.finish == "length")
-            view = StepView(recorded.task, recorded.question, recorded.history, text)
+            view = StepView(recorded.task, recorded.question, recorded.history, text, turn)
             sampled.append(SampledAction(t, state, completion, action, view))
     return sampled
 
@@ -82,12 +89,16 @@ def tools_for(task: str, tools: ToolsByTask) -> Sequence[ToolSpec]:
     return tools[task]
 
 
-def recorded_actions(trajectories: Sequence[Trajectory], stop_ids: Collection[int]) -> list[SampledAction]:
-    """The actions of the trajectories themselves, in order, each a state's only one. stop_ids: one of them ends an action that was not cut
-    off."""
+def recorded_actions(
+    trajectories: Sequence[Trajectory], stop_ids: Collection[int], kept: Sequence[Sequence[bool]] | None = None
+) -> list[SampledAction]:
+    """The actions of the trajectories themselves, or those at states that are kept, in order, each a state's only one. stop_ids: one of
+    them ends an action that was not cut off."""
     sampled: list[SampledAction] = []
     for t, trajectory in enumerate(trajectories):
-        for step, view in zip(trajectory.steps, trajectory.views(), strict=True):
+        for i, (step, view) in enumerate(zip(trajectory.steps, trajectory.views(), strict=True)):
+            if kept is not None and not kept[t][i]:
+                continue
             tokens = trajectory.tokens[step.start : step.end]
             finish: Literal["stop", "length"] = "stop" if len(tokens) and int(tokens[-1]) in stop_ids else "length"
             completion = Completion(np.asarray(tokens, np.int32), step.logprobs, finish, step.policy_version)
