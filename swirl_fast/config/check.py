@@ -205,7 +205,9 @@ def _check_stages(config: Config, values: _Values) -> None:
         if separator and scheme not in schemes:
             fail(key, f"must be a folder or a URL of the kind {', '.join(f'{name}://' for name in schemes)}")
     if (low := config.filter.states_min_mean) > (high := config.filter.states_max_mean):
-        fail("filter.states_min_mean", f"no mean reward is at least {low:g} and at most filter.states_max_mean={high:g}")
+        fail(
+            "filter.states_min_mean", f"no mean reward is at least {low:g} and at most filter.states_max_mean={high:g}"
+        )
     if config.filter.states == "variance" and config.algorithm.reward == "outcome":
         fail("filter.states", "algorithm.reward=outcome draws whole trajectories from the question on; use all")
     if evaluate.temperature == 0 and evaluate.samples > 1:

@@ -86,7 +86,8 @@ class OwnJudge:
         errors = [error for _, error in judged if error is not None]
         if errors and not self._worked:
             raise RuntimeError(
-                f"{self._key}={self._reference}: it failed for all of {len(judged)} steps: {_described(errors[0])}. Verdicts until then are kept"
+                f"{self._key}={self._reference}: it failed for all of {len(judged)} steps: {_described(errors[0])}. Verdicts until then "
+                "are kept"
             ) from errors[0]
         if errors and not self._warned:
             self._warned = True

@@ -136,9 +136,7 @@ class RecordedActionJudge:
         return float(agreement == 1.0) if self._exact else agreement
 
 
-def recorded_action_judge_id(
-    config: RecordedActionConfig, tools_by_task: Mapping[str, Collection[ToolSpec]]
-) -> str:
+def recorded_action_judge_id(config: RecordedActionConfig, tools_by_task: Mapping[str, Collection[ToolSpec]]) -> str:
     tools = hashlib.sha256(json.dumps(tool_identities(tools_by_task)).encode()).hexdigest()[:8]
     own = config.turns_without_a_call
     function = "" if own == NONE else f"-{own_judge_id(own, tools_by_task, OWN, (NONE,))}"

@@ -200,7 +200,7 @@ def test_foreign_shards_and_formats_are_named(thirteen: Path, tmp_path: Path) ->
     del body["xxh64"]
     body["xxh64"] = xxhash.xxh64(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(body))
-    with pytest.raises(ValueError, match="format 7, this swirl-fast reads format 3"):
+    with pytest.raises(ValueError, match="format 7, this swirl-fast reads format 4"):
         verify_shards(folder)
 
 

@@ -119,13 +119,25 @@ class Stream:
     def next_batch(self) -> list[SimpleNamespace]:
         numbers = range(self.position + self.ranks.rank, self.position + self.batch, self.ranks.size)
         self.position += self.batch
-        return [SimpleNamespace(trajectory=trajectory(number)) for number in numbers]
+        return [sample(number) for number in numbers]
+
+    def further(self, start: int, count: int) -> tuple[list[SimpleNamespace], int]:
+        numbers = range(start + self.ranks.rank, start + count * self.ranks.size, self.ranks.size)
+        return [sample(number) for number in numbers], start + count * self.ranks.size
+
+    def pass_over(self, count: int) -> None:
+        self.position += count * self.ranks.size
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+def sample(number: int) -> SimpleNamespace:
+    one = trajectory(number)
+    return SimpleNamespace(trajectory=one, kept=[True] * one.num_steps)
 
 
 def trajectory(number: int) -> Trajectory:

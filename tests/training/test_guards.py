@@ -180,8 +180,8 @@ def test_steps_without_a_signal_are_warned_about_once_in_a_row() -> None:
     for step, silent in enumerate([4, 4, 0, 4, 4, 4, 4, 4, 3, 4, 4, 4], start=1):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found.end(step, 0.0, 4, silent)
-            found.end(step, 0.0)  # a step without states, as a skipped one, says nothing
+            found.signal(step, 4, silent)
+            found.signal(step, 0, 0)  # a step without states, as a skipped one, says nothing
         said += [step for one in caught if SAME in str(one.message)]
         again = guards()
         again.load_state_dict(found.state_dict())
