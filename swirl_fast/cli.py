@@ -29,7 +29,7 @@ _Call = Callable[[Any, Config, argparse.Namespace], object]
 READS = {
     "collect": ("run", "model", "tasks", "tools", "search", "engine", "collect"),
     "judge": ("run", "tasks", "collect", "judge", "filter"),
-    "filter": ("run", "tasks", "collect", "judge", "filter"),
+    "filter": ("run", "model", "tasks", "engine", "collect", "judge", "filter", "training"),
     "train": ("run", "model", "tasks", "tools", "search", "engine", "collect", "judge", "algorithm", "training"),
     "export": ("run", "model", "training"),
     "evaluate": ("run", "model", "tasks", "tools", "search", "engine", "collect", "judge", "evaluate"),

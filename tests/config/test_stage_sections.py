@@ -56,6 +56,10 @@ def read(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str
         stages.judge(config())
     with reading("filter", read):
         stages.filter(config())
+    coin = folder / "coin.py"
+    coin.write_text("def reward(step):\n    return sum(step.action_text.encode()) % 2\n", encoding="utf-8")
+    with reading("filter", read):
+        stages.filter(config("filter.states=variance", "filter.states_group=4", f"judge.kind={coin}:reward"))
     with reading("train", read):
         stages.train(config())
     with reading("export", read):

@@ -20,6 +20,7 @@ from swirl_fast.training.guards import Guards
 from swirl_fast.training.interrupt import Interrupts
 
 SAME = "all actions of a state have had the same reward"
+REMEDIES = ("filter.states=variance", "training.refill=true", "other data", "algorithm.name=sft", "training.group_size")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -183,7 +184,8 @@ def test_steps_without_a_signal_are_warned_about_once_in_a_row() -> None:
             found.signal(step, 4, silent)
             found.signal(step, 0, 0)  # a step without states, as a skipped one, says nothing
         said += [step for one in caught if SAME in str(one.message)]
+        assert all(remedy in str(one.message) for one in caught for remedy in REMEDIES)
         again = guards()
         again.load_state_dict(found.state_dict())
         found = again
-    assert said == [6, 12]
+    assert said == [6, 12] and found.counts.steps_without_signal == 10
