@@ -235,8 +235,8 @@ WIDE = Window(0.0, 1.0, 0.0)
         ([1, 1, 1, 1], WIDE, "equal"),
         ([0.1] * 3, WIDE, "equal"),  # the mean of which is not 0.1 in floating point
         ([0.3, 0.3000001], WIDE, None),
-        ([0, 0.4], Window(0.0, 1.0, 0.04), "equal"),  # 0.04 is not above 0.04
-        ([0, 0.4], Window(0.0, 1.0, 0.039), None),
+        ([0, 0.5], Window(0.0, 1.0, 0.0625), "equal"),  # 0.0625 is not above itself
+        ([0, 0.5], Window(0.0, 1.0, 0.0624), None),
         ([None, 1, None, 0], WIDE, None),
         ([None, 1, None], WIDE, "unknown"),
         ([None, None], WIDE, "unknown"),
