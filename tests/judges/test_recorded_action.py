@@ -71,7 +71,12 @@ CASES = [
     (convert('{"more": {"a": [1, 2]}}'), convert('{"more": {"a": [2, 1]}}'), 0.0, 0.0),
     (convert('{"more": [true]}'), convert('{"more": [1]}'), 0.0, 0.0),
     (convert('{"more": true}'), convert('{"more": 1}'), 0.0, 0.0),
-    (convert('{"more": ' + "[" * 400 + "]" * 400 + "}"), convert('{"more": ' + "[" * 400 + "1" + "]" * 400 + "}"), 0.0, 0.0),
+    (
+        convert('{"more": ' + "[" * 400 + "]" * 400 + "}"),
+        convert('{"more": ' + "[" * 400 + "1" + "]" * 400 + "}"),
+        0.0,
+        0.0,
+    ),
     # another tool, another kind
     (convert('{"value": 3}', "weigh"), convert('{"value": 3}'), 0.0, 0.0),
     (answer("3"), calculate("1+2"), 0.0, 0.0),

@@ -139,7 +139,9 @@ def test_states_without_a_verdict_are_replaced_but_a_silent_judge_is_not_asked_m
 
 def sampled(*rewards: Sequence[float | None]) -> tuple[list[SampledAction], list[Judgement]]:
     completion, view = Completion(np.array([5], np.int32), [-1.0], "stop", 0), StepView("t", "", (), "")
-    actions = [SampledAction(0, i, completion, Action("answer", ""), view) for i, group in enumerate(rewards) for _ in group]
+    actions = [
+        SampledAction(0, i, completion, Action("answer", ""), view) for i, group in enumerate(rewards) for _ in group
+    ]
     unknown = Judgement(Verdict.UNKNOWN, "")
     return actions, [unknown if one is None else Judgement.graded(one, "") for group in rewards for one in group]
 
@@ -180,9 +182,7 @@ def masked(tmp_path: Path) -> Iterator[tuple[TrajectoryStream, dict[str, list[bo
         kept = [(number + i) % 3 > 0 for i in range(one.num_steps)]
         samples.append(StepSample(one, [Verdict.GOOD] * one.num_steps, kept))
     write_shards(tmp_path / "shards", samples, fingerprint={})
-    stream = TrajectoryStream(
-        tmp_path / "shards", global_batch=BATCH, rank=0, world_size=1, seed=0, prefetch=1
-    )
+    stream = TrajectoryStream(tmp_path / "shards", global_batch=BATCH, rank=0, world_size=1, seed=0, prefetch=1)
     yield stream, {sample.trajectory.id: sample.kept for sample in samples}
     stream.close()
 
