@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from support.collected import collected
 
 from swirl_fast import cli
-from swirl_fast.config import ConfigError, JudgeConfig, RecordedActionConfig, load
+from swirl_fast.config import ConfigError, JudgeConfig, RecordedActionConfig, TrainingConfig, load
 from swirl_fast.data.store import Store
+from swirl_fast.engines.engine import Completion, Request
+from swirl_fast.formats.tags import parse
 from swirl_fast.judges import judge_id, load_judge
 from swirl_fast.judges.recorded_action import Call, RecordedActionJudge, best_matching
+from swirl_fast.rollouts.at_states import judge_sampled, sample_actions
 from swirl_fast.tools.tool import CALCULATOR, SEARCH, ToolSpec
-from swirl_fast.trajectory import StepView
+from swirl_fast.trajectory import Step, StepView, Trajectory
 from swirl_fast.verdict import Verdict
 
 SCHEMA = {
@@ -208,6 +213,28 @@ def test_a_verdict_is_kept_under_what_was_recorded() -> None:
     plain, itself = StepView("t", "?", (), answer("1")), StepView("t", "?", (), answer("1"), answer("1"))
     assert len({view.content_hash(), other.content_hash(), plain.content_hash()}) == 3
     assert itself.content_hash() == plain.content_hash(), "a recorded step says itself what was recorded"
+
+
+class Answering:
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        return [[Completion(np.array([1], np.int32), [-1.0], "stop", 0)] * request.n for request in requests]
+
+
+def test_training_compares_with_the_turn_that_is_recorded_at_the_state() -> None:
+    """One that was cut off is compared with nothing, even if its text holds a whole call."""
+    texts = [calculate("1+2"), calculate("3+4") + " and on", answer("7")]
+    actions = [parse(text, TOOLS["t"], truncated=i == 1) for i, text in enumerate(texts)]
+    assert actions[1].cut_off
+    steps = [Step(1 + i, 2 + i, text, action, [0.0], 0) for i, (text, action) in enumerate(zip(texts, actions, strict=True))]
+    recorded = Trajectory("x/0", "x", "t", "?", 0, 1, np.arange(4), steps)
+    renderer: Any = SimpleNamespace(stop_ids=(1,), text=lambda tokens: calculate("2+1"))
+    engine: Any = Answering()
+    drawn = sample_actions([recorded], engine, renderer, TOOLS, TrainingConfig(group_size=2), [0])
+    assert [one.view.recorded for one in drawn[::2]] == [texts[0], None, texts[2]]
+    rewards = [one.reward for one in judge_sampled(drawn, RecordedActionJudge(RecordedActionConfig(), TOOLS))]
+    assert rewards == [1.0, 1.0, None, None, 0.0, 0.0]
+    own = [one.recorded for one in recorded.views(recorded=True)]
+    assert own == [texts[0], None, texts[2]] and [one.recorded for one in recorded.views()] == [None] * 3
 
 
 def test_labelled_steps_have_nothing_to_compare_with() -> None:

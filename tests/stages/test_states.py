@@ -17,14 +17,18 @@ import pytest
 import torch
 from support import html_page, small_models
 from support.run_folders import CALL, made
+from support.runs import overrides as run_overrides
+from support.runs import start
 from support.stores import read_samples
 
 from swirl_fast import cli
 from swirl_fast.config import load
 from swirl_fast.data import store as store_module
+from swirl_fast.data.samples import read_samples as read_training_samples
 from swirl_fast.data.shards import verify_shards
 from swirl_fast.data.store import Store
 from swirl_fast.engines.engine import Completion, Request
+from swirl_fast.metrics import read_metrics
 from swirl_fast.rollouts.collector import trajectory_ids
 from swirl_fast.stages import states
 from swirl_fast.tasks import load_task
@@ -252,6 +256,24 @@ def test_rewards_that_filter_did_not_write_are_refused(
             store.set_meta(key, [[2.0], [0.5]])
     assert cli.main(["filter", *overrides]) != 0
     assert "states.db, table meta, key 'rewards/" in capsys.readouterr().err
+
+
+def test_pivotrl_runs_from_the_base_model_to_the_trained_one(tiny_model: Path, tmp_path: Path) -> None:
+    """A real model, whose own trajectories stand for the recorded ones; what training drew lies at the states that filter kept."""
+    overrides = run_overrides(tmp_path, tiny_model, "judge.kind=recorded_action", "filter.states=variance", "training.steps=2")
+    start(["run", *overrides, "filter.states_group=4", "training.refill=true", "evaluate.samples=1"])
+    folder = tmp_path / "r"
+    found = json.loads((folder / "filter.json").read_text(encoding="utf-8"))["states"]
+    marks = {sample.trajectory.id: sample.kept for sample in read_samples(folder / "shards")}
+    assert 0 < found["kept"] == sum(map(sum, marks.values())) < found["total"]
+    for step in (1, 2):
+        samples = list(read_training_samples(folder, step))
+        assert samples and all(marks[one.trajectory][one.state] for one in samples)
+        assert {one.verdict for one in samples} == {"GOOD", "BAD"}
+    rows = read_metrics(folder)
+    assert len(rows) == 2 and all(row["states_without_signal"] < row["states"] <= row["states_drawn"] for row in rows)
+    base = json.loads((folder / "evaluations" / "base.json").read_text(encoding="utf-8"))
+    assert base["process_label"] is None and base["unknown"] > 0, "nothing is recorded for held-out questions"
 
 
 @pytest.mark.parametrize(
