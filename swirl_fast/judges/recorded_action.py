@@ -140,7 +140,7 @@ def recorded_action_judge_id(config: RecordedActionConfig, tools_by_task: Mappin
     tools = hashlib.sha256(json.dumps(tool_identities(tools_by_task)).encode()).hexdigest()[:8]
     own = config.turns_without_a_call
     function = "" if own == NONE else f"-{own_judge_id(own, tools_by_task, OWN, (NONE,))}"
-    return f"recorded_action-v{VERSION}-{config.arguments}-threshold.{config.threshold:g}{function}-tools.{tools}"
+    return f"recorded_action-v{VERSION}-{config.arguments}-threshold.{config.threshold!r}{function}-tools.{tools}"
 
 
 @dataclass(frozen=True)

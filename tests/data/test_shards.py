@@ -446,7 +446,9 @@ def test_a_missing_library_is_an_error_with_the_line_that_installs_it(found: boo
 def test_marks_of_states_come_back_and_say_what_is_longest(tmp_path: Path) -> None:
     samples = make_samples(8)
     for number, sample in enumerate(samples):
-        sample.kept = [(number + i) % 2 == 0 or sample.trajectory.num_steps == 1 for i in range(sample.trajectory.num_steps)]
+        sample.kept = [
+            (number + i) % 2 == 0 or sample.trajectory.num_steps == 1 for i in range(sample.trajectory.num_steps)
+        ]
     manifest = write_shards(tmp_path / "shards", samples, fingerprint=FINGERPRINT)
     assert list(read_samples(tmp_path / "shards")) == samples
     assert manifest.states == sum(sum(sample.kept) for sample in samples) < manifest.steps

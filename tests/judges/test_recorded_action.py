@@ -200,10 +200,10 @@ def test_turns_without_a_call_may_be_judged_by_a_function_of_ones_own(tmp_path: 
 
 
 def test_the_id_names_all_that_a_reward_depends_on() -> None:
-    configs = [{}, {"arguments": "exact"}, {"threshold": 0.5}]
+    configs = [{}, {"arguments": "exact"}, {"threshold": 0.5}, {"threshold": 0.5000001}]
     ids = [RecordedActionJudge(RecordedActionConfig(**one), TOOLS).id for one in configs]
     ids.append(RecordedActionJudge(RecordedActionConfig(), {"t": (CALCULATOR,)}).id)
-    assert len(set(ids)) == 4
+    assert len(set(ids)) == 5
     assert judge_id(JudgeConfig(kind="recorded_action"), TOOLS) == ids[0]
 
 
@@ -225,7 +225,9 @@ def test_training_compares_with_the_turn_that_is_recorded_at_the_state() -> None
     texts = [calculate("1+2"), calculate("3+4") + " and on", answer("7")]
     actions = [parse(text, TOOLS["t"], truncated=i == 1) for i, text in enumerate(texts)]
     assert actions[1].cut_off
-    steps = [Step(1 + i, 2 + i, text, action, [0.0], 0) for i, (text, action) in enumerate(zip(texts, actions, strict=True))]
+    steps = [
+        Step(1 + i, 2 + i, text, action, [0.0], 0) for i, (text, action) in enumerate(zip(texts, actions, strict=True))
+    ]
     recorded = Trajectory("x/0", "x", "t", "?", 0, 1, np.arange(4), steps)
     renderer: Any = SimpleNamespace(stop_ids=(1,), text=lambda tokens: calculate("2+1"))
     engine: Any = Answering()

@@ -260,7 +260,9 @@ def test_rewards_that_filter_did_not_write_are_refused(
 
 def test_pivotrl_runs_from_the_base_model_to_the_trained_one(tiny_model: Path, tmp_path: Path) -> None:
     """A real model, whose own trajectories stand for the recorded ones; what training drew lies at the states that filter kept."""
-    overrides = run_overrides(tmp_path, tiny_model, "judge.kind=recorded_action", "filter.states=variance", "training.steps=2")
+    overrides = run_overrides(
+        tmp_path, tiny_model, "judge.kind=recorded_action", "filter.states=variance", "training.steps=2"
+    )
     start(["run", *overrides, "filter.states_group=4", "training.refill=true", "evaluate.samples=1"])
     folder = tmp_path / "r"
     found = json.loads((folder / "filter.json").read_text(encoding="utf-8"))["states"]
