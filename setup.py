@@ -47,6 +47,7 @@ setup(
         "omegaconf>=2.4",
         "numpy>=2.0",
         "httpx>=0.28",
+        "networkx>=3.0",  # several calls of one turn matched; torch brings it
         "jinja2>=3.1",
         "jsonschema>=4.23",  # arguments of a user's tools
         "bm25s>=0.3.16",

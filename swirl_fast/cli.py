@@ -29,7 +29,7 @@ _Call = Callable[[Any, Config, argparse.Namespace], object]
 READS = {
     "collect": ("run", "model", "actions", "tasks", "tools", "search", "engine", "collect", "training"),
     "judge": ("run", "model", "actions", "tasks", "collect", "judge", "filter"),
-    "filter": ("run", "model", "actions", "tasks", "collect", "judge", "filter"),
+    "filter": ("run", "model", "actions", "tasks", "engine", "collect", "judge", "filter", "training"),
     "train": (
         "run",
         "model",

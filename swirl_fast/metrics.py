@@ -191,6 +191,18 @@ METRICS = (
         Sum("without_signal"),
         "of these, states at which every advantage is 0, as where all rewards are equal: nothing is learned there",
     ),
+    Metric(
+        "states_drawn",
+        "states",
+        Sum("drawn"),
+        "states at which actions were drawn, with training.refill also those that others took the place of; 0 for algorithm.name=sft",
+    ),
+    Metric(
+        "states_drawn_without_signal",
+        "states",
+        Sum("drawn_without_signal"),
+        "of these, states at which every advantage is 0, or no action has a verdict",
+    ),
     Metric("actions", "actions", Sum("actions"), "actions of the batch"),
     Metric("action_tokens", "tokens", Sum("generated_tokens"), "tokens that the rollout engine generated"),
     Metric("tokens_computed", "tokens", Sum("computed_tokens"), "tokens of all combs: equal prefixes once"),
@@ -276,6 +288,12 @@ METRICS = (
         "skipped_steps", "steps", Same(), "steps so far without an update for a loss or gradient that was not finite"
     ),
     Metric("unknown_steps", "steps", Same(), "steps so far without an update for a judge that gave no verdict"),
+    Metric(
+        "steps_without_signal",
+        "share",
+        Same(),
+        "steps so far at none of whose states an action had an advantage, so that the update had no gradient but that of the KL term",
+    ),
 )
 
 # Of each task, where there are several: the name of the task in place of TASK.

@@ -51,6 +51,11 @@ class Step:
     policy_version: int
     observation: str | None = None
 
+    @property
+    def recorded(self) -> str | None:
+        """The text that fresh actions may be compared with; None for a turn that was cut off, whose text says something else."""
+        return None if self.action.cut_off else self.text
+
 
 @dataclass(eq=False)
 class Trajectory:
@@ -102,10 +107,14 @@ class Trajectory:
         """What a judge sees of step i."""
         return StepView(self.task, self.question, self._turns(i), self.steps[i].text)
 
-    def views(self) -> list[StepView]:
-        """What a judge sees of each step; the turns in their histories are shared."""
+    def views(self, recorded: bool = False) -> list[StepView]:
+        """What a judge sees of each step; the turns in their histories are shared. recorded: with the step as the recorded one of its
+        state."""
         turns = self._turns(self.num_steps)
-        return [StepView(self.task, self.question, turns[:i], step.text) for i, step in enumerate(self.steps)]
+        return [
+            StepView(self.task, self.question, turns[:i], step.text, step.recorded if recorded else None)
+            for i, step in enumerate(self.steps)
+        ]
 
     def content_hashes(self) -> list[str]:
         """`content_hash` of every view. The histories nest, so each text is encoded and hashed once, not once for each later step."""
@@ -142,18 +151,26 @@ class Trajectory:
 class StepView:
     """One action with the text it followed: all that a process judge may look at (no gold answer, no later observation).
 
-    history: (action text, observation text) of every earlier step.
+    history: (action text, observation text) of every earlier step. recorded: what was done at this state in the recorded trajectory, for
+    rewards that compare an action with it; None where nothing is recorded, as in an evaluation.
     """
 
     task: str
     question: str
     history: tuple[tuple[str, str], ...]
     action_text: str
+    recorded: str | None = None
 
     def content_hash(self) -> str:
-        """Hex digest of everything a judge sees; the key under which its verdict is cached."""
-        content = json.dumps([self.task, self.question, self.history, self.action_text], ensure_ascii=False)
-        return hashlib.sha256(_encode(content)).hexdigest()
+        """Hex digest of everything a judge sees; the key under which its verdict is cached.
+
+        A recorded step has itself as the recorded one, and so the hash that it has without: `action_text` says it already. An evaluation,
+        whose steps have none, keeps its verdicts in a file of its own.
+        """
+        seen: list[object] = [self.task, self.question, self.history, self.action_text]
+        if self.recorded not in (None, self.action_text):
+            seen.append(self.recorded)
+        return hashlib.sha256(_encode(json.dumps(seen, ensure_ascii=False))).hexdigest()
 
 
 def _encode(text: str) -> bytes:

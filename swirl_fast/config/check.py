@@ -214,6 +214,12 @@ def _check_stages(config: Config, values: _Values) -> None:
         scheme, separator, _ = values[key].partition(":/")
         if separator and scheme not in schemes:
             fail(key, f"must be a folder or a URL of the kind {', '.join(f'{name}://' for name in schemes)}")
+    if (low := config.filter.states_min_mean) > (high := config.filter.states_max_mean):
+        fail(
+            "filter.states_min_mean", f"no mean reward is at least {low:g} and at most filter.states_max_mean={high:g}"
+        )
+    if config.filter.states == "variance" and config.algorithm.reward == "outcome":
+        fail("filter.states", "algorithm.reward=outcome draws whole trajectories from the question on; use all")
     if evaluate.temperature == 0 and evaluate.samples > 1:
         fail("evaluate.samples", "greedy samples are all alike; set evaluate.temperature above 0")
 
@@ -306,6 +312,12 @@ def _check_training(config: Config, values: _Values) -> None:
             "engine.kind=local generates in the trainer's process, where little of it would run beside the training; set "
             "engine.own_process=true, or engine.kind=sglang",
         )
+    if training.refill and (config.algorithm.name in ("sft", "reinforce") or config.algorithm.reward == "outcome"):
+        reason = {
+            "sft": "algorithm.name=sft draws no actions",
+            "reinforce": "algorithm.name=reinforce has no baseline, so equal rewards have a gradient, too",
+        }.get(config.algorithm.name, "algorithm.reward=outcome draws whole trajectories, and no states")
+        fail("training.refill", f"{reason}; leave it false")
     limit = training.shards_cache_limit
     if limit and not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", limit.lower()):
         fail("training.shards_cache_limit", "must be a number with kb, mb, gb or tb, such as 10gb; empty for no limit")

@@ -72,6 +72,7 @@ _SYNONYMS = {
     "compute_score custom_reward_function reward_fn reward_func reward_funcs reward_function": "judge.kind tasks.score",
     "corpus documents passages": "search.corpus",
     "criteria judge_prompt": "judge.model.rubric",
+    "dynamic_sampling filter_groups": "training.refill filter.states",
     "reward reward_model": "algorithm.reward judge.kind",
     "system_prompt": "tasks.instructions",
     "rollout_engine backend": "engine.kind",

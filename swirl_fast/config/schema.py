@@ -22,7 +22,7 @@ Checkpointing = Literal["none", "full", "selective"]
 
 TASKS = ("reasoning_gym", "qa", "gsm8k", "hotpotqa", "musique", "2wikimultihopqa", "beerqa", "cofca")
 TOOLS = ("calculator", "search")
-JUDGES = ("rules", "model", "reference")
+JUDGES = ("rules", "model", "reference", "recorded_action")
 SCORES = ("auto", "exact", "number", "f1")
 COVERAGES: tuple[str, ...] = get_args(Coverage)
 CHECKPOINTING: tuple[str, ...] = get_args(Checkpointing)
@@ -298,14 +298,29 @@ class EndpointConfig:
 
 
 @dataclass
+class RecordedActionConfig:
+    """The reward that compares an action with the one recorded at its state (judge.kind=recorded_action, docs/pivotrl.md)."""
+
+    arguments: Literal["fuzzy", "exact"] = "fuzzy"
+    """fuzzy: texts agree by degrees, by their words, and a call by the mean of its arguments. exact: a call or an answer agrees or not."""
+    threshold: float = setting(0.0, minimum=0, maximum=1)
+    """An agreement below it is worth 0, others what they are; 0: all are. 1: only full agreement counts, as a reward of 0 or 1."""
+    turns_without_a_call: str = setting("unknown", reads="reference", known=("unknown",))
+    """Where the recorded turn is neither a call nor an answer. unknown: no reward (UNKNOWN). Your own: a function as of judge.kind, whose
+    steps have `recorded`, the text of that turn."""
+
+
+@dataclass
 class JudgeConfig:
     """Stage 2: a verdict on every step, GOOD, BAD or UNKNOWN, and its reward."""
 
     kind: str = setting("rules", reads="reference", known=JUDGES)
-    """rules: judge.rules. model: judge.model. reference: is shown the worked solutions, for studies (judges/reference.py). Your own: a
-    function of a step that gives a reward in [0, 1], true, false, or none where it cannot say; or a class."""
+    """rules: judge.rules. model: judge.model. reference: is shown the worked solutions, for studies (judges/reference.py).
+    recorded_action: compares with what was done in the recorded trajectory (PivotRL). Your own: a function of a step that gives a reward in
+    [0, 1], true, false, or none where it cannot say; or a class."""
     rules: RulesConfig = field(default_factory=RulesConfig)
     model: EndpointConfig = field(default_factory=EndpointConfig)
+    recorded_action: RecordedActionConfig = field(default_factory=RecordedActionConfig)
 
 
 @dataclass
@@ -322,6 +337,17 @@ class FilterConfig:
     """Where rewards are graded: the least one of a step that is GOOD to the filter, and of an answer that is right."""
     max_trajectories: int = setting(0, minimum=0)
     """Keep at most this many, spread evenly over the questions; 0: all."""
+    states: Literal["all", "variance"] = "all"
+    """At which states of the kept trajectories training draws actions. variance: where the rewards of actions that model.path draws vary,
+    which costs filter.states_group actions a state. All of one reward teach nothing. algorithm.name=sft imitates the same states only."""
+    states_group: int = setting(8, minimum=2)
+    """variance: actions drawn at a state, as training draws them (training.temperature, training.max_action_tokens)."""
+    states_min_mean: float = setting(0.0, minimum=0, maximum=1)
+    """variance: the least mean reward of a state that is kept."""
+    states_max_mean: float = setting(1.0, minimum=0, maximum=1)
+    """variance: the largest mean reward of a state that is kept; lower it to leave out what the model can do already."""
+    states_min_variance: float = setting(0.0, minimum=0, below=0.25)
+    """variance: a state is kept where the variance of its rewards is larger; of rewards of 0 and 1 it is 0.25 at most."""
     upload: str = ""
     """A folder or a URL (s3://, gs://, …) that the finished shards are copied to as well; empty: none."""
 
@@ -367,6 +393,11 @@ class TrainingConfig:
     """With training.lag=1: this many batches after the first are drawn on policy, for early updates move the policy most."""
     group_size: int = setting(8, minimum=1)
     """Fresh actions drawn at a state (G); with algorithm.reward=outcome, fresh trajectories for a question."""
+    refill: bool = False
+    """Replace the states at which all rewards are equal, which give no gradient, by further ones of the stream, until the batch has as many
+    with a signal as it has states."""
+    refill_rounds: int = setting(4, minimum=1)
+    """training.refill: draw at most this many times more for one batch; what is still missing then stays as it is."""
     max_action_tokens: int = setting(256, minimum=1)
     """Tokens of one fresh action at most."""
     temperature: float = setting(1.0, above=0)

@@ -6,14 +6,17 @@ outcome               the answer is right
 process_and_outcome   both
 
 They decide on what is known of a trajectory (Candidate), so that a store of any size passes through in batches.
+
+filter.states=variance then looks at the states of the trajectories that stay (`state_reason`; the pivots of arXiv 2603.21383).
 """
 
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from swirl_fast.config.schema import Filter
@@ -30,6 +33,7 @@ REASONS = {
     "wrong_answer": "with a wrong answer",
     "unknown_outcome": "with an answer that the outcome judge gave no verdict on",
     "over_limit": "over filter.max_trajectories",
+    "no_state": "without a state that filter.states=variance keeps",
 }
 REMEDIES = {
     "unfinished": "let collect run to its end",
@@ -40,6 +44,16 @@ REMEDIES = {
     "wrong_answer": "collect more trajectories a question or easier questions, or use filter.kind=process",
     "unknown_outcome": "run judge again: answers without a verdict are asked about again, or use filter.outcome=exact",
     "over_limit": "raise filter.max_trajectories",
+    "no_state": "the base model's rewards do not vary where they should: widen filter.states_min_mean and filter.states_max_mean, raise "
+    "filter.states_group, or use data that are harder or easier for it, or filter.states=all",
+}
+# Why a state is left out: the first that applies, in this order.
+STATE_REASONS = {
+    "too_long": "with no room for an action of training.max_action_tokens in the context",
+    "unknown": "with less than two known rewards",
+    "equal": "with rewards that vary too little",
+    "too_low": "with a mean reward below filter.states_min_mean",
+    "too_high": "with a mean reward above filter.states_max_mean",
 }
 
 
@@ -116,18 +130,13 @@ class Selection:
 
     def survivors(self) -> list[tuple[str, int]]:
         """Rows of the survivor table: what was asked, and how many trajectories are left after it."""
-        rows, left = [("collected", self.total)], self.total
-        for reason, count in self.dropped.items():
-            if count:
-                left -= count
-                rows.append((f"without those {REASONS[reason]}", left))
-        return rows
+        return _survivors("collected", self.total, self.dropped, REASONS)
 
     def describe(self) -> str:
         """One line, e.g. `filter process kept 3 of 10 trajectories: 2 not finished, 5 with a BAD step`."""
-        parts = ", ".join(f"{count} {REASONS[reason]}" for reason, count in self.dropped.items() if count)
-        line = f"filter {self.kind} kept {len(self.kept)} of {self.total} trajectories"
-        return f"{line}: {parts}" if parts else line
+        return _described(
+            f"filter {self.kind} kept {len(self.kept)} of {self.total} trajectories", self.dropped, REASONS
+        )
 
     def remedy(self) -> str:
         """What to do about the reason that took most."""
@@ -163,6 +172,79 @@ def select(candidates: Iterable[Candidate], kind: Filter, *, max_trajectories: i
     kept = subset(passed, max_trajectories, seed) if max_trajectories else tuple(passed)
     dropped["over_limit"] = len(passed) - len(kept)
     return Selection(kind, kept, {reason: dropped[reason] for reason in REASONS})
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which states filter.states=variance keeps, by the rewards of the actions drawn there: mean in [min_mean, max_mean], population
+    variance above min_variance."""
+
+    min_mean: float
+    max_mean: float
+    min_variance: float
+
+
+def state_reason(rewards: Sequence[float | None], window: Window) -> str | None:
+    """Why a state is left out (a key of STATE_REASONS), None when it is kept. rewards: of its actions, None where there is none; empty
+    where no action could be drawn."""
+    if not rewards:
+        return "too_long"
+    known = [reward for reward in rewards if reward is not None]
+    if len(known) < 2:
+        return "unknown"
+    # exact for equal rewards, where a sum of squares leaves a rounding error
+    if statistics.pvariance(known) <= window.min_variance:
+        return "equal"
+    mean = statistics.fmean(known)
+    return "too_low" if mean < window.min_mean else "too_high" if mean > window.max_mean else None
+
+
+@dataclass(frozen=True)
+class StateSelection:
+    """kept: trajectory id -> whether each of its states is. dropped: reason (key of STATE_REASONS) -> states, every reason present."""
+
+    kept: dict[str, list[bool]]
+    dropped: dict[str, int]
+
+    @classmethod
+    def of(cls, rewards: Mapping[str, Sequence[Sequence[float | None]]], window: Window) -> StateSelection:
+        """rewards: trajectory id -> of each of its states, as `state_reason` takes them."""
+        reasons = {id_: [state_reason(state, window) for state in states] for id_, states in rewards.items()}
+        counts = Counter(reason for states in reasons.values() for reason in states)
+        kept = {id_: [reason is None for reason in states] for id_, states in reasons.items()}
+        return cls(kept, {reason: counts[reason] for reason in STATE_REASONS})
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.kept.values()))
+
+    def survivors(self) -> list[tuple[str, int]]:
+        """As `Selection.survivors`, of states."""
+        return _survivors("of the kept trajectories", self.total, self.dropped, STATE_REASONS)
+
+    def describe(self) -> str:
+        kept = sum(map(sum, self.kept.values()))
+        return _described(f"filter.states=variance kept {kept} of {self.total} states", self.dropped, STATE_REASONS)
+
+    def applied(self, selection: Selection) -> Selection:
+        """The selection without the trajectories that have no state left."""
+        kept = tuple(id_ for id_ in selection.kept if any(self.kept[id_]))
+        dropped = {**selection.dropped, "no_state": len(selection.kept) - len(kept)}
+        return replace(selection, kept=kept, dropped=dropped)
+
+
+def _survivors(first: str, total: int, dropped: Mapping[str, int], reasons: Mapping[str, str]) -> list[tuple[str, int]]:
+    rows, left = [(first, total)], total
+    for reason, count in dropped.items():
+        if count:
+            left -= count
+            rows.append((f"without those {reasons[reason]}", left))
+    return rows
+
+
+def _described(line: str, dropped: Mapping[str, int], reasons: Mapping[str, str]) -> str:
+    parts = ", ".join(f"{count} {reasons[reason]}" for reason, count in dropped.items() if count)
+    return f"{line}: {parts}" if parts else line
 
 
 def judged_enough(selection: Selection, candidates: Iterable[Candidate]) -> bool:

@@ -5,7 +5,7 @@ One sample a trajectory, so that no prefix is stored twice:
     tokens     ndarray:int32 (T,)       the whole trunk
     spans      ndarray:int32 (A, 2)     start and end of every action in it
     logprobs   ndarray:float32 (n,)     of the tokens of all actions, one action after the other
-    meta       json                     ids, question, texts, actions, observations, verdicts: what a judge needs
+    meta       json                     ids, question, texts, actions, observations, verdicts: what a judge needs; and which states are kept
 
 The format protects nothing by itself: flipped bytes are read silently, a missing shard ends the epoch early, an
 exception while writing leaves an index that looks complete. Hence manifest.json with size and xxh64 of every file: it
@@ -26,7 +26,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from swirl_fast.formats.format import Action, Call
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Verdict
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 26  # the library's default
 REMEDY = "run filter again, or copy the folder again"
@@ -52,18 +52,23 @@ INSTALL = (
 
 @dataclass
 class StepSample:
-    """A trajectory and the process verdict on each of its steps."""
+    """A trajectory and the process verdict on each of its steps. kept: at which of its states training draws actions, one a step; all of
+    them where nothing else is said."""
 
     trajectory: Trajectory
     verdicts: list[Verdict]
+    kept: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.kept = self.kept or [True] * self.trajectory.num_steps
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard folder holds. tokens: of the trunks.
+    """What a shard folder holds. tokens: of the trunks. states: those that are kept, at most `steps`.
 
     fingerprint: JSON object that names what the samples were made with. verdicts: verdict -> number of steps.
-    longest_state: {"id": trajectory, "tokens": number}, of the state of its last step. stop_ids: last tokens of the
+    longest_state: {"id": trajectory, "tokens": number}, of the last state that is kept. stop_ids: last tokens of the
     well-formed actions, ascending: what ended a turn where the samples were made. longest_path: as longest_state, with the
     action.
     files: name -> {"bytes": size, "xxh64": hex digest}, of every file but the manifest.
@@ -72,6 +77,7 @@ class Manifest:
     fingerprint: dict[str, Any]
     trajectories: int
     steps: int
+    states: int
     tokens: int
     verdicts: dict[str, int]
     longest_state: dict[str, Any]
@@ -145,10 +151,12 @@ def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, A
             ids.add(trajectory.id)
             verdicts.update(verdict.value for verdict in sample.verdicts)
             totals["steps"] += trajectory.num_steps
+            totals["states"] += sum(sample.kept)
             totals["tokens"] += len(trajectory.tokens)
-            if (state := trajectory.steps[-1].start) > longest["tokens"]:
+            last = max(i for i, kept in enumerate(sample.kept) if kept)
+            if (state := trajectory.steps[last].start) > longest["tokens"]:
                 longest = {"id": trajectory.id, "tokens": state}
-            if (path := trajectory.steps[-1].end) > longest_path["tokens"]:
+            if (path := trajectory.steps[last].end) > longest_path["tokens"]:
                 longest_path = {"id": trajectory.id, "tokens": path}
             # A well-formed action was not cut off, so it ends with the stop token of the tokenizer that sampled it.
             stop_ids |= {
@@ -164,6 +172,7 @@ def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, A
         fingerprint=json.loads(canonical_json(fingerprint)),
         trajectories=len(ids),
         steps=totals["steps"],
+        states=totals["states"],
         tokens=totals["tokens"],
         verdicts={verdict.value: verdicts[verdict.value] for verdict in Verdict},
         longest_state=longest,
@@ -189,6 +198,11 @@ def encode_sample(sample: StepSample) -> dict[str, Any]:
         raise ValueError(f"trajectory {trajectory.id!r} has {len(steps)} steps without a single token: filter it out")
     if len(sample.verdicts) != len(steps):
         raise ValueError(f"trajectory {trajectory.id!r} has {len(steps)} steps and {len(sample.verdicts)} verdicts")
+    if len(sample.kept) != len(steps) or not any(sample.kept):
+        raise ValueError(
+            f"trajectory {trajectory.id!r} has {len(steps)} steps and {len(sample.kept)} marks, {sum(sample.kept)} of states that are "
+            "kept: filter it out where there is none"
+        )
     meta = {
         "id": trajectory.id,
         "question_id": trajectory.question_id,
@@ -204,8 +218,9 @@ def encode_sample(sample: StepSample) -> dict[str, Any]:
                 "observation": step.observation,
                 "policy_version": step.policy_version,
                 "verdict": verdict,
+                "kept": bool(kept),
             }
-            for step, verdict in zip(steps, sample.verdicts, strict=True)
+            for step, verdict, kept in zip(steps, sample.verdicts, sample.kept, strict=True)
         ],
     }
     return {
@@ -235,7 +250,10 @@ def decode_sample(encoded: dict[str, Any]) -> StepSample:
         steps=steps,
         finish=Finish(meta["finish"]) if meta["finish"] else None,
     )
-    return StepSample(trajectory, [Verdict(step["verdict"]) for step in meta["steps"]])
+    verdicts, kept = ([step[key] for step in meta["steps"]] for key in ("verdict", "kept"))
+    if any(type(one) is not bool for one in kept) or not any(kept):
+        raise ValueError(f"trajectory {trajectory.id!r}: kept is {kept!r:.80}, not true or false a step: {DISTRUST}")
+    return StepSample(trajectory, [Verdict(one) for one in verdicts], kept)
 
 
 @contextmanager
@@ -342,7 +360,8 @@ def _whole_numbers(body: dict[str, Any]) -> bool:
         return False
     if any(value.keys() != {"id", "tokens"} or not isinstance(value["id"], str) for value in longest):
         return False
-    numbers = [body["trajectories"], body["steps"], body["tokens"], *body["stop_ids"], *body["verdicts"].values()]
+    numbers = [body[name] for name in ("trajectories", "steps", "states", "tokens")]
+    numbers += [*body["stop_ids"], *body["verdicts"].values()]
     numbers += [value["tokens"] for value in longest]
     return body["verdicts"].keys() == {verdict.value for verdict in Verdict} and all(
         type(number) is int and 0 <= number < 1 << 63 for number in numbers

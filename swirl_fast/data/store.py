@@ -185,8 +185,13 @@ class Store:
 
     def set_meta(self, key: str, value: Any) -> None:
         """Remembers a JSON value under `key`, in place of the one before."""
+        self.set_all_meta({key: value})
+
+    def set_all_meta(self, values: Mapping[str, Any]) -> None:
+        """Several at once: all of them, or, where the process is killed, none."""
         with self._transaction():
-            self._insert("meta", key, canonical_json(value), verb="INSERT OR REPLACE")
+            for key, value in values.items():
+                self._insert("meta", key, canonical_json(value), verb="INSERT OR REPLACE")
 
     def check_meta(self, key: str, value: Any) -> None:
         """Remembers a JSON value the first time. Raises ValueError when another one was remembered, naming what

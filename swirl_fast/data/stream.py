@@ -123,6 +123,21 @@ class TrajectoryStream:
         share, self.position = self._coming.popleft().result()
         return share
 
+    def further(self, start: int, count: int) -> tuple[list[StepSample], int]:
+        """This rank's next `count` trajectories from a position on, its share of the next count * world_size, and the position after
+        these. Hands nothing out: `position` stays. Raises as `next_batch`."""
+        self.store.check_unchanged()
+        size = count * self.world_size
+        if self._worker is None:
+            return self._read_share(start, size)
+        return self._worker.submit(self._read_share, start, size).result()  # what is cached is the worker's alone
+
+    def pass_over(self, count: int) -> None:
+        """Goes on behind the next `count` trajectories of every rank: what `further` read counts as handed out. The same on all ranks."""
+        if count:
+            self._restart()  # the worker is idle from here on
+            self.position = self._ahead = self._plan(self.position, count * self.world_size)[1]
+
     def close(self) -> None:
         """Ends the reading ahead. Idempotent."""
         if self._worker is not None:
@@ -141,7 +156,12 @@ class TrajectoryStream:
 
     def _read_next(self) -> tuple[list[StepSample], int]:
         """This rank's share of the next global batch, and the stream position after it."""
-        places, ahead = self._plan(self._ahead)
+        share, self._ahead = self._read_share(self._ahead, self.global_batch)
+        return share, self._ahead
+
+    def _read_share(self, start: int, size: int) -> tuple[list[StepSample], int]:
+        """This rank's share of the `size` trajectories from a position on, and the position after them."""
+        places, ahead = self._plan(start, size)
         places = places[self.rank :: self.world_size]
         of_shard: dict[str, list[int]] = {}
         for place in dict.fromkeys(places):
@@ -151,7 +171,6 @@ class TrajectoryStream:
             for place in of_shard[name]:
                 samples[place] = self._read(name, problem, place)
         self.store.check_unchanged()
-        self._ahead = ahead
         return [samples[place] for place in places], ahead
 
     def _read(self, name: str, problem: str | None, place: int) -> StepSample:
@@ -166,10 +185,10 @@ class TrajectoryStream:
             f"{self.store.shown(name)} is removed from the cache faster than it is read: raise training.shards_cache_limit"
         )
 
-    def _plan(self, position: int) -> tuple[list[int], int]:
-        """The samples of the global batch that starts at `position`, and the position after it."""
+    def _plan(self, position: int, size: int) -> tuple[list[int], int]:
+        """The next `size` samples from `position` on, and the position after them."""
         places: list[int] = []
-        while len(places) < self.global_batch:
+        while len(places) < size:
             place = self._index(position)
             if not self.skipped or self._shard_of(place) not in self.skipped:
                 places.append(place)

@@ -12,6 +12,7 @@ from swirl_fast.formats.format import Format
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import Judge
 from swirl_fast.judges.own import OwnJudge, own_judge_id
+from swirl_fast.judges.recorded_action import RecordedActionJudge, recorded_action_judge_id
 from swirl_fast.judges.reference import ReferenceJudge, reference_judge_id
 from swirl_fast.judges.rules import RulesJudge
 from swirl_fast.tasks.task import Split, Task
@@ -29,7 +30,8 @@ def load_judge(
 
     tools_by_task: task name -> the tools on offer there: by it the rules judge decides what is malformed, and a model judge is
     asked about calls of these tools.
-    tasks: those whose steps it will judge; only the reference judge needs them, for their worked solutions.
+    tasks: those whose steps it will judge, of which the reference judge takes the worked solutions; none for labelled steps, which the
+    judges that know more than a step refuse.
     form: how actions are written.
     probe: ask the endpoint of a model judge once, so that a wrong address, key or model name fails here.
 
@@ -46,6 +48,13 @@ def load_judge(
         return judge
     if config.kind == "reference":
         return ReferenceJudge(tools_by_task, _worked_solutions(tasks), form)
+    if config.kind == "recorded_action":
+        if not tasks:
+            raise ConfigError(
+                "judge.kind=recorded_action compares with the recorded trajectories of a run, and labelled steps (judge --against) come "
+                "without any; use judge.kind=rules or model"
+            )
+        return RecordedActionJudge(config.recorded_action, tools_by_task, form)
     if is_reference(config.kind):
         return OwnJudge(config.kind, tools_by_task, form)
     raise ConfigError(_unknown_kind(config))
@@ -65,6 +74,8 @@ def judge_id(config: JudgeConfig, tools_by_task: Mapping[str, Collection[ToolSpe
         return model_step_judge_id(config.model, tools_by_task, form)
     if config.kind == "reference":
         return reference_judge_id(tools_by_task, form)
+    if config.kind == "recorded_action":
+        return recorded_action_judge_id(config.recorded_action, tools_by_task, form)
     if is_reference(config.kind):
         return own_judge_id(config.kind, tools_by_task, form)
     raise ConfigError(_unknown_kind(config))

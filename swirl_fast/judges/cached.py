@@ -82,13 +82,14 @@ def _store_answers(store: Store, judge_id: str, keys: Sequence[str], judgements:
     store.add_verdicts(judge_id, asked)
 
 
-def judge_steps(judge: Judge, store: Store, ids: Sequence[str], what: str) -> None:
-    """Asks the judge about every well-formed step of these trajectories without a verdict, and keeps the answers chunk by chunk."""
+def judge_steps(judge: Judge, store: Store, ids: Sequence[str], what: str, recorded: bool = False) -> None:
+    """Asks the judge about every well-formed step of these trajectories without a verdict, and keeps the answers chunk by chunk. recorded:
+    whether each step counts as the recorded one of its state, as `Trajectory.views`."""
 
     def steps() -> Iterator[tuple[str, StepView]]:
         with tqdm(desc=what, total=len(ids), unit="trajectory", disable=None, leave=False) as bar:
             for trajectory in store.trajectories(ids):
-                keys, views = trajectory.content_hashes(), trajectory.views()
+                keys, views = trajectory.content_hashes(), trajectory.views(recorded)
                 for step, key, view in zip(trajectory.steps, keys, views, strict=True):
                     if step.action.kind != "malformed":
                         yield key, view

@@ -5,8 +5,9 @@ A function takes a step and gives a number in [0, 1], true or false, or None whe
 a list of those or of Judgement objects, and `close()` if it wants.
 
 A step has `task`, `question`, `history` (action text and observation of each turn before), `action_text`, and `action`, with `tool`,
-`argument` (the text of the call, or the answer) and `arguments` (by name), and `calls`, all calls of a turn, with the same. Malformed
-actions are BAD by the environment's own rule, and never come here.
+`argument` (the text of the call, or the answer) and `arguments` (by name), and `calls`, all calls of a turn, with the same; and
+`recorded`, the text of the recorded trajectory's turn at this state, None in an evaluation of answers. Malformed actions are BAD by the
+environment's own rule, and never come here.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ KEY = "judge.kind"
 
 @dataclass(frozen=True)
 class JudgedStep:
-    """One action with the text it followed. history: (action text, observation) of every earlier step."""
+    """One action with the text it followed. history: (action text, observation) of every earlier step. recorded: the text of the recorded
+    turn at this state; None where there is none."""
 
     task: str
     question: str
     history: tuple[tuple[str, str], ...]
     action_text: str
     action: Action
+    recorded: str | None = None
 
 
 class OwnJudge:
@@ -55,12 +58,20 @@ class OwnJudge:
     did not: a reward that never works would train nothing.
     """
 
-    def __init__(self, reference: str, tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS) -> None:
-        self.id = own_judge_id(reference, tools_by_task, form)
+    def __init__(
+        self,
+        reference: str,
+        tools_by_task: Mapping[str, Collection[ToolSpec]],
+        form: Format = TAGS,
+        key: str = KEY,
+        known: Sequence[str] = JUDGES,
+    ) -> None:
+        """form: how actions are written. key, known: the setting that names it, and the other names that it accepts."""
+        self.id = own_judge_id(reference, tools_by_task, form, key, known)
         self._form = form
-        self._reference = reference
+        self._key, self._reference = key, reference
         self._tools = tools_by_task
-        self._judge, self._close = _callable(reference)
+        self._judge, self._close = _callable(reference, key, known)
         self._worked = False
         self._warned = False
 
@@ -72,24 +83,26 @@ class OwnJudge:
 
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
         """One judgement a step, in order."""
-        given = [JudgedStep(s.task, s.question, s.history, s.action_text, self._action(s)) for s in steps]
+        given = [self._step(step) for step in steps]
         judged = [self._judgement(outcome) for outcome in self._judge(given)] if given else []
         failed = [judgement for judgement, error in judged if error is not None]
         self._worked |= len(failed) < len(judged)
         errors = [error for _, error in judged if error is not None]
         if errors and not self._worked:
             raise RuntimeError(
-                f"{KEY}={self._reference}: it failed for all of {len(judged)} steps: {_described(errors[0])}. Verdicts until then are kept"
+                f"{self._key}={self._reference}: it failed for all of {len(judged)} steps: {_described(errors[0])}. Verdicts until then "
+                "are kept"
             ) from errors[0]
         if errors and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{KEY}={self._reference}: a step has no reward (UNKNOWN): {_described(errors[0])}", stacklevel=2
+                f"{self._key}={self._reference}: a step has no reward (UNKNOWN): {_described(errors[0])}", stacklevel=2
             )
         return [judgement for judgement, _ in judged]
 
-    def _action(self, step: StepView) -> Action:
-        return self._form.parse(step.action_text, self._tools.get(step.task, ()))
+    def _step(self, step: StepView) -> JudgedStep:
+        action = self._form.parse(step.action_text, self._tools.get(step.task, ()))
+        return JudgedStep(step.task, step.question, step.history, step.action_text, action, step.recorded)
 
     def _judgement(self, outcome: Any) -> tuple[Judgement, BaseException | None]:
         if outcome is None:
@@ -109,33 +122,41 @@ class OwnJudge:
         return Judgement(Verdict.UNKNOWN, f"the judge failed: {_described(outcome)}"), outcome
 
 
-def own_judge_id(reference: str, tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS) -> str:
+def own_judge_id(
+    reference: str,
+    tools_by_task: Mapping[str, Collection[ToolSpec]],
+    form: Format = TAGS,
+    key: str = KEY,
+    known: Sequence[str] = JUDGES,
+) -> str:
     tools = hashlib.sha256(json.dumps(tool_identities(tools_by_task, form)).encode()).hexdigest()[:8]
-    return f"own-{identity(KEY, reference, JUDGES)}-tools.{tools}"
+    return f"own-{identity(key, reference, known)}-tools.{tools}"
 
 
-def _callable(reference: str) -> tuple[Callable[[list[JudgedStep]], list[Any]], Callable[[], None]]:
+def _callable(
+    reference: str, key: str, known: Sequence[str]
+) -> tuple[Callable[[list[JudgedStep]], list[Any]], Callable[[], None]]:
     """(steps -> an outcome or an exception each, what ends it)."""
-    found = load(KEY, reference, JUDGES)
+    found = load(key, reference, known)
     if inspect.isclass(found):
         if not callable(getattr(found, "judge", None)):
-            raise ConfigError(f"{KEY}={reference}: the class lacks judge(steps)")
+            raise ConfigError(f"{key}={reference}: the class lacks judge(steps)")
         try:
             inspect.signature(found).bind()
         except (TypeError, ValueError):
-            raise ConfigError(f"{KEY}={reference}: the class must be made without arguments") from None
-        with running(KEY, reference, "making it"):
+            raise ConfigError(f"{key}={reference}: the class must be made without arguments") from None
+        with running(key, reference, "making it"):
             made: Any = found()
         return _batched(made.judge), getattr(made, "close", lambda: None)
     if not callable(found):
         raise ConfigError(
-            f"{KEY}={reference}: must be a function of a step, or a class with judge(steps), not {type(found).__name__}"
+            f"{key}={reference}: must be a function of a step, or a class with judge(steps), not {type(found).__name__}"
         )
     try:
         parameters = list(inspect.signature(found).parameters)
         inspect.signature(found).bind(None)
     except (TypeError, ValueError):
-        raise ConfigError(f"{KEY}={reference}: must be a function of one step, or of a list called `steps`") from None
+        raise ConfigError(f"{key}={reference}: must be a function of one step, or of a list called `steps`") from None
     return (_batched(found) if parameters[0] == "steps" else _single(found)), lambda: None
 
 

@@ -155,6 +155,8 @@ def _filter(files: RunFolder, found: Status) -> Stage:
     kept, total = files.filter.get("kept"), files.filter.get("total")
     found.numbers["filter"] = {"kept": kept, "total": total}
     detail = f"{show(kept, '')} of {show(total, '')} trajectories kept ({files.filter.get('kind')})"
+    if isinstance(states := files.filter.get("states"), dict):
+        detail += f", {show(states.get('kept'), '')} of their {show(states.get('total'), '')} states"
     if not (files.folder / "shards" / "manifest.json").is_file():
         return Stage("filter", "unfinished", f"{detail}, but shards/ is not there", "filter")
     return Stage("filter", "done", detail, "filter")

@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from swirl_fast.files import write_parts
 from swirl_fast.outputs.folder import by_question
@@ -115,7 +116,15 @@ def _facts(run: Run) -> str:
 def _survivors(run: Run) -> str:
     if run.filter is None:
         return "<p>No filter has been applied yet.</p>\n"
-    total, survivors = run.filter.get("total"), run.filter.get("survivors")
+    states = run.filter.get("states")
+    html = _survivor_table(run.filter, "trajectories", "Trajectories left after each condition")
+    if isinstance(states, dict):
+        html += _survivor_table(states, "states", "States at which training draws actions")
+    return html
+
+
+def _survivor_table(found: Mapping[str, Any], what: str, caption: str) -> str:
+    total, survivors = found.get("total"), found.get("survivors")
     rows = []
     for text, count in survivors if isinstance(survivors, list) else []:
         share = count / total if total else 0.0
@@ -124,12 +133,12 @@ def _survivors(run: Run) -> str:
             f'<td class="number"><data value="{count}">{count:,}</data></td><td class="number">{show(share, "%")}</td>'
             f'<td><span class="share" style="width:{100 * share:.1f}%"></span></td></tr>\n'
         )
-    describe = str(run.filter.get("describe", ""))
+    describe = str(found.get("describe", ""))
     return (
         f"<p>{escape(describe[:1].upper() + describe[1:])}.</p>\n"
-        '<div class="wide" tabindex="0" role="region" aria-label="Survivors of the filter"><table class="survivors">'
-        "<caption>Trajectories left after each condition</caption><thead><tr>"
-        '<th scope="col">trajectories</th><th scope="col" class="number">left</th>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="Survivors of the filter: {what}"><table class="survivors">'
+        f"<caption>{caption}</caption><thead><tr>"
+        f'<th scope="col">{what}</th><th scope="col" class="number">left</th>'
         '<th scope="col" class="number">share</th><td></td></tr>'
         f"</thead><tbody>\n{''.join(rows)}</tbody></table></div>\n"
     )

@@ -43,15 +43,22 @@ def sample_actions(
     tools: ToolsByTask,
     training: TrainingConfig,
     seeds: Sequence[int],
+    kept: Sequence[Sequence[bool]] | None = None,
     form: Format = TAGS,
 ) -> list[SampledAction]:
-    """`group_size` actions at every state of every trajectory, grouped by state, states in order.
+    """`group_size` actions at every state of every trajectory, or at those that are kept (data/shards.py: StepSample), grouped by state,
+    states in order.
 
     tools: those on offer, by the name of a trajectory's task. seeds: one a trajectory; a trajectory that comes twice in a batch comes
     with two seeds, and so draws other actions. form: how actions are written.
     """
     sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
-    places = [(t, i) for t, trajectory in enumerate(trajectories) for i in range(trajectory.num_steps)]
+    places = [
+        (t, i)
+        for t, trajectory in enumerate(trajectories)
+        for i in range(trajectory.num_steps)
+        if kept is None or kept[t][i]
+    ]
     requests = [
         Request(
             tokens=trajectories[t].state(i),
@@ -75,7 +82,7 @@ def sample_actions(
 
 def state_view(trajectory: Trajectory, i: int) -> StepView:
     """What a judge sees of a fresh action at state i; its text is to be put into `action_text`."""
-    return replace(trajectory.view(i), action_text="")
+    return replace(trajectory.view(i), action_text="", recorded=trajectory.steps[i].recorded)
 
 
 def tools_for(task: str, tools: ToolsByTask) -> Sequence[ToolSpec]:
@@ -88,12 +95,16 @@ def tools_for(task: str, tools: ToolsByTask) -> Sequence[ToolSpec]:
     return tools[task]
 
 
-def recorded_actions(trajectories: Sequence[Trajectory], stop_ids: Collection[int]) -> list[SampledAction]:
-    """The actions of the trajectories themselves, in order, each a state's only one. stop_ids: one of them ends an action that was not cut
-    off."""
+def recorded_actions(
+    trajectories: Sequence[Trajectory], stop_ids: Collection[int], kept: Sequence[Sequence[bool]] | None = None
+) -> list[SampledAction]:
+    """The actions of the trajectories themselves, or those at states that are kept, in order, each a state's only one. stop_ids: one of
+    them ends an action that was not cut off."""
     sampled: list[SampledAction] = []
     for t, trajectory in enumerate(trajectories):
-        for step, view in zip(trajectory.steps, trajectory.views(), strict=True):
+        for i, (step, view) in enumerate(zip(trajectory.steps, trajectory.views(), strict=True)):
+            if kept is not None and not kept[t][i]:
+                continue
             tokens = trajectory.tokens[step.start : step.end]
             finish: Literal["stop", "length"] = "stop" if len(tokens) and int(tokens[-1]) in stop_ids else "length"
             completion = Completion(np.asarray(tokens, np.int32), step.logprobs, finish, step.policy_version)

@@ -1,6 +1,7 @@
 """Stage 2: the trajectories that training learns from, as runs/NAME/shards/, and what was left out why, in filter.json.
 
-First everything is decided on what is known of each trajectory, then those that are kept are read again and written.
+First everything is decided on what is known of each trajectory, with filter.states=variance also at which of its states (states.py), then
+those that are kept are read again and written.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from swirl_fast.config import Config
-from swirl_fast.data.filters import Candidate, Selection, judged_enough, select
+from swirl_fast.data.filters import Candidate, Selection, StateSelection, judged_enough, select
 from swirl_fast.data.shard_source import check_libraries, upload_shards
 from swirl_fast.data.shards import StepSample, write_shards
 from swirl_fast.data.store import Store
@@ -21,6 +22,7 @@ from swirl_fast.judges.outcome import outcome_judge_id, read_outcomes
 from swirl_fast.rendering import open_format
 from swirl_fast.stages.build import build_task, questions_by_id
 from swirl_fast.stages.collect import COLLECTION, collected_ids
+from swirl_fast.stages.states import sampling_fingerprint, select_states
 from swirl_fast.tasks import offered_tools
 from swirl_fast.tasks.task import SHOWN_TASKS, Task
 
@@ -35,13 +37,20 @@ def filter(config: Config) -> None:
         store.check()  # a damaged row that is not found would be left out of the shards
         candidates, silent, asked = _candidates(config, task, store, judge_id)
         selection = _select(config, candidates, silent, asked, judge_id)
+        states = None
+        if config.filter.states == "variance":
+            states = select_states(config, task, store, selection.kept)
+            selection = states.applied(selection)
+            if not selection.kept:
+                raise ValueError(_nothing_left(f"{selection.describe()}; {states.describe()}", selection))
         verdicts = {candidate.id: candidate.verdicts for candidate in candidates}
         samples = (
-            StepSample(trajectory, list(verdicts[trajectory.id])) for trajectory in store.trajectories(selection.kept)
+            StepSample(one, list(verdicts[one.id]), [] if states is None else states.kept[one.id])
+            for one in store.trajectories(selection.kept)
         )
-        fingerprint = _fingerprint(config, store, judge_id)
+        fingerprint = _fingerprint(config, task, store, judge_id)
         write_shards(config.folder / "shards", samples, fingerprint=fingerprint, replace=True)
-    _write_summary(config, selection, candidates, judge_id)
+    _write_summary(config, selection, states, candidates, judge_id)
     if target := config.filter.upload:
         done = "uploaded to" if upload_shards(config.folder / "shards", target) else "are already at"
         print(f"filter: the shards {done} {target}")
@@ -84,13 +93,22 @@ def _select(config: Config, candidates: Sequence[Candidate], silent: int, asked:
         print(f"filter: {selection.describe()}; filter.when_empty=none, so all finished trajectories are used")
         selection = select(candidates, "none", max_trajectories=settings.max_trajectories, seed=seed)
     if not selection.kept:
-        raise ValueError(f"nothing is left to train on: {selection.describe()}. {selection.remedy().capitalize()}")
+        raise ValueError(_nothing_left(selection.describe(), selection))
     return selection
 
 
-def _fingerprint(config: Config, store: Store, judge_id: str) -> dict[str, Any]:
+def _nothing_left(described: str, selection: Selection) -> str:
+    remedy = selection.remedy()
+    return f"nothing is left to train on: {described}. {remedy[0].upper()}{remedy[1:]}"
+
+
+def _fingerprint(config: Config, task: Task, store: Store, judge_id: str) -> dict[str, Any]:
     """What the shards depend on."""
     settings = asdict(config.filter)
+    if config.filter.states == "all":
+        settings = {name: value for name, value in settings.items() if not name.startswith("states_")}
+    else:
+        settings["states_sampling"] = sampling_fingerprint(config, task)
     if config.filter.outcome == "judge":
         settings["outcome"] = outcome_judge_id(config.judge.model)
     del settings["upload"]  # where copies lie says nothing about the contents
@@ -108,7 +126,13 @@ def _by_task(selection: Selection, candidates: Sequence[Candidate]) -> dict[str,
     return counts if 1 < len(counts) <= SHOWN_TASKS else {}
 
 
-def _write_summary(config: Config, selection: Selection, candidates: Sequence[Candidate], judge_id: str) -> None:
+def _write_summary(
+    config: Config,
+    selection: Selection,
+    states: StateSelection | None,
+    candidates: Sequence[Candidate],
+    judge_id: str,
+) -> None:
     by_task = _by_task(selection, candidates)
     summary = {
         "kind": selection.kind,
@@ -119,7 +143,17 @@ def _write_summary(config: Config, selection: Selection, candidates: Sequence[Ca
         "describe": selection.describe(),
         **({"by_task": by_task} if by_task else {}),
     }
+    if states is not None:
+        kept = sum(map(sum, states.kept.values()))
+        summary["states"] = {
+            "kept": kept,
+            "total": states.total,
+            "survivors": states.survivors(),
+            "describe": states.describe(),
+        }
     write_json(config.folder / "filter.json", summary)
     print(f"filter: {selection.describe()}")
+    if states is not None:
+        print(f"filter: {states.describe()}")
     for task, counts in by_task.items():
         print(f"filter: of {task} {counts['kept']} of {counts['total']}")

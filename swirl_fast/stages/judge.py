@@ -27,7 +27,7 @@ def judge(config: Config) -> None:
     Store(config.store, writable=False).close()  # says so when nothing was collected yet
     with task_judge(config, task) as process_judge, Store(config.store) as store:
         ids = collected_ids(config, task, store, "judge")
-        judge_steps(process_judge, store, ids, "judge")
+        judge_steps(process_judge, store, ids, "judge", recorded=True)
         stats = process_judge.stats()
         counts: Counter[Verdict] = Counter()
         total, graded = 0.0, False

@@ -28,6 +28,7 @@ class GuardCounts:
     unanswered: int = 0  # actions without a verdict in this row
     kl_high: bool = False  # in the step before
     signalless: int = 0  # steps in a row at whose states every advantage was 0, up to now
+    steps_without_signal: int = 0  # all such steps
 
 
 class Guards:
@@ -42,17 +43,24 @@ class Guards:
         """Starts a step: nothing is skipped yet."""
         self.skipped = False
 
-    def end(self, step: int, kl: float, states: float = 0, without_signal: float = 0) -> None:
-        """Ends the `step`-th step. kl: mean a token; a high one is warned about once, until it is low again. states, without_signal: of all
-        ranks; SIGNALLESS steps in a row in which no state has a signal are warned about once, until one has."""
+    def signal(self, step: int, states: float, without_signal: float) -> None:
+        """Counts a step at none of whose states an action had an advantage. states, without_signal: of all ranks. SIGNALLESS of them in a
+        row are warned about once, until a state has a signal."""
         counts = self.counts
-        if states:
-            counts.signalless = counts.signalless + 1 if without_signal >= states else 0
-            if counts.signalless == SIGNALLESS:
-                self._warn(
-                    f"training step {step}: for {SIGNALLESS} steps in a row all actions of a state have had the same reward, so there was "
-                    f"nothing to learn. {NOTHING_LEARNED}"
-                )
+        if not states:
+            return
+        silent = without_signal >= states
+        counts.steps_without_signal += silent
+        counts.signalless = counts.signalless + 1 if silent else 0
+        if counts.signalless == SIGNALLESS:
+            self._warn(
+                f"training step {step}: for {SIGNALLESS} steps in a row all actions of a state have had the same reward, so there was "
+                f"nothing to learn. {NOTHING_LEARNED}"
+            )
+
+    def end(self, step: int, kl: float) -> None:
+        """Ends the `step`-th step. kl: mean a token; a high one is warned about once, until it is low again."""
+        counts = self.counts
         if not self.skipped:
             counts.in_a_row = counts.unanswered = 0
         high = bool(self._kl_limit) and kl > self._kl_limit

@@ -36,6 +36,8 @@ class StepSums:
     judged_states: float = summed()
     states: float = summed()
     without_signal: float = summed()  # states
+    drawn: float = summed()  # states, those that others took the place of included
+    drawn_without_signal: float = summed()
     actions: float = summed()
     unknown: float = summed()
     malformed: float = summed()
@@ -71,7 +73,8 @@ class StepSums:
             return
         known = int(actions.known.sum())
         self.unknown = len(batch.sampled) - known
-        self.states = len(actions.states[actions.known].unique())
+        self.states = len(actions.states[actions.known & trained(batch)].unique())
+        self.drawn = len(actions.states.unique())
         if batch.questions is not None:
             rewards = trajectory_rewards(actions)
             self.rewards, self.rewarded = float(rewards.double().sum()), len(rewards)
@@ -80,10 +83,11 @@ class StepSums:
         means = state_rewards(actions)
         self.process_label, self.judged_states = float(means.double().sum()), len(means)
 
-    def add_signal(self, actions: Actions, advantage_A: Tensor) -> None:
+    def add_signal(self, batch: SampledBatch, actions: Actions, advantage_A: Tensor) -> None:
         """advantage_A: [A] float32, of all actions of the batch."""
-        told = advantage_A.abs() > NO_SIGNAL
-        self.without_signal = self.states - len(actions.states[actions.known & told].unique())
+        told = actions.known & (advantage_A.abs() > NO_SIGNAL)
+        self.without_signal = self.states - len(actions.states[told & trained(batch)].unique())
+        self.drawn_without_signal = self.drawn - len(actions.states[told].unique())
 
     def add_work(self, computed_tokens: int, effective_tokens: int, flops: float) -> None:
         """Adds the work of one micro-batch."""
@@ -101,6 +105,12 @@ class StepSums:
         self.clip_tokens += sums.tokens
         self.clipped += sums.clipped
         self.ratio_max = max(self.ratio_max, sums.ratio_max)
+
+
+def trained(batch: SampledBatch) -> Tensor:
+    """[A] bool: whether the state of an action is trained on; with training.refill some are only drawn at."""
+    chosen = [True] * len(batch.sampled) if batch.trained is None else batch.trained
+    return torch.tensor(chosen, dtype=torch.bool)
 
 
 def gaming_signs(batch: SampledBatch, form: Format) -> GamingSigns:

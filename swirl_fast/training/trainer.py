@@ -36,7 +36,7 @@ from swirl_fast.training.interrupt import Interrupts
 from swirl_fast.training.metrics_log import MetricsLog
 from swirl_fast.training.samples import SampleLog
 from swirl_fast.training.schedule import learning_rate
-from swirl_fast.training.step_metrics import StepSums, gaming_signs, over_ranks, rewards_by_task, step_metrics
+from swirl_fast.training.step_metrics import StepSums, gaming_signs, over_ranks, rewards_by_task, step_metrics, trained
 from swirl_fast.training.utilization import peak_flops, peak_memory
 from swirl_fast.verdict import Verdict
 
@@ -221,6 +221,7 @@ class Trainer:
         sums.seconds, sums.memory_gib = time.perf_counter() - start, peak_memory(self.ranks.device)
         sums.busy_seconds = timer.seconds.get("forward_backward", 0.0)
         together = over_ranks(self.ranks, sums, signs, batch.counts)
+        self.guards.signal(self.step, together["states"], together["without_signal"])
         given = {
             "step": self.step,
             "policy_version": self.step,
@@ -229,12 +230,13 @@ class Trainer:
             "skipped_samples": self.rollouts.skipped_samples,
             "skipped_steps": self.guards.counts.skipped_steps,
             "unknown_steps": self.guards.counts.unknown_steps,
+            "steps_without_signal": self.guards.counts.steps_without_signal / self.step,
             "seconds_hidden": hidden,
             **{f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()},
             **rewards_by_task(self.ranks, batch, self.rollouts.tasks),
         }
         metrics = step_metrics(together, given, updates, self.peak, self.ranks.size)
-        self.guards.end(self.step, metrics["kl"], together["states"], together["without_signal"])
+        self.guards.end(self.step, metrics["kl"])
         return metrics
 
     def _pack(self, batch: SampledBatch, sums: StepSums, timer: PhaseTimer) -> list[MicroBatch]:
@@ -247,7 +249,8 @@ class Trainer:
             sums.add_batch(batch, actions)
             advantage_A, valid_A = self._advantages(batch, actions)
             if self.config.algorithm.name != "sft":
-                sums.add_signal(actions, advantage_A)
+                sums.add_signal(batch, actions, advantage_A)
+            valid_A = valid_A & trained(batch)
             if self.samples is not None:
                 self.samples.write(self.step + 1, batch, advantage_A, valid_A)
             with timer.phase("gather"):

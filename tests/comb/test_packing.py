@@ -250,7 +250,7 @@ def test_idle_ranks_run_empty_micro_batches() -> None:
 def test_settings_that_cannot_hold_the_longest_path_are_refused() -> None:
     """The longest state has 17 tokens; with 8 more the path has 25, of which 24 are computed. A recorded action makes it 30 tokens."""
     longest = {"longest_state": {"id": "long", "tokens": 17}, "longest_path": {"id": "other", "tokens": 30}}
-    manifest = Manifest({}, 2, 2, 60, {}, stop_ids=[], files={}, **longest)
+    manifest = Manifest({}, 2, 2, 2, 60, {}, stop_ids=[], files={}, **longest)
 
     def check(context: int, *overrides: str) -> None:
         check_budget(load(None, ["training.max_action_tokens=8", *overrides]), manifest, context)

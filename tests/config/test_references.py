@@ -125,7 +125,9 @@ def test_the_config_finds_files_beside_it(tmp_path: Path, monkeypatch: pytest.Mo
     written(folder / "data.jsonl", '{"changed": 1}')
     after = contents(load("mine.yaml").tasks, "tasks")
     assert {key for key in before if before[key] != after[key]} == {"path"}
-    with pytest.raises(ConfigError, match="judge.kind=ruels: must be one of rules, model, reference, or FILE.py:NAME"):
+    with pytest.raises(
+        ConfigError, match="judge.kind=ruels: must be one of rules, model, reference, recorded_action, or FILE.py:NAME"
+    ):
         load("mine.yaml", ["judge.kind=ruels"])
 
 

@@ -57,6 +57,14 @@ def read(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str
         stages.judge(config())
     with reading("filter", read):
         stages.filter(config())
+    coin = folder / "coin.py"
+    coin.write_text("def reward(step):\n    return sum(step.action_text.encode()) % 2\n", encoding="utf-8")
+    with reading("filter", read):
+        # longer actions than training draws: cut off, all would be malformed
+        longer = ("training.max_action_tokens=24", f"judge.kind={coin}:reward")
+        stages.filter(config("filter.states=variance", *longer))
+    with reading("filter", read):
+        stages.filter(config())
     with reading("train", read):
         stages.train(config())
     with reading("export", read):

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swirl_fast.data.filters import REASONS, Candidate, judged_enough, select, subset
+from swirl_fast.data.filters import (
+    REASONS,
+    Candidate,
+    StateSelection,
+    Window,
+    judged_enough,
+    select,
+    state_reason,
+    subset,
+)
 from swirl_fast.formats.format import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
@@ -214,3 +223,50 @@ def test_graded_rewards_pass_from_the_least_one_on(min_reward: float, kept: str)
     ]
     selection = select(found, "process")
     assert selection.kept == tuple(kept.split()) and selection.dropped["bad_step"] == 4 - len(selection.kept)
+
+
+WIDE = Window(0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "window", "reason"),
+    [
+        ([0, 1, 1, 0], WIDE, None),
+        ([1, 1, 1, 1], WIDE, "equal"),
+        ([0.1] * 3, WIDE, "equal"),  # the mean of which is not 0.1 in floating point
+        ([0.3, 0.3000001], WIDE, None),
+        ([0, 0.5], Window(0.0, 1.0, 0.0625), "equal"),  # 0.0625 is not above itself
+        ([0, 0.5], Window(0.0, 1.0, 0.0624), None),
+        ([None, 1, None, 0], WIDE, None),
+        ([None, 1, None], WIDE, "unknown"),
+        ([None, None], WIDE, "unknown"),
+        ([], WIDE, "too_long"),
+        ([0, 0, 0, 1], Window(0.3, 1.0, 0.0), "too_low"),
+        ([0, 0, 0, 1], Window(0.25, 1.0, 0.0), None),
+        ([0, 1, 1, 1], Window(0.0, 0.7, 0.0), "too_high"),
+        ([0, 1, 1, 1], Window(0.0, 0.75, 0.0), None),
+    ],
+)
+def test_a_state_is_kept_where_its_rewards_vary_in_the_window(
+    rewards: list[float | None], window: Window, reason: str | None
+) -> None:
+    assert state_reason(rewards, window) == reason
+
+
+def test_trajectories_without_a_state_left_are_left_out_and_counted() -> None:
+    selection = select(CANDIDATES, "none")
+    rewards: dict[str, list[list[float | None]]] = {id_: [[1, 1]] * 2 for id_ in selection.kept}
+    rewards |= {"good_right": [[0, 1], [1, 1], [None, 1]], "bad_right": [[1, 1], [0, 1], []]}
+    states = StateSelection.of(rewards, WIDE)
+    assert states.kept["good_right"] == [True, False, False] and states.kept["bad_right"] == [False, True, False]
+    assert states.total == 14 and states.dropped["equal"] == 10 and sum(states.dropped.values()) == 12
+    assert states.describe() == (
+        "filter.states=variance kept 2 of 14 states: 1 with no room for an action of training.max_action_tokens in the context, "
+        "1 with less than two known rewards, 10 with rewards that vary too little"
+    )
+    assert states.survivors()[0] == ("of the kept trajectories", 14) and states.survivors()[-1][1] == 2
+    left = states.applied(selection)
+    assert left.kept == ("good_right", "bad_right") and left.total == selection.total
+    assert left.dropped == {**selection.dropped, "no_state": 4}
+    assert left.survivors()[-1] == ("without those without a state that filter.states=variance keeps", 2)
+    assert "filter.states_min_mean" in left.remedy() and "filter.states=all" in left.remedy()

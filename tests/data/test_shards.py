@@ -200,7 +200,7 @@ def test_foreign_shards_and_formats_are_named(thirteen: Path, tmp_path: Path) ->
     del body["xxh64"]
     body["xxh64"] = xxhash.xxh64(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(body))
-    with pytest.raises(ValueError, match="format 7, this swirl-fast reads format 3"):
+    with pytest.raises(ValueError, match="format 7, this swirl-fast reads format 4"):
         verify_shards(folder)
 
 
@@ -438,3 +438,64 @@ def test_a_missing_library_is_an_error_with_the_line_that_installs_it(found: boo
     assert "pip install --no-deps mosaicml-streaming==0.13.0 && pip install Brotli" in done.stderr
     assert ("a_package_that_is_not_there" in done.stderr) is found
     assert not (tmp_path / "shards.tmp").exists()
+
+
+# ---- the states that are kept, and further trajectories
+
+
+def test_marks_of_states_come_back_and_say_what_is_longest(tmp_path: Path) -> None:
+    samples = make_samples(8)
+    for number, sample in enumerate(samples):
+        sample.kept = [
+            (number + i) % 2 == 0 or sample.trajectory.num_steps == 1 for i in range(sample.trajectory.num_steps)
+        ]
+    manifest = write_shards(tmp_path / "shards", samples, fingerprint=FINGERPRINT)
+    assert list(read_samples(tmp_path / "shards")) == samples
+    assert manifest.states == sum(sum(sample.kept) for sample in samples) < manifest.steps
+    kept = [step for sample in samples for step, one in zip(sample.trajectory.steps, sample.kept, strict=True) if one]
+    assert manifest.longest_state["tokens"] == max(step.start for step in kept)
+    assert manifest.longest_path["tokens"] == max(step.end for step in kept)
+
+
+@pytest.mark.parametrize("kept", [[False, False], [True], [True, True, True]])
+def test_a_sample_without_a_state_or_with_other_marks_is_refused(tmp_path: Path, kept: list[bool]) -> None:
+    sample = make_samples(2)[1]
+    sample.kept = kept
+    with pytest.raises(ValueError, match="'q1-1' has 2 steps and . marks"):
+        write_shards(tmp_path / "shards", [sample], fingerprint=FINGERPRINT)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("marks", [[0, 1], ["true", "false"], [None, True], [False, False]])
+def test_marks_that_are_no_marks_are_refused(marks: list[object]) -> None:
+    encoded = shards.encode_sample(make_samples(2)[1])
+    for step, mark in zip(encoded["meta"]["steps"], marks, strict=True):
+        step["kept"] = mark
+    with pytest.raises(ValueError, match="'q1-1': kept is .* filter did not write this"):
+        shards.decode_sample(encoded)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_what_is_read_further_is_passed_over_by_all_ranks(thirteen: Path, prefetch: int) -> None:
+    """Batches of 4 on two ranks, which read 3 and 1 trajectories further; the order is that of one rank."""
+    whole = open_stream(thirteen, 26)
+    order = ids(whole.next_batch()) + ids(whole.next_batch())
+    ranks = [open_stream(thirteen, 4, rank, 2, prefetch=prefetch) for rank in range(2)]
+    for rank, (stream, count) in enumerate(zip(ranks, (3, 1), strict=True)):
+        assert ids(stream.next_batch()) == order[rank:4:2]
+        found, position = [], stream.position
+        for _ in range(count):
+            more, position = stream.further(position, 1)
+            found += ids(more)
+        assert found == order[4 + rank : 4 + 2 * count : 2] and position == 4 + 2 * count
+        assert stream.position == 4, "nothing is handed out by that"
+        stream.pass_over(3)
+        assert stream.position == 10 and ids(stream.next_batch()) == order[10 + rank : 14 : 2]
+        again = open_stream(thirteen, 4, rank, 2, prefetch=prefetch)
+        again.load_state_dict({**stream.state_dict(), "position": 10})
+        assert ids(again.next_batch()) == order[10 + rank : 14 : 2]
+        again.pass_over(0)
+        assert ids(again.next_batch()) == order[14 + rank : 18 : 2]
+        for one in (stream, again):
+            one.close()
+    whole.close()

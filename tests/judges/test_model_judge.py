@@ -603,7 +603,8 @@ def test_the_id_of_every_kind_is_that_of_the_loaded_judge():
     assert judge_id(JudgeConfig(kind="reference"), BOTH) == "reference-v2-tools.9d7ca214"
     for refuse in (judge_id, load_judge):
         with pytest.raises(
-            ConfigError, match="judge.kind is 'oracle'; use rules, model, reference, or a reward of your own"
+            ConfigError,
+            match="judge.kind is 'oracle'; use rules, model, reference, recorded_action, or a reward of your own",
         ):
             refuse(JudgeConfig(kind="oracle"), SUMS)
 

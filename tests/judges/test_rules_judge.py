@@ -428,7 +428,8 @@ def test_wrong_settings_are_named():
     ):
         RulesJudge(RulesConfig(), {"sums": [abacus]})
     with pytest.raises(
-        ConfigError, match="judge.kind is 'oracle'; use rules, model, reference, or a reward of your own"
+        ConfigError,
+        match="judge.kind is 'oracle'; use rules, model, reference, recorded_action, or a reward of your own",
     ):
         load_judge(JudgeConfig(kind="oracle"), {})
     assert isinstance(load_judge(JudgeConfig(), {}), RulesJudge)

@@ -23,7 +23,7 @@ class Stream:
     position = 0
 
     def next_batch(self) -> list[SimpleNamespace]:
-        batch = [SimpleNamespace(trajectory=self.position + i) for i in range(2)]
+        batch = [SimpleNamespace(trajectory=self.position + i, kept=[True]) for i in range(2)]
         self.position += 2
         return batch
 

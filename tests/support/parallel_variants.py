@@ -31,7 +31,7 @@ from swirl_fast.engines.engine import Completion, EngineStats, Request
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges.judge import Judge
 from swirl_fast.ranks import Ranks, start, stop
-from swirl_fast.rollouts.pipeline import RolloutPipeline
+from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
 from swirl_fast.training import sharded_weights
 from swirl_fast.training.batch import MicroBatch
 from swirl_fast.training.build import make_policy
@@ -42,6 +42,7 @@ from swirl_fast.trajectory import Step, StepView, Trajectory
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
 STEPS = 3
+STATES = ("states", "states_without_signal", "states_drawn", "states_drawn_without_signal", "steps_without_signal")
 MICRO = "training.token_budget=64"  # at least 4 micro-batches on each of two ranks
 EVERY = "training.shard_accumulated_gradients=true"
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -58,6 +59,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hsdp": ("training.shard_size=2",),
     "hsdp_accumulated": ("training.shard_size=2", MICRO),
     "hsdp_accumulated_sharded": ("training.shard_size=2", MICRO, EVERY),
+    "refilled": ("training.refill=true",),
+    "refilled_resumed": ("training.refill=true",),
 }
 
 
@@ -119,13 +122,25 @@ class Stream:
     def next_batch(self) -> list[SimpleNamespace]:
         numbers = range(self.position + self.ranks.rank, self.position + self.batch, self.ranks.size)
         self.position += self.batch
-        return [SimpleNamespace(trajectory=trajectory(number)) for number in numbers]
+        return [sample(number) for number in numbers]
+
+    def further(self, start: int, count: int) -> tuple[list[SimpleNamespace], int]:
+        numbers = range(start + self.ranks.rank, start + count * self.ranks.size, self.ranks.size)
+        return [sample(number) for number in numbers], start + count * self.ranks.size
+
+    def pass_over(self, count: int) -> None:
+        self.position += count * self.ranks.size
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+def sample(number: int) -> SimpleNamespace:
+    one = trajectory(number)
+    return SimpleNamespace(trajectory=one, kept=[True] * one.num_steps)
 
 
 def trajectory(number: int) -> Trajectory:
@@ -161,14 +176,20 @@ def counted() -> Iterator[Counter[str]]:
 
 
 class Watched(Trainer):
-    """Keeps the metrics of every step, how many micro-batches the last update had, and which collectives its backward called."""
+    """Keeps the metrics of every step, how many trajectories it took further, how many micro-batches the last update had, and which
+    collectives its backward called."""
 
     rows: list[Metrics]
+    further: list[int]
 
     def train_step(self) -> Metrics:
         metrics = super().train_step()
         self.rows.append(metrics)
         return metrics
+
+    def _pack(self, batch: SampledBatch, *rest: Any) -> list[MicroBatch]:
+        self.further.append(batch.further)
+        return super()._pack(batch, *rest)
 
     def _update(self, batches: list[MicroBatch], *rest: Any, **named: Any) -> float:
         with counted() as calls:
@@ -184,7 +205,7 @@ def train(model: Path, variant: str, ranks: Ranks, out: Path) -> tuple[dict[str,
     rows: list[Metrics] = []
     config.folder.mkdir(parents=True, exist_ok=True)
     # a second trainer, with weights from the files again, goes on from the first one's checkpoint
-    if variant == "resumed":
+    if variant.endswith("resumed"):
         for config.training.steps in (1, STEPS):
             trainer = trainer_of(config, ranks, rows)
             trainer.restore()
@@ -195,21 +216,25 @@ def train(model: Path, variant: str, ranks: Ranks, out: Path) -> tuple[dict[str,
             trainer.train_step()
     parameters = list(trainer.policy.parameters())
     assert {parameter.dtype for parameter in parameters} == {torch.float32}, "weights are stepped in float32"
-    keep = ("loss", "grad_norm", "kl", "reward", "tokens_computed")
+    keep = ("loss", "grad_norm", "kl", "reward", "tokens_computed", *STATES)
     seen = {"metrics": [{key: row[key] for key in keep} for row in rows], **trainer.seen}
+    seen["positions"] = ranks.gather(trainer.state()["stream"]["position"])
+    seen["further"] = ranks.gather(trainer.further)
     if ranks.distributed:
         seen["mesh"] = parameters[0].device_mesh.mesh.tolist()
     return seen, {name: tensor.clone() for name, tensor in full_parameters(trainer.policy)}
 
 
-def trainer_of(config: Config, ranks: Ranks, rows: list[Metrics], judge: Judge | None = None) -> Watched:
-    """judge: Coin() where None."""
+def trainer_of(
+    config: Config, ranks: Ranks, rows: list[Metrics], judge: Judge | None = None, stream: Any = None
+) -> Watched:
+    """judge: Coin() where None. stream: one of trajectories that are made up where None."""
     policy, reference = make_policy(config, ranks), make_policy(config, ranks, frozen=True)
     renderer: Any = SimpleNamespace(stop_id=1, stop_ids=(1,), text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
-    stream: Any = Stream(ranks, config.training.trajectories_per_step)
+    stream = stream or Stream(ranks, config.training.trajectories_per_step)
     rollouts = RolloutPipeline(config, ranks, Rollouts(), judge or Coin(), renderer, {"none": ()}, stream)
     trainer = Watched(config, ranks, policy, reference, rollouts, {})
-    trainer.rows = rows
+    trainer.rows, trainer.further = rows, []
     return trainer
 
 

@@ -21,6 +21,7 @@ from swirl_fast.training.guards import Guards
 from swirl_fast.training.interrupt import Interrupts
 
 SAME = "all actions of a state have had the same reward"
+REMEDIES = ("filter.states=variance", "training.refill=true", "other data", "algorithm.name=sft", "training.group_size")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -193,10 +194,11 @@ def test_steps_without_a_signal_are_warned_about_once_in_a_row() -> None:
     for step, silent in enumerate([4, 4, 0, 4, 4, 4, 4, 4, 3, 4, 4, 4], start=1):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found.end(step, 0.0, 4, silent)
-            found.end(step, 0.0)  # a step without states, as a skipped one, says nothing
+            found.signal(step, 4, silent)
+            found.signal(step, 0, 0)  # a step without states, as a skipped one, says nothing
         said += [step for one in caught if SAME in str(one.message)]
+        assert all(remedy in str(one.message) for one in caught for remedy in REMEDIES)
         again = guards()
         again.load_state_dict(found.state_dict())
         found = again
-    assert said == [6, 12]
+    assert said == [6, 12] and found.counts.steps_without_signal == 10

@@ -339,6 +339,11 @@ def test_states_at_which_nothing_is_learned_are_counted(algorithm: str, without:
     rewards = torch.tensor([0.7, 0.7, 0.7, 0, 0, 0, 1, 0, 0, 9, 9, 9])
     known = states < 3
     actions = Actions(rewards, known, states, torch.arange(12), torch.ones(12, dtype=torch.int64))
-    sums = StepSums(states=3)
-    sums.add_signal(actions, advantages(actions, algorithm)[0])
-    assert sums.without_signal == without
+    sums, batch = StepSums(states=3, drawn=4), SimpleNamespace(sampled=[None] * 12, trained=None)
+    sums.add_signal(batch, actions, advantages(actions, algorithm)[0])  # type: ignore[arg-type]
+    assert sums.without_signal == without and sums.drawn_without_signal == without + 1
+    batch.trained, sums.states = (states > 0).tolist(), 2
+    sums.add_signal(batch, actions, advantages(actions, algorithm)[0])  # type: ignore[arg-type]
+    assert sums.without_signal == 1 and sums.drawn_without_signal == without + 1, (
+        "only the first of 1 and 2 was replaced"
+    )
