@@ -6,6 +6,7 @@ only in a text.
 """
 
 from swirl_fast.config.check import check, refuse_secrets, task_configs
+from swirl_fast.config.engine_schema import EngineConfig, LaunchConfig, WeightSyncConfig
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.load import dump, load
 from swirl_fast.config.schema import (
@@ -15,11 +16,9 @@ from swirl_fast.config.schema import (
     CollectConfig,
     Config,
     EndpointConfig,
-    EngineConfig,
     EvaluateConfig,
     FilterConfig,
     JudgeConfig,
-    LaunchConfig,
     ModelConfig,
     RecordedActionConfig,
     RulesConfig,
@@ -28,7 +27,6 @@ from swirl_fast.config.schema import (
     TasksConfig,
     ToolsConfig,
     TrainingConfig,
-    WeightSyncConfig,
 )
 
 __all__ = [

@@ -10,12 +10,12 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
+import sys
 import textwrap
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from swirl_fast.config import schema
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.fields import Setting, sections, settings
 from swirl_fast.config.hints import did_you_mean
@@ -43,7 +43,7 @@ One YAML file holds the settings of all stages, and `section.key=value` on the c
 
 
 @cache
-def meanings(module: Any = schema) -> dict[tuple[str, str], str]:
+def meanings(module: Any) -> dict[tuple[str, str], str]:
     """(class, field) -> the docstring below the field, in one line."""
     found = {}
     for node in ast.parse(inspect.getsource(module)).body:
@@ -57,7 +57,7 @@ def meanings(module: Any = schema) -> dict[tuple[str, str], str]:
 
 
 def meaning(entry: Setting) -> str:
-    return meanings()[entry.owner.__name__, entry.field]
+    return meanings(sys.modules[entry.owner.__module__])[entry.owner.__name__, entry.field]
 
 
 def selected(names: Sequence[str]) -> list[Setting]:

@@ -41,19 +41,19 @@ from swirl_fast.data.store_tables import (
     check_types,
     columns,
     damaged,
+    further_calls,
+    further_text,
     json_of,
     row_hash,
     text_of,
 )
 from swirl_fast.files import canonical_json, describe_changes, lock
-from swirl_fast.formats.format import Action, Call
+from swirl_fast.formats.format import Action
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
 BATCH = 64  # trajectories read in one transaction
-
-
 KINDS = ("tool", "answer", "malformed")  # of an Action
 
 
@@ -306,7 +306,7 @@ class Store:
             action = step.action
             before = self._insert(
                 *("steps", number, i, step.start, step.end, step.text),
-                *(action.kind, action.tool, action.argument, action.error, _further(action)),
+                *(action.kind, action.tool, action.argument, action.error, further_text(action.further)),
                 *(step.observation, step.policy_version),
                 *(_to_bytes(tokens[at:until]), np.asarray(step.logprobs, "<f4").tobytes()),
                 more=before,
@@ -382,7 +382,7 @@ class Store:
             if kind not in KINDS or len(logprobs) % 4 or len(after) % 4:
                 raise damaged(self.path, "steps", row, "kind, tokens or logprobs cannot be read")
             values = np.frombuffer(logprobs, "<f4").tolist()
-            action = Action(kind, tool, argument, error, further=self._calls(row, further))
+            action = Action(kind, tool, argument, error, further=further_calls(self.path, row, further))
             steps.append(Step(start, stop, text, action, values, version, observation))
             tokens.append(after)
         check_row(self.path, "trajectories", head, b"" if finish is None else _end(len(rows), before))
@@ -398,14 +398,6 @@ class Store:
         except ValueError as error:
             raise damaged(self.path, "trajectories", head, error) from error
         return trajectory
-
-    def _calls(self, row: Sequence[Any], text: str) -> tuple[Call, ...]:
-        found = json_of(self.path, "steps", row, text)
-        if not isinstance(found, list) or not all(
-            isinstance(one, list) and len(one) == 2 and all(isinstance(word, str) for word in one) for one in found
-        ):
-            raise damaged(self.path, "steps", row, "further is no list of calls")
-        return tuple(Call(tool, argument) for tool, argument in found)
 
     def count(self, ids: Sequence[str]) -> tuple[int, int]:
         """(steps, tokens) of the trajectories with these ids, prompts included."""
@@ -505,7 +497,3 @@ def _to_bytes(tokens: NDArray[np.int32]) -> bytes:
 def _utf8(text: str) -> bytes:
     """For CAST(? AS TEXT): SQLite's own binding of a str refuses the lone surrogates that JSON answers may contain."""
     return text.encode("utf-8", "surrogatepass")
-
-
-def _further(action: Action) -> str:
-    return json.dumps([[call.tool, call.argument] for call in action.further])

@@ -15,6 +15,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from swirl_fast.formats.format import Call
+
 SCHEMA = 3
 APPLICATION_ID = 0x5357524C  # "SWRL" in the header of the file: tells our databases from others
 REMEDY = "copy the file again from where it is whole, or use another run.name"
@@ -161,3 +163,18 @@ def json_of(path: Path, table: str, row: Sequence[Any], text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise damaged(path, table, row, f"no JSON ({error})") from error
+
+
+def further_text(calls: Sequence[Call]) -> str:
+    """The column `further` of a step: all calls of a turn but the first."""
+    return json.dumps([[call.tool, call.argument] for call in calls])
+
+
+def further_calls(path: Path, row: Sequence[Any], text: str) -> tuple[Call, ...]:
+    """What `further_text` has written. Raises ValueError for anything else. row: of the table steps."""
+    found = json_of(path, "steps", row, text)
+    if not isinstance(found, list) or not all(
+        isinstance(one, list) and len(one) == 2 and all(isinstance(word, str) for word in one) for one in found
+    ):
+        raise damaged(path, "steps", row, "further is no list of calls")
+    return tuple(Call(tool, argument) for tool, argument in found)

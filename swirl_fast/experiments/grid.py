@@ -244,6 +244,8 @@ def _cell(arm: str, seed: int, trained: bool, config: Config, evaluations: dict[
     cell = Cell(arm, seed, trained, config, evaluations, digest, _digest(whole))
     folder = Path(config.run.folder)
     before = {key: content(config).get(key) for key in ("model", "tasks", "search", "collect")}
+    if actions := content(config).get("actions"):
+        before["actions"] = actions
     collection = _digest({**before, "seed": seed, "dtype": config.engine.dtype})
     for one in (config, *evaluations.values()):
         one.run.name = cell.name

@@ -154,7 +154,7 @@ def teach_calls(folder: Path, native: bool = False) -> Path:
     }
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(100):
+    for _ in range(180 if native else 100):
         batch = [[torch.tensor(one) for one in pair] for pair in draw.sample(taught, 6)]
         tokens = torch.nn.utils.rnn.pad_sequence([one for one, _ in batch], batch_first=True)
         labels = torch.nn.utils.rnn.pad_sequence([one for _, one in batch], batch_first=True, padding_value=-100)
