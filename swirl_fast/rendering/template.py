@@ -55,11 +55,16 @@ def _called(message: Message, no_text: bool, as_json: bool) -> Message:
     calls = message["tool_calls"]
     if as_json:
         calls = [
-            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            {**call, "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])}}
             for call in calls
         ]
     content = message["content"] or (None if no_text else "")
     return {**message, "content": content, "tool_calls": calls}
+
+
+def _as_json(arguments: Any) -> str:
+    """A text is what an agent wrote in place of arguments."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 _CALL_FORMS = [

@@ -52,7 +52,7 @@ class LogWriter:
         for question, conversation in conversations:
             try:
                 trajectory = self._written(question, conversation)
-            except (TemplateError, ValueError) as error:
+            except (TemplateError, TypeError, ValueError) as error:
                 refusal = (
                     f"{conversation.where}: the chat template of the model refuses this conversation: {error}; change it, set "
                     "model.chat_template, or leave it out with collect.broken_lines=skip"

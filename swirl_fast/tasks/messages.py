@@ -298,18 +298,11 @@ class _Reader:
     def _call(self, id_: Any, name: Any, arguments: Any, place: str, field: str) -> Message:
         if not isinstance(name, str) or not name:
             self._fail(f"{place}.name", "must be the name of a tool", name)
-        if self._tools and name not in self._tools:
-            self._fail(
-                f"{place}.name",
-                f"is not among the conversation's `tools` ({', '.join(self._tools)[:200]}); add its schema there, or leave `tools` out of "
-                "all rows",
-                name,
-            )
-        if isinstance(arguments, str):
-            arguments = self._json(arguments, f"{place}.{field}") if arguments.strip() else {}
-        if arguments is None:
+        if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
             arguments = {}
-        if not isinstance(arguments, dict):
+        if isinstance(arguments, str):
+            arguments = _arguments_in(arguments)
+        elif not isinstance(arguments, dict):
             self._fail(f"{place}.{field}", "must be a JSON object, or the text of one", arguments)
         if id_ is not None and not isinstance(id_, str | int):
             self._fail(f"{place}.id", "must be a text", id_)
@@ -439,3 +432,16 @@ def _schema_problem(schema: str) -> str:
 
 def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is not a number in JSON")
+
+
+def _arguments_in(text: str) -> Any:
+    """A JSON object; a text that is none stays as the agent wrote it: its call was malformed, and so is the recorded action."""
+    try:
+        found = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, dict) else text
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number in JSON")
