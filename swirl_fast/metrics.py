@@ -391,8 +391,9 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 NOTHING_LEARNED = (
-    "Read some actions (swirl-fast show): a model that never or always succeeds needs other tasks, a warm-up with algorithm.name=sft, or a "
-    "larger training.group_size"
+    "Read some actions (swirl-fast show): where only some states are so, filter.states=variance leaves them out and training.refill=true "
+    "draws others in their place; a model that never or always succeeds needs other data, a warm-up with algorithm.name=sft, or a larger "
+    "training.group_size"
 )
 
 

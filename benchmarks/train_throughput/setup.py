@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.step_training.ways import Shape
 from swirl_fast.config import Config
 from swirl_fast.engines.engine import Completion
-from swirl_fast.formats.tags import parse
+from swirl_fast.formats.tags import TAGS, parse
 from swirl_fast.models.load import DTYPES
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
@@ -130,6 +130,7 @@ class Prepared:
     skipped_samples = 0
     judge_id = "none"
     tasks = ("none",)
+    form = TAGS
 
     def __init__(self, batches: Iterable[SampledBatch], engine: Unused) -> None:
         self._batches, self.engine = iter(batches), engine

@@ -61,10 +61,8 @@ def test_training_is_on_them(done: Path) -> None:
     metrics = read_metrics(run)
     assert len(metrics) == 2 and all(entry["engine_gap_mean"] < 1e-4 for entry in metrics)
     assert any(entry["grad_norm"] > 0 for entry in metrics)
-    drawn = samples.read_samples(run, 1)
-    assert {one.kind for one in drawn} <= {"tool", "answer", "malformed"} and any(
-        "<tool_call>" in one.text for one in drawn
-    )
+    drawn = [one for step in (1, 2) for one in samples.read_samples(run, step)]
+    assert any(one.kind == "tool" and "<tool_call>" in one.text for one in drawn)
     summary = read_json(run / "summary.json")
     assert summary and summary["base"]["questions"] == summary["trained"]["questions"] == 4
 

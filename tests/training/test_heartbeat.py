@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -57,7 +58,8 @@ def test_a_stopped_rank_ends_a_run_which_then_goes_on(tmp_path: Path, tiny_model
             time.sleep(0.05)
         os.kill(stopped.pid, signal.SIGSTOP)
         assert going.wait(timeout=200) == EXIT_RESUMABLE
-        assert "train: rank 1 has not gone on after" in going.printed()[1]
+        # Where the ranks are stopped between two parts of a step, neither is behind.
+        assert re.search("train: (rank 1 has not|no rank has) gone on after", going.printed()[1])
     finally:
         for rank in ranks:
             rank.kill()
