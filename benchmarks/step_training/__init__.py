@@ -1,6 +1,7 @@
 """What does one optimizer step cost when a trajectory's K states with G sampled actions each are padded, packed, or a comb?
 
     python -m benchmarks.step_training --quick --out benchmarks/results/DATE-step-training.json --plot docs/step_training.svg
+    python -m benchmarks.step_training --quick --shards runs/NAME/shards --out FILE    the trajectories of a run, an agent's log for one
 
 One step is: lay out the tokens, forward, backward, AdamW; micro-batches under one token budget for all ways, the gradient
 accumulated. All ways get the same trajectory and actions (random tokens, nothing equal among the actions of a state), the same
@@ -11,7 +12,8 @@ Read with care: `padded` keeps the logits of its positions for the backward and,
 a mask by transformers; `packed` is without either, so that `comb_vs_packed` is the closest to what only sharing gives.
 
 Not measured: drawing and judging the actions, the reference model, more than one device. Random tokens share less than real ones,
-where actions of one state often begin alike. One trajectory a step: at small K and G a GPU is not filled by any of the ways.
+where actions of one state often begin alike. One trajectory a step, but for
+--shards: at small K and G a GPU is not filled by any of the ways.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from tqdm import tqdm
 from benchmarks.environment import environment
 from benchmarks.step_training.measure import Comparison, Settings, compare_in_float32, forward_backward, measure_way
 from benchmarks.step_training.plot import draw, require_matplotlib
-from benchmarks.step_training.ways import MODELS, SHAPES, WAYS, Shape, build, make_case
+from benchmarks.step_training.ways import MODELS, SHAPES, WAYS, Case, Shape, build, make_case, recorded_case
 from swirl_fast.files import write_text
 
 
@@ -94,6 +96,12 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers, its vocabulary in proportion")
     parser.add_argument("--shape", choices=SHAPES, default="search_qa", help="lengths of prompt, action and result")
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        help="a folder of recorded trajectories, as filter writes it, in place of --shape and --steps",
+    )
+    parser.add_argument("--trajectories", type=int, default=8, help="of --shards, all in one step")
     parser.add_argument("--steps", default="1,2,3,5", help="values of K, 1 to 10")
     parser.add_argument("--samples", default="8", help="values of G, 1 to 16")
     parser.add_argument("--ways", default=",".join(WAYS))
@@ -131,7 +139,11 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--repeats {options.repeats} --rows {options.rows}: both must be at least 1")
     shape = SHAPES[options.shape]
     longest = shape.state(options.steps[-1]) + shape.action
-    if options.token_budget < longest:
+    if options.shards and (not options.shards.is_dir() or options.trajectories < 1):
+        parser.error(
+            f"--shards {options.shards} --trajectories {options.trajectories}: give a folder with shards, and 1 or more"
+        )
+    if options.token_budget < longest and not options.shards:
         parser.error(f"--token-budget {options.token_budget}: the longest row has {longest} tokens; give at least that")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
@@ -157,19 +169,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "environment": environment(),
         "settings": {
-            **{key: value for key, value in vars(options).items() if key not in ("out", "plot")},
+            **{key: value for key, value in vars(options).items() if key not in ("out", "plot", "shards")},
+            **({"shards": str(options.shards)} if options.shards else {}),
             "model": called,
             "parameters": model.num_parameters(),
-            "lengths": vars(shape),
+            **({} if options.shards else {"lengths": vars(shape)}),
         },
     }
     print(f"{called}: {model.num_parameters():,} parameters, {options.dtype}, {options.device}")
-    print(f"{options.shape}: prompt {shape.prompt}, action {shape.action}, result {shape.result} tokens")
+    cases = _cases(options, vocab)
+    if options.shards:
+        of = next(iter(cases.values())).branches
+        print(f"{options.shards}: {len(of)} trajectories, {sum(len(one.states) for one in of)} states (K)")
+    else:
+        print(f"{options.shape}: prompt {shape.prompt}, action {shape.action}, result {shape.result} tokens")
     print(f"{'K':>3}{'G':>4}{'effective':>12}" + "".join(f"{way:>12}" for way in options.ways) + "   tokens computed")
-    cells = [(k, g) for k in options.steps for g in options.samples]
     work = 0
-    for k, g in cells:
-        case = make_case(shape, k, g, vocab)
+    for (k, g), case in cases.items():
         tokens = [
             sum(batch.tokens for batch in WAYS[way].batches(case, options.token_budget, options.rows, "cpu"))
             for way in options.ways
@@ -182,14 +198,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         forward_backward(model, way, warm_up, settings)
     equality = None
     if autocast is not None:
-        k, g = next((cell for cell in cells if cell[0] >= 2), cells[0])
-        equality = compare_in_float32(model, options.ways, make_case(shape, k, g, vocab), settings)
+        k, g = next((cell for cell in cases if cell[0] >= 2), next(iter(cases)))
+        equality = compare_in_float32(model, options.ways, cases[k, g], settings)
         result["equality"] = {"steps": k, "samples": g, "dtype": "float32", **equality}
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows: list[dict[str, Any]] = []
     with tqdm(total=work, unit="tok", unit_scale=True, disable=None) as bar:
-        for k, g in cells:
-            case, comparison = make_case(shape, k, g, vocab), Comparison()
+        for (k, g), case in cases.items():
+            comparison = Comparison()
             for way in options.ways:
                 found = measure_way(model, initial, way, case, settings, options.repeats, comparison, bar)
                 rows.append({"steps": k, "samples": g, "way": way, **found})
@@ -208,6 +224,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plot:
         draw(result, options.plot)
         print(options.plot)
+
+
+def _cases(options: argparse.Namespace, vocab: int) -> dict[tuple[int, int], Case]:
+    """(K, G) -> what is trained on."""
+    if not options.shards:
+        return {(k, g): make_case(SHAPES[options.shape], k, g, vocab) for k in options.steps for g in options.samples}
+    found = {}
+    for g in options.samples:
+        case, states = recorded_case(options.shards, options.trajectories, g, vocab, options.token_budget)
+        found[states, g] = case
+    return found
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,16 +109,17 @@ def build(name: str, layers: int | None, device: str) -> tuple[PreTrainedModel, 
 
 @dataclass(frozen=True)
 class Case:
-    """One trajectory with its sampled actions. weight_A: float32, what each token of an action weighs in the loss."""
+    """Trajectories with their sampled actions. weight_A: float32, what each token of an action weighs in the loss."""
 
-    branch: Trunk
+    branches: tuple[Trunk, ...]
     weight_A: Tensor
 
     def rows(self) -> Iterator[tuple[Ints, Ints, int]]:
         """(state, action, the action's number), states in order."""
-        for state in self.branch.states:
-            for action, index in zip(state.actions, state.indices, strict=True):
-                yield self.branch.tokens[: state.length], action, index
+        for branch in self.branches:
+            for state in branch.states:
+                for action, index in zip(state.actions, state.indices, strict=True):
+                    yield branch.tokens[: state.length], action, index
 
     @property
     def effective_tokens(self) -> int:
@@ -141,7 +143,43 @@ def make_case(shape: Shape, states: int, samples: int, vocab: int) -> Case:
         actions = tuple(np.concatenate([first[:, None], rest], axis=1))
         sampled.append(SampledState(length, actions, tuple(range((k - 1) * samples, k * samples))))
     advantages = draw.uniform(-0.5, 1.5, states * samples).astype(np.float32)
-    return Case(Trunk(trunk, tuple(sampled)), torch.from_numpy(advantages) / (states * samples * shape.action))
+    return Case((Trunk(trunk, tuple(sampled)),), torch.from_numpy(advantages) / (states * samples * shape.action))
+
+
+def recorded_case(folder: Path, trajectories: int, samples: int, vocab: int, longest: int) -> tuple[Case, int]:
+    """The first trajectories of a shard folder at the states that are kept and whose paths have at most `longest` tokens, with random
+    actions as long as the recorded ones; and the number of states. Ids beyond the vocabulary, which --layers cuts, begin again from 1.
+    Raises ValueError for shards that are damaged or hold no such state."""
+    from swirl_fast.data.shards import decode_sample, streaming, verify_shards
+
+    verify_shards(folder)
+    reader = streaming().LocalDataset(str(folder))
+    draw = np.random.default_rng(0)
+    branches: list[Trunk] = []
+    number = tokens = 0
+    for place in range(len(reader)):
+        if len(branches) == trajectories:
+            break
+        sample = decode_sample(reader[place])
+        recorded = sample.trajectory
+        trunk = (1 + (recorded.tokens - 1) % (vocab - 1)).astype(np.int32)
+        states = []
+        for step, kept in zip(recorded.steps, sample.kept, strict=True):
+            length = step.end - step.start
+            if step.end > longest or length == 0 or not kept:
+                continue
+            actions = tuple(draw.integers(1, vocab, (samples, length), dtype=np.int32))
+            states.append(SampledState(step.start, actions, tuple(range(number, number + samples))))
+            number, tokens = number + samples, tokens + samples * length
+        if states:
+            branches.append(Trunk(trunk[: max(state.length for state in states)], tuple(states)))
+    if not branches:
+        raise ValueError(
+            f"--shards {folder}: no state with its action has at most {longest} tokens; raise --token-budget"
+        )
+    advantages = draw.uniform(-0.5, 1.5, number).astype(np.float32)
+    case = Case(tuple(branches), torch.from_numpy(advantages) / tokens)
+    return case, sum(len(branch.states) for branch in branches)
 
 
 @dataclass(frozen=True)
@@ -320,7 +358,7 @@ def packed_batches(case: Case, budget: int, max_rows: int, device: str) -> list[
 
 def comb_batches(case: Case, budget: int, max_rows: int, device: str) -> list[MicroBatch]:
     batches = []
-    for group in micro_batches([case.branch], budget):
+    for group in micro_batches(list(case.branches), budget):
         comb = pack(group.trunks)
         numbers = _int64(np.repeat(comb.indices_A, np.diff(comb.offsets)), "cpu")
         weights = case.weight_A[numbers].to(device)

@@ -303,7 +303,7 @@ def test_inputs_are_the_same_on_every_call_and_like_a_language_models() -> None:
 
 
 def test_the_combs_layout_is_the_trainers() -> None:
-    packed = pack([make_trajectory(TRAJECTORIES["search_qa"], 3, 4, 49152).branch])
+    packed = pack([*make_trajectory(TRAJECTORIES["search_qa"], 3, 4, 49152).branches])
     case = make_case("tree_attention", comb("comb", Hq=1, Hkv=1, D=8, K=3, G=4), "cpu", torch.float32)
     assert case.inputs["subtree_end"].tolist() == packed.subtree_end_T.tolist()
     assert case.shape.sizes["pairs"] == packed.visible_pairs() and case.shape.sizes["T"] == packed.computed_tokens

@@ -16,6 +16,10 @@ from benchmarks.step_training import measure as step_training_measure
 from benchmarks.step_training.measure import PeakMemory, Settings, forward_backward
 from benchmarks.step_training.ways import SHAPES, WAYS, Shape, build, make_case
 from swirl_fast.comb.tree import pack
+from swirl_fast.data.shards import StepSample, write_shards
+from swirl_fast.formats.format import Action
+from swirl_fast.trajectory import Finish, Step, Trajectory
+from swirl_fast.verdict import Verdict
 
 PROMPT, ACTION, RESULT = 200, 80, 32  # the math shape
 SUMMARY = {
@@ -115,7 +119,7 @@ def test_each_way_equals_one_row_at_a_time(way: str) -> None:
                 p.normal_(std=0.3)
     case = make_case(Shape(prompt=9, action=5, result=7), 3, 4, 256)
     model.set_attn_implementation("naive")
-    found = separate_rows(model, [case.branch])
+    found = separate_rows(model, list(case.branches))
     loss = -sum(case.weight_A[index] * logp.sum() for index, logp in found.items())
     loss.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -186,3 +190,31 @@ def test_the_overlap_of_sampling_and_learning_by_hand() -> None:
     found = measure([{**row, **sampled, "step": i, "engine_gap_mean": 0.0} for i, row in enumerate(rows)], 1, 1)
     assert found["hidden_share"] == pytest.approx(1.0) and found["hidden_share_of_run"] == pytest.approx(6 / 9)
     assert found["reward_of_policies"] == pytest.approx(0.2), "the batch that the second policy drew again is left out"
+
+
+def test_recorded_trajectories_are_trained_on(tmp_path: Path) -> None:
+    trajectories = [
+        Trajectory(f"q{n}/0", f"q{n}", "t", "?", 0, 20, list(range(1, 200)), [
+            Step(at, at + 9, "", Action("answer", argument="1"), [0.0] * 9, 0) for at in (20, 100, 180)
+        ], Finish.ANSWER)
+        for n in range(3)
+    ]  # fmt: skip
+    write_shards(tmp_path / "shards", [StepSample(one, [Verdict.GOOD] * 3) for one in trajectories], fingerprint={})
+    options = [
+        "--model",
+        "tiny",
+        "--shards",
+        str(tmp_path / "shards"),
+        "--trajectories",
+        "2",
+        "--samples",
+        "2",
+        "--token-budget",
+        "170",
+    ]
+    main([*options, "--repeats", "1", "--out", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {(row["steps"], row["tokens_effective"]) for row in found["results"]} == {(4, 2 * 2 * (29 + 109))}, (
+        "189 tokens do not fit"
+    )
+    assert found["summary"]["max_relative_gradient_difference"] < 1e-4

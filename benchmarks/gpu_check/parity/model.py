@@ -43,7 +43,7 @@ def comb_of_a_model(run: Run, family: str, liger: bool = False) -> None:
     rows_logp, rows = _one_row_at_a_time(model, case, autocast)
 
     model.zero_grad(set_to_none=True)
-    comb = pack([case.branch])
+    comb = pack(list(case.branches))
     policy = Policy(model, autocast=autocast)
     prepare(policy, TrainingConfig(liger=liger))
     logp_N = policy(DeviceComb.of(comb, run.device))
