@@ -137,7 +137,7 @@ class SeededSampler(Sampler):
 
 def _from_json(value: dict[str, Any]) -> StepSample:
     trajectory = value["trajectory"]
-    steps = [Step(**{**step, "action": Action(**step["action"])}) for step in trajectory["steps"]]
+    steps = [Step(**{**step, "action": Action.of_table(step["action"])}) for step in trajectory["steps"]]
     finish = Finish(trajectory["finish"])
     return StepSample(
         Trajectory(**{**trajectory, "steps": steps, "finish": finish}),

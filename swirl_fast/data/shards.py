@@ -35,7 +35,7 @@ import xxhash
 
 from swirl_fast.data.shard_index import COLUMNS, DISTRUST, INDEX, check_files, check_index
 from swirl_fast.files import canonical_json, describe_changes, fsync, hash_file, own
-from swirl_fast.formats.format import Action, Call
+from swirl_fast.formats.format import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
 from swirl_fast.verdict import Verdict
 
@@ -236,8 +236,7 @@ def decode_sample(encoded: dict[str, Any]) -> StepSample:
     steps, at = [], 0
     for (start, end), step in zip(encoded["spans"].tolist(), meta["steps"], strict=True):
         of_step, at = logprobs[at : at + end - start], at + end - start
-        action = step["action"]
-        action = Action(**{**action, "further": tuple(Call(**call) for call in action["further"])})
+        action = Action.of_table(step["action"])
         steps.append(Step(start, end, step["text"], action, of_step, step["policy_version"], step["observation"]))
     trajectory = Trajectory(
         id=meta["id"],

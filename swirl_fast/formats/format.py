@@ -47,6 +47,11 @@ class Action:
         return (Call(self.tool or "", self.argument, self.arguments), *self.further)
 
     @classmethod
+    def of_table(cls, table: Mapping[str, Any]) -> Action:
+        """What dataclasses.asdict made of an action, also after JSON."""
+        return cls(**{**table, "further": tuple(Call(**call) for call in table["further"])})
+
+    @classmethod
     def of_calls(cls, calls: Collection[Call]) -> Action:
         first, *further = calls
         return cls("tool", first.tool, first.argument, arguments=first.arguments, further=tuple(further))
