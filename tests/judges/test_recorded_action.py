@@ -16,9 +16,10 @@ from swirl_fast import cli
 from swirl_fast.config import ConfigError, JudgeConfig, RecordedActionConfig, TrainingConfig, load
 from swirl_fast.data.store import Store
 from swirl_fast.engines.engine import Completion, Request
+from swirl_fast.formats.format import Call
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges import judge_id, load_judge
-from swirl_fast.judges.recorded_action import Call, RecordedActionJudge, best_matching
+from swirl_fast.judges.recorded_action import RecordedActionJudge, best_matching
 from swirl_fast.rollouts.at_states import judge_sampled, sample_actions
 from swirl_fast.tools.tool import CALCULATOR, SEARCH, ToolSpec
 from swirl_fast.trajectory import Step, StepView, Trajectory
@@ -135,8 +136,8 @@ def test_calls_of_one_turn_are_matched_so_that_they_agree_best() -> None:
     def f1(fresh: Sequence[Call], recorded: Sequence[Call]) -> float:
         return judge._calls(fresh, recorded)
 
-    one, two = Call("convert", {"value": 1, "to": "m"}), Call("convert", {"value": 2, "to": "ft"})
-    three, near = Call("weigh", {"value": 3}), Call("convert", {"value": 1, "to": "ft"})
+    one, two = Call("convert", "", {"value": 1, "to": "m"}), Call("convert", "", {"value": 2, "to": "ft"})
+    three, near = Call("weigh", "", {"value": 3}), Call("convert", "", {"value": 1, "to": "ft"})
     assert f1([three, two, one], [one, two, three]) == 1.0
     assert f1([one, one], [one]) == pytest.approx(2 / 3), "a call is matched once"
     assert f1([one], [one, two, three]) == pytest.approx(0.5)

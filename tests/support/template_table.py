@@ -77,7 +77,7 @@ def row_of(name: str) -> Row:
     training = TrainingConfig(group_size=3, max_action_tokens=6)
     engine = LocalEngine(copy.deepcopy(model), max_sequences=16, cache_tokens=8192)
     tools = {"t": [SEARCH]}
-    sampled = sample_actions([trajectory], engine, renderer, tools, training, [1], form)
+    sampled = sample_actions([trajectory], engine, renderer, tools, training, [1], form=form)
     trunks = to_trunks([trajectory], sampled, [True] * len(sampled))
     policy = Policy(model)
     comb = pack(trunks)

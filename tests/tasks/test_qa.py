@@ -16,11 +16,13 @@ import pytest
 from support.task_files import RIGHT, texts, write_lines
 
 from swirl_fast.config import Config, ConfigError, SearchConfig, TasksConfig
+from swirl_fast.rendering import instructions
 from swirl_fast.tasks import load_task, offered_tools, parts_of
 from swirl_fast.tasks.corpus import corpus_hash, passages_of, read_corpus
 from swirl_fast.tasks.rows import question_id
 from swirl_fast.tools.characters import same_text
 from swirl_fast.tools.search import load_search
+from swirl_fast.tools.tool import CALCULATOR
 
 ROWS = [{"question": f"Question {i}?", "answer": f"answer {i}"} for i in range(10)]
 
@@ -274,7 +276,7 @@ def test_instructions_and_worked_examples(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="tasks.instructions: the text says nothing of <math_exp>, <answer>, so .*{tools}"
     ):
-        load(path, instructions="Be brief.", tools=["calculator"])
+        instructions([CALCULATOR], 3, load(path, instructions="Be brief.", tools=["calculator"]).instructions)
     example = {
         "question": "1+1?",
         "actions": ["<math_exp>1+1</math_exp>", "<answer>2</answer>"],
