@@ -133,17 +133,17 @@ def test_each_way_equals_one_row_at_a_time(way: str) -> None:
 def test_actions_of_a_state_share_nothing() -> None:
     shape = SHAPES["search_qa"]
     case = make_case(shape, 5, 8, 49152)
-    for state in case.branch.states:
-        recorded = case.branch.tokens[state.length : state.length + 1].tolist()
+    for state in case.branches[0].states:
+        recorded = case.branches[0].tokens[state.length : state.length + 1].tolist()
         first = [int(action[0]) for action in state.actions] + recorded
         assert len(set(first)) == len(first)
-    comb = pack([case.branch])
+    comb = pack([case.branches[0]])
     assert comb.effective_tokens == case.effective_tokens == 78_400
     assert comb.computed_tokens == 400 + 4 * 720 + 40 * 119
 
 
 def test_math_shape_has_the_token_ratio_it_was_chosen_for() -> None:
-    comb = pack([make_case(SHAPES["math"], 5, 8, 49152).branch])
+    comb = pack([make_case(SHAPES["math"], 5, 8, 49152).branches[0]])
     assert comb.effective_tokens / comb.computed_tokens == pytest.approx(5.3, abs=0.05)
 
 
