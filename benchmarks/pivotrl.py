@@ -1,11 +1,11 @@
 """Does PivotRL teach at held-out states, and what does it save to leave states without a signal?
 
-    python -m benchmarks.pivotrl --quick --out FILE                                  two steps, one seed
+    python -m benchmarks.pivotrl --quick --out FILE                                  a random model, two steps, one seed
     python -m benchmarks.pivotrl --out benchmarks/results/DATE-pivotrl.json          three seeds
 
 An agent's logs are generated: questions of a price, two tools (price, times), three turns, calls as configs/chat_templates/hermes.jinja
-writes them. A small random Llama imitates logs with mistakes (algorithm.name=sft), as a policy that can do the task now and then. From it,
-on logs without mistakes and with judge.kind=recorded_action, three ways learn with the same batches:
+writes them. The embedded model imitates logs with mistakes for some steps (algorithm.name=sft), so that it can do the task now and then.
+From it, on logs without mistakes and with judge.kind=recorded_action, three ways learn with the same batches:
 
     all         every state
     refill      training.refill=true: further states take the place of those whose rewards are all equal
@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.environment import environment
 from swirl_fast import stages
-from swirl_fast.config import load
+from swirl_fast.config import EMBEDDED_MODEL, load
 from swirl_fast.files import read_json, write_json
 from swirl_fast.metrics import read_metrics
 
@@ -95,8 +95,8 @@ def write_logs(file: Path, rows: Iterator[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def random_model(folder: Path) -> None:
-    """With a tokenizer that was made for the logs."""
+def random_model(folder: Path) -> Path:
+    """A small one, with a tokenizer that was made for the logs. Returns its folder."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -119,13 +119,15 @@ def random_model(folder: Path) -> None:
         num_key_value_heads=3, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
-def settings(folder: Path, name: str, model: Path, log: Path, *more: str) -> list[str]:
+def settings(folder: Path, name: str, model: Path | str, log: Path, *more: str) -> list[str]:
     return [
         f"run.folder={folder}",
         f"run.name={name}",
         f"model.path={model}",
+        f"model.chat_template={HERMES}",
         "actions.format=native",
         "actions.answer=message",
         "collect.source=conversations",
@@ -145,15 +147,14 @@ def settings(folder: Path, name: str, model: Path, log: Path, *more: str) -> lis
     ]
 
 
-def warm_up(folder: Path, steps: int, count: int) -> Path:
-    """A model that has imitated logs with mistakes. Returns its folder."""
-    random_model(folder / "random")
+def warm_up(folder: Path, model: Path | str, steps: int, count: int) -> Path:
+    """The model after it has imitated logs with mistakes. Returns its folder."""
     write_logs(folder / "mistakes.jsonl", logs(count, 1, 0.3))
     config = load(
         None,
         settings(
-            folder, "warm", folder / "random", folder / "mistakes.jsonl", "algorithm.name=sft", f"training.steps={steps}",
-            "training.trajectories_per_step=16", "training.learning_rate=3e-3", "training.schedule=cosine",
+            folder, "warm", model, folder / "mistakes.jsonl", "algorithm.name=sft", f"training.steps={steps}",
+            "training.trajectories_per_step=8", "training.learning_rate=5e-5",
         ),
     )  # fmt: skip
     for stage in (stages.collect, stages.judge, stages.filter, stages.train):
@@ -165,7 +166,7 @@ def measure(folder: Path, way: str, seed: int, steps: int, model: Path, log: Pat
     name = f"{way}-{seed}"
     overrides = [
         *settings(folder, name, model, log, *WAYS[way]), f"run.seed={seed}", f"training.steps={steps}", "training.group_size=8",
-        "training.trajectories_per_step=8", "training.learning_rate=3e-4", "algorithm.name=grpo", "evaluate.states=true",
+        "training.trajectories_per_step=8", "training.learning_rate=1e-5", "algorithm.name=grpo", "evaluate.states=true",
         "evaluate.samples=4", "evaluate.temperature=1.0",
     ]  # fmt: skip
     config = load(None, overrides)
@@ -195,8 +196,8 @@ def measure(folder: Path, way: str, seed: int, steps: int, model: Path, log: Pat
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warm-up", type=int, default=150, help="steps of imitation")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warm-up", type=int, default=10, help="steps of imitation")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -205,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     count, ways = (20, list(WAYS)[:2]) if options.quick else (200, list(WAYS))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = warm_up(folder, options.warm_up, 2 * count)
+        start: Path | str = random_model(folder / "random") if options.quick else EMBEDDED_MODEL
+        model = warm_up(folder, start, options.warm_up, 2 * count)
         write_logs(folder / "right.jsonl", logs(count, 2, 0.0))
         rows = []
         for seed in range(options.seeds):
