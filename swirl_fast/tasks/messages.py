@@ -399,6 +399,7 @@ def _without_thoughts(text: str) -> tuple[str, str]:
     opened = re.match(r"\s*<think>", head)
     if not closing or ("<think>" in head and not opened):
         return text, ""
+    rest = re.sub(r"\A(\s*</think>)+", "", rest)  # a model may close its thoughts twice
     return rest.lstrip("\n"), (head[opened.end() :] if opened else head).strip("\n")
 
 

@@ -321,3 +321,11 @@ def test_what_an_agent_wrote_in_place_of_arguments_stays(text: str) -> None:
     row = messages({**CALLED, "tool_calls": [call(text, name="nothing")]})
     last = read_conversation("log.jsonl:1", row).messages[-1]
     assert last["tool_calls"][0]["function"] == {"name": "nothing", "arguments": text}
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>a\n</think>\n\nb", "a</think>b", "a</think></think>\nb", "<think>a</think>\n</think>b"]
+)
+def test_thoughts_at_the_head_of_a_text(text: str) -> None:
+    message = read_conversation("log.jsonl:1", messages({"role": "assistant", "content": text})).messages[-1]
+    assert (message["reasoning_content"], message["content"]) == ("a", "b")
