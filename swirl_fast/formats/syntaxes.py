@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swirl_fast.formats.format import without_thoughts
+from swirl_fast.tools.arguments import strict_json
 
 
 class CallError(ValueError):
@@ -52,21 +53,9 @@ class Syntax:
 def read_json(text: str) -> Any:
     """Raises CallError for what is no JSON, names that come twice and numbers that JSON does not have."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-        raise CallError(f"The call is not valid JSON ({reason}).") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name comes twice")
-    return found
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a number in JSON")
+        return strict_json(text)
+    except ValueError as error:
+        raise CallError(f"The call is not valid JSON ({error}).") from None
 
 
 def _call_of(value: Any) -> WrittenCall:

@@ -78,7 +78,7 @@ _Form = Callable[[Message], Message]
 
 
 class Template:
-    """end_ids: further tokens that the model may end a turn with. Raises ValueError, naming `name`, for a template that is not
+    """end_texts: further tokens that the model may end a turn with. Raises ValueError, naming `name`, for a template that is not
     append-only, or without a variable for thinking="off".
 
     end: text of the token with which it ends an assistant's turn. opens: whether that token opens the next turn, as in GLM's, which has
@@ -138,12 +138,10 @@ class Template:
         before = self.render(_BASE)
         whole = self.render([*_BASE, message], opening=False)
         thought = message.get("reasoning_content")
-        if (
-            not whole.startswith(before) and not thought
-        ):  # the opening begins a thought: an empty one is written as a thought is
-            whole = self.render([*_BASE, {**message, "reasoning_content": _MARKS[1]}], opening=False).replace(
-                _MARKS[1], ""
-            )
+        if not whole.startswith(before) and not thought:
+            # The opening begins a thought: an empty one is written as a thought is.
+            thinking = {**message, "reasoning_content": _MARKS[1]}
+            whole = self.render([*_BASE, thinking], opening=False).replace(_MARKS[1], "", 1)
         if whole.startswith(before):
             text = whole[len(before) :]
         else:  # the template never writes again what its opening begins
@@ -172,7 +170,12 @@ class Template:
         calls = turn.get("tool_calls") or []
         marked = _calling([call["function"]["name"] for call in calls]) if calls else _turn(0)
         mark = _mark_of(len(calls) - 1) if calls else _MARKS[0]
-        tail = self._after(self.render([*_BASE, marked, *messages]), mark)
+        # The first mark is that of the turn: what comes behind it may say anything.
+        _, found, tail = self.render([*_BASE, marked, *messages]).partition(mark)
+        if not found:
+            raise ValueError(
+                f"the chat template of {self._name} leaves an assistant's turn out before {messages[:1]!r:.200}"
+            )
         if calls:
             return tail[self._call_end(marked, tail, mark) :]
         return tail if self._added.match(tail) else tail.lstrip()

@@ -19,10 +19,9 @@ def read_arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
     if spec.text_parameter:
         return {spec.text_parameter: text}
     try:
-        arguments = json.loads(text or "{}", object_pairs_hook=_object, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-        raise ArgumentError(f"The text in <{spec.tag}> is not valid JSON ({reason}). Write {spec.usage}.") from None
+        arguments = strict_json(text or "{}")
+    except ValueError as error:
+        raise ArgumentError(f"The text in <{spec.tag}> is not valid JSON ({error}). Write {spec.usage}.") from None
     return checked_arguments(spec, arguments)
 
 
@@ -57,6 +56,14 @@ def _validator(schema: str) -> Any:
     from jsonschema import Draft202012Validator  # only where a tool takes more than a text
 
     return Draft202012Validator(json.loads(schema))
+
+
+def strict_json(text: str) -> Any:
+    """Raises ValueError for what is no JSON, is nested too deeply, has a name twice, or numbers that JSON does not have."""
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:

@@ -256,3 +256,12 @@ def test_half_a_character_is_replaced() -> None:
     assert prompt == RENDERER.prompt([{"role": r, "content": "Hi \ufffd there"} for r in ("system", "user")])
     assert RENDERER.observation(text, True) == RENDERER.observation("Hi \ufffd there", True)
     assert RENDERER.tokens(text) == RENDERER.tokens("Hi \ufffd there")
+
+
+@pytest.mark.parametrize("text", ["MARK-0-EDGE", "CALL-0-EDGE", "a MARK-0-EDGE b MARK-1-EDGE MARK-0-EDGE"])
+def test_an_observation_may_say_anything(text: str) -> None:
+    """Also the words that a chat template is probed with."""
+    tokens = RENDERER.observation(text, stopped=False)
+    assert TOKENIZER.decode(tokens) == f"<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    turn = {"role": "assistant", "content": text}
+    assert RENDERER.text(RENDERER.written(turn)) == text
