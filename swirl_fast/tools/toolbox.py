@@ -185,8 +185,9 @@ class Toolbox:
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         with _LOOP_LOCK:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="tools", daemon=True).start()
+                runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+                self._loop = runner.get_loop()
+                threading.Thread(target=_serve, args=(runner,), name="tools", daemon=True).start()
             return self._loop
 
 
@@ -209,6 +210,11 @@ def _begun(made: Any, question: Any) -> Any:
 
 async def _awaited(result: Any) -> Any:
     return await result
+
+
+def _serve(runner: asyncio.Runner) -> None:
+    with runner:  # at the end it cancels what still runs
+        runner.get_loop().run_forever()
 
 
 def as_text(result: Any, limit: int) -> str:

@@ -545,6 +545,9 @@ class FakeServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+UP = "the fake server is up on port "
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for flag in ("--model-path", "--weight-version", "--host", "--api-key", "--config"):
@@ -578,7 +581,7 @@ def main() -> None:
     if args.fake_die_on_generate:
         fake.misbehave("/generate", "die", -1)
     server = FakeServer(fake, args.host or "127.0.0.1", args.port)
-    print(f"the fake server is up on port {args.port}", flush=True)
+    print(f"{UP}{server.server_port}", flush=True)
     server.serve_forever(poll_interval=0.05)
 
 

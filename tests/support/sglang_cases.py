@@ -122,13 +122,12 @@ def fails_at(number: int) -> Callable[[Tensor, torch.dtype], Tensor]:
 @contextmanager
 def spawned(model: Path, *flags: str) -> Iterator[tuple[str, int]]:
     """A fake server in a process that the engine did not start."""
-    port = free_port()
-    line = [sys.executable, str(FAKE), "--model-path", str(model), "--port", str(port), "--host", "127.0.0.1", *flags]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE)
+    line = [sys.executable, str(FAKE), "--model-path", str(model), "--port", "0", "--host", "127.0.0.1", *flags]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    process.stdout.readline()
     try:
-        yield f"http://127.0.0.1:{port}", process.pid
+        up = next(said for said in process.stdout if said.startswith(fake_sglang.UP))
+        yield f"http://127.0.0.1:{int(up.removeprefix(fake_sglang.UP))}", process.pid
     finally:
         process.kill()
         process.wait()
