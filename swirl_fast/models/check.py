@@ -44,16 +44,18 @@ class Agreement:
     worst: str
 
 
-def compare(policy: Policy, device: torch.device | str = "cpu", longest_path: int = 0) -> Agreement:
+def compare(
+    policy: Policy, device: torch.device | str = "cpu", longest_path: int = 0, trunk: Trunk | None = None
+) -> Agreement:
     """A small tree through the policy and through its own model. Collective for a sharded policy; gradients must be unset, and are so
     afterwards.
 
-    longest_path: tokens of the longest path that there will be; 0: of this tree. Raises ConfigError as `Policy.forward` does, and for a
+    longest_path: tokens of the longest path that there will be; 0: of this tree. trunk: another tree, of equally long paths. Raises ConfigError as `Policy.forward` does, and for a
     window shorter than longest_path that a layer's attention is not told.
     """
-    trunk = small_tree(policy)
+    trunk = trunk or small_tree(policy)
     rows_RT = torch.tensor(np.stack(_rows(trunk)), dtype=torch.int64, device=device)
-    lengths = [state.length for state in trunk.states]
+    lengths = [state.length for state in trunk.states for _ in state.actions]
     packed = DeviceComb.of(pack([trunk]), device)
     # compiled layers would be compiled a second time for another attention
     with torch.compiler.set_stance("force_eager"), torch.enable_grad():

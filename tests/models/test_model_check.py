@@ -40,11 +40,11 @@ def model(name: str, **settings: object) -> PreTrainedModel:
 LOST = {
     "in the mask only": ("Qwen2Moe", {**EXPERTS, **SLIDING, "use_sliding_window": True}, "layer 0 has a sliding window of 6"),
     "in the mask only (Phi)": ("Phimoe", {**PHIMOE, "sliding_window": 6}, "layer 0 has a sliding window of 6"),
-    "a convolution instead": ("Lfm2", SLIDING, "layer 0 calls no attention"),
+    "a convolution instead": ("Lfm2", {"layer_types": ["sliding_attention"] * 2}, "layer 0, of kind sliding_attention, calls no attention"),
     "a convolution instead (experts)": (
         "Lfm2Moe",
         {**EXPERTS, **SLIDING, "layer_types": ["full_attention", "sliding_attention"], "num_dense_layers": 1},
-        "layer 1 calls no attention",
+        "layer 1, of kind sliding_attention, calls no attention",
     ),
 }
 
@@ -57,6 +57,13 @@ def test_a_window_that_attention_is_not_told_is_refused(what: str) -> None:
     policy = Policy(model(name, **settings))
     with pytest.raises(ConfigError, match=f"model type .*{message}.*training.sharing=false"):
         policy(DeviceComb.of(pack([small_tree(policy)])))
+
+
+def test_what_only_the_check_sees_is_refused() -> None:
+    """MiniMax gives a mask to layers of full attention alone; those of another kind see what follows them."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+    with pytest.raises(ConfigError, match="model type minimax.*nats a token"):
+        refuse_disagreement(compare(Policy(model("MiniMax", **EXPERTS, **kinds))), "minimax", torch.float32)
 
 
 def test_a_window_beyond_every_path_is_accepted() -> None:
