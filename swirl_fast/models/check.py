@@ -32,7 +32,7 @@ from swirl_fast.models.windows import layer_windows, refuse_lost_window
 # has 7e-6 and 6e-6 in float32, 0.1 and 0.07 in bfloat16.
 LIMITS = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (0.5, 0.3)}
 _TOKENS = 16
-_LONGEST = 512  # a longer window is compared by what the attention is told, not by its effect
+_LONGEST = 256  # a longer window is compared by what the attention is told, not by its effect
 
 
 @dataclass(frozen=True)
