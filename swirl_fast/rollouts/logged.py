@@ -128,20 +128,23 @@ class LogWriter:
         """As the template can write it. One that knows no thoughts drops them: they stay, in the text. One that writes no text beside calls
         loses that, which is counted."""
         thoughts = str(message.get("reasoning_content") or "").strip()
+        if self._writes(message, thoughts):
+            return message
+        bare = {key: value for key, value in message.items() if key != "reasoning_content"}
+        told = {**bare, "content": f"<think>\n{thoughts}\n</think>\n\n{bare['content']}"} if thoughts else bare
+        if self._writes(told, thoughts):
+            return told
+        self._silent += 1
+        return {**message, "content": ""} if message.get("tool_calls") else message
+
+    def _writes(self, message: Message, thoughts: str) -> bool:
+        """Whether the template writes the message with its text, and the thoughts."""
         try:
-            if thoughts in self.renderer.template.turn(message):
-                return message
+            return thoughts in self.renderer.template.turn(message)
         except ValueError:  # the text is left out
             if not message.get("tool_calls"):
                 raise
-        bare = {key: value for key, value in message.items() if key != "reasoning_content"}
-        told = {**bare, "content": f"<think>\n{thoughts}\n</think>\n\n{bare['content']}"} if thoughts else bare
-        try:
-            self.renderer.template.turn(told)
-        except ValueError:
-            self._silent += 1
-            return {**message, "content": ""}
-        return told
+            return False
 
 
 def log_writer(config: Config, tools: ToolsByTask, max_action_tokens: int = 0) -> LogWriter:
