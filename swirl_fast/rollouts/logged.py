@@ -127,6 +127,7 @@ class LogWriter:
     def _turn(self, message: Message) -> Message:
         """As the template can write it. One that knows no thoughts drops them: they stay, in the text. One that writes no text beside calls
         loses that, which is counted."""
+        message = self._with_objects(message)
         thoughts = str(message.get("reasoning_content") or "").strip()
         if self._writes(message, thoughts):
             return message
@@ -136,6 +137,23 @@ class LogWriter:
             return told
         self._silent += 1
         return {**message, "content": ""} if message.get("tool_calls") else message
+
+    def _with_objects(self, message: Message) -> Message:
+        """Some templates write only arguments that are objects: text that is none becomes the only argument, `arguments`."""
+        calls = message.get("tool_calls") or ()
+        if not any(isinstance(call["function"]["arguments"], str) for call in calls):
+            return message
+        try:
+            self.renderer.template.turn(message)
+            return message
+        except (TemplateError, TypeError, ValueError):
+            changed = []
+            for call in calls:
+                function = call["function"]
+                if isinstance(function["arguments"], str):
+                    function = {**function, "arguments": {"arguments": function["arguments"]}}
+                changed.append({**call, "function": function})
+            return {**message, "tool_calls": changed}
 
     def _writes(self, message: Message, thoughts: str) -> bool:
         """Whether the template writes the message with its text, and the thoughts."""
