@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from swirl_kernels.policy_loss.spec import Clip, Correction, Kl, Level, PolicyLossSpec
-from swirl_kernels.segment_reduce import segment_reduce
+from swirl_kernels.segment_reduce import check_offsets, segment_reduce
 
 Aggregation = Literal["token_mean", "step_token_mean", "step_token_sum", "sum"]
 
@@ -32,7 +32,7 @@ Aggregation = Literal["token_mean", "step_token_mean", "step_token_sum", "sum"]
 def loss_counts(offsets: Tensor, mask: Tensor | None = None, *, empty_steps: bool = False) -> Tensor:
     """float64 [2]: used tokens and steps of one micro-batch; their sums over the batch are the `totals` of loss_weights.
 
-    offsets: integer [A + 1]. mask: [N], 0 or False for tokens that are not used; None: all are. empty_steps: count steps without a
+    offsets: int32 or int64 [A + 1]. mask: [N], 0 or False for tokens that are not used; None: all are. empty_steps: count steps without a
     used token too. Nothing is read back from the device.
     """
     used = _used(offsets, mask)
@@ -75,6 +75,7 @@ def loss_weights(
 
 
 def _used(offsets: Tensor, mask: Tensor | None) -> Tensor:
+    check_offsets(offsets, 0, "mask", readable=False)  # their dtype and shape
     return offsets.diff() if mask is None else segment_reduce((mask != 0).float(), offsets, "sum")
 
 
