@@ -1,6 +1,8 @@
 """TRL's own trainer with linear_logprob as its head, against TRL's own run."""
 
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,15 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer  # noqa: E40
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 from swirl_kernels.integrations.trl import add_linear_logprob_head, use_linear_logprob  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_garbage() -> Iterator[None]:
+    """Every training collects garbage, which among all that was imported takes longer than the training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +57,12 @@ def test_a_run_equals_trls_own(family: str, settings: dict[str, Any], tmp_path: 
 
 
 def test_two_processes_equal_trls_own(tmp_path: Path) -> None:
-    """Through DistributedDataParallel: tied weights with a soft-cap, and a bias."""
-    script = [str(SUPPORT / "trl_runs.py"), str(tmp_path), "Gemma2", "Phi"]
+    """Through DistributedDataParallel, with tied weights and a soft-cap."""
+    script = [str(SUPPORT / "trl_runs.py"), str(tmp_path), "Gemma2"]
     done = run_all(script, ranks_of(2, environment(), free_port()), timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
-    assert len(lines) == 4
+    assert len(lines) == 2
     for theirs, ours in lines:
         assert [step[0] for step in ours] == pytest.approx([step[0] for step in theirs], rel=1e-4, abs=1e-5)
         assert [step[1] for step in ours] == pytest.approx([step[1] for step in theirs], rel=1e-4)

@@ -8,6 +8,7 @@ Every rank prints a line of JSON a family: the numbers of TRL's own run, and of 
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import sys
@@ -71,6 +72,7 @@ def numbers(run: GRPOTrainer) -> list[tuple[float, float, float]]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # every training collects garbage
     rank = os.environ["RANK"]
     for family in sys.argv[2:]:
         runs = [numbers(trainer(family, Path(sys.argv[1]) / f"{family}-{ours}-{rank}", ours)) for ours in (False, True)]
