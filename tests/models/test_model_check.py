@@ -107,6 +107,13 @@ SCALED = {
     "Cohere": {"logit_scale": 0.3},
     "Cohere2": {"logit_scale": 0.3, **SLIDING},
     "HyperCLOVAX": {"logits_scaling": 0.3},
+    "GraniteMoeHybrid": {  # Granite 4 without a hybrid's layers
+        "logits_scaling": 3.0,
+        "layer_types": ["attention"] * 2,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 16,
+        "mamba_n_heads": 8,
+    },
 }
 
 
@@ -119,7 +126,7 @@ def test_scales_of_logits(name: str) -> None:
     assert compare(policy).logprob_gap > 0.01
 
 
-@pytest.mark.parametrize("name", ["Granite", "Cohere"])
+@pytest.mark.parametrize("name", ["Granite", "Cohere", "GraniteMoeHybrid"])
 def test_the_embedded_engine_scales_logits(name: str) -> None:
     """What it samples has the log-probs that the policy gives it."""
     settings = SCALED[name]
