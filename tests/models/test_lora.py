@@ -36,6 +36,7 @@ from swirl_fast.models.lora import (
 )
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.ranks import Ranks
+from swirl_fast.training.build import make_policy
 from swirl_fast.training.export import export, export_adapter
 from swirl_fast.training.weight_sync import sync
 
@@ -209,6 +210,28 @@ def test_the_merged_folder_and_the_adapters_on_the_base_model_are_the_policy(fam
         assert torch.equal(tensor, expected[name]), name
     for name, tensor in loaded.merge_and_unload().named_parameters():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+
+
+def test_frozen_weights_are_kept_in_their_own_type_which_changes_no_number(tmp_path: Path) -> None:
+    """Of a bfloat16 model the linear layers, which autocast casts anyway; what is exported is as before."""
+    plain = build("qwen3", torch.float32).to(torch.bfloat16)
+    plain.save_pretrained(tmp_path)
+    config = load(None, [f"model.path={tmp_path}", "model.dtype=bfloat16", "model.lora.rank=3", "run.seed=4"])
+    policy = make_policy(config, ONE)
+    other = plain.to(torch.float32)
+    add_adapters(other, config.model.lora, seed=4)
+    for model in (policy.model, other):
+        moved(model)
+    kept = {name: p.dtype for name, p in policy.model.named_parameters()}
+    halves = {name for name, dtype in kept.items() if dtype == torch.bfloat16}
+    assert halves == {name for name in kept if name.endswith("base_layer.weight")}
+    comb = DeviceComb.of(pack(trees()[0]))
+    logp, wanted = (one(comb) for one in (policy, Policy(other, autocast=torch.bfloat16)))
+    assert torch.equal(logp, wanted)
+    logp.sum().backward(), wanted.sum().backward()
+    for (name, one), two in zip(policy.model.named_parameters(), other.parameters(), strict=True):
+        assert one.grad is None is two.grad or torch.equal(one.grad, two.grad), name
+    assert all(torch.equal(tensor, merged(other)[name]) for name, tensor in merged(policy.model).items())
 
 
 # ---- what is refused
