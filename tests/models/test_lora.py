@@ -24,7 +24,7 @@ from swirl_fast.config import ConfigError, LoraConfig, ModelConfig, load
 from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.engines.local.engine import LocalEngine
 from swirl_fast.engines.sglang.weights import buckets, match_weights, shapes_of, tied_names
-from swirl_fast.models.load import check_weights_folder, resolve
+from swirl_fast.models.load import check_weights_folder, load_model, resolve
 from swirl_fast.models.lora import (
     Merged,
     WithoutAdapters,
@@ -214,11 +214,10 @@ def test_the_merged_folder_and_the_adapters_on_the_base_model_are_the_policy(fam
 
 def test_frozen_weights_are_kept_in_their_own_type_which_changes_no_number(tmp_path: Path) -> None:
     """Of a bfloat16 model the linear layers, which autocast casts anyway; what is exported is as before."""
-    plain = build("qwen3", torch.float32).to(torch.bfloat16)
-    plain.save_pretrained(tmp_path)
+    build("qwen3", torch.float32).to(torch.bfloat16).save_pretrained(tmp_path)
     config = load(None, [f"model.path={tmp_path}", "model.dtype=bfloat16", "model.lora.rank=3", "run.seed=4"])
     policy = make_policy(config, ONE)
-    other = plain.to(torch.float32)
+    other = load_model(config.model, "float32")
     add_adapters(other, config.model.lora, seed=4)
     for model in (policy.model, other):
         moved(model)
