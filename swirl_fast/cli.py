@@ -93,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--out", metavar="FOLDER", help="default: model-CHECKPOINT (adapter-…) in the run's folder")
     form = export.add_mutually_exclusive_group()
     form.add_argument("--adapter", action="store_true", help="with model.lora: the adapters alone, as peft loads them")
-    form.add_argument("--merged", action="store_true", help="with model.lora: the model with its adapters in it (default)")
+    form.add_argument(
+        "--merged", action="store_true", help="with model.lora: the model with its adapters in it (default)"
+    )
     types = ("source", "float32", "bfloat16", "float16")
     export.add_argument("--dtype", choices=types, help="of the weights (default: training.export_dtype)")
     evaluate = add("evaluate", "held-out questions, by the base or the trained model", _evaluate)

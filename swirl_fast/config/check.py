@@ -163,7 +163,9 @@ def _check_lora(config: Config, values: _Values) -> None:
     if lora.rank is None:
         for entry in dataclasses.fields(lora):
             if getattr(lora, entry.name) != getattr(type(lora)(), entry.name):
-                values.fail(f"model.lora.{entry.name}", "without model.lora.rank nothing has an adapter: set it, e.g. to 16")
+                values.fail(
+                    f"model.lora.{entry.name}", "without model.lora.rank nothing has an adapter: set it, e.g. to 16"
+                )
         return
     if lora.dropout:
         values.fail(

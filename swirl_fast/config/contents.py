@@ -33,7 +33,9 @@ def contents(section: Any, prefix: str) -> dict[str, Any]:
     table = {}
     for entry in dataclasses.fields(section):
         value, key = getattr(section, entry.name), f"{prefix}.{entry.name}"
-        table[entry.name] = contents(value, key) if dataclasses.is_dataclass(value) else _content(known[entry.name], value, key)
+        table[entry.name] = (
+            contents(value, key) if dataclasses.is_dataclass(value) else _content(known[entry.name], value, key)
+        )
     return table
 
 

@@ -131,8 +131,8 @@ class Engine(Protocol):
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """After it no completion comes from older weights, nor from a stale cache. Tensors may be sharded (DTensor): then all ranks call
-        this, and gather in the order of names; or `Merged`, to be made one at a time: `whole` takes both. Raises KeyError for unknown or missing names, ValueError for a wrong shape; then
-        nothing has changed."""
+        this, and gather in the order of names. Or promises of one (Merged), which `whole` makes as well. Raises KeyError for unknown or
+        missing names, ValueError for a wrong shape; then nothing has changed."""
         ...
 
     def stats(self) -> EngineStats: ...

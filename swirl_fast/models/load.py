@@ -185,18 +185,17 @@ def licences(folder: Path) -> list[Path]:
 
 def load_config(config: ModelConfig) -> transformers.PreTrainedConfig:
     source = resolve(config.path)
-    if not Path(source).is_dir():
-        named = cached_file(
-            source,
-            _ADAPTER,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if named is not None:  # transformers would load its base model with the adapters on
-            refuse_adapter(Path(named).parent, f"model.path={config.path}")
     with named_errors(config):
+        if not Path(source).is_dir() and (named := _cached(source, _ADAPTER)) is not None:
+            # transformers would load its base model with the adapters on
+            refuse_adapter(Path(named).parent, f"model.path={config.path}")
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def _cached(name: str, file: str) -> str | None:
+    """A file of a model on the Hugging Face hub; None where it has none, or cannot be reached, which what is read next will say."""
+    problems = ("gated_repo", "missing_entries", "connection_errors")
+    return cached_file(name, file, **{f"_raise_exceptions_for_{problem}": False for problem in problems})
 
 
 @contextmanager

@@ -33,7 +33,7 @@ _PART = re.compile(rf"\.lora_([AB])\.{ADAPTER}\.weight$")
 
 
 def check_lora(config: ModelConfig, model_config: PreTrainedConfig) -> None:
-    """Raises ConfigError where model.lora cannot be followed: no peft, a quantised model, targets that no layer has. No weights are read."""
+    """Raises ConfigError where model.lora cannot work: no peft, quantised weights, targets that no layer has. No weights are read."""
     if config.lora.rank is None:
         return
     setting = f"model.lora.rank={config.lora.rank}"
@@ -75,7 +75,7 @@ def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, n
             )
     if not layers:
         raise ConfigError(
-            f"model.lora.rank: model type {model.config.model_type} has no plain linear layer that can take an adapter; leave model.lora out"
+            f"model.lora.rank: model type {model.config.model_type} has no plain linear layer for an adapter; leave model.lora out"
         )
     return {name: layer for name, layer in layers.items() if not targets or any(_matches(name, t) for t in targets)}
 
@@ -228,15 +228,19 @@ def keep_frozen_in(dtype: torch.dtype, model: PreTrainedModel) -> None:
 
 
 def adapter_config(model: PreTrainedModel, lora: LoraConfig, base: str) -> Any:
-    """peft's description of the adapters, for adapter_config.json. base: the folder or name of the model without them."""
+    """peft's description of the adapters, for adapter_config.json. base: the folder or name of the model without them.
+
+    Raises ConfigError where peft would put them beside other layers when it reads it.
+    """
     from peft import LoraConfig as PeftConfig
+    from peft.utils import transformers_weight_conversion as reading
 
     adapted = adapted_layers(model)
     names = sorted({name.rpartition(".")[2] for name in adapted})  # as servers read them
     others = [name for name, _ in model.named_modules() if name not in adapted]
     if any(_matches(name, end) for name in others for end in names):
         names = sorted(adapted)
-    return PeftConfig(
+    config = PeftConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         r=lora.rank,
@@ -246,6 +250,18 @@ def adapter_config(model: PreTrainedModel, lora: LoraConfig, base: str) -> Any:
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in adapted.values()),
         inference_mode=True,
     )
+    read = copy.deepcopy(config)
+    try:
+        reading.convert_peft_config_for_transformers(read, model, reading.get_model_conversion_mapping(model))
+        taken = sorted(set(names) - set(read.target_modules))
+    except ValueError:  # some, but not all, of those that it takes for one
+        taken = names
+    if taken:
+        raise ConfigError(
+            f"--adapter: in a model of type {model.config.model_type} peft takes {', '.join(taken)} for the experts, which have no adapter "
+            "here; use --merged, or train with model.lora.targets without them"
+        )
+    return config
 
 
 def adapter_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

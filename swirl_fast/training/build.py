@@ -290,7 +290,9 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path, ada
     Raises ConfigError when the checkpoint is of another model or `target` is there already, ValueError when it is not there or damaged.
     """
     if adapter and config.model.lora.rank is None:
-        raise ConfigError("--adapter: without model.lora.rank all weights were trained, and there is no adapter; leave it out")
+        raise ConfigError(
+            "--adapter: without model.lora.rank all weights were trained, and there is no adapter; leave it out"
+        )
     check_lora(config.model, load_config(config.model))
     if target.exists():
         raise ConfigError(f"{target} is already there; remove it, or name another folder with --out")

@@ -71,6 +71,7 @@ def export_adapter(
 ) -> None:
     """Writes the adapters alone, as a folder that peft's `PeftModel.from_pretrained` loads onto `base`, the folder or name of the model
     without them. Collective. dtype, source: as of `export`."""
+    description = adapter_config(policy.model, lora, base)
 
     def write(writing: Path) -> None:
         tensors = {}
@@ -80,7 +81,7 @@ def export_adapter(
                 tensors[name] = full.cpu().contiguous()
         if ranks.main:
             save_file(tensors, writing / "adapter_model.safetensors", metadata={"format": "pt"})
-            adapter_config(policy.model, lora, base).save_pretrained(writing)
+            description.save_pretrained(writing)
 
     _write_folder(folder, write, tokenizer, ranks, source)
 

@@ -60,7 +60,12 @@ def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> 
     count = sum(parameter.numel() for parameter in model.parameters())
     in_layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     layer, root = max(in_layers), count - sum(in_layers)
-    trained, in_layer, in_root, products = count, layer, root, 0.0  # numbers that have gradients; products of adapters a token
+    trained, in_layer, in_root, products = (
+        count,
+        layer,
+        root,
+        0.0,
+    )  # numbers that have gradients; products of adapters a token
     if (rank := config.model.lora.rank) is not None:
         adapted = target_layers(model, config.model.lora.targets)
         trained = rank * sum(sum(module.weight.shape) for module in adapted.values())

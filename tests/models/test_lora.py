@@ -24,11 +24,12 @@ from swirl_fast.config import ConfigError, LoraConfig, ModelConfig, load
 from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.engines.local.engine import LocalEngine
 from swirl_fast.engines.sglang.weights import buckets, match_weights, shapes_of, tied_names
-from swirl_fast.models.load import check_weights_folder, load_model, resolve
+from swirl_fast.models.load import check_weights_folder, load_config, load_model, resolve
 from swirl_fast.models.lora import (
     Merged,
     WithoutAdapters,
     adapted_layers,
+    adapter_config,
     add_adapters,
     check_lora,
     linear_layers,
@@ -148,7 +149,9 @@ def test_after_a_sync_the_engine_has_the_policys_log_probs_and_the_policy_its_we
             sync(policy, engine, version, ONE)
         (completions,) = engine.generate([request])
         assert {one.policy_version for one in completions} == {version}
-        comb = pack([Trunk(trunk, (SampledState(len(trunk), tuple(one.tokens for one in completions), tuple(range(4))),))])
+        comb = pack(
+            [Trunk(trunk, (SampledState(len(trunk), tuple(one.tokens for one in completions), tuple(range(4))),))]
+        )
         found = by_action(comb, policy(DeviceComb.of(comb)).detach())
         gaps.append(max((found[i] - torch.tensor(one.logprobs)).abs().max() for i, one in enumerate(completions)))
     assert gaps[0] > 0.05 and max(gaps[1:]) < 1e-5
@@ -233,6 +236,21 @@ def test_frozen_weights_are_kept_in_their_own_type_which_changes_no_number(tmp_p
     assert all(torch.equal(tensor, merged(other)[name]) for name, tensor in merged(policy.model).items())
 
 
+def test_adapters_that_peft_would_read_as_those_of_experts_are_not_written(tmp_path: Path) -> None:
+    """The layers of a dense MLP are called as those of the experts once were."""
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    config = transformers.Qwen3MoeConfig(**COMMON, **experts, mlp_only_layers=[0])
+    for lora in (LORA, LoraConfig(rank=2, targets=["up_proj"]), LoraConfig(rank=2, targets=["q_proj", "o_proj"])):
+        model = transformers.Qwen3MoeForCausalLM(config)
+        add_adapters(model, lora, seed=0)
+        if lora.targets == ["q_proj", "o_proj"]:
+            assert adapter_config(model, lora, "base").target_modules == {"q_proj", "o_proj"}
+        else:
+            with pytest.raises(ConfigError, match="--adapter: .* qwen3_moe peft takes .*up_proj.*use --merged"):
+                export_adapter(tmp_path / "out", Policy(model), lora, "base", None, ONE)
+    assert not list(tmp_path.iterdir())
+
+
 # ---- what is refused
 
 
@@ -271,11 +289,13 @@ def test_settings_that_cannot_work(overrides: list[str], message: str) -> None:
 
 
 def test_quantised_weights_and_adapter_folders_are_refused_before_they_are_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = build("llama", torch.float32).config
     config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(ConfigError, match="model.lora.rank=2: the weights of model.path=m are quantised, .*before it was"):
+    with pytest.raises(
+        ConfigError, match="model.lora.rank=2: the weights of model.path=m are quantised, .*before it was"
+    ):
         check_lora(ModelConfig(path="m", lora=LoraConfig(rank=2)), config)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}', encoding="utf-8")
     message = r"holds adapters \(adapter_config.json\) of org/base, .*swirl-fast export --merged"
@@ -283,5 +303,13 @@ def test_quantised_weights_and_adapter_folders_are_refused_before_they_are_read(
         resolve(str(tmp_path))
     with pytest.raises(ConfigError, match=f"--of {tmp_path}: {message}"):
         check_weights_folder(ModelConfig(), str(tmp_path))
+    hub = tmp_path / "hub" / "models--org--adapter"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("abc", encoding="utf-8")
+    (hub / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "adapter_config.json").rename(hub / "snapshots" / "abc" / "adapter_config.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ConfigError, match=f"model.path=org/adapter: {message}"):
+        load_config(ModelConfig(path="org/adapter"))
     assert cli.main(["export", "--adapter", f"run.folder={tmp_path}"]) == 2
     assert "--adapter: without model.lora.rank all weights were trained" in capsys.readouterr().err

@@ -27,7 +27,7 @@ def by_action(comb: Comb, logp_N: Tensor) -> dict[int, Tensor]:
 
 
 def assert_same_gradients(wanted: nn.Module, found: nn.Module, tolerance: float, rounding: float = 0.0) -> None:
-    """Of each parameter that is trained, relative to its own gradient. rounding: how far those of queries and keys may be off, relative to the
+    """Of each trained parameter, relative to its own gradient. rounding: how far those of queries and keys may be off, relative to the
     gradient of all parameters (see `rounding_of`)."""
     both = zip(wanted.named_parameters(), found.parameters(), strict=True)
     pairs = [(one, other) for one, other in both if one[1].requires_grad or other.requires_grad]

@@ -303,7 +303,9 @@ def test_the_command_needs_no_file_but_the_model(tmp_path: Path, capsys: pytest.
     model = [f"model.path={tmp_path}", "model.dtype=bfloat16"]
     for config in sorted((ROOT / "configs").glob("*.yaml")):
         assert memory.main(["--config", str(config), "--ranks", "8", *model]) == 0, "its data file is not there"
-    assert len(re.findall("GiB a rank: parameters 3.[78]", capsys.readouterr().out)) == len(list((ROOT / "configs").glob("*.yaml")))
+    assert len(re.findall("GiB a rank: parameters 3.[78]", capsys.readouterr().out)) == len(
+        list((ROOT / "configs").glob("*.yaml"))
+    )
     assert memory.main(["training.token_budget=0", *model]) == 2
     assert "training.token_budget=0: must be at least 1" in capsys.readouterr().err
     assert memory.main([f"model.path={tmp_path / 'none'}"]) == 2
