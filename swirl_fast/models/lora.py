@@ -49,7 +49,7 @@ def check_lora(config: ModelConfig, model_config: PreTrainedConfig) -> None:
     target_layers(model, config.lora.targets)
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+def linear_layers(model: PreTrainedModel) -> dict[str, Any]:
     """The layers that can have an adapter, by name: plain linear ones with a weight of their own, but for the output layer, whose weight
     the fused log-probs read."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -62,7 +62,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:
+def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, Any]:
     """Those of `linear_layers` that the setting model.lora.targets asks for; all where it is empty. Raises ConfigError, with the names
     there are, for a target that is none of them."""
     layers = linear_layers(model)
@@ -93,17 +93,9 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
 
     model.requires_grad_(False)
     for name, layer in target_layers(model, lora.targets).items():
-        own = PeftConfig(
-            r=lora.rank, lora_alpha=_plain(lora.alpha), lora_dropout=0.0, fan_in_fan_out=isinstance(layer, Conv1D)
-        )
-        adapted = Linear(
-            layer,
-            ADAPTER,
-            own,
-            r=lora.rank,
-            lora_alpha=own.lora_alpha,
-            is_target_conv_1d_layer=own.fan_in_fan_out,
-        )
+        transposed, alpha = isinstance(layer, Conv1D), _plain(lora.alpha)
+        own = PeftConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=0.0, fan_in_fan_out=transposed)
+        adapted = Linear(layer, ADAPTER, own, r=lora.rank, lora_alpha=alpha, is_target_conv_1d_layer=transposed)
         adapted.cast_input_dtype_enabled = False  # the input is of A's type already, or autocast casts both
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         for part in (adapted.lora_A, adapted.lora_B):
@@ -240,6 +232,7 @@ def adapter_config(model: PreTrainedModel, lora: LoraConfig, base: str) -> Any:
     others = [name for name, _ in model.named_modules() if name not in adapted]
     if any(_matches(name, end) for name in others for end in names):
         names = sorted(adapted)
+    assert lora.rank is not None
     config = PeftConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -250,7 +243,7 @@ def adapter_config(model: PreTrainedModel, lora: LoraConfig, base: str) -> Any:
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in adapted.values()),
         inference_mode=True,
     )
-    read = copy.deepcopy(config)
+    read: Any = copy.deepcopy(config)
     try:
         reading.convert_peft_config_for_transformers(read, model, reading.get_model_conversion_mapping(model))
         taken = sorted(set(names) - set(read.target_modules))
@@ -271,6 +264,6 @@ def adapter_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", parameter.detach()
 
 
-def _plain(alpha: float) -> float:
+def _plain(alpha: float) -> Any:
     """A whole number as one: some readers of adapter_config.json take no other."""
     return int(alpha) if alpha == int(alpha) else alpha
