@@ -347,6 +347,9 @@ class TrainingConfig:
     max_engine_gap: float = setting(0.1, minimum=0)
     """Mean |log-prob of the engine - of the trainer| a token above which training stops; 0: never. With training.lag=1 the gap of a batch
     that an older policy drew holds that update as well, and is shown, not checked."""
+    check_model: bool = True
+    """At the start, compute a small tree of prefixes as training does and as the model itself does, row by row, and refuse a model whose
+    log-probs or gradient differ."""
     warmup_steps: int = setting(0, minimum=0)
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "cosine"] = "constant"

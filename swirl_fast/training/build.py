@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
+from swirl_fast.models.check import compare, refuse_disagreement
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, resolve, stored_dtype
 from swirl_fast.models.lora import (
     WithoutAdapters,
@@ -146,6 +147,21 @@ def _with_adapters(model: PreTrainedModel, config: Config) -> PreTrainedModel:
     return model
 
 
+def check_model(config: Config, ranks: Ranks, policy: Policy, longest_path: int) -> dict[str, float]:
+    """The metrics of training.check_model; none where it is false. Collective: all ranks compute the same tree, so that a sharded policy
+    is checked as it will be trained, with nothing held twice, and before reference and optimizer are there.
+
+    longest_path: tokens of the longest path that there may be. Raises ConfigError for a model over which training would not be exact.
+    """
+    if not config.training.check_model:
+        return {}
+    found = compare(policy, ranks.device, longest_path)
+    gaps = ranks.max(torch.tensor([found.logprob_gap, found.gradient_gap], dtype=torch.float64)).tolist()
+    found = replace(found, logprob_gap=gaps[0], gradient_gap=gaps[1])  # the same on all ranks, and so is what follows
+    refuse_disagreement(found, policy.model.config.model_type, DTYPES[config.model.dtype])
+    return {"model_check_logprob": found.logprob_gap, "model_check_gradient": found.gradient_gap}
+
+
 @dataclass
 class Training:
     """A training whose settings are accepted; trainer: None when runs/NAME/model is there already."""
@@ -213,7 +229,9 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     policy = make_policy(config, ranks)
     if ranks.main and config.model.lora.rank is not None:
         _say_what_is_trained(config, policy)
-    trainer = Trainer(config, ranks, policy, make_reference(config, ranks, policy), rollouts, settings)
+    checked = check_model(config, ranks, policy, training.max_path_tokens or context)
+    reference = make_reference(config, ranks, policy)
+    trainer = Trainer(config, ranks, policy, reference, rollouts, settings, checked)
     stack.callback(trainer.close)
     trainer.restore()
     return Training(config, ranks, trainer, tokenizer, marker)

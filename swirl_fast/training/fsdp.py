@@ -11,7 +11,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from transformers import PreTrainedModel
 
 from swirl_fast.config import ConfigError, TrainingConfig
@@ -60,7 +66,9 @@ def shard(
     place = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if offload else OffloadPolicy()
     for layer in decoder_layers(policy):
         fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=place)
-    return fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=place)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=place)
+    register_fsdp_forward_method(policy, "plain")
+    return policy
 
 
 def _mesh(ranks: Ranks, shard_size: int) -> DeviceMesh:

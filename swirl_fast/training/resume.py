@@ -34,6 +34,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "max_path_tokens",
         "activation_checkpointing",
         "max_engine_gap",
+        "check_model",
         "shards",  # the stream compares their contents
         "shards_cache",
         "shards_cache_limit",

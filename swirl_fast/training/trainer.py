@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ Metrics = dict[str, float]
 class Trainer:
     """restore() goes to where the newest checkpoint is, run() from there to `training.steps`; train_step() is one step by itself.
 
-    reference: None without a KL term. settings: what the result depends on; a checkpoint of other settings is refused.
+    reference: None without a KL term. settings: what the result depends on; a checkpoint of other settings is refused. checked: metrics of
+    the model's check, which every row repeats.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Trainer:
         reference: Callable[[DeviceComb], Tensor] | None,
         rollouts: RolloutPipeline,
         settings: dict[str, Any],
+        checked: Mapping[str, float] | None = None,
     ) -> None:
         self.config, self.ranks, self.settings = config, ranks, settings
+        self.checked = dict(checked or {})
         self.policy, self.reference = policy, reference
         self.rollouts, self.engine = rollouts, rollouts.engine
         training = config.training
@@ -234,6 +237,7 @@ class Trainer:
             "steps_without_signal": self.guards.counts.steps_without_signal / self.step,
             "seconds_hidden": hidden,
             **{f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()},
+            **self.checked,
             **rewards_by_task(self.ranks, batch, self.rollouts.tasks),
         }
         metrics = step_metrics(together, given, updates, self.peak, self.ranks.size)

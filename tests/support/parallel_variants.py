@@ -34,7 +34,7 @@ from swirl_fast.ranks import Ranks, start, stop
 from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
 from swirl_fast.training import sharded_weights
 from swirl_fast.training.batch import MicroBatch
-from swirl_fast.training.build import make_policy, make_reference
+from swirl_fast.training.build import check_model, make_policy, make_reference
 from swirl_fast.training.export import export
 from swirl_fast.training.fsdp import full_parameters
 from swirl_fast.training.trainer import Metrics, Trainer
@@ -48,6 +48,7 @@ EVERY = "training.shard_accumulated_gradients=true"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "accumulated": (MICRO,),
+    "unchecked": ("training.check_model=false",),
     "resumed": (),
     "full": ("training.activation_checkpointing=full",),
     "selective": ("training.activation_checkpointing=selective",),
@@ -219,7 +220,7 @@ def train(model: Path, variant: str, ranks: Ranks, out: Path) -> tuple[dict[str,
     parameters = list(trainer.policy.parameters())
     assert {parameter.dtype for parameter in parameters} == {torch.float32}, "weights are stepped in float32"
     keep = ("loss", "grad_norm", "kl", "reward", "tokens_computed", *STATES)
-    seen = {"metrics": [{key: row[key] for key in keep} for row in rows], **trainer.seen}
+    seen = {"metrics": [{key: row[key] for key in keep} for row in rows], "checked": trainer.checked, **trainer.seen}
     seen["positions"] = ranks.gather(trainer.state()["stream"]["position"])
     seen["further"] = ranks.gather(trainer.further)
     if ranks.distributed:
@@ -232,11 +233,12 @@ def trainer_of(
 ) -> Watched:
     """judge: Coin() where None. stream: one of trajectories that are made up where None."""
     policy = make_policy(config, ranks)
+    checked = check_model(config, ranks, policy, Rollouts.max_context)
     reference = make_reference(config, ranks, policy)
     renderer: Any = SimpleNamespace(stop_id=1, stop_ids=(1,), text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream = stream or Stream(ranks, config.training.trajectories_per_step)
     rollouts = RolloutPipeline(config, ranks, Rollouts(), judge or Coin(), renderer, {"none": ()}, stream)
-    trainer = Watched(config, ranks, policy, reference, rollouts, {})
+    trainer = Watched(config, ranks, policy, reference, rollouts, {}, checked)
     trainer.rows, trainer.further = rows, []
     return trainer
 

@@ -33,7 +33,7 @@ from swirl_fast.training.fsdp import decoder_layers
 from swirl_fast.training.sharded_weights import Unsharded, empty_model, find_weights
 
 ONE, TWO, FOUR = (
-    ["plain", "accumulated", "full", "selective", "compiled", "lora"],
+    ["plain", "unchecked", "accumulated", "full", "selective", "compiled", "lora"],
     ["plain", "accumulated", "accumulated_sharded", "offloaded", "resumed", "everything", "lora_resumed"],
     ["plain", "selective", "hsdp", "hsdp_accumulated", "hsdp_accumulated_sharded"],
 )
@@ -137,6 +137,18 @@ def test_gradients_are_reduced_once_an_update(runs: dict[tuple[int, str], Run]) 
         seen = runs[ranks, variant][0]
         assert seen["reduce_scatter"] == groups * seen["micro_batches"], variant
         assert seen["all_reduce"] == numbers + (groups if "hsdp" in variant else 0), variant
+
+
+def test_the_model_is_checked_at_the_start_and_nothing_is_changed_by_it(runs: dict[tuple[int, str], Run]) -> None:
+    """However it is sharded, checkpointed or compiled; without the check every number is the same, bit for bit."""
+    for (ranks, variant), (seen, _) in runs.items():
+        if variant != "unchecked":
+            limits = (0.1, 0.3) if variant == "bfloat16" else (1e-5, 1e-4)
+            logprob, gradient = seen["checked"]["model_check_logprob"], seen["checked"]["model_check_gradient"]
+            assert 0 < logprob < limits[0] and 0 < gradient < limits[1], (ranks, variant)
+    (plain, parameters), (unchecked, same) = runs[1, "plain"], runs[1, "unchecked"]
+    assert unchecked["checked"] == {} and unchecked["metrics"] == plain["metrics"]
+    assert all(torch.equal(same[name], tensor) for name, tensor in parameters.items())
 
 
 def test_a_copy_is_shared_by_neighbours(runs: dict[tuple[int, str], Run]) -> None:
