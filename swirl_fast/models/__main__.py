@@ -12,7 +12,9 @@ from swirl_fast.models.sweep import model_types, sweep, write_table
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1 for a model type that is accepted and wrong, 2 for an argument that cannot work."""
-    parser = argparse.ArgumentParser("swirl_fast.models", description="What training over shared prefixes is exact for.")
+    parser = argparse.ArgumentParser(
+        "swirl_fast.models", description="What training over shared prefixes is exact for."
+    )
     parser.add_argument("--sweep", action="store_true", required=True, help="try every causal model type, made small")
     parser.add_argument("--only", help="model types, separated by commas")
     parser.add_argument("--write", type=Path, help="a page whose table gets the rows, as docs/models.md")

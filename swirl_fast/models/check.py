@@ -99,7 +99,9 @@ def small_tree(policy: Policy) -> Trunk:
     first, second = max(length // 3, 1), max(2 * length // 3, 1)
     draw = np.random.default_rng(0)
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
-    tokens, a, b = (draw.integers(vocabulary, size=n).astype(np.int32) for n in (second, length - first, length - second))
+    tokens, a, b = (
+        draw.integers(vocabulary, size=n).astype(np.int32) for n in (second, length - first, length - second)
+    )
     return Trunk(tokens, (SampledState(first, (a,), (0,)), SampledState(second, (b,), (1,))))
 
 

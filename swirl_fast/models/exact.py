@@ -108,7 +108,13 @@ def refuse_inexact(model_config: PreTrainedConfig) -> None:
     for key, value in text.to_dict().items():
         random = any(part in key for part in ("dropout", "pdrop", "layerdrop", "jitter"))
         # the heads of classifiers and of summaries are no part of a causal language model
-        if random and "classif" not in key and not key.startswith("summary_") and isinstance(value, int | float) and value > 0:
+        if (
+            random
+            and "classif" not in key
+            and not key.startswith("summary_")
+            and isinstance(value, int | float)
+            and value > 0
+        ):
             refuse(
                 f"{key}={value} makes shared prefixes differ from separate rows; set it to 0 in the model's config.json"
             )

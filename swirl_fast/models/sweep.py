@@ -59,7 +59,11 @@ def try_model(model_type: str) -> Row:
     if row.result != "refused" or "window" not in row.why:
         return row
     without = _try(model_type, window=False)
-    return Row(model_type, "exact", without.logprob, without.gradient, f"refused with a window: {row.why}") if without.result == "exact" else row
+    return (
+        Row(model_type, "exact", without.logprob, without.gradient, f"refused with a window: {row.why}")
+        if without.result == "exact"
+        else row
+    )
 
 
 def _try(model_type: str, window: bool) -> Row:
@@ -156,7 +160,9 @@ def read_table(text: str) -> dict[str, Row]:
     if BEGIN not in text or END not in text:
         raise ValueError(f"the page has no lines {BEGIN} and {END}, between which the table belongs")
     body = text.split(BEGIN)[1].split(END)[0]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("| ")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("| ")
+    ]
     return {row[0]: Row(*row) for row in cells if row[0] != "model type"}
 
 

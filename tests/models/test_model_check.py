@@ -38,9 +38,17 @@ def model(name: str, **settings: object) -> PreTrainedModel:
 
 
 LOST = {
-    "in the mask only": ("Qwen2Moe", {**EXPERTS, **SLIDING, "use_sliding_window": True}, "layer 0 has a sliding window of 6"),
+    "in the mask only": (
+        "Qwen2Moe",
+        {**EXPERTS, **SLIDING, "use_sliding_window": True},
+        "layer 0 has a sliding window of 6",
+    ),
     "in the mask only (Phi)": ("Phimoe", {**PHIMOE, "sliding_window": 6}, "layer 0 has a sliding window of 6"),
-    "a convolution instead": ("Lfm2", {"layer_types": ["sliding_attention"] * 2}, "layer 0, of kind sliding_attention, calls no attention"),
+    "a convolution instead": (
+        "Lfm2",
+        {"layer_types": ["sliding_attention"] * 2},
+        "layer 0, of kind sliding_attention, calls no attention",
+    ),
     "a convolution instead (experts)": (
         "Lfm2Moe",
         {**EXPERTS, **SLIDING, "layer_types": ["full_attention", "sliding_attention"], "num_dense_layers": 1},
@@ -71,7 +79,9 @@ def test_a_window_beyond_every_path_is_accepted() -> None:
     policy = Policy(model("Phimoe", **PHIMOE, sliding_window=1000))
     assert compare(policy).logprob_gap < 1e-5
     assert compare(policy, longest_path=1000).logprob_gap < 1e-5
-    with pytest.raises(ConfigError, match="window of 1000 tokens.*may have 1001 tokens.*sharing=false .*max_path_tokens"):
+    with pytest.raises(
+        ConfigError, match="window of 1000 tokens.*may have 1001 tokens.*sharing=false .*max_path_tokens"
+    ):
         compare(policy, longest_path=1001)
 
 
@@ -117,8 +127,12 @@ def test_the_embedded_engine_scales_logits(name: str) -> None:
     prompt = np.arange(1, 6, dtype=np.int32)
     completions = engine.generate([Request(prompt, Sampling(max_new_tokens=4, temperature=0.8), n=2)])[0]
     actions = tuple(np.asarray(completion.tokens, np.int32) for completion in completions)
-    found = Policy(model(name, **settings), 0.8)(DeviceComb.of(pack([Trunk(prompt, (SampledState(5, actions, (0, 1)),))])))
-    torch.testing.assert_close(found, torch.tensor([logp for c in completions for logp in c.logprobs]), atol=1e-5, rtol=0)
+    found = Policy(model(name, **settings), 0.8)(
+        DeviceComb.of(pack([Trunk(prompt, (SampledState(5, actions, (0, 1)),))]))
+    )
+    torch.testing.assert_close(
+        found, torch.tensor([logp for c in completions for logp in c.logprobs]), atol=1e-5, rtol=0
+    )
 
 
 def test_an_unknown_scale_of_logits_is_refused() -> None:

@@ -16,7 +16,19 @@ PAGE = ROOT / "docs" / "models.md"
 
 @pytest.mark.parametrize(
     "model_type",
-    ["llama", "qwen2_moe", "phimoe", "lfm2", "cohere2", "granitemoe", "gemma3_text", "hrm_text", "gpt2", "mamba", "musicgen"],
+    [
+        "llama",
+        "qwen2_moe",
+        "phimoe",
+        "lfm2",
+        "cohere2",
+        "granitemoe",
+        "gemma3_text",
+        "hrm_text",
+        "gpt2",
+        "mamba",
+        "musicgen",
+    ],
 )
 def test_a_sample_of_the_table_is_found_again(model_type: str) -> None:
     found, written = try_model(model_type), read_table(PAGE.read_text(encoding="utf-8"))[model_type]
