@@ -125,6 +125,7 @@ PHASES = {
     "optimizer": "clipping and the optimizer's step",
     "wait_for_rollout": "waiting for the next batch's actions (training.lag=1)",
     "weight_sync": "handing the new weights to the rollout engine",
+    "share_gpu": "moving engine and trainer in and out of the GPU's memory (engine.share_gpu)",
 }
 
 METRICS = (

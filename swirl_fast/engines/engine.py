@@ -134,3 +134,16 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None: ...
+
+
+class SharedEngine(Engine, Protocol):
+    """An engine that lends the memory of its GPUs to the trainer (engine.share_gpu). The order is release_memory, update_weights,
+    resume_memory, and only then `generate`: after a release the engine is without weights."""
+
+    def release_memory(self) -> None:
+        """Gives the memory of weights and key/value cache back to the device."""
+        ...
+
+    def resume_memory(self) -> None:
+        """Takes it again, as far as `update_weights` has not."""
+        ...

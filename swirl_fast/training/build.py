@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.shard_source import check_libraries, open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
+from swirl_fast.engines.engine import SharedEngine
 from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
@@ -36,6 +37,7 @@ from swirl_fast.training.memory import estimate
 from swirl_fast.training.metrics_log import check_wandb
 from swirl_fast.training.resume import check_budget, model_settings, settings_of
 from swirl_fast.training.trainer import Trainer
+from swirl_fast.training.turns import lend
 from swirl_fast.training.utilization import GIB
 
 _MARKER = "trained.json"
@@ -52,6 +54,8 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     check_wandb(training)
     model_config = load_config(config.model)
     layers.check_layers(training, model_config, ranks.device)
+    if config.engine.share_gpu and ranks.device.type != "cuda":
+        raise ConfigError("engine.share_gpu=true: this machine has no GPU that could be shared; leave it false")
     return model_config
 
 
@@ -209,6 +213,8 @@ def _open_rollouts(
     if config.algorithm.name != "sft":
         engine = load_engine(config, ranks.device, ranks=ranks)
         stack.callback(engine.close)
+        if config.engine.share_gpu:
+            lend(cast(SharedEngine, engine), ranks)  # the memory is for the trainer that is loaded next
         if config.algorithm.reward == "outcome":
             tools = {
                 name: stack.enter_context(

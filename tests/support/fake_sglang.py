@@ -10,6 +10,8 @@ tell which weights answered. What it takes from the real server, since the engin
     updates        from tensors and from a group only between begin and end; names the model does not have are skipped silently
     pause          requests wait, and so does the health check, until it is given up with 503
     flush          refused while requests run
+    memory         may be released by an idle server with --enable-memory-saver alone: its weights are gone then; whoever asks a server
+                   for what it lacks, or gives it what it has, breaks it: from then on it answers 500
 
 POST /misbehave {path, how, times, length}: the next `times` requests of a path (or "*"; times -1: all), or of those alone whose prompt
 has `length` tokens, go wrong, see `HOW` and `FIELDS`.
@@ -190,6 +192,10 @@ class Fake:
         self.context: int = options.get("context", 512)
         self.sessions: bool = options.get("sessions", True)  # begin and end of an update, as from 0.5.21 on
         self.deterministic: bool = options.get("deterministic", False)
+        self.saver: bool = options.get("saver", False)
+        self.routes: int = options.get("routes", 0)  # layers of which it returns the routed experts, two of eight a token
+        self.released: set[str] = set()
+        self.broken = ""
         self.weights = read_weights(model_path)
         self.cache = PrefixCache()
         self.paused, self.pauses, self.session = False, 0, False
@@ -230,6 +236,8 @@ class Fake:
     def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and answer: a string or an object."""
         name = path.strip("/").replace("/", "_")
+        if self.broken:
+            return 500, self.broken
         work = getattr(self, f"{method.lower()}_{name}", None)
         if work is None or (not self.sessions and name in ("begin_weight_update", "end_weight_update")):
             return 404, {"detail": "Not Found"}
@@ -255,6 +263,8 @@ class Fake:
             "tp_size": 1,
             "max_req_input_len": self.context - 6,
             "enable_deterministic_inference": self.deterministic,
+            "enable_memory_saver": self.saver,
+            "enable_return_routed_experts": bool(self.routes),
         }
 
     def get_v1_models(self) -> tuple[int, Any]:
@@ -268,6 +278,8 @@ class Fake:
         return 200, {}
 
     def post_generate(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if self.released:
+            return self._break("generates while its memory is released")
         prompt, parameters = body["input_ids"], body["sampling_params"]
         n, limit = parameters.get("n", 1), parameters["max_new_tokens"]
         if not prompt or len(prompt) + limit > self.context:
@@ -349,6 +361,27 @@ class Fake:
             self.changed.notify_all()
         return 200, {"message": "Generation continued successfully.", "status": "ok"}
 
+    def post_release_memory_occupation(self, body: dict[str, Any]) -> tuple[int, Any]:
+        with self.changed:
+            if self.running > 0 and not self.paused:
+                return self._break("released while it works")
+            if self.saver:
+                self.released |= set(body["tags"])
+                if "weights" in body["tags"]:
+                    self.weights = dict.fromkeys(self.weights, b"released")
+        return 200, ""
+
+    def post_resume_memory_occupation(self, body: dict[str, Any]) -> tuple[int, Any]:
+        with self.changed:
+            if set(body["tags"]) - self.released:
+                return self._break(f"has {body['tags']} already")
+            self.released -= set(body["tags"])
+        return 200, ""
+
+    def _break(self, why: str) -> tuple[int, Any]:
+        self.broken = f"illegal memory access: {why}"
+        return 500, self.broken
+
     def post_flush_cache(self, body: dict[str, Any]) -> tuple[int, Any]:
         with self.changed:
             if self.running > 0 and not self.paused:
@@ -369,6 +402,8 @@ class Fake:
         return _success(True, "Success")
 
     def post_update_weights_from_disk(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if "weights" in self.released:
+            return self._break("loads into weights that are released")
         weights = read_weights(body["model_path"])
         if self.weights.keys() - weights.keys():
             return _success(False, f"Failed to get weights iterator: {body['model_path']}")
@@ -427,6 +462,8 @@ class Fake:
         return _success(True, f"Weight version updated to {body['new_version']}")
 
     def _take(self, named: list, body: dict[str, Any]) -> tuple[int, Any]:
+        if "weights" in self.released:
+            return self._break("takes weights that are released")
         body["tensors"] = [[name, tensor.numel() * tensor.element_size()] for name, tensor in named]  # for the log
         with self.changed:
             self.weights |= {name: digest_of(tensor) for name, tensor in named if name in self.weights}
@@ -557,6 +594,8 @@ def main() -> None:
     parser.add_argument("--fake-delay", type=float, default=0.01)
     parser.add_argument("--fake-child", default="")  # starts a process of its own, and writes its id here
     parser.add_argument("--fake-die-on-generate", action="store_true")
+    parser.add_argument("--enable-memory-saver", action="store_true")
+    parser.add_argument("--enable-return-routed-experts", action="store_true")
     parser.add_argument("--fake-deaf", action="store_true")  # does not end when asked to politely
     args, _ = parser.parse_known_args()
     settings = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
@@ -577,6 +616,8 @@ def main() -> None:
         api_key=args.api_key,
         delay=args.fake_delay,
         context=args.context_length,
+        saver=args.enable_memory_saver,
+        routes=2 * args.enable_return_routed_experts,
     )
     if args.fake_die_on_generate:
         fake.misbehave("/generate", "die", -1)

@@ -41,6 +41,8 @@ class ServerInfo:
     max_context: int  # tokens of prompt and completion together
     tensor_parallel: int
     deterministic: bool  # takes a seed with every request
+    memory_saver: bool = False  # can release its memory
+    routed_experts: bool = False  # can return them
 
 
 class Client:
@@ -73,6 +75,8 @@ class Client:
                 max_context=context,
                 tensor_parallel=_count(server["tp_size"]),
                 deterministic=bool(server.get("enable_deterministic_inference")),
+                memory_saver=bool(server.get("enable_memory_saver")),
+                routed_experts=bool(server.get("enable_return_routed_experts")),
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise AnswerError(

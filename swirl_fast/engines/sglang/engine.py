@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from swirl_fast.config import EngineConfig
+from swirl_fast.config import ConfigError, EngineConfig
 from swirl_fast.engines.engine import Completion, EngineError, EngineStats, Request, check_request, whole
+from swirl_fast.engines.sglang import memory
 from swirl_fast.engines.sglang.client import ServerFailure
 from swirl_fast.engines.sglang.servers import REMEMBERED, Server, Servers, gather
 from swirl_fast.engines.sglang.update import WeightUpdater
@@ -80,6 +81,7 @@ class SGLangEngine:
         self._servers = Servers(config, folder, str(weights), self._tag(), seed, leader, urls, key)
         try:
             self._run(self._servers.open())
+            self._check_servers(config)
             if leader:
                 self._updater = WeightUpdater(
                     self._servers,
@@ -129,8 +131,24 @@ class SGLangEngine:
                     whole(tensor, self._dtype)
                 self._servers.tag = self._tag(version)
             else:
-                self._updater.update(named_tensors, version, self._tag(version))
+                tag = self._tag(version)
+                if self._servers.asleep:
+                    self._run(self._servers.resume(memory.WEIGHTS))
+                    tag = memory.lacking(tag, memory.CACHE)
+                self._updater.update(named_tensors, version, tag)
             self._version = version
+
+    def release_memory(self) -> None:
+        """As in the protocol. A server that fails is started again or dropped when the memory is taken back."""
+        with self._lock:
+            if self._updater is not None:
+                self._run(self._servers.release())
+
+    def resume_memory(self) -> None:
+        """As in the protocol."""
+        with self._lock:
+            if self._updater is not None:
+                self._run(self._servers.resume(memory.CACHE))
 
     def flush_cache(self) -> None:
         """Empties the servers' prefix caches: for measurements."""
@@ -151,6 +169,8 @@ class SGLangEngine:
             try:
                 if self._updater is not None:
                     self._updater.close()
+                    if self._servers.asleep:
+                        self._run(self._servers.give_back(self._updater.load))
             finally:
                 self._run(self._servers.close())
         finally:
@@ -172,6 +192,20 @@ class SGLangEngine:
     def _tag(self, version: int | None = None) -> str:
         """The name that these weights have on the servers."""
         return f"{self._label}:{self._version if version is None else version}"
+
+    def _check_servers(self, config: EngineConfig) -> None:
+        """Raises ConfigError where a server was started without what the settings ask of it."""
+        for server in self._servers.all:
+            assert server.info is not None
+            for key, flag, able in (
+                ("share_gpu", "--enable-memory-saver", server.info.memory_saver),
+                ("return_routed_experts", "--enable-return-routed-experts", server.info.routed_experts),
+            ):
+                if getattr(config, key) and not able:
+                    raise ConfigError(
+                        f"engine.{key}=true: the SGLang server at {server.url} runs without {flag}; start it again with that flag, or set "
+                        f"engine.{key}=false"
+                    )
 
     def _own_weights(self, weights: Path) -> None:
         """Attached servers may hold anybody's weights, or those of the run before it was stopped: they are given ours, unless they were
@@ -200,6 +234,9 @@ class SGLangEngine:
         info, control = server.info, server.client.control
         assert info is not None
         try:
+            if memory.parts_lacking(info.weight_version):  # of a command that was killed
+                await memory.resume(server.client, memory.ALL, self._servers.config.weight_sync.timeout)
+                return False
             if info.weight_version == "default" and info.model_path == weights:
                 await control("/update_weight_version", {"new_version": self._tag(), "abort_all_requests": False}, 60.0)
             elif info.weight_version == self._tag():
