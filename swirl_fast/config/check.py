@@ -342,6 +342,11 @@ def _check_training(config: Config, values: _Values) -> None:
     limit = training.shards_cache_limit
     if limit and not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", limit.lower()):
         fail("training.shards_cache_limit", "must be a number with kb, mb, gb or tb, such as 10gb; empty for no limit")
+    if training.offload_activations and training.activation_checkpointing == "none":
+        fail(
+            "training.offload_activations",
+            "moves what checkpointed layers keep; set training.activation_checkpointing=full, or selective",
+        )
     if training.liger and training.compile:
         fail("training.liger", "torch.compile fuses the same operations; set either training.liger or training.compile")
     if training.flash_attention and config.model.dtype != "bfloat16":

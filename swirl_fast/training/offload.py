@@ -41,6 +41,7 @@ class Offload:
         for storage in self._away:
             storage.resize_(0)
         if self._device.type == "cuda":
+            torch.cuda.ipc_collect()  # of weights that a server has read there
             torch.cuda.empty_cache()  # it is for another process
 
     @torch.no_grad()
@@ -62,12 +63,12 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def _storages(tensors: Iterable[Tensor], device: torch.device) -> list[torch.UntypedStorage]:
-    """Those that hold something on the device, each once."""
+    """Those that hold something on the device, each once. Mapped files, which only a CPU's may be, stay."""
     found: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         storage = local.untyped_storage()
-        if local.device.type == device.type and storage.nbytes():
+        if local.device.type == device.type and storage.nbytes() and storage.resizable():
             found.setdefault(storage.data_ptr(), storage)
     return list(found.values())
 

@@ -33,6 +33,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "token_budget",
         "max_path_tokens",
         "activation_checkpointing",
+        "offload_activations",
         "max_engine_gap",
         "shards",  # the stream compares their contents
         "shards_cache",

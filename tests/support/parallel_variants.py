@@ -61,6 +61,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hsdp_accumulated_sharded": ("training.shard_size=2", MICRO, EVERY),
     "refilled": ("training.refill=true",),
     "refilled_resumed": ("training.refill=true",),
+    "turns": ("engine.kind=sglang", "engine.share_gpu=true"),
+    "turns_resumed": ("engine.kind=sglang", "engine.share_gpu=true"),
 }
 
 
@@ -84,8 +86,17 @@ class Rollouts:
     """An engine whose tokens follow from the seeds."""
 
     max_context = SHAPE["max_position_embeddings"]
+    lent = False  # its memory, to the trainer
+
+    def release_memory(self) -> None:
+        self.lent = True
+
+    def resume_memory(self) -> None:
+        self.lent = False
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        assert not self.lent
+
         def sample(request: Request, k: int) -> Completion:
             draw = np.random.default_rng([request.seed, k])
             tokens = draw.integers(1, SHAPE["vocab_size"], draw.integers(1, 9)).astype(np.int32)
@@ -230,6 +241,9 @@ def trainer_of(
 ) -> Watched:
     """judge: Coin() where None. stream: one of trajectories that are made up where None."""
     policy, reference = make_policy(config, ranks), make_policy(config, ranks, frozen=True)
+    if config.engine.share_gpu and not ranks.distributed:
+        for parameter in (*policy.parameters(), *reference.parameters()):
+            parameter.data = parameter.data.clone()  # in memory that can be given back, as a GPU's: no mapped file
     renderer: Any = SimpleNamespace(stop_id=1, stop_ids=(1,), text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream = stream or Stream(ranks, config.training.trajectories_per_step)
     rollouts = RolloutPipeline(config, ranks, Rollouts(), judge or Coin(), renderer, {"none": ()}, stream)

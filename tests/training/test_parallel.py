@@ -34,7 +34,7 @@ from swirl_fast.training.sharded_weights import Unsharded, empty_model, find_wei
 
 ONE, TWO, FOUR = (
     ["plain", "accumulated", "full", "selective", "compiled"],
-    ["plain", "accumulated", "accumulated_sharded", "offloaded", "resumed", "everything"],
+    ["plain", "accumulated", "accumulated_sharded", "offloaded", "resumed", "everything", "turns_resumed"],
     ["plain", "selective", "hsdp", "hsdp_accumulated", "hsdp_accumulated_sharded"],
 )
 
