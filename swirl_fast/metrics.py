@@ -179,6 +179,14 @@ METRICS = (
     ),
     Metric("engine_gap_max", "nats", Max("gap_max"), "largest such difference"),
     Metric(
+        "routing_gap",
+        "share",
+        Computed("choices of other experts / recorded choices, one a token and layer"),
+        "tokens that the trainer's router would send to other experts than the rollout engine did (engine.return_routed_experts); with "
+        "training.replay_routing they go where the engine sent them",
+        always=False,
+    ),
+    Metric(
         "importance_truncated",
         "share",
         Mean("truncated", "tokens", empty=0.0),

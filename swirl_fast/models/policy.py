@@ -18,6 +18,7 @@ from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.tree import Comb
 from swirl_fast.config import ConfigError
 from swirl_fast.models.exact import longest_exact_path, refuse_inexact
+from swirl_fast.models.routing import EXPERTS, Routing
 from swirl_kernels.linear_logprob import linear_logprob
 from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 
@@ -56,6 +57,7 @@ class DeviceComb:
         self.tokens_1T, self.depth_1T, self.subtree_end_T = tokens_1T, depth_1T, subtree_end_T
         self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
         self.longest_path, self.row_ends = longest_path, row_ends
+        self.routing: Routing | None = None  # by the rollout engine
         self._plans: dict[int | None, TreePlan] = {}  # by sliding window
 
     @classmethod
@@ -217,14 +219,11 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x[index] if x.is_cuda else x.index_select(0, index)
 
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # one thing, by model type
-
-
 def model_size(model: PreTrainedModel) -> ModelSize:
     """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits."""
     text = model.config.get_text_config()
     tables = {id(module.weight) for module in model.base_model.modules() if isinstance(module, nn.Embedding)}
-    total = next((n for key in _EXPERTS if (n := getattr(text, key, None))), 1)
+    total = next((n for key in EXPERTS if (n := getattr(text, key, None))), 1)
     visited = min(getattr(text, "num_experts_per_tok", None) or total, total) / total
     linear = 0.0
     for name, parameter in model.base_model.named_parameters():

@@ -22,6 +22,7 @@ from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, stored_dtype
 from swirl_fast.models.policy import Policy
+from swirl_fast.models.routing import Replay, about_experts, refuse_routing
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer, open_format, open_renderer
 from swirl_fast.rollouts.pipeline import RolloutPipeline
@@ -54,6 +55,12 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     check_wandb(training)
     model_config = load_config(config.model)
     layers.check_layers(training, model_config, ranks.device)
+    for key, wanted in (
+        ("training.replay_routing", training.replay_routing),
+        ("engine.return_routed_experts", config.engine.return_routed_experts),
+    ):
+        if wanted:
+            refuse_routing(model_config, key)
     if config.engine.share_gpu and ranks.device.type != "cuda":
         raise ConfigError("engine.share_gpu=true: this machine has no GPU that could be shared; leave it false")
     return model_config
@@ -112,6 +119,8 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
         policy = Policy(model, training.temperature)
     if frozen:
         policy.requires_grad_(False)
+    elif training.replay_routing or config.engine.return_routed_experts:
+        Replay(policy.model, training.replay_routing)
     layers.prepare(policy, training)
     offload = frozen and training.reference_offload
     fsdp.shard(policy, ranks, compute, training.shard_size, offload)
@@ -235,6 +244,8 @@ def _say_what_to_expect(config: Config, ranks: Ranks, stream: TrajectoryStream, 
             f"train: {count} trajectories passed the filter, fewer than training.trajectories_per_step={wanted}: every step repeats some, "
             "with fresh actions"
         )
+    if said := about_experts(model_config, config):
+        print(f"train: {said}")
     if ranks.device.type == "cuda":
         memory = torch.cuda.get_device_properties(ranks.device).total_memory / GIB
         needed = estimate(model_config, config, ranks.size if ranks.distributed else 0)

@@ -48,6 +48,8 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "reference_offload",
     ):
         del training[name]
+    if not training["replay_routing"]:  # a checkpoint from before there was such a thing goes on
+        del training["replay_routing"]
     outcome = {
         "max_steps": config.tasks.max_steps,
         "search": asdict(config.search),

@@ -87,6 +87,15 @@ FIELDS: dict[str, tuple[str, Callable[[dict], Any]]] = {
     "weight_versions garbled": ("weight_versions", lambda a: _meta(a).update(weight_versions=7)),
     "weight_versions of numbers": ("weight_versions", lambda a: _meta(a).update(weight_versions=[7])),
 }
+# the same, of a model with experts
+ROUTED: dict[str, Callable[[dict], Any]] = {
+    "no routed experts": lambda a: _meta(a).pop("routed_experts"),
+    "routed experts of another shape": lambda a: _meta(a).update(routed_experts="AAAA"),
+    "routed experts of text": lambda a: _meta(a).update(routed_experts="of text"),
+    "routed experts that are not there": lambda a: _meta(a).update(
+        routed_experts=base64.b64encode(b"\x7f" * 16 * len(a["output_ids"])).decode()
+    ),
+}
 # of /generate: what a server does whose weights were changed, or whose memory is full
 STALE: dict[str, Callable[[dict], Any]] = {
     "abort": lambda a: _meta(a).update(finish_reason={"type": "abort", "message": "out of memory"}),
@@ -126,6 +135,11 @@ def continuation(
     while len(tokens) < limit and not (tokens and tokens[-1] in stop_ids):
         tokens.append(draw.randrange(VOCABULARY))
     return tokens, [-5 * draw.random() for _ in tokens]
+
+
+def routed(tokens: list[int], layers: int, rows: int) -> list[int]:
+    """Numbers of two of eight experts, for each of the last `rows` tokens that were computed, a layer after the other."""
+    return [(tokens[row] + layer + k) % 8 for row in range(rows) for layer in range(layers) for k in range(2)]
 
 
 def read_weights(folder: str | Path) -> dict[str, bytes]:
@@ -309,6 +323,10 @@ class Fake:
             answers.append(
                 self._completion(one["tokens"], one["logprobs"], finish, len(prompt), one["cached"], one["version"])
             )
+            if body.get("return_routed_experts") and self.routes:
+                rows = len(prompt) + len(one["tokens"]) - 1 - body["routed_experts_start_len"]
+                packed = struct.pack(f"<{2 * self.routes * rows}i", *routed(one["tokens"], self.routes, rows))
+                _meta(answers[-1])["routed_experts"] = base64.b64encode(packed).decode()
         return 200, answers if n > 1 else answers[0]
 
     def _compute(self, prompt: list[int], key: str, sample: int, limit: int, stop_ids: tuple[int, ...]) -> dict:
@@ -550,7 +568,7 @@ class Handler(BaseHTTPRequestHandler):
         elif how is not None:
             first = answer[0] if isinstance(answer, list) else answer
             first["stop_id"] = (body["sampling_params"].get("stop_token_ids") or [0])[0]
-            (FIELDS[how][1] if how in FIELDS else STALE[how])(first)
+            (FIELDS[how][1] if how in FIELDS else (STALE | ROUTED)[how])(first)
         self.send(status, answer)
 
     def send(self, status: int, answer: Any) -> None:
@@ -617,7 +635,7 @@ def main() -> None:
         delay=args.fake_delay,
         context=args.context_length,
         saver=args.enable_memory_saver,
-        routes=2 * args.enable_return_routed_experts,
+        routes=2 * args.enable_return_routed_experts,  # as many layers as the tests' models have
     )
     if args.fake_die_on_generate:
         fake.misbehave("/generate", "die", -1)

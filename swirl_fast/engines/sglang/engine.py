@@ -25,15 +25,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
+from transformers import AutoConfig
 
 from swirl_fast.config import ConfigError, EngineConfig
 from swirl_fast.engines.engine import Completion, EngineError, EngineStats, Request, check_request, whole
 from swirl_fast.engines.sglang import memory
-from swirl_fast.engines.sglang.client import ServerFailure
+from swirl_fast.engines.sglang.client import Experts, ServerFailure
 from swirl_fast.engines.sglang.servers import REMEMBERED, Server, Servers, gather
 from swirl_fast.engines.sglang.update import WeightUpdater
 from swirl_fast.engines.sglang.weights import vocabulary_of
 from swirl_fast.models.load import DTYPES
+from swirl_fast.models.routing import experts_of, routed_shape
 from swirl_fast.prefixes import WarmGroup, cacheable, common_prefix, warm_order
 
 T = TypeVar("T")
@@ -68,6 +70,7 @@ class SGLangEngine:
         self._dtype = DTYPES[config.dtype]
         self._version = 0
         self._vocabulary = vocabulary_of(weights)
+        self._experts = _experts(weights) if config.return_routed_experts else None
         self._stats = EngineStats()
         self._lock = threading.Lock()
         # of trajectories: in whose cache, and what; only of this version
@@ -111,6 +114,8 @@ class SGLangEngine:
         `length` as reason. Raises EngineError when servers fail for good: what the caller stored before is intact."""
         for i, request in enumerate(requests):
             check_request(i, request, self.max_context, self._vocabulary)
+            if request.routed_experts and self._experts is None:
+                raise ValueError(f"request {i} asks for routed experts: set engine.return_routed_experts=true")
         with self._lock:
             start = time.perf_counter()
             results = self._run(self._generate(requests)) if requests else []
@@ -317,7 +322,7 @@ class SGLangEngine:
 
         async def work(server: Server) -> tuple[list[Completion], Start]:
             start = server, server.restarts
-            return await server.client.generate(request, version, tag, seed), start
+            return await server.client.generate(request, version, tag, seed, self._experts), start
 
         return await self._servers.attempt(work, key, request.n)
 
@@ -349,3 +354,14 @@ class SGLangEngine:
         """What one ideal cache would not compute again of these prompts, after the rows of their own trajectories."""
         before = [np.append(self._rows[key][1], -1) for key in dict.fromkeys(keys) if key in self._rows]
         return cacheable([*before, *prompts]) - cacheable(before)
+
+
+def _experts(weights: Path) -> Experts:
+    """Of the model in a folder. Raises ConfigError where it has none."""
+    model_config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
+    experts = experts_of(model_config)
+    if experts is None:
+        raise ConfigError(
+            f"engine.return_routed_experts=true: model type {model_config.model_type} has no experts; leave it false"
+        )
+    return Experts(experts[0], *routed_shape(model_config))
