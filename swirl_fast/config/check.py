@@ -343,11 +343,16 @@ def _check_training(config: Config, values: _Values) -> None:
     if limit and not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", limit.lower()):
         fail("training.shards_cache_limit", "must be a number with kb, mb, gb or tb, such as 10gb; empty for no limit")
     if training.replay_routing and (config.algorithm.name == "sft" or config.algorithm.reward == "outcome"):
-        reason = "imitates what no engine here has drawn" if config.algorithm.name == "sft" else "draws whole trajectories"
+        reason = (
+            "imitates what no engine here has drawn" if config.algorithm.name == "sft" else "draws whole trajectories"
+        )
         key = "name=sft" if config.algorithm.name == "sft" else "reward=outcome"
         fail("training.replay_routing", f"algorithm.{key} {reason}, without their routed experts; leave it false")
     if training.replay_routing and training.compile:
-        fail("training.compile", "training.replay_routing steps into the routers, which compiled layers do not allow; use false")
+        fail(
+            "training.compile",
+            "training.replay_routing steps into the routers, which compiled layers do not allow; use false",
+        )
     if training.offload_activations and training.activation_checkpointing == "none":
         fail(
             "training.offload_activations",

@@ -67,8 +67,8 @@ class EngineConfig:
     max_sequences: int = setting(64, minimum=1)
     """Sequences decoded at a time; sglang: of each server, by each process that asks it."""
     share_gpu: bool = False
-    """sglang: in training the servers and the trainer have the same GPUs in turns: the servers release their memory while the trainer works,
-    and the trainer waits in CPU memory while they sample."""
+    """sglang: in training, servers and trainer have the same GPUs in turns. The servers release their memory while the trainer works, and
+    it waits in CPU memory while they sample."""
     return_routed_experts: bool = False
     """Of models with experts: actions come with the experts that their tokens were routed to, for the metric routing_gap."""
     own_process: bool = False

@@ -73,9 +73,13 @@ class Completion:
             return NotImplemented
         routed, others = self.routed_experts, other.routed_experts
         same = routed is others if routed is None or others is None else np.array_equal(routed, others)
-        return same and np.array_equal(self.tokens, other.tokens) and (
-            (self.logprobs, self.finish, self.policy_version, self.cached_tokens)
-            == (other.logprobs, other.finish, other.policy_version, other.cached_tokens)
+        return (
+            same
+            and np.array_equal(self.tokens, other.tokens)
+            and (
+                (self.logprobs, self.finish, self.policy_version, self.cached_tokens)
+                == (other.logprobs, other.finish, other.policy_version, other.cached_tokens)
+            )
         )
 
 

@@ -65,21 +65,22 @@ def about_experts(model_config: PreTrainedConfig, config: Config) -> str:
     if experts is None:
         return ""
     said = (
-        f"{model_config.model_type} sends each token to {experts[1]} of {experts[0]} experts. Every rank computes all of them (parameters are "
-        "sharded, there is no expert parallelism)"
+        f"{model_config.model_type} sends each token to {experts[1]} of {experts[0]} experts. Every rank computes all of them: parameters "
+        "are sharded, there is no expert parallelism"
     )
     if config.algorithm.name == "sft":
         return said
     if config.training.replay_routing:
         return f"{said}. Tokens of actions go where the engine sent them; routing_gap is how many would not have"
     said += (
-        ". Engine and trainer may choose different ones for a token, above all in bfloat16: engine_gap_mean shows what that does to log-probs"
+        ". Engine and trainer may choose different ones for a token, above all in bfloat16: engine_gap_mean shows what that does to its "
+        "log-prob"
     )
     if config.engine.return_routed_experts:
         return f"{said}, routing_gap how often it happens; training.replay_routing=true takes the engine's choice"
     if config.algorithm.reward == "outcome" or why_not_replayed(model_config) is not None:
         return said
-    return f"{said}; training.replay_routing=true takes the engine's choice, engine.return_routed_experts=true measures how often they differ"
+    return f"{said}; engine.return_routed_experts=true measures how often, training.replay_routing=true takes the engine's choice"
 
 
 class Routing:
@@ -168,7 +169,7 @@ def routers_of(model: PreTrainedModel) -> list[tuple[int, nn.Module, nn.Module]]
     return found
 
 
-def _router_class(*architectures: type[PreTrainedModel]) -> type[nn.Module] | None:
+def _router_class(*architectures: type[nn.Module]) -> type[nn.Module] | None:
     """Of the modules that transformers itself reads router logits from, if they return what they chose, by one torch.topk. architectures:
     the causal language model, and the model in it."""
     for architecture in architectures:

@@ -24,7 +24,9 @@ class OffloadedCheckpoint:
         self._stream: torch.cuda.Stream | None = None  # for copies out
 
     def __call__(self, layer: Callable[..., Any], *inputs: Any) -> Any:
-        with saved_tensors_hooks(self._out, self._back):  # of the inputs; inside the layer checkpoint has hooks of its own
+        with saved_tensors_hooks(
+            self._out, self._back
+        ):  # of the inputs; inside the layer checkpoint has hooks of its own
             return checkpoint(layer, *inputs, use_reentrant=False)
 
     def _out(self, tensor: Tensor) -> tuple[torch.device, Tensor]:

@@ -34,7 +34,7 @@ class RankActions:
     """What one rank contributes to a step: every rank gets it, so that any rank can train on any action.
 
     trunks: the actions that are trained on, numbered from 0 on every rank. advantage_A, weight_A: float32 [A]. rollout_logp: the engine's
-    log-probs of each action's tokens, float32. routed: the experts that drew them (Completion.routed_experts), None where that is not known.
+    log-probs of each action's tokens, float32. routed: the experts that drew them (Completion.routed_experts), None where not known.
     """
 
     trunks: list[Trunk]

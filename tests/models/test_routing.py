@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from support.model_families import trees
 from support.small_models import SHAPE
@@ -19,8 +21,10 @@ from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.engines.local.engine import LocalEngine
 from swirl_fast.models.policy import DeviceComb, Policy
 from swirl_fast.models.routing import Replay, Routing, RoutingReader, about_experts, refuse_routing
+from swirl_fast.ranks import Ranks
 from swirl_fast.training import layers
 from swirl_fast.training.batch import routed_tokens
+from swirl_fast.training.fsdp import shard
 
 COMMON = {**SHAPE, "initializer_range": 0.3}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -30,6 +34,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Olmoe": {"num_experts": 6},
     "MiniMaxM2": {"num_local_experts": 6},
 }
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def build(family: str = "Mixtral") -> PreTrainedModel:
@@ -79,7 +90,9 @@ def run(policy: Policy, combs: list[Comb], recorded: set[tuple[int, ...]] | None
             seen.append(row.routing)
         values = policy(row)
         parts = [values[a:b] for a, b in zip(comb.offsets, comb.offsets[1:], strict=False)]
-        weights = [torch.linspace(1, 2, len(part)) * (1 + index % 3) for index, part in zip(comb.indices_A, parts, strict=True)]
+        weights = [
+            torch.linspace(1, 2, len(part)) * (1 + index % 3) for index, part in zip(comb.indices_A, parts, strict=True)
+        ]
         torch.stack([(w * part).sum() for w, part in zip(weights, parts, strict=True)]).sum().backward()
         logp |= {int(index): part.detach() for index, part in zip(comb.indices_A, parts, strict=True)}
     gradients = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
@@ -104,7 +117,9 @@ def recorded_in(comb: Comb) -> set[tuple[int, ...]]:
 def largest(one: dict, other: dict) -> float:
     """Difference, relative to the largest number of its tensor."""
     assert one.keys() == other.keys()
-    return max(float((one[key] - other[key]).abs().max() / (1 + other[key].abs().max())) for key in one if one[key].numel())
+    return max(
+        float((one[key] - other[key]).abs().max() / (1 + other[key].abs().max())) for key in one if one[key].numel()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,6 +138,19 @@ def test_a_comb_with_a_replayed_choice_equals_rows_with_it(family: str) -> None:
     experts = sum(hasattr(layer.mlp, "experts") for layer in policy.model.model.layers)
     assert compared == experts * len(recorded) and 0.5 < different / compared < 1
     assert any("gate.weight" in name and gradient.abs().max() > 0 for name, gradient in gradients.items())
+
+
+def test_shards_replay_too(one_rank: None) -> None:
+    """FSDP2 calls layers with its own hooks, and again in the backward pass."""
+    model, comb = build(), pack(trees()[0])
+    recorded = recorded_in(comb)
+    plain, policy = policy_of(model), policy_of(model, True, "full")
+    shard(policy, Ranks(0, 1, torch.device("cpu")))
+    (wanted, _, _), (found, _, (seen,)) = (run(one, [comb], recorded) for one in (plain, policy))
+    assert largest(wanted, found) < 1e-6 and seen.compared()[0] > 0
+    for one, other in zip(plain.parameters(), policy.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(other.grad.full_tensor(), one.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
@@ -161,7 +189,9 @@ def test_the_engines_own_choice_changes_nothing_and_that_of_other_weights_does()
             assert completion.routed_experts.shape == (len(completion.tokens), 3, 2)
             assert np.array_equal(np.sort(completion.routed_experts, -1), np.sort(wanted, -1))
     states = [
-        Trunk(np.array(tokens, np.int32), (SampledState(len(tokens), tuple(c.tokens for c in done), (2 * i, 2 * i + 1)),))
+        Trunk(
+            np.array(tokens, np.int32), (SampledState(len(tokens), tuple(c.tokens for c in done), (2 * i, 2 * i + 1)),)
+        )
         for i, (tokens, done) in enumerate(zip(prompts, results, strict=True))
     ]
     comb = pack(states)
@@ -183,7 +213,9 @@ def test_the_engines_own_choice_changes_nothing_and_that_of_other_weights_does()
 
 
 def test_of_several_records_of_one_token_the_first_counts() -> None:
-    trunk = Trunk(np.array([1, 2, 3], np.int32), (SampledState(3, tuple(np.array([t], np.int32) for t in (7, 8, 9)), (4, 5, 6)),))
+    trunk = Trunk(
+        np.array([1, 2, 3], np.int32), (SampledState(3, tuple(np.array([t], np.int32) for t in (7, 8, 9)), (4, 5, 6)),)
+    )
     comb = pack([trunk])
     records = [None, np.full((1, 1, 2), 3, np.uint8), np.full((1, 1, 2), 5, np.uint8)]
     assert routed_tokens(comb, records).tolist() == [[[-1, -1]], [[-1, -1]], [[3, 3]]]  # type: ignore[union-attr]

@@ -207,7 +207,9 @@ class Fake:
         self.sessions: bool = options.get("sessions", True)  # begin and end of an update, as from 0.5.21 on
         self.deterministic: bool = options.get("deterministic", False)
         self.saver: bool = options.get("saver", False)
-        self.routes: int = options.get("routes", 0)  # layers of which it returns the routed experts, two of eight a token
+        self.routes: int = options.get(
+            "routes", 0
+        )  # layers of which it returns the routed experts, two of eight a token
         self.released: set[str] = set()
         self.broken = ""
         self.weights = read_weights(model_path)

@@ -207,7 +207,9 @@ class Client:
             self._garbled("output_ids", tokens, "nothing after a stop token")
         cached = self._integer(meta, "cached_tokens", 0, len(request.tokens))
         routed = self._read_experts(meta, len(tokens), experts) if request.routed_experts and experts else None
-        return Completion(np.array(tokens, np.int32), logprobs, "stop" if stopped else "length", version, cached, routed)
+        return Completion(
+            np.array(tokens, np.int32), logprobs, "stop" if stopped else "length", version, cached, routed
+        )
 
     def _check_weights(self, meta: dict[str, Any], tag: str) -> None:
         """Raises StaleWeights for a completion of which any token comes from other weights than `tag`."""
@@ -254,12 +256,12 @@ class Client:
         name, given = "meta_info.routed_experts", meta.get("routed_experts")
         shape = (tokens, experts.layers, experts.visited)
         try:
-            found = np.frombuffer(base64.b64decode(given, validate=True), "<i4").reshape(shape)
+            found = np.frombuffer(base64.b64decode(given or "", validate=True), "<i4").reshape(shape)
         except (TypeError, ValueError):
             self._garbled(name, given, f"{shape} integers of 4 bytes, as base64")
         if found.min(initial=0) < 0 or found.max(initial=0) >= experts.total:
             self._garbled(name, f"{found.min()} to {found.max()}", f"numbers of {experts.total} experts, from 0")
-        return found.astype(np.uint8 if experts.total <= 256 else np.int16)
+        return found.astype(np.uint8) if experts.total <= 256 else found.astype(np.int16)
 
     def _check_prompt(self, meta: dict[str, Any], length: int) -> None:
         if self._integer(meta, "prompt_tokens", 0, None) != length:

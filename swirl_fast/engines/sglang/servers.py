@@ -107,9 +107,7 @@ class Servers:
             for number in range(config.launch.servers):
                 port, claim = claim_port(port, config.launch.host)
                 log = folder / f"server-{number}.log"
-                process = ServerProcess(
-                    launch, number, port, config.dtype, config.max_sequences, seed, key, log, claim
-                )
+                process = ServerProcess(launch, number, port, config.dtype, config.max_sequences, seed, key, log, claim)
                 client = Client(process.url, key, config.timeout, direct)
                 self.all.append(Server(client, Slots(config.max_sequences), process))
                 port += 1
@@ -437,7 +435,10 @@ class Servers:
 
 def _with_flags(config: EngineConfig) -> LaunchConfig:
     """How to start a server that can do what the settings ask of it."""
-    flags = [("--enable-memory-saver", config.share_gpu), ("--enable-return-routed-experts", config.return_routed_experts)]
+    flags = [
+        ("--enable-memory-saver", config.share_gpu),
+        ("--enable-return-routed-experts", config.return_routed_experts),
+    ]
     return replace(config.launch, flags=[*config.launch.flags, *(flag for flag, wanted in flags if wanted)])
 
 

@@ -3,8 +3,10 @@ they would not."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,31 @@ def test_a_server_that_does_not_release_is_named(serve, attach) -> None:
     with pytest.raises(EngineError, match=f"{server.url} does not release its memory.*told to refuse"):
         engine.release_memory()
     server.fake.weight_version = memory.bare(server.fake.weight_version)  # the real one would be dead
+
+
+@pytest.mark.parametrize("phase", ["release", "resume"])
+def test_an_interrupt_leaves_servers_of_others_whole(
+    serve, attach, model: Path, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(saver=True)
+    engine = attach(server, **SHARED)
+    if phase == "resume":
+        engine.release_memory()
+    begun, plain = threading.Event(), memory._rename
+
+    async def slow(*arguments: object) -> None:
+        await plain(*arguments)  # type: ignore[arg-type]
+        begun.set()
+        await asyncio.sleep(0.3)
+
+    monkeypatch.setattr(memory, "_rename", slow)
+    servers = engine._servers
+    future = engine._start(servers.release() if phase == "release" else servers.resume(memory.WEIGHTS))
+    begun.wait()
+    future.cancel()  # as Ctrl-C does
+    engine.close()
+    assert not server.fake.released and not server.fake.paused and not server.fake.broken
+    assert (server.fake.weight_version, server.fake.fingerprint) == ("swirl:0", original(model))
 
 
 @pytest.mark.parametrize("servers", [1, 2])

@@ -42,7 +42,11 @@ def test_completions_have_the_experts_that_drew_their_tokens(serve, attach, mode
             tokens = completion.tokens.tolist()
             wanted = np.array(routed(tokens, 2, len(tokens)), np.uint8).reshape(len(tokens), 2, 2)
             assert completion.routed_experts.dtype == np.uint8 and np.array_equal(completion.routed_experts, wanted)
-    starts = {e["body"].get("routed_experts_start_len") for e in server.fake.of("/generate") if e["body"]["sampling_params"]["max_new_tokens"]}
+    starts = {
+        e["body"].get("routed_experts_start_len")
+        for e in server.fake.of("/generate")
+        if e["body"]["sampling_params"]["max_new_tokens"]
+    }
     assert starts == {None, len(MANY[1].tokens) - 1}, "from the prompt's last token on"
 
 
