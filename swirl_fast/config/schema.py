@@ -362,6 +362,11 @@ class TrainingConfig:
     """Tokens of the longest state with its action; 0: the model's context."""
     activation_checkpointing: Checkpointing = "none"
     """Layers that run again in the backward pass instead of keeping their activations: none, all (full), or every second one."""
+    offload_activations: bool = False
+    """What checkpointed layers keep, their input, waits in CPU memory for the backward: for long paths (GPU only)."""
+    replay_routing: bool = False
+    """Of models with experts: a token goes to the experts that the rollout engine sent it to, also where the trainer's own scores, rounded
+    otherwise, would choose others."""
     shard_size: int = setting(0, minimum=0)
     """Ranks that share one copy of the parameters; several such groups are replicas (HSDP); 0: all ranks share one."""
     shard_accumulated_gradients: bool = False

@@ -39,6 +39,7 @@ class Request:
     seed: with the same weights, the same batch and the same machine, the same seed gives the same tokens; the n completions
     of one request differ from each other.
     cache_key: the trajectory's id; requests with one key share prefixes and should meet the same server.
+    routed_experts: whether the completions shall have theirs, of a model with experts.
     """
 
     tokens: Tokens
@@ -47,6 +48,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
     cache_key: str = ""
+    routed_experts: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +58,9 @@ class Completion:
     logprobs: natural log-probability of every token under softmax(logits / temperature), before top-p and top-k (temperature 0:
     of the plain softmax); same length as tokens.
     cached_tokens: how many of the request's tokens were not computed for this completion's request.
+    routed_experts: where asked for: the experts that drew each token, [tokens, decoder layers, experts a token visits], uint8, or int16 for
+    more than 256 experts; 0 in layers without experts. They are those of the token before it, whose pass gave its log-prob: the first
+    row is of the prompt's last token, and there is none of the last token, which was not computed.
     """
 
     tokens: NDArray[np.int32]
@@ -63,13 +68,20 @@ class Completion:
     finish: Literal["stop", "length"]
     policy_version: int
     cached_tokens: int = 0
+    routed_experts: NDArray[np.uint8] | NDArray[np.int16] | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Completion):
             return NotImplemented
-        return np.array_equal(self.tokens, other.tokens) and (
-            (self.logprobs, self.finish, self.policy_version, self.cached_tokens)
-            == (other.logprobs, other.finish, other.policy_version, other.cached_tokens)
+        routed, others = self.routed_experts, other.routed_experts
+        same = routed is others if routed is None or others is None else np.array_equal(routed, others)
+        return (
+            same
+            and np.array_equal(self.tokens, other.tokens)
+            and (
+                (self.logprobs, self.finish, self.policy_version, self.cached_tokens)
+                == (other.logprobs, other.finish, other.policy_version, other.cached_tokens)
+            )
         )
 
 
@@ -138,3 +150,16 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None: ...
+
+
+class SharedEngine(Engine, Protocol):
+    """An engine that lends the memory of its GPUs to the trainer (engine.share_gpu). The order is release_memory, update_weights,
+    resume_memory, and only then `generate`: after a release the engine is without weights."""
+
+    def release_memory(self) -> None:
+        """Gives the memory of weights and key/value cache back to the device."""
+        ...
+
+    def resume_memory(self) -> None:
+        """Takes it again, as far as `update_weights` has not."""
+        ...

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.shard_source import check_libraries, open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
+from swirl_fast.engines.engine import SharedEngine
 from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
@@ -31,6 +32,7 @@ from swirl_fast.models.lora import (
     keep_frozen_in,
 )
 from swirl_fast.models.policy import DeviceComb, Policy
+from swirl_fast.models.routing import Replay, about_experts, refuse_routing
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer, open_format, open_renderer
 from swirl_fast.rollouts.pipeline import RolloutPipeline
@@ -46,6 +48,7 @@ from swirl_fast.training.memory import estimate
 from swirl_fast.training.metrics_log import check_wandb
 from swirl_fast.training.resume import check_budget, model_settings, settings_of
 from swirl_fast.training.trainer import Trainer
+from swirl_fast.training.turns import lend
 from swirl_fast.training.utilization import GIB
 
 _MARKER = "trained.json"
@@ -63,6 +66,14 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     model_config = load_config(config.model)
     layers.check_layers(training, model_config, ranks.device)
     check_lora(config.model, model_config)
+    for key, wanted in (
+        ("training.replay_routing", training.replay_routing),
+        ("engine.return_routed_experts", config.engine.return_routed_experts),
+    ):
+        if wanted:
+            refuse_routing(model_config, key)
+    if config.engine.share_gpu and ranks.device.type != "cuda":
+        raise ConfigError("engine.share_gpu=true: this machine has no GPU that could be shared; leave it false")
     return model_config
 
 
@@ -123,6 +134,8 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
         policy = Policy(_with_adapters(model, config), training.temperature)
     if frozen:
         policy.requires_grad_(False)
+    elif training.replay_routing or config.engine.return_routed_experts:
+        Replay(policy.model, training.replay_routing)
     layers.prepare(policy, training)
     offload = frozen and training.reference_offload
     fsdp.shard(policy, ranks, compute, training.shard_size, offload)
@@ -258,6 +271,8 @@ def _open_rollouts(
     if config.algorithm.name != "sft":
         engine = load_engine(config, ranks.device, ranks=ranks)
         stack.callback(engine.close)
+        if config.engine.share_gpu:
+            lend(cast(SharedEngine, engine), ranks)  # the memory is for the trainer that is loaded next
         if config.algorithm.reward == "outcome":
             tools = {
                 name: stack.enter_context(
@@ -278,6 +293,8 @@ def _say_what_to_expect(config: Config, ranks: Ranks, stream: TrajectoryStream, 
             f"train: {count} trajectories passed the filter, fewer than training.trajectories_per_step={wanted}: every step repeats some, "
             "with fresh actions"
         )
+    if said := about_experts(model_config, config):
+        print(f"train: {said}")
     if ranks.device.type == "cuda":
         memory = torch.cuda.get_device_properties(ranks.device).total_memory / GIB
         needed = estimate(model_config, config, ranks.size if ranks.distributed else 0)

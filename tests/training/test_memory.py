@@ -298,6 +298,61 @@ def test_what_settings_change() -> None:
     assert saved[1] == pytest.approx((saved[0] + saved[2]) / 2)
 
 
+def test_phases_and_what_waits_in_cpu_memory() -> None:
+    shape, count = SHAPES["llama3-8b"], 8_030_261_248
+    settings = ["model.dtype=bfloat16", "engine.dtype=bfloat16", "engine.kind=sglang", "engine.share_gpu=true"]
+    found = estimate(shape, load(None, settings), 8)
+    alone = estimate(shape, load(None, settings[:-1]), 8)
+    assert (found.kept, found.step) == (alone.kept, alone.step) and not alone.sampling | alone.sync | alone.host
+    assert found.sampling == {"rollout weights": 2 * count}
+    assert found.sync == {"parameters": 4 * count / 8, "rollout weights": 2 * count, "bucket": 512 * 2**20}
+    assert found.host == {"parameters": 4 * count / 8, "optimizer": count, "reference": 2 * count / 8}
+    assert "; while the servers sample: rollout weights 15.0, and their cache; in the sync: parameters 3.7" in str(
+        found
+    )
+    settings = ["model.dtype=bfloat16", "training.activation_checkpointing=full"]
+    kept, moved = (
+        estimate(shape, load(None, [*settings, *more]), 8) for more in ((), ["training.offload_activations=true"])
+    )
+    assert moved.host == {"activations": kept.step["activations"]}
+    assert moved.step["activations"] == kept.step["activations"] * 2 / 32
+
+
+def test_the_longest_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = SHAPES["qwen2.5-1.5b"]
+    shape.save_pretrained(tmp_path)
+    settings = ["model.dtype=bfloat16", "engine.kind=sglang", "training.activation_checkpointing=full"]
+    config = load(None, settings)
+    tokens, found = memory.longest_path(shape, config, 0, 40 * GIB)
+    assert found.peak <= 40 * GIB < estimate(shape, load(None, [*settings, f"training.token_budget={tokens + 1}"])).peak
+    moved = load(None, [*settings, "training.offload_activations=true"])
+    assert memory.longest_path(shape, moved, 0, 40 * GIB)[0] > 1.2 * tokens
+    assert memory.longest_path(shape, config, 0, 4000 * GIB)[0] == shape.max_position_embeddings
+    line = ["--longest-path", "40", f"model.path={tmp_path}", *settings]
+    assert memory.main(line) == 0
+    assert capsys.readouterr().out.startswith(f"{tokens} tokens in 40 GiB, with training.token_budget={tokens}: 4")
+    assert memory.main(["--longest-path", "4", *line[2:]]) == 2
+    assert "4 GiB: before the first token training needs" in capsys.readouterr().err
+
+
+def test_the_table_of_longest_paths() -> None:
+    """docs/memory.md"""
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    modes = ["none", "selective", "full", "full training.offload_activations=true"]
+    common = ["model.dtype=bfloat16", "engine.kind=sglang", "engine.share_gpu=true"]
+    common += ["training.shard_accumulated_gradients=true"]
+    for row, name, ranks in (("Qwen2.5-1.5B, one GPU", "qwen2.5-1.5b", 0), ("Llama-3-8B, eight GPUs", "llama3-8b", 8)):
+        (found,) = re.findall(rf"^\| {row} \| (.*) \|$", page, re.MULTILINE)
+        model = memory.shapes(SHAPES[name])
+        for tokens, mode in zip(map(int, found.split(" | ")), modes, strict=True):
+            settings = [*common, *f"training.activation_checkpointing={mode}".split()]
+            fits, not_any_more = (
+                estimate(SHAPES[name], load(None, [*settings, f"training.token_budget={length}"]), ranks, model).peak
+                for length in (tokens, tokens + 1)
+            )
+            assert fits <= 72 * GIB < not_any_more, mode
+
+
 def test_the_command_needs_no_file_but_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     SHAPES["llama3-8b"].save_pretrained(tmp_path)
     model = [f"model.path={tmp_path}", "model.dtype=bfloat16"]

@@ -34,7 +34,16 @@ from swirl_fast.training.sharded_weights import Unsharded, empty_model, find_wei
 
 ONE, TWO, FOUR = (
     ["plain", "unchecked", "accumulated", "full", "selective", "compiled", "lora"],
-    ["plain", "accumulated", "accumulated_sharded", "offloaded", "resumed", "everything", "lora_resumed"],
+    [
+        "plain",
+        "accumulated",
+        "accumulated_sharded",
+        "offloaded",
+        "resumed",
+        "everything",
+        "lora_resumed",
+        "turns_resumed",
+    ],
     ["plain", "selective", "hsdp", "hsdp_accumulated", "hsdp_accumulated_sharded"],
 )
 
