@@ -19,7 +19,7 @@ _MULTIPLIED_BY = {
     "cohere2_moe": "logit_scale",
     "hyperclovax": "logits_scaling",
 }
-_DIVIDED_BY = {"granite": "logits_scaling", "granitemoe": "logits_scaling", "granitemoeshared": "logits_scaling"}
+_DIVIDED_BY = dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), "logits_scaling")
 
 
 def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrainedModel] | None) -> str | None:
@@ -32,13 +32,15 @@ def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrained
         return "it is an encoder-decoder, whose encoder reads in both directions"
     if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
         return "its attention is not causal: tokens would see what follows them"
-    kinds = {kind for key in _LAYER_KINDS for kind in getattr(text, key, None) or ()} - _ATTENTION
+    named = {kind for key in _LAYER_KINDS for kind in getattr(text, key, None) or ()}
+    kinds = named - _ATTENTION
     if kinds:
         return (
             f"it has layers of kind {', '.join(sorted(kinds))} (recurrent, linear, convolutional, chunked and sparse layers need more "
             "than the keys and values of single tokens)"
         )
-    if architecture is not None and getattr(architecture, "_is_stateful", False):
+    # a hybrid's class says so of all its models, those that have attention alone included
+    if not named and architecture is not None and getattr(architecture, "_is_stateful", False):
         return "its layers carry a state from token to token"
     if architecture is not None and not architecture._supports_attention_backend:
         return "transformers offers no way to replace its attention, which does not go through the attention interface"

@@ -88,7 +88,7 @@ def _try(model_type: str, window: bool) -> Row:
 
 
 def _tree(vocabulary: int) -> Trunk:
-    """Five rows of 26 tokens: teeth that begin alike, one that begins as the trunk goes on, windows of 6 tokens end inside and before them."""
+    """Five rows of 26 tokens: teeth that begin alike, and one that begins as the trunk goes on."""
     draw = np.random.default_rng(1)
     trunk, a, b, c = (draw.integers(3, vocabulary, n).astype(np.int32) for n in (20, 18, 12, 6))
     early = (a, np.concatenate([a[:7], b[:11]]), np.concatenate([trunk[8:13], b, a[:1]]))

@@ -36,8 +36,8 @@ def lost_window(model_config: PreTrainedConfig, told: Mapping[int, int | None], 
     for layer, window in enumerate(layer_windows(model_config)):
         if window is not None and window < longest_path and told.get(layer, window) is None:
             return (
-                f"layer {layer} has a sliding window of {window} tokens, which its attention is not told, and paths may have {longest_path} "
-                "tokens"
+                f"layer {layer} has a sliding window of {window} tokens, which its attention is not told, and paths may have "
+                f"{longest_path} tokens"
             )
     return None
 

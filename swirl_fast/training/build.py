@@ -169,9 +169,10 @@ def check_model(config: Config, ranks: Ranks, policy: Policy, longest_path: int)
     if not config.training.check_model:
         return {}
     found = compare(policy, ranks.device, longest_path)
+    computed_in = DTYPES[config.model.dtype] if ranks.distributed else torch.float32
     gaps = ranks.max(torch.tensor([found.logprob_gap, found.gradient_gap], dtype=torch.float64)).tolist()
     found = replace(found, logprob_gap=gaps[0], gradient_gap=gaps[1])  # the same on all ranks, and so is what follows
-    refuse_disagreement(found, policy.model.config.model_type, DTYPES[config.model.dtype])
+    refuse_disagreement(found, policy.model.config.model_type, computed_in)
     return {"model_check_logprob": found.logprob_gap, "model_check_gradient": found.gradient_gap}
 
 
