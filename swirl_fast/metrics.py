@@ -125,6 +125,7 @@ PHASES = {
     "optimizer": "clipping and the optimizer's step",
     "wait_for_rollout": "waiting for the next batch's actions (training.lag=1)",
     "weight_sync": "handing the new weights to the rollout engine",
+    "share_gpu": "moving engine and trainer in and out of the GPU's memory (engine.share_gpu)",
 }
 
 METRICS = (
@@ -177,6 +178,14 @@ METRICS = (
         "mean difference of the rollout engine's log-prob of a token and the trainer's; above training.max_engine_gap training stops",
     ),
     Metric("engine_gap_max", "nats", Max("gap_max"), "largest such difference"),
+    Metric(
+        "routing_gap",
+        "share",
+        Computed("choices of other experts / recorded choices, one a token and layer"),
+        "tokens that the trainer's router would send to other experts than the rollout engine did (engine.return_routed_experts); with "
+        "training.replay_routing they go where the engine sent them",
+        always=False,
+    ),
     Metric(
         "importance_truncated",
         "share",

@@ -18,6 +18,7 @@ from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.tree import Comb
 from swirl_fast.config import ConfigError
 from swirl_fast.models.exact import logit_scale, longest_exact_path, refuse_inexact
+from swirl_fast.models.routing import EXPERTS, Routing
 from swirl_fast.models.windows import layer_windows, refuse_lost_window
 from swirl_kernels.linear_logprob import linear_logprob
 from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
@@ -59,6 +60,7 @@ class DeviceComb:
         self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
         self.longest_path, self.row_ends = longest_path, row_ends
         self.told: dict[int, int | None] = {}
+        self.routing: Routing | None = None  # by the rollout engine
         self._plans: dict[int | None, TreePlan] = {}  # by sliding window
 
     @classmethod
@@ -233,21 +235,21 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x[index] if x.is_cuda else x.index_select(0, index)
 
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # one thing, by model type
-
-
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits."""
+    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits; of frozen weights
+    beside adapters two thirds, for they have no gradient of their own."""
     text = model.config.get_text_config()
     tables = {id(module.weight) for module in model.base_model.modules() if isinstance(module, nn.Embedding)}
-    total = next((n for key in _EXPERTS if (n := getattr(text, key, None))), 1)
+    total = next((n for key in EXPERTS if (n := getattr(text, key, None))), 1)
     visited = min(getattr(text, "num_experts_per_tok", None) or total, total) / total
+    frozen = 2 / 3 if {parameter.requires_grad for parameter in model.parameters()} == {True, False} else 1.0
     linear = 0.0
     for name, parameter in model.base_model.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in tables:
-            linear += parameter.numel() * (visited if ".experts." in name else 1.0)
+            work = 1.0 if parameter.requires_grad else frozen
+            linear += parameter.numel() * work * (visited if ".experts." in name else 1.0)
     heads = text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     attention = tuple((width, window) for window in layer_windows(model.config))
     head = model.get_output_embeddings().weight
-    return ModelSize(linear, attention, head.shape[0] * head.shape[1])
+    return ModelSize(linear, attention, round(head.shape[0] * head.shape[1] * (1.0 if head.requires_grad else frozen)))

@@ -41,9 +41,13 @@ def use_linear_logprob(trainer: Any, *, workspace_mb: float = 256) -> None:
     from trl import GRPOTrainer, RLOOTrainer
 
     if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
-        raise ValueError(f"{type(trainer).__name__} is no GRPOTrainer or RLOOTrainer; see add_linear_logprob_head for a model alone")
+        raise ValueError(
+            f"{type(trainer).__name__} is no GRPOTrainer or RLOOTrainer; see add_linear_logprob_head for a model alone"
+        )
     if is_deepspeed_zero3_enabled():
-        raise ValueError("DeepSpeed ZeRO-3 shards the output layer's weight between forward and backward; use FSDP2 or ZeRO-2")
+        raise ValueError(
+            "DeepSpeed ZeRO-3 shards the output layer's weight between forward and backward; use FSDP2 or ZeRO-2"
+        )
     for model, entropy in ((trainer.model, True), (trainer.ref_model, False)):
         if model is not None:
             add_linear_logprob_head(
@@ -154,4 +158,6 @@ def _balance(out: Any, config: Any, kwargs: dict[str, Any]) -> Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return load_balancing_loss_func(out.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
+    return load_balancing_loss_func(
+        out.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )

@@ -240,7 +240,9 @@ def _compute(
     if backend == "triton":
         from swirl_kernels.policy_loss.triton import policy_loss_triton
 
-        return policy_loss_triton(logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable)
+        return policy_loss_triton(
+            logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable
+        )
     return policy_loss_torch(logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable)
 
 
@@ -276,7 +278,11 @@ def _check(
         "weight": weight,
     }
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    allowed = {"advantage": ((segments,), (tokens,)), "importance": ((tokens,), (segments,)), "weight": ((tokens,), (segments,), ())}
+    allowed = {
+        "advantage": ((segments,), (tokens,)),
+        "importance": ((tokens,), (segments,)),
+        "weight": ((tokens,), (segments,), ()),
+    }
     for name, tensor in given.items():
         shapes = allowed.get(name, ((tokens,),))
         if tensor.shape not in shapes or not tensor.is_floating_point():

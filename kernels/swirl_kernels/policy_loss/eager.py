@@ -75,7 +75,9 @@ def policy_loss_torch(
             if spec.kl_importance:
                 through_ratio = kept(w * spec.kl_coef * kl)
                 shared = spec.ratio == "step"
-                gradient = gradient + (kept(spread(segment_sums(through_ratio, offsets) / count)) if shared else through_ratio)
+                gradient = gradient + (
+                    kept(spread(segment_sums(through_ratio, offsets) / count)) if shared else through_ratio
+                )
             loss = loss + kept(w * spec.kl_coef * kl)
             gradient = gradient + kept(w * spec.kl_coef * kl_slope)
     weighted = torch.where(omega != 0, ratio * omega, 0.0)
@@ -106,7 +108,11 @@ def _surrogate(
     if spec.clip == "sapo":
         tau = torch.where(advantage > 0, *(ratio.new_tensor(x) for x in spec.sapo))
         gate, other = torch.sigmoid(tau * (ratio - 1)), torch.sigmoid(tau * (1 - ratio))
-        return 4 / tau * gate * advantage, torch.where(other > 0, 4 * gate * other * ratio * advantage, 0.0), (nowhere,) * 3
+        return (
+            4 / tau * gate * advantage,
+            torch.where(other > 0, 4 * gate * other * ratio * advantage, 0.0),
+            (nowhere,) * 3,
+        )
     if spec.clip == "vespo":
         k, scale = (torch.where(advantage >= 0, *(ratio.new_tensor(x) for x in spec.vespo[i::2])) for i in range(2))
         phi = (scale.clamp(min=1e-4) * (1 - ratio) + k * log_ratio).exp()
