@@ -6,7 +6,7 @@ every training (training.check_model).
     branch b                 └──────
 
 The same weights are used twice, so that nothing is held a second time, and a sharded policy is checked as it is, in the type in which it
-gathers its weights; any other in the type of its weights, without autocast. Of gradients one copy is held as well: those of the rows are
+gathers its weights; any other in the type of its weights, without autocast where they have one type. Of gradients one copy is held as well: those of the rows are
 subtracted from those of the tree. No random number of the process is drawn.
 
 Legend: R rows, T tokens of a row.
@@ -112,9 +112,16 @@ def _rows(trunk: Trunk) -> list[np.ndarray]:
     return [np.concatenate([trunk.tokens[: s.length], action]) for s in trunk.states for action in s.actions]
 
 
+def stored_alike(policy: Policy) -> bool:
+    """Whether all weights have one type, so that matrix products need no autocast. Frozen ones beside adapters may have another."""
+    return len({parameter.dtype for parameter in policy.parameters()}) == 1
+
+
 @contextmanager
 def _without_autocast(policy: Policy) -> Iterator[None]:
-    policy.autocast, kept = None, policy.autocast
+    """Where it can be done without."""
+    kept = policy.autocast
+    policy.autocast = None if stored_alike(policy) else kept
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
-from swirl_fast.models.check import compare, refuse_disagreement
+from swirl_fast.models.check import compare, refuse_disagreement, stored_alike
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, resolve, stored_dtype
 from swirl_fast.models.lora import (
     WithoutAdapters,
@@ -169,7 +169,8 @@ def check_model(config: Config, ranks: Ranks, policy: Policy, longest_path: int)
     if not config.training.check_model:
         return {}
     found = compare(policy, ranks.device, longest_path)
-    computed_in = DTYPES[config.model.dtype] if ranks.distributed else torch.float32
+    in_float32 = not ranks.distributed and stored_alike(policy)
+    computed_in = torch.float32 if in_float32 else DTYPES[config.model.dtype]
     gaps = ranks.max(torch.tensor([found.logprob_gap, found.gradient_gap], dtype=torch.float64)).tolist()
     found = replace(found, logprob_gap=gaps[0], gradient_gap=gaps[1])  # the same on all ranks, and so is what follows
     refuse_disagreement(found, policy.model.config.model_type, computed_in)
