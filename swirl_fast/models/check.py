@@ -6,8 +6,8 @@ every training (training.check_model).
     branch b                 └──────
 
 The same weights are used twice, so that nothing is held a second time, and a sharded policy is checked as it is, in the type in which it
-gathers its weights; any other in the type of its weights, without autocast where they have one type. Of gradients one copy is held as well: those of the rows are
-subtracted from those of the tree. No random number of the process is drawn.
+gathers its weights; any other in the type of its weights, without autocast where they have one type. Of gradients one copy is held as
+well: those of the rows are subtracted from those of the tree. No random number of the process is drawn.
 
 Legend: R rows, T tokens of a row.
 """
