@@ -97,7 +97,7 @@ def small_tree(policy: Policy) -> Trunk:
     text = policy.model.config.get_text_config()
     short = [w for w in layer_windows(policy.model.config) if w is not None and w + _TOKENS <= _LONGEST]
     limits = [getattr(text, "max_position_embeddings", None), policy.longest_path]
-    length = min(_TOKENS + max(short, default=0), *(limit for limit in limits if limit))
+    length = min([_TOKENS + max(short, default=0), *(limit for limit in limits if limit)])
     first, second = max(length // 3, 1), max(2 * length // 3, 1)
     draw = np.random.default_rng(0)
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
