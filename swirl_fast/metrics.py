@@ -284,6 +284,20 @@ METRICS = (
         "model FLOPs utilization of the whole step",
         always=False,
     ),
+    Metric(
+        "model_check_logprob",
+        "nats a token",
+        Same(),
+        "before the first step: mean difference of a log-prob over a small tree of prefixes and over separate rows (training.check_model)",
+        always=False,
+    ),
+    Metric(
+        "model_check_gradient",
+        "",
+        Same(),
+        "likewise: norm of the difference of the two gradients / norm of the gradient",
+        always=False,
+    ),
     Metric("memory_gib", "GiB", Max("memory_gib"), "peak since the start: of tensors on a GPU, else of the process"),
     Metric("seconds", "seconds", Max("seconds"), "the whole step"),
     Metric(

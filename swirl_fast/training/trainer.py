@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from swirl_fast.exits import Resumable
 from swirl_fast.files import describe_changes
 from swirl_fast.metrics import PhaseTimer
 from swirl_fast.models.load import DTYPES
-from swirl_fast.models.policy import Policy, model_size
+from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.objective import Actions, advantages, counts, imitation_advantages, trajectory_advantages, weights
 from swirl_fast.ranks import Ranks, shared_store
 from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
@@ -48,7 +49,8 @@ Metrics = dict[str, float]
 class Trainer:
     """restore() goes to where the newest checkpoint is, run() from there to `training.steps`; train_step() is one step by itself.
 
-    reference: None without a KL term. settings: what the result depends on; a checkpoint of other settings is refused.
+    reference: None without a KL term. settings: what the result depends on; a checkpoint of other settings is refused. checked: metrics of
+    the model's check, which every row repeats.
     """
 
     def __init__(
@@ -56,16 +58,18 @@ class Trainer:
         config: Config,
         ranks: Ranks,
         policy: Policy,
-        reference: Policy | None,
+        reference: Callable[[DeviceComb], Tensor] | None,
         rollouts: RolloutPipeline,
         settings: dict[str, Any],
+        checked: Mapping[str, float] | None = None,
     ) -> None:
         self.config, self.ranks, self.settings = config, ranks, settings
+        self.checked = dict(checked or {})
         self.policy, self.reference = policy, reference
         self.rollouts, self.engine = rollouts, rollouts.engine
         training = config.training
         self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=training.learning_rate,
             betas=(training.betas[0], training.betas[1]),
             weight_decay=training.weight_decay,
@@ -73,7 +77,8 @@ class Trainer:
         )
         self.turns: Turns | None = None
         if config.engine.share_gpu and self.engine is not None:
-            self.turns = Turns(cast(SharedEngine, self.engine), policy, reference, self.optimizer, ranks)
+            whole = reference if isinstance(reference, Policy) else None  # not the policy without its adapters
+            self.turns = Turns(cast(SharedEngine, self.engine), policy, whole, self.optimizer, ranks)
         if self.engine is not None:
             max_context = self.engine.max_context
         else:
@@ -244,6 +249,7 @@ class Trainer:
             "steps_without_signal": self.guards.counts.steps_without_signal / self.step,
             "seconds_hidden": hidden,
             **{f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()},
+            **self.checked,
             **rewards_by_task(self.ranks, batch, self.rollouts.tasks),
         }
         metrics = step_metrics(together, given, updates, self.peak, self.ranks.size)

@@ -310,6 +310,7 @@ def _attend_from_cache(
         raise ValueError(f"{type(module).__name__} has attention sinks, which are not implemented")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
+    swirl.cache.told[layer] = sliding_window
     return swirl.attend(layer, query[0], key[0], value[0], scale, softcap, sliding_window)[None], None
 
 

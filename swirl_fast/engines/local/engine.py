@@ -33,6 +33,7 @@ from swirl_fast.engines.local.sampling import sample_tokens
 from swirl_fast.engines.local.sequences import Generation, Prompt, begin_generation
 from swirl_fast.models.exact import ropes_by_length, why_not_shared
 from swirl_fast.models.routing import RoutingReader
+from swirl_fast.models.windows import lost_window
 from swirl_fast.prefixes import common_prefix
 
 # In one pass. CPU: plain linear layers reach 190 GFLOP/s (2 Zen 4 cores, float32); 1,024: 160, 64: 131.
@@ -295,6 +296,9 @@ class LocalEngine:
             (completion,) = self.generate([Request(prompt, Sampling(max_new_tokens=4, temperature=0.0))])[0]
         except Exception as error:
             raise ValueError(f"LocalEngine cannot run {name}: {error}") from error
+        reason = lost_window(self._model.config, self._cache.told, self.max_context)
+        if reason is not None:
+            raise ValueError(f"LocalEngine cannot run {name}: {reason}; serve it with SGLang")
         self._model.set_attn_implementation("eager")  # the definition; "sdpa" leaves Gemma 2's soft-cap out
         tokens = torch.tensor([[*prompt, *completion.tokens.tolist()]], device=self._device)
         logits = self._model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
