@@ -102,8 +102,8 @@ def open_stream(config: Config, ranks: Ranks) -> TrajectoryStream:
     return stream
 
 
-def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
-    """The policy, or the frozen reference, ready to run on these ranks. Collective.
+def make_policy(config: Config, ranks: Ranks, frozen: bool = False, routed: bool = True) -> Policy:
+    """The policy, or the frozen reference, ready to run on these ranks. Collective. routed: with what the settings ask of its routers.
 
     Under torchrun every rank reads only its own part of the weights, where the files allow it; rank 0 says so where they do not.
     """
@@ -134,7 +134,7 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
         policy = Policy(_with_adapters(model, config), training.temperature)
     if frozen:
         policy.requires_grad_(False)
-    elif training.replay_routing or config.engine.return_routed_experts:
+    elif routed and (training.replay_routing or config.engine.return_routed_experts):
         Replay(policy.model, training.replay_routing)
     layers.prepare(policy, training)
     offload = frozen and training.reference_offload
@@ -336,7 +336,7 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path, ada
     recorded, wanted = recorded_state(source)["settings"]["model"], model_settings(config)
     if recorded != wanted:
         raise ConfigError(f"{source} was trained from another model: {describe_changes(recorded, wanted, 'model')}")
-    policy = make_policy(config, ranks)
+    policy = make_policy(config, ranks, routed=False)
     load_weights(source, policy)
     tokenizer, taken = load_tokenizer(config.model), source.resolve().name
     if not adapter:
