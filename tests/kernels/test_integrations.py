@@ -81,7 +81,10 @@ def soft(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda x: 0.3 * x, r"small logits are 0\.3 times the product\)\. Use the model's own logits with selective_logprob"),
+        (
+            lambda x: 0.3 * x,
+            r"small logits are 0\.3 times the product\)\. Use the model's own logits with selective_logprob",
+        ),
         (soft, "off by .* of the largest logit"),
         (lambda x: x - x.amax(-1, keepdim=True), "its logits are not scale"),
         (lambda x: x[..., :-1], r"logits of shape \(3, 96\) from a weight of shape \(97, 32\)"),

@@ -72,7 +72,9 @@ def test_two_processes_equal_trls_own(tmp_path: Path) -> None:
 def test_batch_size_bounds_what_is_computed_at_once(tmp_path: Path) -> None:
     made = trainer("Cohere", tmp_path, True)
     rows = []
-    made.model.model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    made.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     ids = torch.randint(3, 90, (5, 9))
     options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=4, compute_entropy=True)
     whole = made._get_per_token_logps_and_entropies(made.model, **options)
@@ -110,7 +112,9 @@ def test_shift_labels_items_and_the_experts_balance_are_those_of_trl() -> None:
         assert model(input_ids=ids, labels=labels).logits.shape == (2, 8, 97)  # without the flag: its own forward
     for theirs, ours in zip(*outputs, strict=True):
         for name in ("loss", "log_probs", "entropy", "label_mask", "aux_loss"):
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
     for theirs, ours in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

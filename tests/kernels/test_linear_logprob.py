@@ -353,7 +353,9 @@ def test_backward_under_autocast_multiplies_as_its_forward_did() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-@pytest.mark.parametrize("operation", [linear_logprob, naive_linear_logprob, selective_logprob, naive_selective_logprob])
+@pytest.mark.parametrize(
+    "operation", [linear_logprob, naive_linear_logprob, selective_logprob, naive_selective_logprob]
+)
 def test_targets_of_any_width_are_the_same_tokens(operation: Any, dtype: torch.dtype) -> None:
     """In 8 unsigned bits the token 156 looks like -100."""
     hidden, weight, _, targets = inputs(30, 200, 4)

@@ -111,7 +111,12 @@ def test_gradient_by_differences() -> None:
     """Against nothing that shares a formula with it; smooth specs only, since sg is no derivative of a value."""
     for ratio, kl, clip in itertools.product(("token", "step"), ("none", "k1", "k2", "k3"), ("ppo", "sapo")):
         spec = PolicyLossSpec(
-            ratio=ratio, clip=clip, kl=kl, kl_coef=0.0 if kl == "none" else 0.5, kl_importance=kl == "k3", correction="tis"
+            ratio=ratio,
+            clip=clip,
+            kl=kl,
+            kl_coef=0.0 if kl == "none" else 0.5,
+            kl_importance=kl == "k3",
+            correction="tis",
         )
         arguments = case(spec, lengths=(3, 0, 1, 4), advantage="token")
         logp = arguments.pop("logp").requires_grad_()
@@ -300,9 +305,15 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
         ({"clip": "vespo", "ratio": "step_sum", "vespo": (1.0, -1.0, 1.0, 1.0)}, "vespo is "),
         ({"clip": "sapo", "sapo": (0.0, 1.0)}, "sapo is "),
         ({"kl_importance": True}, "kl_importance with kl='none'"),
-        ({"kl_importance": True, "kl": "k3", "ratio": "step", "clip": "cispo"}, "kl_importance with kl='k3', ratio='step'"),
+        (
+            {"kl_importance": True, "kl": "k3", "ratio": "step", "clip": "cispo"},
+            "kl_importance with kl='k3', ratio='step'",
+        ),
         ({"correction_gate": "step"}, "correction_gate is 'step' with correction='none'"),
-        ({"correction_gate": "all", "correction": "mask"}, "correction_gate is 'all'; use one of token, step, step_mean"),
+        (
+            {"correction_gate": "all", "correction": "mask"},
+            "correction_gate is 'all'; use one of token, step, step_mean",
+        ),
         ({"correction_low": 2.0}, "correction_low is 2.0 and correction_high 2.0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -266,7 +266,9 @@ def test_verl_sapo_by_its_paper(rollout_is: Any) -> None:
         weight = (batch.old - batch.rollout).exp().clamp(max=1.05) if rollout_is else 1.0
         return AGGREGATE["seq-mean-token-mean"](-gate * A * weight, batch.mask)
 
-    batch.agree(verl_preset("sapo", tau_pos=1.3, tau_neg=1.9, rollout_is=rollout_is, rollout_is_threshold=1.05), formula)
+    batch.agree(
+        verl_preset("sapo", tau_pos=1.3, tau_neg=1.9, rollout_is=rollout_is, rollout_is_threshold=1.05), formula
+    )
 
 
 @pytest.mark.parametrize("kl", list(KL))
@@ -455,7 +457,9 @@ def test_trl_trainer_with_its_newer_losses(grpo_trainer: Any, loss_type: Any, so
 def test_trl_trainer_with_bias_corrected_kl(grpo_trainer: Any, loss_type: Any, level: Any) -> None:
     if (loss_type, level) == ("cispo", "sequence"):
         with pytest.raises(ValueError, match="kl_importance with kl='k3', ratio='step', clip='cispo'"):
-            trl_preset("cispo", epsilon_high=1.07, beta=0.1, importance_sampling_level=level, use_bias_correction_kl=True)
+            trl_preset(
+                "cispo", epsilon_high=1.07, beta=0.1, importance_sampling_level=level, use_bias_correction_kl=True
+            )
         return
     batch = Batch(2)
     settings: dict[str, Any] = {"loss_type": loss_type, "epsilon": EPS, "importance_sampling_level": level, "beta": 0.3}

@@ -66,7 +66,9 @@ def test_every_spec_against_float64(part: int) -> None:
 def test_soft_clips_importance_and_gates_against_float64() -> None:
     for i, (spec, importance) in enumerate(SOFT):
         lengths = (0, BLOCK + 45, 1)
-        arguments = case(spec, seed=i, lengths=lengths, importance=importance, dtype=torch.float32, device=DEVICE, **kinds(i))
+        arguments = case(
+            spec, seed=i, lengths=lengths, importance=importance, dtype=torch.float32, device=DEVICE, **kinds(i)
+        )
         expected = results(naive_policy_loss, spec, exact(arguments))
         assert_close(results(policy_loss, spec, poisoned(arguments)), expected, 2e-5, (spec, importance))
 

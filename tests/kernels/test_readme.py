@@ -12,13 +12,22 @@ import torch
 from support.paths import ROOT
 from support.small_models import SHAPE, train_tokenizer
 
-HEADINGS = ("Tree attention", "Linear log-probabilities", "The output head of a model", "In a TRL trainer", "In verl", "In OpenRLHF")
+HEADINGS = (
+    "Tree attention",
+    "Linear log-probabilities",
+    "The output head of a model",
+    "In a TRL trainer",
+    "In verl",
+    "In OpenRLHF",
+)
 HEADINGS += ("In a loop of your own",)
 
 
 def example(heading: str) -> dict[str, Any]:
     """Runs the section's Python and returns its names."""
-    section = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "kernels" / "README.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    )
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names: dict[str, Any] = {"__name__": "readme"}
     exec(compile(code, f"kernels/README.md: {heading}", "exec"), names)

@@ -154,7 +154,9 @@ SOFT += [
 ]
 SOFT += [
     (
-        PolicyLossSpec(correction=word, correction_level=level, correction_gate=gate, correction_low=0.97, correction_high=1.05),
+        PolicyLossSpec(
+            correction=word, correction_level=level, correction_gate=gate, correction_low=0.97, correction_high=1.05
+        ),
         "none",
     )
     for word, level, gate in (

@@ -38,11 +38,15 @@ def _tokenizer() -> Any:
     return train_tokenizer(["what is two and two", "say a word"])
 
 
-def trainer(family: str, folder: Path, ours: bool, *, model: dict[str, Any] | None = None, **settings: Any) -> GRPOTrainer:
+def trainer(
+    family: str, folder: Path, ours: bool, *, model: dict[str, Any] | None = None, **settings: Any
+) -> GRPOTrainer:
     """Two updates a batch and a KL term, so that ratios and gradients are not those of the first step alone."""
     tokenizer = _tokenizer()
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **FAMILIES[family], **(model or {}), "vocab_size": len(tokenizer)})
+    config = getattr(transformers, f"{family}Config")(
+        **{**SHAPE, **FAMILIES[family], **(model or {}), "vocab_size": len(tokenizer)}
+    )
     policy = getattr(transformers, f"{family}ForCausalLM")(config)
     for parameter in policy.parameters():
         if parameter.dim() == 1:

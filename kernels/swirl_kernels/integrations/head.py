@@ -24,10 +24,24 @@ from torch import Tensor, nn
 from swirl_kernels.linear_logprob import linear_logprob
 
 # Granite divides by what HyperCLOVA multiplies by: of each number its reciprocal is a candidate too.
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")  # Cohere; Granite; Falcon-H1; Muse
+SCALES = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)  # Cohere; Granite; Falcon-H1; Muse
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma, nanochat; RecurrentGemma
-SIZES = (1.0, 30.0, 1000.0)  # largest |hidden weight^T| of the rows: a cap of 50 bends the second by 10 % and ends the third
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest logit
+SIZES = (
+    1.0,
+    30.0,
+    1000.0,
+)  # largest |hidden weight^T| of the rows: a cap of 50 bends the second by 10 % and ends the third
+TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+}  # of the largest logit
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,9 @@ def _probe(model: nn.Module, backbone: nn.Module, weight: Tensor, bias: Tensor |
     noise = torch.randn(len(SIZES), weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
     tops = F.linear(noise.to(weight.dtype), weight.detach()).abs().amax(1, keepdim=True).float()
     if not (tops > 0).all():
-        raise ValueError(f"{type(model).__name__}: the output layer's weight is zero or not finite; load the weights first")
+        raise ValueError(
+            f"{type(model).__name__}: the output layer's weight is zero or not finite; load the weights first"
+        )
     probe = (noise / tops * torch.tensor(SIZES, device=weight.device)[:, None]).to(weight.dtype)
     replaced = []
 

@@ -41,9 +41,13 @@ def use_linear_logprob(trainer: Any, *, workspace_mb: float = 256) -> None:
     from trl import GRPOTrainer, RLOOTrainer
 
     if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
-        raise ValueError(f"{type(trainer).__name__} is no GRPOTrainer or RLOOTrainer; see add_linear_logprob_head for a model alone")
+        raise ValueError(
+            f"{type(trainer).__name__} is no GRPOTrainer or RLOOTrainer; see add_linear_logprob_head for a model alone"
+        )
     if is_deepspeed_zero3_enabled():
-        raise ValueError("DeepSpeed ZeRO-3 shards the output layer's weight between forward and backward; use FSDP2 or ZeRO-2")
+        raise ValueError(
+            "DeepSpeed ZeRO-3 shards the output layer's weight between forward and backward; use FSDP2 or ZeRO-2"
+        )
     for model, entropy in ((trainer.model, True), (trainer.ref_model, False)):
         if model is not None:
             add_linear_logprob_head(
@@ -117,7 +121,7 @@ def _fused(
     targets = targets.to(weight.device)
     exact = torch.autocast(hidden.device.type, enabled=False) if cast else nullcontext()
     with exact:
-        found = linear_logprob(
+        found = linear_logprob(  # type: ignore[call-overload]
             (hidden.float() if cast else hidden).flatten(0, 1),
             weight.float() if cast else weight,
             targets.flatten(),
@@ -149,9 +153,11 @@ def _whole(parameter: Any) -> Any:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def _balance(out: Any, config: Any, kwargs: dict[str, Any]) -> Tensor:
+def _balance(out: Any, config: Any, kwargs: dict[str, Any]) -> Any:
     """The load-balancing loss of a mixture of experts, as TRL takes it."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return load_balancing_loss_func(out.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
+    return load_balancing_loss_func(
+        out.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )

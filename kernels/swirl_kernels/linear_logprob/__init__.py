@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swirl_kernels.backend import choose_backend
-from swirl_kernels.linear_logprob.targets import wide_targets
 from swirl_kernels.linear_logprob.autograd import LinearLogprob, Settings
+from swirl_kernels.linear_logprob.targets import wide_targets
 
 
 @overload
@@ -109,7 +109,17 @@ def linear_logprob(
     """
     targets = wide_targets(targets)
     settings = _checked(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, valid_vocab, entropy, ignore_index, workspace_mb
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        valid_vocab,
+        entropy,
+        ignore_index,
+        workspace_mb,
     )
     backend = choose_backend("linear_logprob", hidden, settings.compute_dtype)
     per_row = temperature.detach() if isinstance(temperature, Tensor) else None

@@ -14,5 +14,7 @@ def wide_targets(targets: Tensor) -> Tensor:
     if targets.dtype in (torch.int32, torch.int64):
         return targets
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; give integers {list(targets.shape)}")
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; give integers {list(targets.shape)}"
+        )
     return targets.long()

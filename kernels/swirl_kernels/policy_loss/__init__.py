@@ -150,10 +150,10 @@ def naive_policy_loss(
         elif spec.clip == "cispo":
             f = clipped_r.detach() * A * now
         elif spec.clip == "sapo":
-            tau = torch.where(A > 0, *A.new_tensor(spec.sapo))
+            tau = torch.where(A > 0, A.new_tensor(spec.sapo[0]), A.new_tensor(spec.sapo[1]))
             f = 4 / tau * torch.sigmoid(tau * (r - 1)) * A
         elif spec.clip == "vespo":
-            k, scale = (torch.where(A >= 0, *A.new_tensor(spec.vespo[i::2])) for i in range(2))
+            k, scale = A.new_tensor(spec.vespo).view(2, 2)[(A < 0).long()].unbind(1)
             f = r**k * (scale.clamp(min=1e-4) * (1 - r)).exp() * A * now
         else:
             f = torch.minimum(r * A, clipped_r * A)
@@ -240,7 +240,9 @@ def _compute(
     if backend == "triton":
         from swirl_kernels.policy_loss.triton import policy_loss_triton
 
-        return policy_loss_triton(logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable)
+        return policy_loss_triton(
+            logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable
+        )
     return policy_loss_torch(logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable)
 
 
@@ -276,7 +278,11 @@ def _check(
         "weight": weight,
     }
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    allowed = {"advantage": ((segments,), (tokens,)), "importance": ((tokens,), (segments,)), "weight": ((tokens,), (segments,), ())}
+    allowed = {
+        "advantage": ((segments,), (tokens,)),
+        "importance": ((tokens,), (segments,)),
+        "weight": ((tokens,), (segments,), ()),
+    }
     for name, tensor in given.items():
         shapes = allowed.get(name, ((tokens,),))
         if tensor.shape not in shapes or not tensor.is_floating_point():

@@ -282,7 +282,12 @@ def openrlhf_preset(
     their own. Its guards, not repeated: |logp - old_logp| <= 20, and 1e-8 added to token counts.
     Raises ValueError for a word OpenRLHF does not know.
     """
-    corrections: dict[str | None, Correction] = {None: "none", "tis": "tis", "icepop": "icepop", "seq-mask-tis": "icepop"}
+    corrections: dict[str | None, Correction] = {
+        None: "none",
+        "tis": "tis",
+        "icepop": "icepop",
+        "seq-mask-tis": "icepop",
+    }
     estimators: dict[str | None, Kl] = {None: "none", "k1": "k1", "k2": "k2", "k3": "k3"}
     low, high = is_correction_threshold
     kl = _word("kl_estimator", kl_estimator, estimators)

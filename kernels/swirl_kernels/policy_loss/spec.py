@@ -103,18 +103,24 @@ class PolicyLossSpec:
     def _check_gate_and_soft_clips(self) -> None:
         if self.correction_gate is not None:
             if self.correction_gate not in get_args(Level):
-                raise ValueError(f"correction_gate is {self.correction_gate!r}; use one of {', '.join(get_args(Level))}")
+                raise ValueError(
+                    f"correction_gate is {self.correction_gate!r}; use one of {', '.join(get_args(Level))}"
+                )
             if self.correction not in ("icepop", "mask"):
                 raise ValueError(
                     f"correction_gate is {self.correction_gate!r} with correction={self.correction!r}; only icepop and mask reject"
                 )
         if (self.ratio == "step_sum") != (self.clip == "vespo"):
-            raise ValueError(f"ratio is {self.ratio!r} with clip={self.clip!r}; 'step_sum' and 'vespo' go with each other")
+            raise ValueError(
+                f"ratio is {self.ratio!r} with clip={self.clip!r}; 'step_sum' and 'vespo' go with each other"
+            )
         if self.clip == "vespo" and self.correction != "none":
             raise ValueError(
                 f"correction is {self.correction!r} with clip='vespo', which takes weights into its ratio; pass them as importance="
             )
-        if self.kl_importance and (self.kl == "none" or self.clip == "vespo" or (self.ratio, self.clip) == ("step", "cispo")):
+        if self.kl_importance and (
+            self.kl == "none" or self.clip == "vespo" or (self.ratio, self.clip) == ("step", "cispo")
+        ):
             raise ValueError(
                 f"kl_importance with kl={self.kl!r}, ratio={self.ratio!r}, clip={self.clip!r}; it needs a KL term and a ratio that has "
                 "a gradient"

@@ -177,10 +177,7 @@ def _checked_plan(
         if subtree_end is not None and (
             subtree_end.shape != plan.subtree_end.shape
             # Comparing the values on a GPU would make every layer wait for the device.
-            or (
-                subtree_end.device.type == "cpu"
-                and not torch.equal(subtree_end.long(), plan.subtree_end.long())
-            )
+            or (subtree_end.device.type == "cpu" and not torch.equal(subtree_end.long(), plan.subtree_end.long()))
         ):
             raise ValueError("the plan was made for another subtree_end; call tree_plan once per packing")
     if k.shape[1] != plan.num_keys or q.shape[1] != plan.num_queries:
