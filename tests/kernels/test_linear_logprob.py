@@ -27,6 +27,7 @@ SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing 
     with_bias=st.booleans(),
     temperature=st.sampled_from([1.0, 0.6, "per row"]),
     softcap=st.sampled_from([None, None, 1.5]),
+    logit_scale=st.sampled_from([1.0, 0.0625, 3.0]),
     which=st.sampled_from(["logp", "entropy only", "both", "logp of both"]),
     ignored=st.sampled_from([0.0, 0.3]),
     zeros=st.sampled_from([0.0, 0.2, 0.7]),
@@ -34,7 +35,7 @@ SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing 
     tile=st.sampled_from([(7, 16), (1024, 4096)]),
 )
 def test_equals_naive(
-    rows, vocab, size, padding, with_bias, temperature, softcap, which, ignored, zeros, workspace_mb, tile
+    rows, vocab, size, padding, with_bias, temperature, softcap, logit_scale, which, ignored, zeros, workspace_mb, tile
 ) -> None:
     hidden, weight, bias, targets = inputs(rows, vocab + padding, size, ignored=ignored, valid=vocab)
     targets[0] = vocab - 1
@@ -44,6 +45,7 @@ def test_equals_naive(
         bias=bias if with_bias else None,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         valid_vocab=vocab if padding else None,
         g=None if which == "entropy only" else upstream(rows, 1, zeros),
         h=None if which == "logp" else upstream(rows, 2, zeros),
@@ -66,7 +68,7 @@ def test_equals_naive(
 def test_gradcheck(softcap: float | None, temperature: Any) -> None:
     hidden, weight, bias, targets = inputs(4, 7, 3)
     targets[2] = -100
-    options = dict(softcap=softcap, temperature=temperature, entropy=True, workspace_mb=0.0005)
+    options = dict(softcap=softcap, temperature=temperature, logit_scale=0.3, entropy=True, workspace_mb=0.0005)
     assert torch.autograd.gradcheck(
         lambda x, w, b: linear_logprob(x, w, targets, bias=b, **options), (hidden, weight, bias)
     )
@@ -76,7 +78,7 @@ def test_gradcheck(softcap: float | None, temperature: Any) -> None:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_other_dtypes_against_float64_of_the_same_numbers(dtype, tolerance, workspace_mb) -> None:
     hidden, weight, bias, targets = inputs(700, 3001, 48, ignored=0.1)
-    options = dict(g=upstream(700, 1), h=upstream(700, 2), temperature=0.8)
+    options = dict(g=upstream(700, 1), h=upstream(700, 2), temperature=0.8, softcap=2.0, logit_scale=0.5)
     exact = rounded(dtype, hidden, weight, bias)
     expected = results(naive_linear_logprob, *exact[:2], targets, bias=exact[2], **options)
     cast = [x.detach().to(dtype).requires_grad_() for x in exact]
@@ -387,6 +389,8 @@ def test_wrong_arguments_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatc
     refused(r"temperature\[2\] is -1", hidden, weight, targets, temperature=torch.tensor([1.0, 1, -1, 1, 1, 1]))
     refused("without gradient", hidden, weight, targets, temperature=torch.ones(6, requires_grad=True))
     refused("softcap is 0", hidden, weight, targets, softcap=0.0)
+    for scale in (0.0, -1.0, math.inf, math.nan, torch.tensor(2.0)):
+        refused("logit_scale is .*; use a positive finite float", hidden, weight, targets, logit_scale=scale)
     refused("workspace_mb is 0", hidden, weight, targets, workspace_mb=0)
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")
     refused("linear_logprob in torch.float64 has no Triton kernel", hidden, weight, targets)

@@ -2,11 +2,14 @@
 
 Legend: N predicted rows, H hidden size, V vocabulary.
 
-    logits z = capped(hidden weight^T + bias) / temperature
+    logits z = capped(logit_scale (hidden weight^T + bias)) / temperature
     logp     = z[target] - logsumexp(z)             d logp / dz    = onehot(target) - p
     entropy  = logsumexp(z) - sum(p z)              d entropy / dz = -p (log p + entropy)
 
-Left out: label smoothing, gradients through the temperature, double backward.
+A soft-cap c of scaled logits is s (c / s) tanh(x / (c / s)): a logit scale s is a soft-cap c / s and a temperature divided by s, so
+that no kernel knows of it.
+
+Left out: label smoothing, gradients through temperature and logit scale, double backward.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ def linear_logprob(
     bias: Tensor | None = ...,
     temperature: float | Tensor = ...,
     softcap: float | None = ...,
+    logit_scale: float = ...,
     valid_vocab: int | None = ...,
     entropy: Literal[False] = ...,
     ignore_index: int = ...,
@@ -46,6 +50,7 @@ def linear_logprob(
     bias: Tensor | None = ...,
     temperature: float | Tensor = ...,
     softcap: float | None = ...,
+    logit_scale: float = ...,
     valid_vocab: int | None = ...,
     entropy: Literal[True],
     ignore_index: int = ...,
@@ -61,6 +66,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     entropy: bool = False,
     ignore_index: int = -100,
@@ -73,6 +79,8 @@ def linear_logprob(
     targets: integer [N], in [0, valid_vocab), or ignore_index.
     temperature: positive float, or a floating tensor [N] with one per row (no gradient). Divides the logits.
     softcap: logits become softcap * tanh(logits / softcap) before the temperature (Gemma 2: 30). None: no cap.
+    logit_scale: positive float that the model multiplies hidden weight^T + bias with, before the cap (Cohere: logit_scale;
+        Granite: 1 / logits_scaling). No gradient.
     valid_vocab: only the first so many rows of weight are tokens, the rest is padding without probability or gradient.
     entropy: also return the entropy of each row's distribution in nats.
     ignore_index: rows with this target return 0 and pass back exactly zero, whatever they hold (NaN included).
@@ -99,10 +107,12 @@ def linear_logprob(
     dropped for being small.
     """
     settings = _checked(
-        hidden, weight, targets, bias, temperature, softcap, valid_vocab, entropy, ignore_index, workspace_mb
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, valid_vocab, entropy, ignore_index, workspace_mb
     )
     backend = choose_backend("linear_logprob", hidden, settings.compute_dtype)
     per_row = temperature.detach() if isinstance(temperature, Tensor) else None
+    if per_row is not None and logit_scale != 1.0:
+        per_row = per_row.to(settings.statistics) / logit_scale
     logp, entropies = LinearLogprob.apply(hidden, weight, bias, targets, per_row, settings, backend)
     return (logp, entropies) if entropy else logp
 
@@ -115,6 +125,7 @@ def naive_linear_logprob(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     entropy: bool = False,
     ignore_index: int = -100,
@@ -122,7 +133,7 @@ def naive_linear_logprob(
     """The same from full logits; the reference to check by eye."""
     live = targets != ignore_index
     logits = F.linear(hidden[live], weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logit_scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / (temperature[live][:, None] if isinstance(temperature, Tensor) else temperature)
@@ -141,6 +152,7 @@ def _checked(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    logit_scale: float,
     valid_vocab: int | None,
     entropy: bool,
     ignore_index: int,
@@ -166,6 +178,8 @@ def _checked(
         raise ValueError(f"valid_vocab is {valid_vocab}; weight has {vocab} rows, so it must lie in [1, {vocab}]")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; use a positive number, or None for no cap")
+    if isinstance(logit_scale, Tensor) or not 0 < logit_scale < float("inf"):
+        raise ValueError(f"logit_scale is {logit_scale}; use a positive finite float (it has no gradient)")
     if not workspace_mb > 0:
         raise ValueError(f"workspace_mb is {workspace_mb}; use a positive number of MiB")
     live = targets != ignore_index
@@ -190,8 +204,8 @@ def _checked(
         raise ValueError(f"temperature is {temperature}; it must be positive and finite (greedy has no distribution)")
     return Settings(
         compute_dtype=_compute_dtype(hidden, weight),
-        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
-        softcap=softcap,
+        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature) / logit_scale,
+        softcap=None if softcap is None else softcap / logit_scale,
         valid_vocab=valid_vocab,
         entropy=entropy,
         ignore_index=ignore_index,
