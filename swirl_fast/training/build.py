@@ -20,8 +20,10 @@ from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
 from swirl_fast.models.check import compare, refuse_disagreement
+from swirl_fast.models.exact import context_of, refuse_inexact
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, stored_dtype
 from swirl_fast.models.policy import Policy
+from swirl_fast.models.rows import open_policy
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer, open_format, open_renderer
 from swirl_fast.rollouts.pipeline import RolloutPipeline
@@ -53,6 +55,7 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     check_wandb(training)
     model_config = load_config(config.model)
     layers.check_layers(training, model_config, ranks.device)
+    refuse_inexact(model_config, training.sharing)
     return model_config
 
 
@@ -91,7 +94,7 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
     if not ranks.distributed:
         # FSDP gathers parameters in the compute type; one process casts them under autocast. Either way they are stored in float32.
         autocast = compute if compute != torch.float32 else None
-        policy = Policy(load_model(config.model, "float32"), training.temperature, autocast)
+        policy = open_policy(load_model(config.model, "float32"), training.temperature, autocast, training.sharing)
         weights = None
     else:
         # what is never stepped can be stored in the type in which it is gathered: the same numbers
@@ -106,7 +109,7 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
             if ranks.main:
                 print(f"train: model.path={config.model.path}: {reasons[0]}; every rank loads the whole model first")
             model, weights = load_model(config.model, dtype), None
-        policy = Policy(model, training.temperature)
+        policy = open_policy(model, training.temperature, sharing=training.sharing)
     if frozen:
         policy.requires_grad_(False)
     layers.prepare(policy, training)
@@ -128,7 +131,7 @@ def check_model(config: Config, ranks: Ranks, policy: Policy, longest_path: int)
     found = compare(policy, ranks.device, longest_path)
     gaps = ranks.max(torch.tensor([found.logprob_gap, found.gradient_gap], dtype=torch.float64)).tolist()
     found = replace(found, logprob_gap=gaps[0], gradient_gap=gaps[1])  # the same on all ranks, and so is what follows
-    refuse_disagreement(found, policy.model.config.model_type, DTYPES[config.model.dtype])
+    refuse_disagreement(found, policy.model.config.model_type, DTYPES[config.model.dtype], policy.padded)
     return {"model_check_logprob": found.logprob_gap, "model_check_gradient": found.gradient_gap}
 
 
@@ -186,13 +189,14 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     }
     if read_json(config.folder / "model" / _MARKER) == marker:
         return Training(config, ranks, None, None, marker)
+    check_budget(config, stream.manifest, context_of(model_config))  # once more when an engine says what it can do
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
     judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=list(parts_of(task).values()), form=form)
     stack.callback(close_judge, judge)
     renderer = open_renderer(config.model)
     tokenizer = renderer.tokenizer
     rollouts = _open_rollouts(config, ranks, stream, task, judge, renderer, form, stack)
-    context = rollouts.engine.max_context if rollouts.engine else model_config.get_text_config().max_position_embeddings
+    context = rollouts.engine.max_context if rollouts.engine else context_of(model_config)
     check_budget(config, stream.manifest, context)
     if ranks.main:
         _say_what_to_expect(config, ranks, stream, model_config)

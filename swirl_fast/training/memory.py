@@ -7,7 +7,7 @@ S ranks that share one copy; c bytes of the compute type, r of the residual stre
 the hidden state, of all query heads, of all key/value heads, of the gated MLP.
 
 Not in it: the allocator's fragmentation, CUDA's context (about 1 GiB), nccl's buffers; and what compiled layers or liger-kernel
-save. Experts count as many as a token visits. SGLang's servers are other processes: on a GPU that one shares with the trainer it takes
+save; activations of models that are trained over padded rows. Experts count as many as a token visits. SGLang's servers are other processes: on a GPU that one shares with the trainer it takes
 engine.launch.memory_fraction of what is free when it starts, and some GiB for its own work.
 """
 
@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from swirl_fast.config import Config, ConfigError, load
+from swirl_fast.models.exact import why_not_packed
 from swirl_fast.models.load import DTYPES, load_config
 from swirl_fast.training.fsdp import layers_of
 from swirl_fast.training.utilization import GIB
@@ -36,6 +37,7 @@ class Estimate:
 
     kept: dict[str, float]
     step: dict[str, float]
+    unknown: str = ""  # what is not in it, and why
 
     @property
     def peak(self) -> float:
@@ -43,7 +45,8 @@ class Estimate:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in (self.kept | self.step).items() if size)
-        return f"{self.peak / GIB:.1f} GiB a rank: {parts}"
+        more = f", and {self.unknown}" if self.unknown else ""
+        return f"{self.peak / GIB:.1f} GiB a rank: {parts}{more}"
 
 
 def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> Estimate:
@@ -65,11 +68,13 @@ def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> 
     if config.algorithm.kl_coef > 0 and not training.reference_offload:
         kept["reference"] = float((c if distributed else 4) * count) / shared
     text = model_config.get_text_config()
+    own = why_not_packed(model_config) is not None  # layers of other shapes
     if config.engine.kind == "local" and config.algorithm.name != "sft":  # which samples nothing
+        kept["rollout weights"] = float(engine * count)
+    if "rollout weights" in kept and not own:
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         kv = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
-        kept["rollout weights"] = float(engine * count)
         kept["rollout cache"] = 2.0 * len(layers) * kv * engine * config.engine.cache_tokens
 
     step = {}
@@ -80,6 +85,8 @@ def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> 
             step["accumulated gradients"] = 4.0 * count
     elif c != 4:
         step["cast weights"] = float(c * count)
+    if own:
+        return Estimate(kept, step, f"activations, which are not known for model type {model_config.model_type}")
     tokens = training.token_budget
     saved, working = _activations(model_config, layers, c, r, training.activation_checkpointing)
     log_probs = min(LOGITS_WORKSPACE / tokens, 4 * text.vocab_size) + 3 * 4 * text.hidden_size
