@@ -258,8 +258,8 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """All but the output layer."""
-    return model.get_decoder() if model.base_model is model else model.base_model
+    """All but the output layer. Llama 4 names it otherwise than its class says."""
+    return model.model if model.base_model is model else model.base_model
 
 
 def attention_width(text: PreTrainedConfig) -> int:
