@@ -16,18 +16,20 @@ from swirl_fast.metrics import read_metrics
 
 # every turn without a call is an answer, so that random weights act, and some are rewarded
 JUDGE = """
-def even(step):
-    return len(step.action_text) % 2 == 0
+def remainder(step):
+    return sum(map(ord, step.action_text)) % 7 / 7
 """
 SETTINGS = (
     "actions.format=native",
     "actions.answer=message",
-    "judge.kind=even.py:even",
+    "judge.kind=judge.py:remainder",
     "tasks.limit=2",
     "tasks.eval_limit=2",
-    "collect.trajectories_per_question=2",
+    "collect.trajectories_per_question=1",
     "collect.max_action_tokens=8",
+    "training.steps=1",
     "training.trajectories_per_step=2",
+    "training.group_size=3",
     "training.max_action_tokens=8",
 )
 
@@ -43,7 +45,7 @@ def test_a_model_that_cannot_share_prefixes_runs_all_stages(
     small = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "initializer_range": 0.1}
     build_unshared(family, **small).save_pretrained(tmp_path / "model")
     own_folder(tmp_path, tmp_path / "model")
-    (tmp_path / "even.py").write_text(JUDGE, encoding="utf-8")
+    (tmp_path / "judge.py").write_text(JUDGE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     command = ["run", "--config", "mine.yaml", *SETTINGS]
 
@@ -53,18 +55,15 @@ def test_a_model_that_cannot_share_prefixes_runs_all_stages(
 
     done = start([*command, "training.sharing=false"])
     run = tmp_path / "runs" / "r"
-    metrics = read_metrics(run)
-    assert len(metrics) == 2
-    for entry in metrics:
-        assert entry["engine_gap_mean"] < 1e-4 and entry["model_check_logprob"] < 1e-4
-        assert entry["tokens_computed"] >= entry["tokens_effective"] - entry["actions"], "a row each, and padding"
-    assert any(entry["grad_norm"] > 0 for entry in metrics)
+    (metrics,) = read_metrics(run)
+    assert metrics["engine_gap_mean"] < 1e-4 and metrics["model_check_logprob"] < 1e-4 and metrics["grad_norm"] > 0
+    assert metrics["tokens_computed"] >= metrics["tokens_effective"] - metrics["actions"], "a row each, and padding"
     assert done.stdout.count("engine: no prefix cache for this model: it") >= 1
     summary = read_json(run / "summary.json")
     assert summary and summary["base"]["questions"] == summary["trained"]["questions"] == 2
     assert AutoModelForCausalLM.from_pretrained(run / "model").config.model_type == build_unshared(family).config.model_type
 
-    narrow = ("training.sharing=false", "training.steps=3", "training.token_budget=40")
+    narrow = ("training.sharing=false", "training.steps=2", "training.token_budget=40")
     refused = attempt(["train", *command[1:], *narrow])
     assert refused.returncode == 2 and "training.token_budget=40: trajectory" in refused.stderr, refused.stderr
     assert "set it to at least" in refused.stderr

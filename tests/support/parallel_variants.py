@@ -60,6 +60,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hsdp": ("training.shard_size=2",),
     "hsdp_accumulated": ("training.shard_size=2", MICRO),
     "hsdp_accumulated_sharded": ("training.shard_size=2", MICRO, EVERY),
+    "rows": ("training.sharing=false",),
+    "rows_accumulated_resumed": ("training.sharing=false", MICRO, "training.activation_checkpointing=selective"),
+    "padded": ("training.sharing=false",),
+    "padded_accumulated_resumed": ("training.sharing=false", "training.token_budget=400"),
     "refilled": ("training.refill=true",),
     "refilled_resumed": ("training.refill=true",),
 }
