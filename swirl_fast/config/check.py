@@ -48,6 +48,7 @@ def check(config: Config, files: bool = True) -> None:
     _check_data(config, values)
     if files:
         _check_files(config, values)
+    _check_lora(config, values)
     _check_engine(config, values)
     _check_stages(config, values)
     _check_conversations(config, values)
@@ -155,6 +156,27 @@ def _check_files(config: Config, values: _Values) -> None:
     model = config.search.model
     if model and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         values.fail("search.model", "no such folder")
+
+
+def _check_lora(config: Config, values: _Values) -> None:
+    lora = config.model.lora
+    if lora.rank is None:
+        for entry in dataclasses.fields(lora):
+            if getattr(lora, entry.name) != getattr(type(lora)(), entry.name):
+                values.fail(
+                    f"model.lora.{entry.name}", "without model.lora.rank nothing has an adapter: set it, e.g. to 16"
+                )
+        return
+    if lora.dropout:
+        values.fail(
+            "model.lora.dropout",
+            "training computes what actions share once, and all of them would get the same inputs dropped: it would not be exact; use 0",
+        )
+    if config.training.reference_offload:
+        values.fail(
+            "training.reference_offload",
+            "with model.lora.rank the reference is the policy with its adapters off, and takes no memory; leave it false",
+        )
 
 
 def _check_engine(config: Config, values: _Values) -> None:

@@ -41,6 +41,21 @@ class RunConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters: training changes them alone, and model.path's own weights stay as they are (docs/lora.md)."""
+
+    rank: int | None = setting(None, minimum=1)
+    """Of the two matrices beside each adapted layer; such as 16. null: no adapters, all weights are trained. Adapters want a larger
+    training.learning_rate, about ten times that of all weights."""
+    alpha: float = setting(32.0, above=0)
+    """What the two matrices make is scaled by alpha / rank."""
+    dropout: float = setting(0.0, minimum=0, below=1)
+    """Only 0: what actions share is computed once, so that dropping inputs at random would not be exact."""
+    targets: list[str] = field(default_factory=list)
+    """Which linear layers get an adapter, by the ends of their names, as [q_proj, v_proj]. Empty: all but the output layer."""
+
+
+@dataclass
 class ModelConfig:
     """The language model that acts and is trained."""
 
@@ -54,6 +69,7 @@ class ModelConfig:
     thinking: Literal["keep", "off"] = "keep"
     """Of models that think before they act. keep: thoughts are sampled, trained on, and stay in the states of later actions. off: the chat
     template opens turns without thoughts."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

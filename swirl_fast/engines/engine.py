@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor
 
+from swirl_fast.models.lora import Merged
+
 Tokens = Sequence[int] | NDArray[np.integer]
 
 
@@ -111,8 +113,10 @@ class EngineStats:
     decode_seconds: float = 0.0
 
 
-def whole(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def whole(tensor: torch.Tensor | Merged, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The tensor in `dtype` (None: its own), gathered where it is sharded: then a collective of all its ranks."""
+    if isinstance(tensor, Merged):
+        return tensor.whole().to(dtype or tensor.dtype)
     tensor = tensor.detach().to(dtype or tensor.dtype)  # cast first: less to send
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -127,8 +131,8 @@ class Engine(Protocol):
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """After it no completion comes from older weights, nor from a stale cache. Tensors may be sharded (DTensor): then all ranks call
-        this, and gather in the order of names. Raises KeyError for unknown or missing names, ValueError for a wrong shape; then
-        nothing has changed."""
+        this, and gather in the order of names. Or promises of one (Merged), which `whole` makes as well. Raises KeyError for unknown or
+        missing names, ValueError for a wrong shape; then nothing has changed."""
         ...
 
     def stats(self) -> EngineStats: ...

@@ -45,16 +45,18 @@ class Agreement:
     worst: str
 
 
-def compare(policy: Policy, device: torch.device | str = "cpu", longest_path: int = 0) -> Agreement:
+def compare(
+    policy: Policy, device: torch.device | str = "cpu", longest_path: int = 0, trunk: Trunk | None = None
+) -> Agreement:
     """A small tree through the policy and through its own model. Collective for a sharded policy; gradients must be unset, and are so
     afterwards.
 
-    longest_path: tokens of the longest path that there will be; 0: of this tree. Raises ConfigError as `Policy.forward` does, and for a
+    longest_path: tokens of the longest path that there will be; 0: of this tree. trunk: another tree, of equally long paths. Raises ConfigError as `Policy.forward` does, and for a
     window shorter than longest_path that a layer's attention is not told.
     """
-    trunk = small_tree(policy)
+    trunk = trunk or small_tree(policy)
     rows_RT = torch.tensor(np.stack(_rows(trunk)), dtype=torch.int64, device=device)
-    lengths = [state.length for state in trunk.states]
+    lengths = [state.length for state in trunk.states for _ in state.actions]
     packed = DeviceComb.of(pack_rows([trunk], padded=True) if policy.padded else pack([trunk]), device)
     # compiled layers would be compiled a second time for another attention
     with torch.compiler.set_stance("force_eager"), torch.enable_grad():
@@ -103,7 +105,9 @@ def small_tree(policy: Policy) -> Trunk:
     first, second = max(length // 3, 1), max(2 * length // 3, 1)
     draw = np.random.default_rng(0)
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
-    tokens, a, b = (draw.integers(vocabulary, size=n).astype(np.int32) for n in (second, length - first, length - second))
+    tokens, a, b = (
+        draw.integers(vocabulary, size=n).astype(np.int32) for n in (second, length - first, length - second)
+    )
     return Trunk(tokens, (SampledState(first, (a,), (0,)), SampledState(second, (b,), (1,))))
 
 

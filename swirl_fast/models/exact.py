@@ -71,7 +71,7 @@ def why_not_packed(model_config: PreTrainedConfig) -> str | None:
     values = getattr(text, "v_head_dim", None)
     keys = (getattr(text, "qk_nope_head_dim", 0) or 0) + (getattr(text, "qk_rope_head_dim", 0) or 0)
     if values and keys and values != keys:
-        return f"its keys have {keys} dimensions a head and its values {values}, which tree attention needs alike"
+        return f"its keys have {keys} dimensions a head and its values {values}"
     return None
 
 
@@ -145,7 +145,13 @@ def refuse_inexact(model_config: PreTrainedConfig, sharing: bool = True) -> None
     for key, value in text.to_dict().items():
         random = any(part in key for part in ("dropout", "pdrop", "layerdrop", "jitter"))
         # the heads of classifiers and of summaries are no part of a causal language model
-        if random and "classif" not in key and not key.startswith("summary_") and isinstance(value, int | float) and value > 0:
+        if (
+            random
+            and "classif" not in key
+            and not key.startswith("summary_")
+            and isinstance(value, int | float)
+            and value > 0
+        ):
             refuse(
                 f"{key}={value} makes log-probs random, unlike those of the engine and of a resumed run; set it to 0 in the model's "
                 "config.json"

@@ -284,17 +284,19 @@ def attention_windows(text: PreTrainedConfig) -> list[int | None]:
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits, of a layer that
-    keeps a state its matrices."""
+    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits; of a layer that
+    keeps a state its matrices; of frozen weights beside adapters two thirds, for they have no gradient of their own."""
     text = model.config.get_text_config()
     decoder = decoder_of(model)
     tables = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
     total = next((n for key in _EXPERTS if (n := getattr(text, key, None))), 1)
     visited = min(getattr(text, "num_experts_per_tok", None) or total, total) / total
+    frozen = 2 / 3 if {parameter.requires_grad for parameter in model.parameters()} == {True, False} else 1.0
     linear = 0.0
     for name, parameter in decoder.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in tables:
-            linear += parameter.numel() * (visited if ".experts." in name else 1.0)
+            work = 1.0 if parameter.requires_grad else frozen
+            linear += parameter.numel() * work * (visited if ".experts." in name else 1.0)
     attention = tuple((attention_width(text), window) for window in attention_windows(text))
     head = model.get_output_embeddings().weight
-    return ModelSize(linear, attention, head.shape[0] * head.shape[1])
+    return ModelSize(linear, attention, round(head.shape[0] * head.shape[1] * (1.0 if head.requires_grad else frozen)))

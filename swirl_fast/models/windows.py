@@ -23,17 +23,17 @@ def layer_windows(model_config: PreTrainedConfig) -> list[int | None]:
 
 
 def lost_window(model_config: PreTrainedConfig, told: Mapping[int, int | None], longest_path: int) -> str | None:
-    """Which layer called no attention, or called it without the window that the configuration gives it where paths of `longest_path`
-    tokens are longer than that, as half a sentence; None: no layer.
+    """Which layer called no attention although its kind is one, or called it without the window that the configuration gives it where
+    paths of `longest_path` tokens are longer than that, as half a sentence; None: no layer.
 
     told: layer -> the window that its attention was told in a forward. A window that only the attention knows of is no error: the model
     has it from elsewhere.
     """
-    windows = layer_windows(model_config)
-    if len(told) < len(windows):
-        silent = next(layer for layer in range(len(windows)) if layer not in told)
-        return f"layer {silent} calls no attention that can be replaced"
-    for layer, window in enumerate(windows):
+    kinds = getattr(model_config.get_text_config(), "layer_types", None) or ()
+    for layer, kind in enumerate(kinds):
+        if layer not in told:
+            return f"layer {layer}, of kind {kind}, calls no attention that can be replaced"
+    for layer, window in enumerate(layer_windows(model_config)):
         if window is not None and window < longest_path and told.get(layer, window) is None:
             return (
                 f"layer {layer} has a sliding window of {window} tokens, which its attention is not told, and paths may have {longest_path} "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.shard_source import check_libraries, open_shards
@@ -21,8 +22,16 @@ from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
 from swirl_fast.models.check import compare, refuse_disagreement
 from swirl_fast.models.exact import context_of, refuse_inexact
-from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, stored_dtype
-from swirl_fast.models.policy import Policy
+from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, resolve, stored_dtype
+from swirl_fast.models.lora import (
+    WithoutAdapters,
+    adapted_layers,
+    add_adapters,
+    check_lora,
+    frozen_in_compute_type,
+    keep_frozen_in,
+)
+from swirl_fast.models.policy import DeviceComb, Policy
 from swirl_fast.models.rows import open_policy
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer, open_format, open_renderer
@@ -34,7 +43,7 @@ from swirl_fast.tasks.task import Task
 from swirl_fast.tools import open_tools
 from swirl_fast.training import fsdp, layers, sharded_weights
 from swirl_fast.training.checkpoint import load_weights, named, recorded_state
-from swirl_fast.training.export import export
+from swirl_fast.training.export import export, export_adapter
 from swirl_fast.training.memory import estimate
 from swirl_fast.training.metrics_log import check_wandb
 from swirl_fast.training.resume import check_budget, model_settings, settings_of
@@ -56,6 +65,7 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     model_config = load_config(config.model)
     layers.check_layers(training, model_config, ranks.device)
     refuse_inexact(model_config, training.sharing)
+    check_lora(config.model, model_config)
     return model_config
 
 
@@ -94,11 +104,15 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
     if not ranks.distributed:
         # FSDP gathers parameters in the compute type; one process casts them under autocast. Either way they are stored in float32.
         autocast = compute if compute != torch.float32 else None
-        policy = open_policy(load_model(config.model, "float32"), training.temperature, autocast, training.sharing)
+        model = _with_adapters(load_model(config.model, "float32"), config)
+        if frozen_in_compute_type(config.model, load_config(config.model)):
+            keep_frozen_in(compute, model)
+        policy = open_policy(model, training.temperature, autocast, training.sharing)
         weights = None
     else:
         # what is never stepped can be stored in the type in which it is gathered: the same numbers
-        dtype = config.model.dtype if frozen else "float32"
+        small = frozen or frozen_in_compute_type(config.model, load_config(config.model))
+        dtype = config.model.dtype if small else "float32"
         model, weights, reason = None, None, ""
         try:
             model = sharded_weights.empty_model(config.model, dtype)
@@ -109,15 +123,31 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
             if ranks.main:
                 print(f"train: model.path={config.model.path}: {reasons[0]}; every rank loads the whole model first")
             model, weights = load_model(config.model, dtype), None
-        policy = open_policy(model, training.temperature, sharing=training.sharing)
+        policy = open_policy(_with_adapters(model, config), training.temperature, sharing=training.sharing)
     if frozen:
         policy.requires_grad_(False)
     layers.prepare(policy, training)
     offload = frozen and training.reference_offload
     fsdp.shard(policy, ranks, compute, training.shard_size, offload)
     if weights is not None:
-        sharded_weights.fill(policy, weights, torch.device("cpu") if offload else ranks.device)
+        sharded_weights.fill(policy, weights, torch.device("cpu") if offload else ranks.device, config.run.seed)
     return policy
+
+
+def make_reference(config: Config, ranks: Ranks, policy: Policy) -> Callable[[DeviceComb], Tensor] | None:
+    """What the policy was before training; None where the loss has no KL term. Collective. With adapters it is the policy itself, with
+    them off."""
+    if config.algorithm.kl_coef == 0:
+        return None
+    if config.model.lora.rank is not None:
+        return WithoutAdapters(policy)
+    return make_policy(config, ranks, frozen=True)
+
+
+def _with_adapters(model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    if config.model.lora.rank is not None:
+        add_adapters(model, config.model.lora, config.run.seed)
+    return model
 
 
 def check_model(config: Config, ranks: Ranks, policy: Policy, longest_path: int) -> dict[str, float]:
@@ -201,8 +231,10 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     if ranks.main:
         _say_what_to_expect(config, ranks, stream, model_config)
     policy = make_policy(config, ranks)
+    if ranks.main and config.model.lora.rank is not None:
+        _say_what_is_trained(config, policy)
     checked = check_model(config, ranks, policy, training.max_path_tokens or context)
-    reference = make_policy(config, ranks, frozen=True) if config.algorithm.kl_coef > 0 else None
+    reference = make_reference(config, ranks, policy)
     trainer = Trainer(config, ranks, policy, reference, rollouts, settings, checked)
     stack.callback(trainer.close)
     trainer.restore()
@@ -256,6 +288,15 @@ def _say_what_to_expect(config: Config, ranks: Ranks, stream: TrajectoryStream, 
         print(f"train: the GPU has {memory:.1f} GiB; estimated need {needed}")
 
 
+def _say_what_is_trained(config: Config, policy: Policy) -> None:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+    trained, total = sum(size for size, own in sizes if own), sum(size for size, _ in sizes)
+    print(
+        f"train: {trained:,} of {total:,} parameters are trained ({100 * trained / total:.2g} %): adapters of rank "
+        f"{config.model.lora.rank} at {len(adapted_layers(policy))} linear layers"
+    )
+
+
 def _export(
     config: Config, target: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks
 ) -> None:
@@ -264,11 +305,17 @@ def _export(
     export(target, policy, tokenizer, ranks, dtype=dtype, source=source)
 
 
-def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> None:
-    """Writes the weights of `checkpoints/NAME` (best, step_000020) to `target`, a Hugging Face folder. Collective.
+def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path, adapter: bool = False) -> None:
+    """Writes the weights of `checkpoints/NAME` (best, step_000020) to `target`, a Hugging Face folder, or their adapters alone, a folder
+    of peft's. Collective.
 
     Raises ConfigError when the checkpoint is of another model or `target` is there already, ValueError when it is not there or damaged.
     """
+    if adapter and config.model.lora.rank is None:
+        raise ConfigError(
+            "--adapter: without model.lora.rank all weights were trained, and there is no adapter; leave it out"
+        )
+    check_lora(config.model, load_config(config.model))
     if target.exists():
         raise ConfigError(f"{target} is already there; remove it, or name another folder with --out")
     source = named(config.folder / "checkpoints", name)
@@ -277,6 +324,15 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> 
         raise ConfigError(f"{source} was trained from another model: {describe_changes(recorded, wanted, 'model')}")
     policy = make_policy(config, ranks)
     load_weights(source, policy)
-    _export(config, target, policy, load_tokenizer(config.model), ranks)
+    tokenizer, taken = load_tokenizer(config.model), source.resolve().name
+    if not adapter:
+        _export(config, target, policy, tokenizer, ranks)
+        said = f"the weights of {taken}, to be evaluated with --of {target}"
+    else:
+        folder, wanted = local_folder(config.model), config.training.export_dtype
+        dtype = torch.float32 if wanted == "source" else getattr(torch, wanted)  # as they are trained: they are small
+        base = str(folder.absolute()) if Path(resolve(config.model.path)).is_dir() else config.model.path
+        export_adapter(target, policy, config.model.lora, base, tokenizer, ranks, dtype, folder)
+        said = f"the adapters of {taken}, to be loaded onto {base} by peft"
     if ranks.main:
-        print(f"export: {target} holds the weights of {source.resolve().name}, to be evaluated with --of {target}")
+        print(f"export: {target} holds {said}")

@@ -18,10 +18,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from swirl_fast.config import ConfigError, TrainingConfig
+from swirl_fast.engines.engine import whole
+from swirl_fast.models.lora import named_weights
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
 
@@ -101,7 +102,7 @@ def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
 
 
 def full_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """(name in the transformers model, whole tensor) of every parameter, one at a time; a collective: all ranks must iterate."""
-    for name, parameter in policy.model.named_parameters():
-        tensor = parameter.detach()
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """(name in the transformers model, whole tensor) of every parameter, with its adapter where it has one, one at a time; a
+    collective: all ranks must iterate."""
+    for name, weight in named_weights(policy.model):
+        yield name, whole(weight)

@@ -4,7 +4,8 @@
 
 Legend: P parameters of the model, L of its largest decoder layer, R of everything outside the layers (embeddings, output layer);
 S ranks that share one copy; c bytes of the compute type, r of the residual stream; T tokens of a micro-batch; H, Q, KV, I widths of
-the hidden state, of all query heads, of all key/value heads, of the gated MLP.
+the hidden state, of all query heads, of all key/value heads, of the gated MLP. With model.lora only the adapters have gradients and
+moments, and the reference is the policy itself.
 
 Not in it: the allocator's fragmentation, CUDA's context (about 1 GiB), nccl's buffers; and what compiled layers or liger-kernel
 save; activations of models that are trained over padded rows. Experts count as many as a token visits. SGLang's servers are other processes: on a GPU that one shares with the trainer it takes
@@ -20,11 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.config import Config, ConfigError, load
 from swirl_fast.models.exact import why_not_packed
 from swirl_fast.models.load import DTYPES, load_config
+from swirl_fast.models.lora import frozen_in_compute_type, linear_layers, target_layers
 from swirl_fast.training.fsdp import layers_of
 from swirl_fast.training.utilization import GIB
 
@@ -44,7 +46,9 @@ class Estimate:
         return sum(self.kept.values()) + sum(self.step.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in (self.kept | self.step).items() if size)
+        listed = (self.kept | self.step).items()
+        # a reference of 0 is worth saying: it is the policy with its adapters off
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in listed if size or name == "reference")
         more = f", and {self.unknown}" if self.unknown else ""
         return f"{self.peak / GIB:.1f} GiB a rank: {parts}{more}"
 
@@ -59,14 +63,27 @@ def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> 
     count = sum(parameter.numel() for parameter in model.parameters())
     in_layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     layer, root = max(in_layers), count - sum(in_layers)
+    trained, in_layer, in_root, products = (
+        count,
+        layer,
+        root,
+        0.0,
+    )  # numbers that have gradients; products of adapters a token
+    if (rank := config.model.lora.rank) is not None:
+        adapted = target_layers(model, config.model.lora.targets)
+        trained = rank * sum(sum(module.weight.shape) for module in adapted.values())
+        in_layer, in_root, products = trained / len(layers), 0, rank * len(adapted)
     shared = (training.shard_size or ranks) if distributed else 1
     c = DTYPES[config.model.dtype].itemsize
     r = c if distributed else 4
     engine = DTYPES[config.engine.dtype].itemsize
 
-    kept = {"parameters": 4.0 * count / shared, "gradients": 4.0 * count / shared, "optimizer": 8.0 * count / shared}
+    stored = 4.0 * count
+    if rank is not None:
+        stored = 4.0 * (trained + count) - (4 - c) * _frozen_in_compute_type(model, model_config, config, distributed)
+    kept = {"parameters": stored / shared, "gradients": 4.0 * trained / shared, "optimizer": 8.0 * trained / shared}
     if config.algorithm.kl_coef > 0 and not training.reference_offload:
-        kept["reference"] = float((c if distributed else 4) * count) / shared
+        kept["reference"] = float((c if distributed else 4) * count) / shared if rank is None else 0.0
     text = model_config.get_text_config()
     own = why_not_packed(model_config) is not None  # layers of other shapes
     if config.engine.kind == "local" and config.algorithm.name != "sft":  # which samples nothing
@@ -80,19 +97,30 @@ def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> 
     step = {}
     if distributed:
         step["gathered layers"] = float(c * (2 * layer + root))  # the one at work and the next; the root all the time
-        step["reduction"] = float((c + 4) * max(layer, root))
+        step["reduction"] = float((c + 4) * max(in_layer, in_root))
         if not training.shard_accumulated_gradients:
-            step["accumulated gradients"] = 4.0 * count
+            step["accumulated gradients"] = 4.0 * trained
     elif c != 4:
-        step["cast weights"] = float(c * count)
+        step["cast weights"] = float(c * (count - _frozen_in_compute_type(model, model_config, config, distributed)))
     if own:
         return Estimate(kept, step, f"activations, which are not known for model type {model_config.model_type}")
     tokens = training.token_budget
     saved, working = _activations(model_config, layers, c, r, training.activation_checkpointing)
     log_probs = min(LOGITS_WORKSPACE / tokens, 4 * text.vocab_size) + 3 * 4 * text.hidden_size
-    step["activations"] = float(tokens * saved)
+    step["activations"] = float(tokens * (saved + c * products))
     step["working memory"] = float(tokens * max(working, log_probs))  # log-probs come before the first layer's backward
     return Estimate(kept, step)
+
+
+def _frozen_in_compute_type(
+    model: PreTrainedModel, model_config: PreTrainedConfig, config: Config, distributed: bool
+) -> int:
+    """Parameters that adapters leave as they are and that are stored in the type in which they are multiplied, as `make_policy` does."""
+    if not frozen_in_compute_type(config.model, model_config):
+        return 0
+    if distributed:
+        return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for layer in linear_layers(model).values() for parameter in layer.parameters())
 
 
 def _activations(

@@ -67,7 +67,10 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
 
 def model_settings(config: Config) -> dict[str, Any]:
     """What was trained, wherever it lies."""
-    return contents(config.model, "model") | {"path": model_fingerprint(config.model)}
+    settings = contents(config.model, "model") | {"path": model_fingerprint(config.model)}
+    if config.model.lora.rank is None:
+        del settings["lora"]  # as in checkpoints that were written before there was any
+    return settings
 
 
 def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from swirl_fast.files import describe_changes
 from swirl_fast.metrics import PhaseTimer
 from swirl_fast.models.exact import context_of
 from swirl_fast.models.load import DTYPES
-from swirl_fast.models.policy import Policy, model_size
+from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.objective import Actions, advantages, counts, imitation_advantages, trajectory_advantages, weights
 from swirl_fast.ranks import Ranks, shared_store
 from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
@@ -57,7 +57,7 @@ class Trainer:
         config: Config,
         ranks: Ranks,
         policy: Policy,
-        reference: Policy | None,
+        reference: Callable[[DeviceComb], Tensor] | None,
         rollouts: RolloutPipeline,
         settings: dict[str, Any],
         checked: Mapping[str, float] | None = None,
@@ -68,7 +68,7 @@ class Trainer:
         self.rollouts, self.engine = rollouts, rollouts.engine
         training = config.training
         self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=training.learning_rate,
             betas=(training.betas[0], training.betas[1]),
             weight_decay=training.weight_decay,

@@ -12,7 +12,7 @@ from support.linear_logprob_cases import TARGETS, assert_close, inputs, results,
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swirl_kernels import linear_logprob, naive_linear_logprob
+from swirl_kernels import linear_logprob, naive_linear_logprob, naive_selective_logprob, selective_logprob
 from swirl_kernels.linear_logprob import eager as implementation
 
 SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing kept
@@ -352,6 +352,21 @@ def test_backward_under_autocast_multiplies_as_its_forward_did() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize(
+    "operation", [linear_logprob, naive_linear_logprob, selective_logprob, naive_selective_logprob]
+)
+def test_targets_of_any_width_are_the_same_tokens(operation: Any, dtype: torch.dtype) -> None:
+    """In 8 unsigned bits the token 156 looks like -100."""
+    hidden, weight, _, targets = inputs(30, 200, 4)
+    targets[:3] = torch.tensor([156, 199, 0])
+    targets = targets.clamp(max=torch.iinfo(dtype).max)
+    if dtype.is_signed:
+        targets[5] = -100
+    arguments = (hidden, weight) if "linear" in operation.__name__ else (hidden @ weight.T,)
+    assert torch.equal(operation(*arguments, targets.to(dtype)), operation(*arguments, targets))
+
+
 def test_no_rows_and_only_ignored_rows() -> None:
     for targets in (torch.zeros(0, dtype=torch.int64), torch.full((3,), -100)):
         hidden = torch.full((len(targets), 4), math.nan, requires_grad=True)
@@ -382,6 +397,7 @@ def test_wrong_arguments_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatc
     refused(r"shape \(1, 6, 4\)", hidden[None], weight, targets)
     refused(r"give integers \[6\]", hidden, weight, targets[:5])
     refused(r"torch.float64; give integers", hidden, weight, targets.double())
+    refused(r"torch.bool; give integers \[6\]", hidden, weight, targets > 3)
     refused(r"bias has shape \(9,\)", hidden, weight, targets, bias=bias[:9])
     refused("hidden is torch.float64 and weight torch.float32", hidden, weight.float(), targets)
     refused("valid_vocab is 11", hidden, weight, targets, valid_vocab=11)

@@ -39,13 +39,21 @@ def model(name: str, **settings: object) -> PreTrainedModel:
 
 
 LOST = {
-    "in the mask only": ("Qwen2Moe", {**EXPERTS, **SLIDING, "use_sliding_window": True}, "layer 0 has a sliding window of 6"),
+    "in the mask only": (
+        "Qwen2Moe",
+        {**EXPERTS, **SLIDING, "use_sliding_window": True},
+        "layer 0 has a sliding window of 6",
+    ),
     "in the mask only (Phi)": ("Phimoe", {**PHIMOE, "sliding_window": 6}, "layer 0 has a sliding window of 6"),
-    "a convolution instead": ("Lfm2", SLIDING, "layer 0 calls no attention"),
+    "a convolution instead": (
+        "Lfm2",
+        {"layer_types": ["sliding_attention"] * 2},
+        "layer 0, of kind sliding_attention, calls no attention",
+    ),
     "a convolution instead (experts)": (
         "Lfm2Moe",
         {**EXPERTS, **SLIDING, "layer_types": ["full_attention", "sliding_attention"], "num_dense_layers": 1},
-        "layer 1 calls no attention",
+        "layer 1, of kind sliding_attention, calls no attention",
     ),
 }
 
@@ -60,12 +68,21 @@ def test_a_window_that_attention_is_not_told_is_refused(what: str) -> None:
         policy(DeviceComb.of(pack([small_tree(policy)])))
 
 
+def test_what_only_the_check_sees_is_refused() -> None:
+    """MiniMax gives a mask to layers of full attention alone; those of another kind see what follows them."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+    with pytest.raises(ConfigError, match="model type minimax.*nats a token"):
+        refuse_disagreement(compare(Policy(model("MiniMax", **EXPERTS, **kinds))), "minimax", torch.float32)
+
+
 def test_a_window_beyond_every_path_is_accepted() -> None:
     """The small tree has paths of 16 tokens, as a training would whose longest path fits into the window."""
     policy = Policy(model("Phimoe", **PHIMOE, sliding_window=1000))
     assert compare(policy).logprob_gap < 1e-5
     assert compare(policy, longest_path=1000).logprob_gap < 1e-5
-    with pytest.raises(ConfigError, match="window of 1000 tokens.*may have 1001 tokens.*sharing=false .*max_path_tokens"):
+    with pytest.raises(
+        ConfigError, match="window of 1000 tokens.*may have 1001 tokens.*sharing=false .*max_path_tokens"
+    ):
         compare(policy, longest_path=1001)
 
 
@@ -111,8 +128,12 @@ def test_the_embedded_engine_scales_logits(name: str) -> None:
     prompt = np.arange(1, 6, dtype=np.int32)
     completions = engine.generate([Request(prompt, Sampling(max_new_tokens=4, temperature=0.8), n=2)])[0]
     actions = tuple(np.asarray(completion.tokens, np.int32) for completion in completions)
-    found = Policy(model(name, **settings), 0.8)(DeviceComb.of(pack([Trunk(prompt, (SampledState(5, actions, (0, 1)),))])))
-    torch.testing.assert_close(found, torch.tensor([logp for c in completions for logp in c.logprobs]), atol=1e-5, rtol=0)
+    found = Policy(model(name, **settings), 0.8)(
+        DeviceComb.of(pack([Trunk(prompt, (SampledState(5, actions, (0, 1)),))]))
+    )
+    torch.testing.assert_close(
+        found, torch.tensor([logp for c in completions for logp in c.logprobs]), atol=1e-5, rtol=0
+    )
 
 
 def test_an_unknown_scale_of_logits_is_refused() -> None:

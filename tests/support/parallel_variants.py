@@ -34,7 +34,7 @@ from swirl_fast.ranks import Ranks, start, stop
 from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
 from swirl_fast.training import sharded_weights
 from swirl_fast.training.batch import MicroBatch
-from swirl_fast.training.build import check_model, make_policy
+from swirl_fast.training.build import check_model, make_policy, make_reference
 from swirl_fast.training.export import export
 from swirl_fast.training.fsdp import full_parameters
 from swirl_fast.training.trainer import Metrics, Trainer
@@ -66,6 +66,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "padded_accumulated_resumed": ("training.sharing=false", "training.token_budget=400"),
     "refilled": ("training.refill=true",),
     "refilled_resumed": ("training.refill=true",),
+    "lora": ("model.lora.rank=3",),
+    "lora_resumed": ("model.lora.rank=3", MICRO, EVERY, "training.activation_checkpointing=selective"),
 }
 
 
@@ -236,7 +238,7 @@ def trainer_of(
     """judge: Coin() where None. stream: one of trajectories that are made up where None."""
     policy = make_policy(config, ranks)
     checked = check_model(config, ranks, policy, Rollouts.max_context)
-    reference = make_policy(config, ranks, frozen=True)
+    reference = make_reference(config, ranks, policy)
     renderer: Any = SimpleNamespace(stop_id=1, stop_ids=(1,), text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream = stream or Stream(ranks, config.training.trajectories_per_step)
     rollouts = RolloutPipeline(config, ranks, Rollouts(), judge or Coin(), renderer, {"none": ()}, stream)

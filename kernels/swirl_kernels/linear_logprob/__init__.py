@@ -22,6 +22,7 @@ from torch import Tensor
 
 from swirl_kernels.backend import choose_backend
 from swirl_kernels.linear_logprob.autograd import LinearLogprob, Settings
+from swirl_kernels.linear_logprob.targets import wide_targets
 
 
 @overload
@@ -76,7 +77,7 @@ def linear_logprob(
 
     hidden: floating [N, H], any strides; row n predicts targets[n]. weight: [V, H] in the same dtype. bias: [V] or
     None. Under autocast the matrix products run in the autocast dtype; gradients come back in each input's own dtype.
-    targets: integer [N], in [0, valid_vocab), or ignore_index.
+    targets: integer [N] of any width, in [0, valid_vocab), or ignore_index.
     temperature: positive float, or a floating tensor [N] with one per row (no gradient). Divides the logits.
     softcap: logits become softcap * tanh(logits / softcap) before the temperature (Gemma 2: 30). None: no cap.
     logit_scale: positive float that the model multiplies hidden weight^T + bias with, before the cap (Cohere: logit_scale;
@@ -106,8 +107,19 @@ def linear_logprob(
     besides the passes over them). Scheme: Wijmans et al., "Cut Your Losses", arXiv 2411.09009; unlike theirs, no entry of the softmax is
     dropped for being small.
     """
+    targets = wide_targets(targets)
     settings = _checked(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, valid_vocab, entropy, ignore_index, workspace_mb
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        valid_vocab,
+        entropy,
+        ignore_index,
+        workspace_mb,
     )
     backend = choose_backend("linear_logprob", hidden, settings.compute_dtype)
     per_row = temperature.detach() if isinstance(temperature, Tensor) else None
@@ -131,6 +143,7 @@ def naive_linear_logprob(
     ignore_index: int = -100,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same from full logits; the reference to check by eye."""
+    targets = wide_targets(targets)
     live = targets != ignore_index
     logits = F.linear(hidden[live], weight, bias)
     logits = logit_scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -164,7 +177,7 @@ def _checked(
             "(select the rows that predict something and flatten a batch dimension first)"
         )
     rows, vocab = hidden.shape[0], weight.shape[0]
-    if targets.shape != (rows,) or targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.shape != (rows,):
         raise ValueError(f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; give integers [{rows}]")
     if bias is not None and bias.shape != (vocab,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; weight has {vocab} rows, so it must be [{vocab}]")

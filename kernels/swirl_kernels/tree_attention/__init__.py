@@ -58,7 +58,7 @@ def tree_attention(
     dtype, any strides. Under autocast all three are cast to the autocast dtype, as scaled_dot_product_attention does.
     subtree_end: integer [T], first preorder index after each token's subtree. None is allowed when plan is given.
     depth: integer [T], position on the path from the root; only the window reads it. None: the number of ancestors.
-    scale: factor on the scores, default D ** -0.5.
+    scale: positive factor on the scores, default D ** -0.5.
     softcap: scores become softcap * tanh(scores / softcap) before the mask (Gemma 2: 50).
     window: key j is visible only when depth[i] - depth[j] < window; None: no window.
     query_index: integer [Q], preorder index of each query, when only some tokens are queries (an engine whose other
@@ -84,6 +84,10 @@ def tree_attention(
     plan = _checked_plan(q, k, v, subtree_end, depth, window, query_index, plan)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; use a positive number, or None for no cap")
+    if not q.shape[-1]:
+        raise ValueError(f"q has shape {tuple(q.shape)}: a head dimension of 0 has no scores; use at least 1")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; use a positive finite number, or None for {q.shape[-1]} ** -0.5")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     attend = _implementation(q)
     if plan.order is None:
@@ -173,10 +177,7 @@ def _checked_plan(
         if subtree_end is not None and (
             subtree_end.shape != plan.subtree_end.shape
             # Comparing the values on a GPU would make every layer wait for the device.
-            or (
-                subtree_end.device.type == "cpu"
-                and not torch.equal(subtree_end, plan.subtree_end.to(subtree_end.dtype))
-            )
+            or (subtree_end.device.type == "cpu" and not torch.equal(subtree_end.long(), plan.subtree_end.long()))
         ):
             raise ValueError("the plan was made for another subtree_end; call tree_plan once per packing")
     if k.shape[1] != plan.num_keys or q.shape[1] != plan.num_queries:

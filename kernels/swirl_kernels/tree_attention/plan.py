@@ -139,7 +139,7 @@ def tree_plan(
     The torch path adds one Python step per segment when it first uses the plan.
 
     Raises ValueError when subtree_end is no preorder (`j < end[j] <= T`, intervals nested), a shape or dtype is wrong,
-    an index lies outside, window < 1, or a window is given and the depth falls from a token to its child.
+    an index lies outside, window < 1, or a window is given and the depth does not rise from a token to its child.
     """
     end = _integers(subtree_end, "subtree_end", subtree_end.device)
     num_keys, device = len(end), end.device
@@ -159,10 +159,10 @@ def tree_plan(
         _malformed(end, natural),
         none if index is None else ((index < 0) | (index >= num_keys)).any(),
         none if index is None else (index.diff() < 0).any(),
-        none if window is None or depth is None else _falls(given, natural).any(),
+        none if window is None or depth is None else _does_not_rise(given, natural).any(),
         none if window is None or num_keys == 0 else given.max() - given.min() >= window,
     ]
-    malformed, outside, unsorted, falls, window_cuts = torch.stack(verdict).tolist()
+    malformed, outside, unsorted, contradicts, window_cuts = torch.stack(verdict).tolist()
     if malformed:
         _explain(end.tolist())
     if outside:
@@ -171,12 +171,13 @@ def tree_plan(
         raise ValueError(
             f"query_index[{i}] is {int(index[i])}, outside [0, {num_keys}): it must name one of the packed tokens"
         )
-    if falls:
-        j = int(torch.nonzero(_falls(given, natural))[0])
+    if contradicts:
+        j = int(torch.nonzero(_does_not_rise(given, natural))[0])
         up = int(parents(natural)[j])
+        word = "falls" if given[j] < given[up] else "stays"
         raise ValueError(
-            f"depth falls from {int(given[up])} at token {up} to {int(given[j])} at its child {j}; a window needs depths "
-            "that do not fall along a path (leave depth out to count ancestors)"
+            f"depth {word} from {int(given[up])} at token {up} to {int(given[j])} at its child {j}; a window needs depths "
+            "that rise along a path (leave depth out to count ancestors)"
         )
     return TreePlan(
         num_keys=num_keys,
@@ -231,9 +232,9 @@ def _malformed(end: Tensor, ancestors: Tensor) -> Tensor:
     return ((end <= index) | (end > num) | (rank != end - 1 - ancestors)).any()
 
 
-def _falls(depth: Tensor, ancestors: Tensor) -> Tensor:
+def _does_not_rise(depth: Tensor, ancestors: Tensor) -> Tensor:
     up = parents(ancestors)
-    return (up >= 0) & (depth < depth[up.clamp(min=0)])
+    return (up >= 0) & (depth <= depth[up.clamp(min=0)])
 
 
 def _explain(end: list[int]) -> None:
