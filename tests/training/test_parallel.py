@@ -106,19 +106,19 @@ def test_padded_rows_are_the_same_on_two_ranks_and_resumed(
     hybrid: Path, two_ranks: tuple[Path, str], tmp_path: Path
 ) -> None:
     one, two = train(hybrid, "padded", Ranks(0, 1, CPU), tmp_path), read(two_ranks[0], "padded_accumulated_resumed")
-    assert_same_run(one, two, hybrid, micro_batches=True)
+    assert_same_run(one, two, hybrid, micro_batches=True, rel=3e-5)
     for seen, _ in (one, two):
         assert seen["checked"]["model_check_logprob"] < 1e-5
 
 
-def assert_same_run(of: Run, run: Run, before: Path, micro_batches: bool, lora: bool = False) -> None:
+def assert_same_run(of: Run, run: Run, before: Path, micro_batches: bool, lora: bool = False, rel: float = 1e-6) -> None:
     """before: the folder that both began with."""
     (wanted, reference), (found, parameters) = of, run
     for one, other in zip(wanted["metrics"], found["metrics"], strict=True):
         assert one["grad_norm"] > 0.5, "clipping is to be at work"
         assert other["reward"] == one["reward"]
         for key in ("loss", "grad_norm", "kl"):
-            assert other[key] == pytest.approx(one[key], abs=1e-5, rel=1e-6), key
+            assert other[key] == pytest.approx(one[key], abs=1e-5, rel=rel), key
     assert wanted["metrics"][-1]["kl"] > 1e-5, "nothing was learned"
     weights = load_file(before / "model.safetensors")
     assert parameters.keys() == reference.keys() == weights.keys()

@@ -302,7 +302,7 @@ class LocalEngine:
         try:
             (completion,) = self.generate([Request(prompt, Sampling(max_new_tokens=4, temperature=0.0))])[0]
         except Exception as error:
-            raise ValueError(f"LocalEngine cannot run {name}: {error}") from error
+            raise ValueError(f"LocalEngine cannot run {name}: {error}; serve it with SGLang") from error
         if self.uncached is None:
             self.uncached = lost_window(self._model.config, self._cache.told, self.max_context)
             if self.uncached is not None:
