@@ -40,7 +40,9 @@ def pack_rows(trunks: Sequence[Trunk], padded: bool = False) -> Comb:
         tokens_T[start : start + len(tokens)] = tokens
     none = np.zeros(0, np.int32)
     depths = [np.arange(width) for width in widths]
-    predicting = [start + np.arange(state - 1, len(tokens)) for (tokens, state, _), start in zip(rows, starts, strict=False)]
+    predicting = [
+        start + np.arange(state - 1, len(tokens)) for (tokens, state, _), start in zip(rows, starts, strict=False)
+    ]
     targets_E = np.concatenate([none, *(action for _, _, action in rows)])
     return Comb(
         tokens_T=tokens_T,

@@ -72,5 +72,7 @@ def _local(config: Config, device: torch.device | str, weights: str | None, spea
         prefix_cache=e.prefix_cache,
     )
     if engine.uncached is not None and speaks:
-        print(f"engine: no prefix cache for this model: {engine.uncached}. Every prompt is computed anew; engine.kind=sglang is faster")
+        print(
+            f"engine: no prefix cache for this model: {engine.uncached}. Every prompt is computed anew; engine.kind=sglang is faster"
+        )
     return engine

@@ -34,9 +34,7 @@ def why_not_causal(model_config: PreTrainedConfig) -> str | None:
     return None
 
 
-def why_not_shared(
-    model_config: PreTrainedConfig, architecture: type[PreTrainedModel] | None = None
-) -> str | None:
+def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrainedModel] | None = None) -> str | None:
     """Why the keys and values of a prefix cannot be shared by what follows it, as half a sentence; None when they can.
 
     architecture: the model's class; None: the one that AutoModelForCausalLM builds.

@@ -30,9 +30,7 @@ class RowsPolicy(Policy):
 
     padded = True
 
-    def __init__(
-        self, model: PreTrainedModel, temperature: float = 1.0, autocast: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, temperature, autocast, sharing=False)
 
     def _attention(self) -> str:

@@ -98,9 +98,7 @@ class Packer:
     padded: how rows are laid out with training.sharing=false.
     """
 
-    def __init__(
-        self, config: Config, ranks: Ranks, size: ModelSize, max_context: int, padded: bool = False
-    ) -> None:
+    def __init__(self, config: Config, ranks: Ranks, size: ModelSize, max_context: int, padded: bool = False) -> None:
         self._training, self._ranks, self._size = config.training, ranks, size
         self._max_path = config.training.max_path_tokens or max_context
         # Without a KL term an action whose advantage is 0 has loss and gradient 0: it need not be computed.

@@ -23,8 +23,8 @@ def check_layers(training: TrainingConfig, model_config: PreTrainedConfig, devic
             raise ConfigError("training.flash_attention=true: the package is missing; run: pip install flash-attn")
         if not training.sharing and not packs_rows(model_config):
             raise ConfigError(
-                f"training.flash_attention=true: rows of model type {model_config.model_type} go through transformers' own attention; leave "
-                "it false"
+                f"training.flash_attention=true: rows of model type {model_config.model_type} go through transformers' own attention; "
+                "leave it false"
             )
     if not training.liger:
         return

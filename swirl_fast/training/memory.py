@@ -8,8 +8,9 @@ the hidden state, of all query heads, of all key/value heads, of the gated MLP. 
 moments, and the reference is the policy itself.
 
 Not in it: the allocator's fragmentation, CUDA's context (about 1 GiB), nccl's buffers; and what compiled layers or liger-kernel
-save; activations of models that are trained over padded rows. Experts count as many as a token visits. SGLang's servers are other processes: on a GPU that one shares with the trainer it takes
-engine.launch.memory_fraction of what is free when it starts, and some GiB for its own work.
+save; activations of models that are trained over padded rows. Experts count as many as a token visits. SGLang's servers are other
+processes: on a GPU that one shares with the trainer it takes engine.launch.memory_fraction of what is free when it starts, and some GiB for
+its own work.
 """
 
 from __future__ import annotations

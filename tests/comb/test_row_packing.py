@@ -19,7 +19,6 @@ from swirl_fast.comb.tree import SampledState, Trunk, pack
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.models.rows import RowsPolicy
 
-
 SIZE = model_size(build("llama"))
 
 
@@ -75,13 +74,17 @@ def test_rows_of_unlike_lengths_are_not_padded_to_the_longest() -> None:
     assert [plan.tokens for plan in row_batches(trunks, 32_000, padded=True)] == [8000, 100]
     assert [plan.tokens for plan in row_batches(trunks, 32_000)] == [8100]
     for padded in (False, True):
-        plans = row_batches([*trunks[1:], *(trunk.renumbered(2) for trunk in trunks[1:])], 32_000, ranks=2, padded=padded)
+        plans = row_batches(
+            [*trunks[1:], *(trunk.renumbered(2) for trunk in trunks[1:])], 32_000, ranks=2, padded=padded
+        )
         assert [plan.tokens for plan in plans] == [100, 100], "no rank is idle"
 
 
 def test_a_row_longer_than_the_budget_is_refused_with_its_numbers() -> None:
     trunk = Trunk(np.ones(30, np.int32), (SampledState(30, (np.ones(4, np.int32),), (0,)),))
-    with pytest.raises(ValueError, match="state of 30 tokens with an action of 4 exceeds training.token_budget=32.* at least 33"):
+    with pytest.raises(
+        ValueError, match="state of 30 tokens with an action of 4 exceeds training.token_budget=32.* at least 33"
+    ):
         row_batches([trunk], 32)
     with pytest.raises(ValueError, match="max_path_tokens=33"):
         row_batches([trunk], 64, 33)

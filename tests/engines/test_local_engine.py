@@ -13,8 +13,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_conformance import check, plain_logprobs
-from support.model_families import UNSHARED, build_unshared
 from support.local_engines import MODELS, SHAPE, V, engine_of, make, mixed_requests, tokens
+from support.model_families import UNSHARED, build_unshared
 
 from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.engines.local import attention
@@ -327,9 +327,15 @@ def test_models_that_cannot_share_prefixes_are_decoded_by_their_own_generate(fam
     engine_model = copy.deepcopy(model)
     engine_model.generation_config.update(repetition_penalty=9.0, eos_token_id=list(range(90)), do_sample=True)
     engine = LocalEngine(engine_model, max_sequences=3, cache_tokens=64)
-    assert (engine.uncached is None) == (family == "deepseek_v3"), "its keys and values are of two widths, and all there is"
+    assert (engine.uncached is None) == (family == "deepseek_v3"), (
+        "its keys and values are of two widths, and all there is"
+    )
     shared = tokens(8, 1)
-    requests = [Request(shared, Sampling(6), n=4, seed=1), Request(shared + [9], Sampling(3, 0.0)), Request([7], Sampling(9))]
+    requests = [
+        Request(shared, Sampling(6), n=4, seed=1),
+        Request(shared + [9], Sampling(3, 0.0)),
+        Request([7], Sampling(9)),
+    ]
     results = engine.generate(requests)
     check(model, requests, results)
     for again in (engine.generate(requests), engine.generate(requests[:1])):

@@ -36,7 +36,9 @@ def test_padded_rows_equal_one_row_at_a_time(family: str) -> None:
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
-@pytest.mark.parametrize("settings", [{"layer_types": ["sliding_attention", "full_attention"]}, {}], ids=["window", "full"])
+@pytest.mark.parametrize(
+    "settings", [{"layer_types": ["sliding_attention", "full_attention"]}, {}], ids=["window", "full"]
+)
 def test_rows_are_packed_where_attention_is_told_its_windows(settings: dict[str, object]) -> None:
     """LFM2 keeps a window in the mask; a Llama and a Mistral hide nothing."""
     window = {"sliding_window": 6, "layer_types": ["full_attention"] * 2, **settings}
@@ -84,7 +86,9 @@ def test_work_and_memory_of_a_model_with_a_state() -> None:
     assert model_size(build_unshared("qwen3_5")).attention == ((32, None),)
     assert model_size(build_unshared("llama4")).attention == ((32, 6), (32, None))
     assert model_size(build_unshared("deepseek_v3")).attention == ((40, None), (40, None))
-    mamba = transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=97))
+    mamba = transformers.FalconMambaForCausalLM(
+        transformers.FalconMambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=97)
+    )
     assert model_size(mamba).attention == () and context_of(mamba.config) > 10**9
     rows, combs = load(None, ["training.sharing=false"]), load(None, [])
     for family in UNSHARED:

@@ -61,7 +61,10 @@ def test_a_model_that_cannot_share_prefixes_runs_all_stages(
     assert done.stdout.count("engine: no prefix cache for this model: it") >= 1
     summary = read_json(run / "summary.json")
     assert summary and summary["base"]["questions"] == summary["trained"]["questions"] == 2
-    assert AutoModelForCausalLM.from_pretrained(run / "model").config.model_type == build_unshared(family).config.model_type
+    assert (
+        AutoModelForCausalLM.from_pretrained(run / "model").config.model_type
+        == build_unshared(family).config.model_type
+    )
 
     narrow = ("training.sharing=false", "training.steps=2", "training.token_budget=40")
     refused = attempt(["train", *command[1:], *narrow])

@@ -47,8 +47,21 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 4}
-_SMALL_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+_LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 4,
+}
+_SMALL_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+}
 # whose prefixes cannot be shared, each for another reason
 UNSHARED: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_5": (
@@ -80,7 +93,12 @@ UNSHARED: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "recurrent_gemma": (
         "RecurrentGemma",
-        {"block_types": ["recurrent", "attention"], "attention_window_size": 6, "lru_width": 32, "logits_soft_cap": 4.0},
+        {
+            "block_types": ["recurrent", "attention"],
+            "attention_window_size": 6,
+            "lru_width": 32,
+            "logits_soft_cap": 4.0,
+        },
     ),
 }
 

@@ -34,7 +34,16 @@ from swirl_fast.training.sharded_weights import Unsharded, empty_model, find_wei
 
 ONE, TWO, FOUR = (
     ["plain", "unchecked", "accumulated", "full", "selective", "compiled", "rows", "lora"],
-    ["plain", "accumulated", "accumulated_sharded", "offloaded", "resumed", "everything", "rows_accumulated_resumed", "lora_resumed"],
+    [
+        "plain",
+        "accumulated",
+        "accumulated_sharded",
+        "offloaded",
+        "resumed",
+        "everything",
+        "rows_accumulated_resumed",
+        "lora_resumed",
+    ],
     ["plain", "selective", "hsdp", "hsdp_accumulated", "hsdp_accumulated_sharded"],
 )
 
@@ -111,7 +120,9 @@ def test_padded_rows_are_the_same_on_two_ranks_and_resumed(
         assert seen["checked"]["model_check_logprob"] < 1e-5
 
 
-def assert_same_run(of: Run, run: Run, before: Path, micro_batches: bool, lora: bool = False, rel: float = 1e-6) -> None:
+def assert_same_run(
+    of: Run, run: Run, before: Path, micro_batches: bool, lora: bool = False, rel: float = 1e-6
+) -> None:
     """before: the folder that both began with."""
     (wanted, reference), (found, parameters) = of, run
     for one, other in zip(wanted["metrics"], found["metrics"], strict=True):
