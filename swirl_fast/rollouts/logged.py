@@ -127,21 +127,42 @@ class LogWriter:
     def _turn(self, message: Message) -> Message:
         """As the template can write it. One that knows no thoughts drops them: they stay, in the text. One that writes no text beside calls
         loses that, which is counted."""
+        message = self._with_objects(message)
         thoughts = str(message.get("reasoning_content") or "").strip()
+        if self._writes(message, thoughts):
+            return message
+        bare = {key: value for key, value in message.items() if key != "reasoning_content"}
+        told = {**bare, "content": f"<think>\n{thoughts}\n</think>\n\n{bare['content']}"} if thoughts else bare
+        if self._writes(told, thoughts):
+            return told
+        self._silent += 1
+        return {**message, "content": ""} if message.get("tool_calls") else message
+
+    def _with_objects(self, message: Message) -> Message:
+        """Some templates write only arguments that are objects: text that is none becomes the only argument, `arguments`."""
+        calls = message.get("tool_calls") or ()
+        if not any(isinstance(call["function"]["arguments"], str) for call in calls):
+            return message
         try:
-            if thoughts in self.renderer.template.turn(message):
-                return message
+            self.renderer.template.turn(message)
+            return message
+        except (TemplateError, TypeError, ValueError):
+            changed = []
+            for call in calls:
+                function = call["function"]
+                if isinstance(function["arguments"], str):
+                    function = {**function, "arguments": {"arguments": function["arguments"]}}
+                changed.append({**call, "function": function})
+            return {**message, "tool_calls": changed}
+
+    def _writes(self, message: Message, thoughts: str) -> bool:
+        """Whether the template writes the message with its text, and the thoughts."""
+        try:
+            return thoughts in self.renderer.template.turn(message)
         except ValueError:  # the text is left out
             if not message.get("tool_calls"):
                 raise
-        bare = {key: value for key, value in message.items() if key != "reasoning_content"}
-        told = {**bare, "content": f"<think>\n{thoughts}\n</think>\n\n{bare['content']}"} if thoughts else bare
-        try:
-            self.renderer.template.turn(told)
-        except ValueError:
-            self._silent += 1
-            return {**message, "content": ""}
-        return told
+            return False
 
 
 def log_writer(config: Config, tools: ToolsByTask, max_action_tokens: int = 0) -> LogWriter:

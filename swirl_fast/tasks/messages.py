@@ -394,13 +394,17 @@ class _Reader:
 
 
 def _without_thoughts(text: str) -> tuple[str, str]:
-    """(the rest, the thoughts at the head). A template that opens the thoughts itself leaves logs without `<think>`."""
+    """(the rest, the thoughts at the head). A template that opens the thoughts itself leaves logs without `<think>`; a model may close
+    its thoughts more than once."""
     head, closing, rest = text.partition("</think>")
     opened = re.match(r"\s*<think>", head)
     if not closing or ("<think>" in head and not opened):
         return text, ""
-    rest = re.sub(r"\A(\s*</think>)+", "", rest)  # a model may close its thoughts twice
-    return rest.lstrip("\n"), (head[opened.end() :] if opened else head).strip("\n")
+    thoughts = [head[opened.end() :] if opened else head]
+    if "<think>" not in rest:
+        *more, rest = rest.split("</think>")
+        thoughts += more
+    return rest.lstrip("\n"), "\n".join(part for thought in thoughts if (part := thought.strip("\n")).strip())
 
 
 def log_tool(name: str, description: str, parameters: Mapping[str, Any]) -> ToolSpec:

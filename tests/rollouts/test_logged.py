@@ -160,6 +160,20 @@ def test_thoughts_stay_whether_or_not_the_template_knows_them(family: str) -> No
     assert [step.action.argument.rpartition("\n")[2] for step in found.steps] == ["Two.", "Three."]
 
 
+@pytest.mark.parametrize("family", ["qwen2_5", "glm4moe", "gemma4_v5"])
+def test_a_call_that_is_no_json_stays(family: str) -> None:
+    """Also where the template writes only objects."""
+    broken = '{"town": "Bonn"'
+    asked = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": broken}}]}
+    seen = [{"role": "tool", "content": "ERROR"}, {"role": "assistant", "content": "No idea."}]
+    row = {"tools": TOOLS, "messages": [{"role": "user", "content": "Rain?"}, asked, *seen]}
+    one = read_conversation("f:1", row)
+    found = written(family_tokenizer(family), one)
+    assert_all_is_there(family_tokenizer(family), one, found)
+    assert [step.action.kind for step in found.steps] == ["malformed", "answer"]
+    assert broken in found.steps[0].text.replace('\\"', '"')
+
+
 def test_text_that_a_template_drops_beside_calls_is_counted() -> None:
     one = read_conversation("f:1", LOGS[0])
     for family, notes in (
@@ -220,7 +234,7 @@ def test_what_the_template_refuses_is_named_or_left_out() -> None:
 
 
 @pytest.mark.skipif(not (DATA / "agent_process_bench").is_dir(), reason="the real logs are not here")
-@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llama3_1"])
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "glm4moe", "gemma4_v5", "llama3_1"])
 def test_real_logs(family: str) -> None:
     logs = [
         one for one in read_log(DATA / "agent_process_bench" / "hotpotqa_half.jsonl") if isinstance(one, Conversation)
@@ -228,5 +242,8 @@ def test_real_logs(family: str) -> None:
     if family in SILENT:  # it refuses several calls in a turn
         logs = [one for one in logs if all(len(m.get("tool_calls", ())) < 2 for m in one.messages)]
     tokenizer = family_tokenizer(family)
-    for one in logs[::6]:
+    for one in [
+        *logs[::9],
+        *(one for one in logs if one.where.endswith((":33", ":48", ":58"))),
+    ]:  # broken calls, thoughts closed twice
         assert_all_is_there(tokenizer, one, written(tokenizer, one, 10**7), family not in SILENT)

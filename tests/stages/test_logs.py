@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import forks
 from support.logs import hermes_model
-from support.runs import attempt, start
+from support.runs import attempt, environment, start
 
 from swirl_fast.api import open_run
 from swirl_fast.data.store import Store
@@ -159,6 +161,37 @@ def test_an_import_and_an_evaluation_that_were_interrupted_go_on(done: tuple[Pat
     start(["evaluate", "--of", "base", *overrides(tmp_path)])
     for name in ("trajectories.db", "evaluations/base.db"):
         assert contents(tmp_path / "r" / name) == contents(folder / "r" / name)
+
+
+KILLED = """
+import os, signal, sys
+from swirl_fast import cli
+from swirl_fast.rollouts.logged import LogWriter
+from swirl_fast.stages import roll_out
+
+roll_out.BATCH = 8
+count = LogWriter._count
+
+def killed_at_the_twentieth(writer, trajectory, where):
+    count(writer, trajectory, where)
+    if where.endswith(":20"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+LogWriter._count = killed_at_the_twentieth
+cli.main(sys.argv[1:])
+"""
+
+
+def test_an_import_that_was_killed_goes_on(done: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = done
+    make(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    killed = forks.Fork(["-c", KILLED, "collect", *overrides(tmp_path)], environment())
+    assert killed.wait() == -signal.SIGKILL, killed.printed()
+    assert 8 <= len(contents(tmp_path / "r" / "trajectories.db")) < 20
+    start(["collect", *overrides(tmp_path)])
+    assert contents(tmp_path / "r" / "trajectories.db") == contents(folder / "r" / "trajectories.db")
 
 
 def test_another_log_is_another_run(done: tuple[Path, str], tmp_path: Path) -> None:

@@ -147,6 +147,8 @@ def test_the_old_form_of_calls_and_a_bare_list() -> None:
         ("<think>a", ("<think>a", None)),
         ("<think>a</think>b<think>c</think>", ("b<think>c</think>", "a")),
         ("<think>a <think> b</think>c", ("c", "a <think> b")),
+        ("</think>a</think>", ("", "a")),  # closed more than once
+        ("<think>a</think>\nb\n</think>\n\nc", ("c", "a\nb")),
     ],
 )
 def test_thoughts_at_the_head(content: str, wanted: tuple[str, str | None]) -> None:
