@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.config import ConfigError
 
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # one thing, by model type
-_ATTENTION = {"full_attention", "sliding_attention", "attention"}
-_ATTENTION_SINKS = ("gpt_oss", "openai_privacy_filter")
+_CHUNKED = "chunked_attention"
+_ATTENTION = {"full_attention", "sliding_attention", _CHUNKED, "attention"}
 
 
 def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrainedModel] | None) -> str | None:
@@ -27,16 +28,37 @@ def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrained
     kinds = {kind for key in _LAYER_KINDS for kind in getattr(text, key, None) or ()} - _ATTENTION
     if kinds:
         return (
-            f"it has layers of kind {', '.join(sorted(kinds))} (recurrent, linear, convolutional, chunked and sparse layers need more "
-            "than the keys and values of single tokens)"
+            f"it has layers of kind {', '.join(sorted(kinds))} (recurrent, linear, convolutional and sparse layers need more than "
+            " the keys and values of single tokens)"
         )
     if architecture is not None and getattr(architecture, "_is_stateful", False):
         return "its layers carry a state from token to token"
     if architecture is not None and not architecture._supports_attention_backend:
         return "transformers offers no way to replace its attention, which does not go through the attention interface"
-    if model_config.model_type in _ATTENTION_SINKS:
-        return "its attention has sinks, which are not implemented"
+    if getattr(text, "attn_temperature_tuning", False) and not all(getattr(text, "no_rope_layers", None) or [False]):
+        return (
+            "with attn_temperature_tuning=true its layers without rotary embedding scale a query by its place in the row, whatever its "
+            "place on the path; set it to false in config.json, which changes nothing for paths of fewer than floor_scale="
+            f"{getattr(text, 'floor_scale', None)} tokens"
+        )
     return None
+
+
+def attention_chunk(attention: nn.Module) -> int | None:
+    """Tokens of the chunks in which this attention sees only each other (Llama 4); None for no chunks. transformers tells it by a mask
+    alone, so it is read from the configuration."""
+    config: Any = getattr(attention, "config", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    if _CHUNKED not in kinds or kinds[attention.layer_idx] != _CHUNKED:
+        return None
+    return int(config.attention_chunk_size)
+
+
+def why_not_flash(model_config: PreTrainedConfig) -> str | None:
+    """What flash-attn lacks for this model, as half a sentence; None when it has all."""
+    if _CHUNKED in (getattr(model_config.get_text_config(), "layer_types", None) or ()):
+        return "flash-attn has no chunks"
+    return "flash-attn has no attention sinks" if model_config.model_type == "gpt_oss" else None
 
 
 def ropes_by_length(model_config: PreTrainedConfig) -> dict[str, int]:
@@ -91,10 +113,6 @@ def refuse_inexact(model_config: PreTrainedConfig) -> None:
             f"num_nextn_predict_layers={text.num_nextn_predict_layers}: heads that predict several tokens are not trained; set it to 0 "
             "in config.json to leave them out"
         )
-    values = getattr(text, "v_head_dim", None)
-    keys = (getattr(text, "qk_nope_head_dim", 0) or 0) + (getattr(text, "qk_rope_head_dim", 0) or 0)
-    if values and keys and values != keys:
-        refuse(f"its keys have {keys} dimensions a head and its values {values}; tree attention needs them alike")
     short = ropes_by_length(model_config).get("longrope")
     if short is not None and short < text.max_position_embeddings:
         refuse(

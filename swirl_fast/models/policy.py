@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.tree import Comb
 from swirl_fast.config import ConfigError
-from swirl_fast.models.exact import longest_exact_path, refuse_inexact
+from swirl_fast.models.exact import attention_chunk, longest_exact_path, refuse_inexact
 from swirl_kernels.linear_logprob import linear_logprob
 from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 
@@ -38,7 +39,7 @@ class DeviceComb:
     """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64; longest_path: tokens
     of the longest path from the root. row_ends: int32 [R + 1], `cu_seqlens` of a forest of R rows for flash-attn; None: tree attention.
 
-    What tree attention derives from the packing is made once for each window and kept for all layers. No dataclass: FSDP copies
+    What tree attention derives from the packing is made once for each window (or chunk) and kept for all layers. No dataclass: FSDP copies
     those before every layer, and the copies would keep it for themselves.
     """
 
@@ -56,7 +57,7 @@ class DeviceComb:
         self.tokens_1T, self.depth_1T, self.subtree_end_T = tokens_1T, depth_1T, subtree_end_T
         self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
         self.longest_path, self.row_ends = longest_path, row_ends
-        self._plans: dict[int | None, TreePlan] = {}  # by sliding window
+        self._plans: dict[tuple[int | None, int | None], TreePlan] = {}  # by sliding window and chunk
 
     @classmethod
     def of(
@@ -79,10 +80,10 @@ class DeviceComb:
             row.plan(window)
         return row
 
-    def plan(self, window: int | None) -> TreePlan:
-        if window not in self._plans:
-            self._plans[window] = tree_plan(self.subtree_end_T, depth=self.depth_1T[0], window=window)
-        return self._plans[window]
+    def plan(self, window: int | None, chunk: int | None = None) -> TreePlan:
+        if (window, chunk) not in self._plans:
+            self._plans[window, chunk] = tree_plan(self.subtree_end_T, depth=self.depth_1T[0], window=window, chunk=chunk)
+        return self._plans[window, chunk]
 
 
 @torch.compiler.disable  # a compiled layer breaks its graph here: the plan is Python, and the kernels are compiled already
@@ -96,10 +97,12 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packed: DeviceComb | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+    """transformers' attention interface: query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, V] -> [1, T, Hq, V]. s_aux: one
+    attention sink a query head [Hq].
 
     Raises ConfigError for an argument that would change the attention in a way not known here.
     """
@@ -112,11 +115,14 @@ def _attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which tree attention does not know: training over "
             "shared prefixes would not be exact; use another model"
         )
+    chunk = attention_chunk(module)
     if packed.row_ends is not None:
+        assert s_aux is None and chunk is None, "flash-attn has neither sinks nor chunks"
         return _flash_attention(query[0], key[0], value[0], packed, scaling, softcap, sliding_window)[None], None
-    plan = packed.plan(sliding_window)
+    plan = packed.plan(sliding_window, chunk)
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     out = tree_attention(
-        query[0], key[0], value[0], None, scale=scaling, softcap=softcap, window=sliding_window, plan=plan
+        query[0], key[0], value[0], None, window=sliding_window, chunk=chunk, plan=plan, **options
     )
     return out.transpose(0, 1).contiguous()[None], None
 
@@ -124,17 +130,23 @@ def _attention(
 def _flash_attention(
     q: Tensor, k: Tensor, v: Tensor, packed: DeviceComb, scale: float | None, softcap: float | None, window: int | None
 ) -> Tensor:
-    """q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D], of rows that lie one after the other (training.flash_attention)."""
+    """q [Hq, T, D], k [Hkv, T, D], v [Hkv, T, V] -> [T, Hq, V], of rows that lie one after the other (training.flash_attention).
+
+    Values narrower than keys are filled up with zeros, as transformers does for flash-attn, which wants them alike.
+    """
     from flash_attn import flash_attn_varlen_func
 
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
     q, k, v = (x.to(dtype).transpose(0, 1).contiguous() for x in (q, k, v))
+    width, values = q.shape[2], v.shape[2]
+    v = v if values == width else F.pad(v, (0, width - values))
     ends, longest = packed.row_ends, packed.longest_path
     before = -1 if window is None else window - 1
-    return flash_attn_varlen_func(
+    out: Tensor = flash_attn_varlen_func(
         q, k, v, ends, ends, longest, longest,
         softmax_scale=scale, causal=True, window_size=(before, 0), softcap=softcap or 0.0,
     )  # fmt: skip
+    return out if values == width else out[..., :values]
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -165,7 +177,7 @@ class Policy(nn.Module):
                 raise ConfigError(
                     f"model type {text.model_type}: {name} drops some of its input at random in training; set its rate to 0"
                 )
-        known = {id(p) for part in (model.base_model, model.get_output_embeddings()) for p in part.parameters()}
+        known = {id(p) for part in (_body(model), model.get_output_embeddings()) for p in part.parameters()}
         unknown = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
         if unknown:
             raise ConfigError(
@@ -193,7 +205,7 @@ class Policy(nn.Module):
             )
         device = packed.tokens_1T.device.type
         with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            hidden_1TH = self.model.base_model(
+            hidden_1TH = _body(self.model)(
                 input_ids=packed.tokens_1T,
                 position_ids=packed.depth_1T,
                 use_cache=False,
@@ -211,6 +223,12 @@ class Policy(nn.Module):
             return _take(logp_E, packed.edge_N)
 
 
+def _body(model: PreTrainedModel) -> nn.Module:
+    """What is below the output layer. Llama4ForCausalLM's `base_model` is itself."""
+    body: nn.Module = model.base_model if model.base_model is not model else model.model
+    return body
+
+
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """x[index], with a backward that adds up repeated rows in a fixed order: on GPUs indexing sorts them (index_select is atomic), on CPUs
     index_select takes them one after another."""
@@ -220,18 +238,25 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # one thing, by model type
 
 
+def head_widths(text: PreTrainedConfig) -> tuple[int, int]:
+    """Dimensions of a head's queries and keys, and of its values. Those with latent attention (DeepSeek) name three others."""
+    if values := getattr(text, "v_head_dim", None):
+        return text.qk_nope_head_dim + text.qk_rope_head_dim, values
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return width, width
+
+
 def model_size(model: PreTrainedModel) -> ModelSize:
     """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits."""
     text = model.config.get_text_config()
-    tables = {id(module.weight) for module in model.base_model.modules() if isinstance(module, nn.Embedding)}
+    tables = {id(module.weight) for module in _body(model).modules() if isinstance(module, nn.Embedding)}
     total = next((n for key in _EXPERTS if (n := getattr(text, key, None))), 1)
     visited = min(getattr(text, "num_experts_per_tok", None) or total, total) / total
     linear = 0.0
-    for name, parameter in model.base_model.named_parameters():
+    for name, parameter in _body(model).named_parameters():
         if parameter.dim() > 1 and id(parameter) not in tables:
             linear += parameter.numel() * (visited if ".experts." in name else 1.0)
-    heads = text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    width = text.num_attention_heads * sum(head_widths(text)) // 2
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
     attention = tuple((width, window if kind == "sliding_attention" else None) for kind in kinds)

@@ -67,10 +67,9 @@ def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> 
     text = model_config.get_text_config()
     if config.engine.kind == "local" and config.algorithm.name != "sft":  # which samples nothing
         heads = text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        kv = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+        kv = (getattr(text, "num_key_value_heads", None) or heads) * sum(head_widths(text))
         kept["rollout weights"] = float(engine * count)
-        kept["rollout cache"] = 2.0 * len(layers) * kv * engine * config.engine.cache_tokens
+        kept["rollout cache"] = 1.0 * len(layers) * kv * engine * config.engine.cache_tokens
 
     step = {}
     if distributed:
@@ -94,9 +93,8 @@ def _activations(
     """Bytes a token: what transformers' eager layers keep for the backward; and what one layer's backward works with, at its height."""
     text = model_config.get_text_config()
     hidden, heads = text.hidden_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    query = heads * head_dim
-    kv = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    keys, values = head_widths(text)
+    query, kv = heads * keys, (getattr(text, "num_key_value_heads", None) or heads) * keys
     inner = text.intermediate_size
     if visited := getattr(text, "num_experts_per_tok", None):
         inner = visited * (getattr(text, "moe_intermediate_size", None) or inner)
@@ -107,7 +105,8 @@ def _activations(
     ]
     # a norm: its input and its normalised input in float32, and its output, which the next product keeps (cast, under autocast)
     norms = (4 + 4 + r + (c if r != c else 0)) * sum(widths)
-    attention = c * (3 * query + 2 * kv) + 4 * heads  # q, k, v, the result in two layouts, log-sum-exp
+    share = values / keys
+    attention = c * (query + 2 * share * query + (1 + share) * kv) + 4 * heads  # q, k, v, the result in two layouts, log-sum-exp
     mlp = 4 * c * inner  # gate, its activation, up, their product
     whole = norms + attention + mlp
     working = 3 * c * inner + 4 * r * hidden

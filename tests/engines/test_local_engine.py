@@ -12,18 +12,18 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_conformance import check, plain_logprobs
-from support.local_engines import MODELS, SHAPE, V, engine_of, make, mixed_requests, tokens
+from support.local_engines import MODELS, RARE, SHAPE, V, engine_of, make, mixed_requests, tokens
 
 from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.engines.local import attention
 from swirl_fast.engines.local import engine as local
 from swirl_fast.engines.local.engine import LocalEngine
-from swirl_fast.models import exact
 from swirl_fast.prefixes import cacheable
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("block_tokens, prefill_tokens", [(256, 512), (1, 16)])
+@pytest.mark.parametrize(
+    "kind, block_tokens, prefill_tokens", [*((x, 256, 512) for x in MODELS), *((x, 1, 16) for x in (*MODELS, *RARE))]
+)
 def test_logprobs_equal_a_plain_forward_pass(kind, block_tokens, prefill_tokens, monkeypatch):
     monkeypatch.setitem(attention.BLOCK_TOKENS, "cpu", block_tokens)  # 1: every shared run is a block of its own
     monkeypatch.setitem(local.PREFILL_TOKENS, "cpu", prefill_tokens)  # 16: prompts are cut into several passes
@@ -308,7 +308,6 @@ def test_models_that_cannot_work_are_refused_by_name():
     )  # fmt: skip
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     bloom = transformers.BloomConfig(vocab_size=V, hidden_size=32, n_layer=1, n_head=4)
-    sinks = transformers.GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)
     cases = [
         (transformers.Qwen3NextForCausalLM(hybrid), "Qwen3NextForCausalLM: .*linear_attention"),
         (
@@ -324,18 +323,10 @@ def test_models_that_cannot_work_are_refused_by_name():
             "T5ForConditionalGeneration: it is an encoder-decoder",
         ),
         (transformers.BloomForCausalLM(bloom), "BloomForCausalLM: .*attention interface"),
-        (transformers.GptOssForCausalLM(sinks), "GptOssForCausalLM: its attention has sinks"),
     ]  # fmt: skip
     for model, message in cases:
         with pytest.raises(ValueError, match=message):
             LocalEngine(model, max_sequences=4, cache_tokens=64)
-
-
-def test_sinks_of_an_unknown_model_type_are_found_by_the_first_pass(monkeypatch):
-    monkeypatch.setattr(exact, "_ATTENTION_SINKS", ())
-    sinks = transformers.GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(ValueError, match="GptOssForCausalLM: GptOssAttention has attention sinks"):
-        LocalEngine(transformers.GptOssForCausalLM(sinks), max_sequences=4, cache_tokens=64)
 
 
 def test_a_model_with_hidden_state_is_found_by_its_log_probs(monkeypatch):
