@@ -82,7 +82,9 @@ class DeviceComb:
 
     def plan(self, window: int | None, chunk: int | None = None) -> TreePlan:
         if (window, chunk) not in self._plans:
-            self._plans[window, chunk] = tree_plan(self.subtree_end_T, depth=self.depth_1T[0], window=window, chunk=chunk)
+            self._plans[window, chunk] = tree_plan(
+                self.subtree_end_T, depth=self.depth_1T[0], window=window, chunk=chunk
+            )
         return self._plans[window, chunk]
 
 
@@ -121,9 +123,7 @@ def _attention(
         return _flash_attention(query[0], key[0], value[0], packed, scaling, softcap, sliding_window)[None], None
     plan = packed.plan(sliding_window, chunk)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
-    out = tree_attention(
-        query[0], key[0], value[0], None, window=sliding_window, chunk=chunk, plan=plan, **options
-    )
+    out = tree_attention(query[0], key[0], value[0], None, window=sliding_window, chunk=chunk, plan=plan, **options)
     return out.transpose(0, 1).contiguous()[None], None
 
 
@@ -240,8 +240,10 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 
 def head_widths(text: PreTrainedConfig) -> tuple[int, int]:
     """Dimensions of a head's queries and keys, and of its values. Those with latent attention (DeepSeek) name three others."""
-    if values := getattr(text, "v_head_dim", None):
-        return text.qk_nope_head_dim + text.qk_rope_head_dim, values
+    latent = [getattr(text, key, None) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+    if all(latent):
+        nope, rope, values = latent
+        return nope + rope, values
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return width, width
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from swirl_fast.config import Config, ConfigError, load
 from swirl_fast.models.load import DTYPES, load_config
+from swirl_fast.models.policy import head_widths
 from swirl_fast.training.fsdp import layers_of
 from swirl_fast.training.utilization import GIB
 
@@ -94,7 +95,8 @@ def _activations(
     text = model_config.get_text_config()
     hidden, heads = text.hidden_size, text.num_attention_heads
     keys, values = head_widths(text)
-    query, kv = heads * keys, (getattr(text, "num_key_value_heads", None) or heads) * keys
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    query, kv = heads * keys, kv_heads * keys
     inner = text.intermediate_size
     if visited := getattr(text, "num_experts_per_tok", None):
         inner = visited * (getattr(text, "moe_intermediate_size", None) or inner)
@@ -105,8 +107,8 @@ def _activations(
     ]
     # a norm: its input and its normalised input in float32, and its output, which the next product keeps (cast, under autocast)
     norms = (4 + 4 + r + (c if r != c else 0)) * sum(widths)
-    share = values / keys
-    attention = c * (query + 2 * share * query + (1 + share) * kv) + 4 * heads  # q, k, v, the result in two layouts, log-sum-exp
+    # q, k, v, the result in two layouts, log-sum-exp
+    attention = c * (query + kv + (kv_heads + 2 * heads) * values) + 4 * heads
     mlp = 4 * c * inner  # gate, its activation, up, their product
     whole = norms + attention + mlp
     working = 3 * c * inner + 4 * r * hidden

@@ -331,7 +331,9 @@ def test_what_a_sink_is() -> None:
     end = pack(comb(12, 2, 3, 5))
     q, k, v = inputs(end)
     plain = results(tree_attention, q, k, v, end)
-    assert all(torch.equal(a, b) for a, b in zip(results(tree_attention, q, k, v, end, sinks=-math.inf), plain, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(results(tree_attention, q, k, v, end, sinks=-math.inf), plain, strict=True)
+    )
     scores = (q @ k.transpose(1, 2) / 8**0.5).masked_fill(
         (torch.arange(len(end)) > torch.arange(len(end))[:, None]) | (torch.arange(len(end))[:, None] >= end), -math.inf
     )

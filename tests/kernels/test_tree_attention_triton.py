@@ -227,7 +227,9 @@ def test_grouped_queries(small, heads, key_heads, dtype) -> None:
     check(end, *inputs(end, heads=heads, key_heads=key_heads, dtype=dtype))
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0}, {"query_index": torch.tensor([41, 3, 20, 3])}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 9, "softcap": 2.0}, {"query_index": torch.tensor([41, 3, 20, 3])}], ids=str
+)
 def test_sinks(small, options) -> None:
     """From one that hardly matters to one that takes most of the attention."""
     end = pack((20, (9,), (9, (5,))))

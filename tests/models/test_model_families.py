@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers
 from naive.agreement import TOLERANCE, assert_equal_to_rows, assert_same_gradients, by_action, losses
 from naive.rows import separate_rows
-from support.model_families import COMMON, FAMILIES, SINGLE_PRECISION, build, trees
+from support.model_families import COMMON, FAMILIES, RARE, SINGLE_PRECISION, build, trees
 from support.random_trees import random_trunks
 from torch import nn
 from torch._dynamo.utils import counters
@@ -32,7 +32,7 @@ from swirl_kernels.tree_attention import TreePlan, tree_plan
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *RARE])
 def test_comb_equals_separate_rows(family: str, dtype: torch.dtype) -> None:
     """In float32 the rows go through the family's own attention and masks; in float64 through a dense one that does not round."""
     naive = build(family, dtype)
@@ -43,9 +43,8 @@ def test_comb_equals_separate_rows(family: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("family", SINGLE_PRECISION)
-def test_comb_equals_separate_rows_in_single_precision(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Families that round to float32 inside. Of DeepSeek V3 the layers with experts."""
-    monkeypatch.setitem(FAMILIES, family, SINGLE_PRECISION[family])
+def test_comb_equals_separate_rows_in_single_precision(family: str) -> None:
+    """Families that round to float32 inside."""
     naive = build(family, torch.float32)
     policy = Policy(copy.deepcopy(naive), temperature=0.8)
     naive.set_attn_implementation("eager")
@@ -141,7 +140,22 @@ def test_inexact_architectures_are_refused_by_name(what: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Mixtral", "Qwen3Moe", "Phi3", "Olmo2", "SmolLM3", "GptOss", "DeepseekV2", "DeepseekV3"],
+    [
+        "Llama",
+        "Qwen2",
+        "Qwen3",
+        "Mistral",
+        "Gemma2",
+        "Gemma3Text",
+        "Mixtral",
+        "Qwen3Moe",
+        "Phi3",
+        "Olmo2",
+        "SmolLM3",
+        "GptOss",
+        "DeepseekV2",
+        "DeepseekV3",
+    ],
 )
 def test_exact_architectures_are_not_refused(name: str) -> None:
     refuse_inexact(config(name))
@@ -255,7 +269,7 @@ def one_rank() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_fsdp2_changes_nothing(family: str, checkpointing: bool, one_rank: Ranks) -> None:
     model = build(family, torch.float32)
@@ -277,7 +291,7 @@ def test_a_packing_is_planned_once_for_all_layers(one_rank: Ranks, monkeypatch: 
     assert sorted(windows, key=str) == [6, None]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
 def test_plans_made_with_the_row_are_those_that_the_layers_ask_for(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,17 +60,19 @@ LATENT = {
     "n_group": 1,
     "topk_group": 1,
 }
-FAMILIES |= {
-    "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2, "attention_bias": False, **WINDOW}),
+# Of attention of another shape.
+RARE: dict[str, tuple[str, dict[str, object]]] = {
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2, "attention_bias": False, **WINDOW},
+    ),
     "deepseek_v3": ("DeepseekV3", {**LATENT, "first_k_dense_replace": 2}),
 }
 # They compute parts in float32 whatever the type of the weights.
 SINGLE_PRECISION: dict[str, tuple[str, dict[str, object]]] = {
     "deepseek_v2": ("DeepseekV2", {**LATENT, "first_k_dense_replace": 1}),
-    "deepseek_v3": ("DeepseekV3", {**LATENT, "first_k_dense_replace": 1}),
+    "deepseek_v3 experts": ("DeepseekV3", {**LATENT, "first_k_dense_replace": 1}),
     "glm4_moe_lite": ("Glm4MoeLite", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
-    "youtu": ("Youtu", {**LATENT}),
-    "longcat_flash": ("LongcatFlash", {**LATENT, "num_layers": 1, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "zero_expert_num": 2, "moe_topk": 2}),
     "llama4": (
         "Llama4",
         {
@@ -87,7 +89,7 @@ SINGLE_PRECISION: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
-    name, settings = (SINGLE_PRECISION | FAMILIES)[family]
+    name, settings = (SINGLE_PRECISION | RARE | FAMILIES)[family]
     config_name = f"{name}TextConfig" if name in ("Gemma3", "Llama4") else f"{name}Config"
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**{**COMMON, **settings})

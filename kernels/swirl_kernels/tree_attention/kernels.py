@@ -1,11 +1,13 @@
 """The Triton kernels of tree_attention: forward, dQ, dK/dV over the tiles that tree_blocks.py finds.
 
-Legend: D head dimension of queries and keys, V of values (each padded to a power of two), M queries of a block, E queries of a masked tile of dK/dV, N keys of a tile.
+Legend: D head dimension of queries and keys, V of values (each padded to a power of two), M queries of a block, E queries of a
+masked tile of dK/dV, N keys of a tile.
 
 Forward: program (query block, query head) walks up the tree with an online softmax and saves the log-sum-exp of every row.
 dQ: the same walk; p = exp(score - lse) again, dscore = p (dp - delta) with delta = sum(dout * out), which it saves.
 dK/dV: program (key block, key head) sums over its query heads and their query tiles. (FlashAttention-2, arXiv 2307.08691,
-section 3.1.) An attention sink is in the log-sum-exp, so that the backward kernels need not know of it. Nothing is atomic: every output has one writer and a fixed order of summation.
+section 3.1.) An attention sink is part of the log-sum-exp, so that the backward kernels need not know of it. Nothing is atomic:
+every output has one writer and a fixed order of summation.
 
 disable_licm: the descriptors of a tile that stays in shared memory (K and V for dK/dV) are one per 16 columns, cheap to compute and
 the same in every turn. Moved out of a loop they are kept in registers that the accumulators need, and spill: at D = 256 on sm_90

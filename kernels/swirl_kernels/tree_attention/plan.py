@@ -87,7 +87,9 @@ class TreePlan:
     num_queries: int
     window: int | None
     chunk: int | None
-    window_cuts: bool  # False when no two tokens are `window` apart in depth (or in two chunks), so that nothing is hidden
+    window_cuts: (
+        bool  # False when no two tokens are `window` apart in depth (or in two chunks), so that nothing is hidden
+    )
     subtree_end: Tensor  # int64 [T]
     depth: Tensor  # int64 [T]
     origin: Tensor  # int64 [T] a query i sees a key j only when origin[i] - depth[j] < span
@@ -157,7 +159,9 @@ def tree_plan(
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; use at least 1 (a token always sees itself), or None for no window")
     if chunk is not None and (chunk < 1 or window is not None):
-        raise ValueError(f"chunk is {chunk} and window {window}; give a chunk of at least 1 token or a window, not both")
+        raise ValueError(
+            f"chunk is {chunk} and window {window}; give a chunk of at least 1 token or a window, not both"
+        )
     natural = count_ancestors(end)
     given = natural if depth is None else _integers(depth, "depth", device)
     if len(given) != num_keys:
