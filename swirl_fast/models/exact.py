@@ -47,11 +47,11 @@ def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrained
 def attention_chunk(attention: nn.Module) -> int | None:
     """Tokens of the chunks in which this attention sees only each other (Llama 4); None for no chunks. transformers tells it by a mask
     alone, so it is read from the configuration."""
-    config: Any = getattr(attention, "config", None)
-    kinds = getattr(config, "layer_types", None) or ()
-    if _CHUNKED not in kinds or kinds[attention.layer_idx] != _CHUNKED:
+    layer: Any = attention
+    kinds = getattr(getattr(layer, "config", None), "layer_types", None) or ()
+    if _CHUNKED not in kinds or kinds[layer.layer_idx] != _CHUNKED:
         return None
-    return int(config.attention_chunk_size)
+    return int(layer.config.attention_chunk_size)
 
 
 def why_not_flash(model_config: PreTrainedConfig) -> str | None:
