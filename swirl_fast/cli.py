@@ -85,10 +85,17 @@ def parser() -> argparse.ArgumentParser:
     export = add(
         "export",
         "the weights of a checkpoint, such as the best one, as a Hugging Face folder",
-        lambda stages, config, options: stages.export(config, options.checkpoint, options.out, options.dtype),
+        lambda stages, config, options: stages.export(
+            config, options.checkpoint, options.out, options.dtype, options.adapter
+        ),
     )
     export.add_argument("--checkpoint", default="best", metavar="best|step_N", help="which (default: best)")
-    export.add_argument("--out", metavar="FOLDER", help="default: model-CHECKPOINT in the run's folder")
+    export.add_argument("--out", metavar="FOLDER", help="default: model-CHECKPOINT (adapter-…) in the run's folder")
+    form = export.add_mutually_exclusive_group()
+    form.add_argument("--adapter", action="store_true", help="with model.lora: the adapters alone, as peft loads them")
+    form.add_argument(
+        "--merged", action="store_true", help="with model.lora: the model with its adapters in it (default)"
+    )
     types = ("source", "float32", "bfloat16", "float16")
     export.add_argument("--dtype", choices=types, help="of the weights (default: training.export_dtype)")
     evaluate = add("evaluate", "held-out questions, by the base or the trained model", _evaluate)

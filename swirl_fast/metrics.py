@@ -125,6 +125,7 @@ PHASES = {
     "optimizer": "clipping and the optimizer's step",
     "wait_for_rollout": "waiting for the next batch's actions (training.lag=1)",
     "weight_sync": "handing the new weights to the rollout engine",
+    "share_gpu": "moving engine and trainer in and out of the GPU's memory (engine.share_gpu)",
 }
 
 METRICS = (
@@ -177,6 +178,14 @@ METRICS = (
         "mean difference of the rollout engine's log-prob of a token and the trainer's; above training.max_engine_gap training stops",
     ),
     Metric("engine_gap_max", "nats", Max("gap_max"), "largest such difference"),
+    Metric(
+        "routing_gap",
+        "share",
+        Computed("choices of other experts / recorded choices, one a token and layer"),
+        "tokens that the trainer's router would send to other experts than the rollout engine did (engine.return_routed_experts); with "
+        "training.replay_routing they go where the engine sent them",
+        always=False,
+    ),
     Metric(
         "importance_truncated",
         "share",
@@ -273,6 +282,20 @@ METRICS = (
         "share",
         Computed("work / seconds / peak of all devices"),
         "model FLOPs utilization of the whole step",
+        always=False,
+    ),
+    Metric(
+        "model_check_logprob",
+        "nats a token",
+        Same(),
+        "before the first step: mean difference of a log-prob over a small tree of prefixes and over separate rows (training.check_model)",
+        always=False,
+    ),
+    Metric(
+        "model_check_gradient",
+        "",
+        Same(),
+        "likewise: norm of the difference of the two gradients / norm of the gradient",
         always=False,
     ),
     Metric("memory_gib", "GiB", Max("memory_gib"), "peak since the start: of tensors on a GPU, else of the process"),

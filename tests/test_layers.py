@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"config", "files", "formats", "tasks", "trajectory", "verdict"},
     "rendering": {"config", "formats", "models", "tasks", "tools"},
     "engines": {"config", "http_client", "models", "prefixes", "ranks", "seeds"},
-    "models": {"comb", "config", "files"},
+    "models": {"comb", "config", "files", "seeds"},
     "objective": {"config"},
     "tasks": {"config", "files", "formats", "tools"},
     "trajectory": {"formats"},

@@ -48,6 +48,7 @@ def check(config: Config, files: bool = True) -> None:
     _check_data(config, values)
     if files:
         _check_files(config, values)
+    _check_lora(config, values)
     _check_engine(config, values)
     _check_stages(config, values)
     _check_conversations(config, values)
@@ -157,6 +158,27 @@ def _check_files(config: Config, values: _Values) -> None:
         values.fail("search.model", "no such folder")
 
 
+def _check_lora(config: Config, values: _Values) -> None:
+    lora = config.model.lora
+    if lora.rank is None:
+        for entry in dataclasses.fields(lora):
+            if getattr(lora, entry.name) != getattr(type(lora)(), entry.name):
+                values.fail(
+                    f"model.lora.{entry.name}", "without model.lora.rank nothing has an adapter: set it, e.g. to 16"
+                )
+        return
+    if lora.dropout:
+        values.fail(
+            "model.lora.dropout",
+            "training computes what actions share once, and all of them would get the same inputs dropped: it would not be exact; use 0",
+        )
+    if config.training.reference_offload:
+        values.fail(
+            "training.reference_offload",
+            "with model.lora.rank the reference is the policy with its adapters off, and takes no memory; leave it false",
+        )
+
+
 def _check_engine(config: Config, values: _Values) -> None:
     fail, engine = values.fail, config.engine
     for url in engine.urls:
@@ -176,6 +198,8 @@ def _check_engine(config: Config, values: _Values) -> None:
             "engine.launch.gpus",
             f"{launch.servers} servers of {launch.gpus_per_server} devices need {needed} different ones",
         )
+    if engine.share_gpu:
+        _check_sharing(config, values)
     if engine.urls and engine.weight_sync.method == "tensor":
         # here, so that a config without servers needs no httpx
         from swirl_fast.http_client import is_loopback
@@ -186,6 +210,25 @@ def _check_engine(config: Config, values: _Values) -> None:
                     "engine.weight_sync.method",
                     f"tensors are shared on one node only, and {url} is another; use disk or distributed",
                 )
+
+
+def _check_sharing(config: Config, values: _Values) -> None:
+    """engine.share_gpu: what needs the engine beside the trainer, or a way of handing over weights that does not work on one GPU."""
+    if config.engine.kind != "sglang":
+        values.fail("engine.share_gpu", "only SGLang's servers can release their memory; set engine.kind=sglang")
+    if config.training.lag:
+        values.fail("training.lag", "engine.share_gpu=true leaves no memory to sample beside the training; use 0")
+    sync = config.engine.weight_sync
+    if sync.method == "distributed":
+        values.fail(
+            "engine.weight_sync.method",
+            "nccl takes no two processes on one GPU, and engine.share_gpu=true has servers and trainer there; use tensor or disk",
+        )
+    if sync.method == "tensor" and not sync.snapshot:
+        values.fail(
+            "engine.weight_sync.snapshot",
+            "with engine.share_gpu=true a server that dies without its weights is started again from the snapshot; set it to true",
+        )
 
 
 def _check_stages(config: Config, values: _Values) -> None:
@@ -321,6 +364,22 @@ def _check_training(config: Config, values: _Values) -> None:
     limit = training.shards_cache_limit
     if limit and not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", limit.lower()):
         fail("training.shards_cache_limit", "must be a number with kb, mb, gb or tb, such as 10gb; empty for no limit")
+    if training.replay_routing and (config.algorithm.name == "sft" or config.algorithm.reward == "outcome"):
+        reason = (
+            "imitates what no engine here has drawn" if config.algorithm.name == "sft" else "draws whole trajectories"
+        )
+        key = "name=sft" if config.algorithm.name == "sft" else "reward=outcome"
+        fail("training.replay_routing", f"algorithm.{key} {reason}, without their routed experts; leave it false")
+    if training.replay_routing and training.compile:
+        fail(
+            "training.compile",
+            "training.replay_routing steps into the routers, which compiled layers do not allow; use false",
+        )
+    if training.offload_activations and training.activation_checkpointing == "none":
+        fail(
+            "training.offload_activations",
+            "moves what checkpointed layers keep; set training.activation_checkpointing=full, or selective",
+        )
     if training.liger and training.compile:
         fail("training.liger", "torch.compile fuses the same operations; set either training.liger or training.compile")
     if training.flash_attention and config.model.dtype != "bfloat16":

@@ -27,13 +27,16 @@ TEXTS = ("tasks.instructions", "tasks.worked_examples", "search.corpus", "judge.
 
 
 def contents(section: Any, prefix: str) -> dict[str, Any]:
-    """A section without sections of its own, as a JSON-able table. Raises ConfigError for a reference that names nothing."""
+    """A section as a JSON-able table. Raises ConfigError for a reference that names nothing."""
     kind: type = type(section)
     known = settings(kind)
-    return {
-        entry.name: _content(known[entry.name], getattr(section, entry.name), f"{prefix}.{entry.name}")
-        for entry in dataclasses.fields(section)
-    }
+    table = {}
+    for entry in dataclasses.fields(section):
+        value, key = getattr(section, entry.name), f"{prefix}.{entry.name}"
+        table[entry.name] = (
+            contents(value, key) if dataclasses.is_dataclass(value) else _content(known[entry.name], value, key)
+        )
+    return table
 
 
 def identified(config: Any) -> dict[str, Any]:

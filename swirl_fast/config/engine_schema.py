@@ -66,6 +66,11 @@ class EngineConfig:
     """Of the engine's copy of the weights."""
     max_sequences: int = setting(64, minimum=1)
     """Sequences decoded at a time; sglang: of each server, by each process that asks it."""
+    share_gpu: bool = False
+    """sglang: in training, servers and trainer have the same GPUs in turns. The servers release their memory while the trainer works, and
+    it waits in CPU memory while they sample."""
+    return_routed_experts: bool = False
+    """Of models with experts: actions come with the experts that their tokens were routed to, for the metric routing_gap."""
     own_process: bool = False
     """local: generate in a process of its own, beside the training (for training.lag=1)."""
     threads: int = setting(0, minimum=0)

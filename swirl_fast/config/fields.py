@@ -95,6 +95,11 @@ class Setting:
         return NoneType in get_args(self.kind)
 
     @property
+    def plain_kind(self) -> Any:
+        """The type of a value that is not null."""
+        return next(kind for kind in get_args(self.kind) if kind is not NoneType) if self.optional else self.kind
+
+    @property
     def words(self) -> tuple[Any, ...]:
         """The accepted words, empty where every value of the type is accepted."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
@@ -117,7 +122,7 @@ class Setting:
         if self.reads == "tasks":
             return "list of tables"
         if self.optional:
-            return "text or null"
+            return f"{_NAMES[self.plain_kind]} or null"
         arguments = get_args(self.kind)
         if self.is_table:
             values = {str: "texts", dict: "tables", list: "lists"}.get(get_origin(arguments[1]) or arguments[1])

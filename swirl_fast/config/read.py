@@ -177,7 +177,7 @@ def _value(entry: Setting, node: Tree, source: str) -> Any:
     if entry.reads == "reference" and get_origin(entry.kind) is list and isinstance(node, Word):
         node = [node]
     try:
-        return _converted(str if entry.optional else entry.kind, node)
+        return _converted(entry.plain_kind, node)
     except UnicodeError:
         remedy = "holds a character that no file can hold, NUL or half of a surrogate pair"
     except (ValueError, OverflowError):
@@ -269,7 +269,7 @@ def check_each(config: Any) -> None:
                 if name and name not in entry.known and not references.is_reference(name):
                     raise ConfigError(f"{key}={name}: must be {entry.accepted}")
         if not entry.range.accepts(value):
-            limits = entry.accepted if isinstance(value, list) else str(entry.range)
+            limits = entry.accepted if isinstance(value, list) or entry.optional else str(entry.range)
             if isinstance(value, float) and not math.isfinite(value):
                 limits = f"{limits}, and a {'' if entry.range.endless else 'finite '}number"
             raise ConfigError(f"{key}={value}: must be {_article(limits)}")

@@ -41,6 +41,21 @@ class RunConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters: training changes them alone, and model.path's own weights stay as they are (docs/lora.md)."""
+
+    rank: int | None = setting(None, minimum=1)
+    """Of the two matrices beside each adapted layer; such as 16. null: no adapters, all weights are trained. Adapters want a larger
+    training.learning_rate, about ten times that of all weights."""
+    alpha: float = setting(32.0, above=0)
+    """What the two matrices make is scaled by alpha / rank."""
+    dropout: float = setting(0.0, minimum=0, below=1)
+    """Only 0: what actions share is computed once, so that dropping inputs at random would not be exact."""
+    targets: list[str] = field(default_factory=list)
+    """Which linear layers get an adapter, by the ends of their names, as [q_proj, v_proj]. Empty: all but the output layer."""
+
+
+@dataclass
 class ModelConfig:
     """The language model that acts and is trained."""
 
@@ -54,6 +69,7 @@ class ModelConfig:
     thinking: Literal["keep", "off"] = "keep"
     """Of models that think before they act. keep: thoughts are sampled, trained on, and stay in the states of later actions. off: the chat
     template opens turns without thoughts."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -331,6 +347,9 @@ class TrainingConfig:
     max_engine_gap: float = setting(0.1, minimum=0)
     """Mean |log-prob of the engine - of the trainer| a token above which training stops; 0: never. With training.lag=1 the gap of a batch
     that an older policy drew holds that update as well, and is shown, not checked."""
+    check_model: bool = True
+    """At the start, compute a small tree of prefixes as training does and as the model itself does, row by row, and refuse a model whose
+    log-probs or gradient differ."""
     warmup_steps: int = setting(0, minimum=0)
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -343,6 +362,11 @@ class TrainingConfig:
     """Tokens of the longest state with its action; 0: the model's context."""
     activation_checkpointing: Checkpointing = "none"
     """Layers that run again in the backward pass instead of keeping their activations: none, all (full), or every second one."""
+    offload_activations: bool = False
+    """What checkpointed layers keep, their input, waits in CPU memory for the backward: for long paths (GPU only)."""
+    replay_routing: bool = False
+    """Of models with experts: a token goes to the experts that the rollout engine sent it to, also where the trainer's own scores, rounded
+    otherwise, would choose others."""
     shard_size: int = setting(0, minimum=0)
     """Ranks that share one copy of the parameters; several such groups are replicas (HSDP); 0: all ranks share one."""
     shard_accumulated_gradients: bool = False

@@ -23,6 +23,8 @@ def load_engine(
     attached ones.
     """
     e = config.engine
+    if config.training.replay_routing:
+        e = replace(e, return_routed_experts=True)
     if e.kind == "local" and e.own_process:
         from swirl_fast.engines.process import ProcessEngine
 

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor
 
+from swirl_fast.models.lora import Merged
+
 Tokens = Sequence[int] | NDArray[np.integer]
 
 
@@ -37,6 +39,7 @@ class Request:
     seed: with the same weights, the same batch and the same machine, the same seed gives the same tokens; the n completions
     of one request differ from each other.
     cache_key: the trajectory's id; requests with one key share prefixes and should meet the same server.
+    routed_experts: whether the completions shall have theirs, of a model with experts.
     """
 
     tokens: Tokens
@@ -45,6 +48,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
     cache_key: str = ""
+    routed_experts: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,9 @@ class Completion:
     logprobs: natural log-probability of every token under softmax(logits / temperature), before top-p and top-k (temperature 0:
     of the plain softmax); same length as tokens.
     cached_tokens: how many of the request's tokens were not computed for this completion's request.
+    routed_experts: where asked for: the experts that drew each token, [tokens, decoder layers, experts a token visits], uint8, or int16 for
+    more than 256 experts; 0 in layers without experts. They are those of the token before it, whose pass gave its log-prob: the first
+    row is of the prompt's last token, and there is none of the last token, which was not computed.
     """
 
     tokens: NDArray[np.int32]
@@ -61,13 +68,20 @@ class Completion:
     finish: Literal["stop", "length"]
     policy_version: int
     cached_tokens: int = 0
+    routed_experts: NDArray[np.uint8] | NDArray[np.int16] | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Completion):
             return NotImplemented
-        return np.array_equal(self.tokens, other.tokens) and (
-            (self.logprobs, self.finish, self.policy_version, self.cached_tokens)
-            == (other.logprobs, other.finish, other.policy_version, other.cached_tokens)
+        routed, others = self.routed_experts, other.routed_experts
+        same = routed is others if routed is None or others is None else np.array_equal(routed, others)
+        return (
+            same
+            and np.array_equal(self.tokens, other.tokens)
+            and (
+                (self.logprobs, self.finish, self.policy_version, self.cached_tokens)
+                == (other.logprobs, other.finish, other.policy_version, other.cached_tokens)
+            )
         )
 
 
@@ -111,8 +125,10 @@ class EngineStats:
     decode_seconds: float = 0.0
 
 
-def whole(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def whole(tensor: torch.Tensor | Merged, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The tensor in `dtype` (None: its own), gathered where it is sharded: then a collective of all its ranks."""
+    if isinstance(tensor, Merged):
+        return tensor.whole().to(dtype or tensor.dtype)
     tensor = tensor.detach().to(dtype or tensor.dtype)  # cast first: less to send
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -127,10 +143,23 @@ class Engine(Protocol):
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """After it no completion comes from older weights, nor from a stale cache. Tensors may be sharded (DTensor): then all ranks call
-        this, and gather in the order of names. Raises KeyError for unknown or missing names, ValueError for a wrong shape; then
-        nothing has changed."""
+        this, and gather in the order of names. Or promises of one (Merged), which `whole` makes as well. Raises KeyError for unknown or
+        missing names, ValueError for a wrong shape; then nothing has changed."""
         ...
 
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None: ...
+
+
+class SharedEngine(Engine, Protocol):
+    """An engine that lends the memory of its GPUs to the trainer (engine.share_gpu). The order is release_memory, update_weights,
+    resume_memory, and only then `generate`: after a release the engine is without weights."""
+
+    def release_memory(self) -> None:
+        """Gives the memory of weights and key/value cache back to the device."""
+        ...
+
+    def resume_memory(self) -> None:
+        """Takes it again, as far as `update_weights` has not."""
+        ...

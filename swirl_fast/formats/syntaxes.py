@@ -13,11 +13,15 @@ writes (rendering.py), never by its name.
     actions     <|START_ACTION|>[{"tool_name": "f", "parameters": {…}}]<|END_ACTION|>          Command
     phi         <|tool_call|>[{"name": "f", "arguments": {…}}]<|/tool_call|>                  Phi-4-mini, Granite
     atem        <atem:invoke name="f"><atem:parameter name="x">1</atem:parameter></atem:invoke>
+
+For a syntax that is none of these, a tokenizer may have a `response_schema`, by which transformers' `parse_response` reads turns
+(schema_syntax).
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -324,3 +328,23 @@ SYNTAXES = (
     Syntax("atem", _atem, _atem_visible),
     Syntax("llama", _llama),
 )
+
+
+def schema_syntax(schema: Any, parse: Callable[[str], Any]) -> Syntax:
+    """parse: a tokenizer's `parse_response`, which reads a turn as a message by the `response_schema`."""
+
+    def find(text: str) -> tuple[list[WrittenCall], str]:
+        try:
+            message = parse(text)
+            calls = _calls_of(message.get("tool_calls") or [])
+            rest = str(message.get("content") or "").strip()
+        except CallError:
+            raise
+        except Exception as error:  # a schema fails in its own ways at what it does not fit
+            raise CallError(f"The turn cannot be read ({str(error)[:200]}).") from None
+        if not calls and not text.strip().endswith(rest or "\0"):  # a schema passes over a call that is not closed
+            raise CallError("The turn cannot be read.")
+        return calls, rest
+
+    digest = hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest()[:8]
+    return Syntax(f"schema-{digest}", find)

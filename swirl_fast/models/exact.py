@@ -13,6 +13,14 @@ from swirl_fast.config import ConfigError
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # one thing, by model type
 _CHUNKED = "chunked_attention"
 _ATTENTION = {"full_attention", "sliding_attention", _CHUNKED, "attention"}
+_LOGIT_SCALES = ("logit_scale", "logits_scaling")  # one thing, by model type
+_MULTIPLIED_BY = {
+    "cohere": "logit_scale",
+    "cohere2": "logit_scale",
+    "cohere2_moe": "logit_scale",
+    "hyperclovax": "logits_scaling",
+}
+_DIVIDED_BY = dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), "logits_scaling")
 
 
 def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrainedModel] | None) -> str | None:
@@ -25,13 +33,15 @@ def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrained
         return "it is an encoder-decoder, whose encoder reads in both directions"
     if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
         return "its attention is not causal: tokens would see what follows them"
-    kinds = {kind for key in _LAYER_KINDS for kind in getattr(text, key, None) or ()} - _ATTENTION
+    named = {kind for key in _LAYER_KINDS for kind in getattr(text, key, None) or ()}
+    kinds = named - _ATTENTION
     if kinds:
         return (
             f"it has layers of kind {', '.join(sorted(kinds))} (recurrent, linear, convolutional and sparse layers need more than "
             " the keys and values of single tokens)"
         )
-    if architecture is not None and getattr(architecture, "_is_stateful", False):
+    # a hybrid's class says so of all its models, those that have attention alone included
+    if not named and architecture is not None and getattr(architecture, "_is_stateful", False):
         return "its layers carry a state from token to token"
     if architecture is not None and not architecture._supports_attention_backend:
         return "transformers offers no way to replace its attention, which does not go through the attention interface"
@@ -83,6 +93,25 @@ def longest_exact_path(model_config: PreTrainedConfig) -> int | None:
     return min(ropes_by_length(model_config).values(), default=None)
 
 
+def logit_scale(model_config: PreTrainedConfig) -> float:
+    """What the output layer's result is multiplied by, before any soft-cap.
+
+    Raises ConfigError for a model type that has such a number and is not known to use it so.
+    """
+    text = model_config.get_text_config()
+    name = text.model_type
+    if name in _MULTIPLIED_BY:
+        return float(getattr(text, _MULTIPLIED_BY[name]) or 1.0)
+    if name in _DIVIDED_BY:
+        return 1.0 / float(getattr(text, _DIVIDED_BY[name]) or 1.0)
+    for key in _LOGIT_SCALES:
+        if getattr(text, key, 1.0) not in (None, 1.0):
+            raise ConfigError(
+                f"model type {name}: {key}={getattr(text, key)}: it is not known how this model type scales its logits; use another model"
+            )
+    return 1.0
+
+
 def refuse_inexact(model_config: PreTrainedConfig) -> None:
     """Raises ConfigError, naming the model type and what is wrong with it, for architectures whose training over a prefix tree would
     not equal separate rows."""
@@ -101,8 +130,15 @@ def refuse_inexact(model_config: PreTrainedConfig) -> None:
     if text is not model_config or {"vision_config", "audio_config"} & set(model_config.sub_configs):
         refuse("it reads more than text, and images in both directions; give a folder that holds only its text model")
     for key, value in text.to_dict().items():
-        random = any(part in key for part in ("dropout", "pdrop", "layerdrop", "jitter")) and "classif" not in key
-        if random and isinstance(value, int | float) and value > 0:
+        random = any(part in key for part in ("dropout", "pdrop", "layerdrop", "jitter"))
+        # the heads of classifiers and of summaries are no part of a causal language model
+        if (
+            random
+            and "classif" not in key
+            and not key.startswith("summary_")
+            and isinstance(value, int | float)
+            and value > 0
+        ):
             refuse(
                 f"{key}={value} makes shared prefixes differ from separate rows; set it to 0 in the model's config.json"
             )

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
 from swirl_fast.files import content_hash
@@ -35,6 +36,7 @@ LICENCES = (
     "USE_POLICY*",
 )  # what model folders call the text, in either case
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_ADAPTER = "adapter_config.json"  # of peft's folders
 _DATELESS = "{% macro strftime_now(format) %}1 January 2000{% endmacro %}"
 
 
@@ -48,6 +50,7 @@ def resolve(path: str) -> str:
         return str(embedded_folder())
     folder = Path(path).expanduser()
     if folder.is_dir():
+        refuse_adapter(folder, f"model.path={path}")
         if not (folder / "config.json").is_file():
             raise ConfigError(
                 f"model.path={path}: the folder has no config.json; give a folder that save_pretrained wrote"
@@ -57,6 +60,21 @@ def resolve(path: str) -> str:
     if path.startswith((".", "/", "~")):
         raise ConfigError(f"model.path={path}: no such folder")
     return path  # a name on the Hugging Face hub
+
+
+def refuse_adapter(folder: Path, setting: str) -> None:
+    """Raises ConfigError, with the model that it belongs to, for a folder that holds adapters and no whole model."""
+    file = folder / _ADAPTER
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "its base model"
+    raise ConfigError(
+        f"{setting}: holds adapters (adapter_config.json) of {base}, and no whole model. Give a folder in which they are merged: that of a "
+        "run by `swirl-fast export --merged`, others by peft's merge_and_unload and save_pretrained"
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -100,6 +118,7 @@ def dateless(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def check_weights_folder(config: ModelConfig, folder: str) -> None:
     """Raises ConfigError for a folder whose weights cannot be evaluated in place of model.path's: without a config.json, or with a
     tokenizer of another vocabulary, whose prompts would mean something else to these weights."""
+    refuse_adapter(Path(folder), f"--of {folder}")
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(
             f"--of {folder}: no folder with a config.json; give base, trained, or a folder that save_pretrained wrote (for a name on the "
@@ -167,7 +186,16 @@ def licences(folder: Path) -> list[Path]:
 def load_config(config: ModelConfig) -> transformers.PreTrainedConfig:
     source = resolve(config.path)
     with named_errors(config):
+        if not Path(source).is_dir() and (named := _cached(source, _ADAPTER)) is not None:
+            # transformers would load its base model with the adapters on
+            refuse_adapter(Path(named).parent, f"model.path={config.path}")
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def _cached(name: str, file: str) -> str | None:
+    """A file of a model on the Hugging Face hub; None where it has none, or cannot be reached, which what is read next will say."""
+    problems = ("gated_repo", "missing_entries", "connection_errors")
+    return cached_file(name, file, **{f"_raise_exceptions_for_{problem}": False for problem in problems})
 
 
 @contextmanager

@@ -18,7 +18,9 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.tree import Comb
 from swirl_fast.config import ConfigError
-from swirl_fast.models.exact import attention_chunk, longest_exact_path, refuse_inexact
+from swirl_fast.models.exact import attention_chunk, logit_scale, longest_exact_path, refuse_inexact
+from swirl_fast.models.routing import EXPERTS, Routing
+from swirl_fast.models.windows import layer_windows, refuse_lost_window
 from swirl_kernels.linear_logprob import linear_logprob
 from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 
@@ -38,6 +40,7 @@ _WITHOUT_EFFECT = (
 class DeviceComb:
     """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64; longest_path: tokens
     of the longest path from the root. row_ends: int32 [R + 1], `cu_seqlens` of a forest of R rows for flash-attn; None: tree attention.
+    told: layer -> the sliding window that its attention was told in the last forward.
 
     What tree attention derives from the packing is made once for each window (or chunk) and kept for all layers. No dataclass: FSDP copies
     those before every layer, and the copies would keep it for themselves.
@@ -57,6 +60,8 @@ class DeviceComb:
         self.tokens_1T, self.depth_1T, self.subtree_end_T = tokens_1T, depth_1T, subtree_end_T
         self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
         self.longest_path, self.row_ends = longest_path, row_ends
+        self.told: dict[int, int | None] = {}
+        self.routing: Routing | None = None  # by the rollout engine
         self._plans: dict[tuple[int | None, int | None], TreePlan] = {}  # by sliding window and chunk
 
     @classmethod
@@ -117,6 +122,7 @@ def _attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which tree attention does not know: training over "
             "shared prefixes would not be exact; use another model"
         )
+    packed.told[getattr(module, "layer_idx", len(packed.told))] = sliding_window
     chunk = attention_chunk(module)
     if packed.row_ends is not None:
         assert s_aux is None and chunk is None, "flash-attn has neither sinks nor chunks"
@@ -163,11 +169,6 @@ class Policy(nn.Module):
         super().__init__()
         refuse_inexact(model.config)
         text = model.config.get_text_config()
-        for key in ("logit_scale", "logits_scaling"):
-            if getattr(text, key, 1.0) not in (None, 1.0):
-                raise ConfigError(
-                    f"model type {text.model_type}: {key}={getattr(text, key)} is not supported by the fused log-probs"
-                )
         for name, module in model.named_modules():
             if getattr(module, "is_causal", True) is False:
                 raise ConfigError(
@@ -188,13 +189,15 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.autocast = autocast
+        self.logit_scale = logit_scale(model.config)
         self.softcap = getattr(text, "final_logit_softcapping", None)
         self.longest_path = longest_exact_path(model.config)
 
     def forward(self, packed: DeviceComb) -> Tensor:
         """Log-probs [N] float32 of the comb's predicted tokens, action after action; float64 for a float64 model.
 
-        Raises ValueError for a path so long that the rotary embedding would turn the others differently too.
+        Raises ValueError for a path so long that the rotary embedding would turn the others differently too, ConfigError for one that is
+        longer than a window which a layer's attention is not told.
         """
         if self.longest_path is not None and packed.longest_path > self.longest_path:
             raise ValueError(
@@ -203,14 +206,15 @@ class Policy(nn.Module):
                 f"would get wrong log-probs. Set training.max_path_tokens to at most {self.longest_path}, or use a model whose "
                 "rope_type is neither dynamic nor longrope"
             )
-        device = packed.tokens_1T.device.type
-        with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        packed.told.clear()
+        with self._autocast(packed.tokens_1T):
             hidden_1TH = _body(self.model)(
                 input_ids=packed.tokens_1T,
                 position_ids=packed.depth_1T,
                 use_cache=False,
                 packed=packed,
             ).last_hidden_state
+            refuse_lost_window(self.model.config, packed.told, packed.longest_path)
             head = self.model.get_output_embeddings()
             logp_E = linear_logprob(
                 _take(hidden_1TH[0], packed.rows_E),
@@ -219,8 +223,22 @@ class Policy(nn.Module):
                 bias=head.bias,
                 temperature=self.temperature,
                 softcap=self.softcap,
+                logit_scale=self.logit_scale,
             )
             return _take(logp_E, packed.edge_N)
+
+    def plain(self, tokens_RT: Tensor) -> Tensor:
+        """Log-probs [R, T - 1] of all tokens but the first of R rows, by the model's own masks, attention and logits, in the type that
+        `forward` has: what it is checked against. The caller has chosen an attention of transformers (models/check.py)."""
+        with self._autocast(tokens_RT):
+            logits_RTV = self.model(input_ids=tokens_RT, use_cache=False).logits[:, :-1]
+        logits_RTV = logits_RTV.to(torch.promote_types(logits_RTV.dtype, torch.float32)) / self.temperature
+        return logits_RTV.log_softmax(-1).gather(2, tokens_RT[:, 1:, None])[:, :, 0]
+
+    def _autocast(self, tokens: Tensor) -> torch.autocast:
+        return torch.autocast(
+            tokens.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
 
 
 def _body(model: PreTrainedModel) -> nn.Module:
@@ -235,9 +253,6 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x[index] if x.is_cuda else x.index_select(0, index)
 
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # one thing, by model type
-
-
 def head_widths(text: PreTrainedConfig) -> tuple[int, int]:
     """Dimensions of a head's queries and keys, and of its values. Those with latent attention (DeepSeek) name three others."""
     latent = [getattr(text, key, None) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
@@ -249,18 +264,19 @@ def head_widths(text: PreTrainedConfig) -> tuple[int, int]:
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits."""
+    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits; of frozen weights
+    beside adapters two thirds, for they have no gradient of their own."""
     text = model.config.get_text_config()
     tables = {id(module.weight) for module in _body(model).modules() if isinstance(module, nn.Embedding)}
-    total = next((n for key in _EXPERTS if (n := getattr(text, key, None))), 1)
+    total = next((n for key in EXPERTS if (n := getattr(text, key, None))), 1)
     visited = min(getattr(text, "num_experts_per_tok", None) or total, total) / total
+    frozen = 2 / 3 if {parameter.requires_grad for parameter in model.parameters()} == {True, False} else 1.0
     linear = 0.0
     for name, parameter in _body(model).named_parameters():
         if parameter.dim() > 1 and id(parameter) not in tables:
-            linear += parameter.numel() * (visited if ".experts." in name else 1.0)
+            work = 1.0 if parameter.requires_grad else frozen
+            linear += parameter.numel() * work * (visited if ".experts." in name else 1.0)
     width = text.num_attention_heads * sum(head_widths(text)) // 2
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
-    attention = tuple((width, window if kind == "sliding_attention" else None) for kind in kinds)
+    attention = tuple((width, window) for window in layer_windows(model.config))
     head = model.get_output_embeddings().weight
-    return ModelSize(linear, attention, head.shape[0] * head.shape[1])
+    return ModelSize(linear, attention, round(head.shape[0] * head.shape[1] * (1.0 if head.requires_grad else frozen)))

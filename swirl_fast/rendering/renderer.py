@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from swirl_fast.config import ConfigError
 from swirl_fast.formats.format import Format
 from swirl_fast.formats.native import NativeFormat
-from swirl_fast.formats.syntaxes import SYNTAXES, CallError, Syntax
+from swirl_fast.formats.syntaxes import SYNTAXES, CallError, Syntax, schema_syntax
 from swirl_fast.rendering.template import Message, Template, calling, result_of
 from swirl_fast.tools.characters import whole_characters
 from swirl_fast.tools.tool import ToolSpec
@@ -141,7 +141,9 @@ class Renderer:
         if _TOOL.name not in self.template.render([{"role": "user", "content": "question"}], [_TOOL]):
             raise ConfigError(f"{refused} does not tell the model its tools; {remedy}")
         text = self.template.turn(calling([(_TOOL.name, _ARGUMENTS)]))
-        syntax = next((syntax for syntax in SYNTAXES if _reads(syntax, text, 1)), None)
+        schema = getattr(self.tokenizer, "response_schema", None)
+        own = [schema_syntax(schema, self.tokenizer.parse_response)] if schema else []
+        syntax = next((syntax for syntax in (*SYNTAXES, *own) if _reads(syntax, text, 1)), None)
         if syntax is None:
             raise ConfigError(f"{refused} writes calls in a way that is not known here: {text[:200]!r}; {remedy}")
         try:

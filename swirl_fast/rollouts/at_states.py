@@ -45,12 +45,13 @@ def sample_actions(
     seeds: Sequence[int],
     kept: Sequence[Sequence[bool]] | None = None,
     form: Format = TAGS,
+    routed_experts: bool = False,
 ) -> list[SampledAction]:
     """`group_size` actions at every state of every trajectory, or at those that are kept (data/shards.py: StepSample), grouped by state,
     states in order.
 
     tools: those on offer, by the name of a trajectory's task. seeds: one a trajectory; a trajectory that comes twice in a batch comes
-    with two seeds, and so draws other actions. form: how actions are written.
+    with two seeds, and so draws other actions. form: how actions are written. routed_experts: whether completions have theirs.
     """
     sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
     places = [
@@ -67,6 +68,7 @@ def sample_actions(
             stop_ids=renderer.stop_ids,
             seed=seed_of(seeds[t], i),
             cache_key=trajectories[t].id,
+            routed_experts=routed_experts,
         )
         for t, i in places
     ]

@@ -210,6 +210,7 @@ class RolloutPipeline:
                 drawn.seeds,
                 drawn.kept,
                 self.form,
+                self._config.engine.return_routed_experts or self._config.training.replay_routing,
             )
         with timer.phase("judge"):
             drawn.judgements = judge_sampled(drawn.sampled, self._judge)

@@ -58,6 +58,12 @@ def backward(
     # Read here and not in the loop: the host would wait for the device after every micro-batch.
     if metrics:
         sums.add_loss(LossSums.of(functools.reduce(operator.add, metrics)), first)
+    if first:
+        for batch in batches:
+            if batch.row.routing is not None:
+                different, compared = batch.row.routing.compared()
+                sums.routed_otherwise += different
+                sums.routed += compared
     for loss_here, nll, gap, gap_max_here in torch.stack(shown).tolist() if shown else ():
         sums.loss += loss_here
         sums.nll += nll

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from swirl_fast.comb.micro_batches import balance, micro_batches
 from swirl_fast.comb.tree import Comb, SampledState, Trunk, pack
 from swirl_fast.config import Config
 from swirl_fast.models.policy import DeviceComb
+from swirl_fast.models.routing import Routing
 from swirl_fast.objective import Actions
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction
@@ -32,13 +34,14 @@ class RankActions:
     """What one rank contributes to a step: every rank gets it, so that any rank can train on any action.
 
     trunks: the actions that are trained on, numbered from 0 on every rank. advantage_A, weight_A: float32 [A]. rollout_logp: the engine's
-    log-probs of each action's tokens, float32.
+    log-probs of each action's tokens, float32. routed: the experts that drew them (Completion.routed_experts), None where not known.
     """
 
     trunks: list[Trunk]
     advantage_A: NDArray[np.float32]
     weight_A: NDArray[np.float32]
     rollout_logp: list[NDArray[np.float32]]
+    routed: list[NDArray[Any] | None]
 
 
 @dataclass
@@ -90,6 +93,23 @@ def to_trunks(
     return trunks
 
 
+def routed_tokens(comb: Comb, routed: Sequence[NDArray[Any] | None]) -> NDArray[np.int16] | None:
+    """The experts of the comb's tokens, int16 [T, layers, experts a token visits], -1 where nothing is recorded; None where nothing is at
+    all. routed: of its actions in order, as Completion.routed_experts.
+
+    A token that several actions have, or that is in the state of another, has one choice: that of the first action that recorded it.
+    """
+    shape = next((one.shape[1:] for one in routed if one is not None), None)
+    if shape is None:
+        return None
+    found_TLK = np.full((comb.computed_tokens, *shape), -1, np.int16)
+    for a in reversed(range(len(routed))):
+        if (own := routed[a]) is not None:
+            edges = comb.edge_N[comb.offsets[a] : comb.offsets[a + 1]]
+            found_TLK[comb.rows_E[edges]] = own
+    return found_TLK
+
+
 class Packer:
     """Cuts what all ranks sampled into micro-batches of at most `training.token_budget` tokens.
 
@@ -119,6 +139,7 @@ class Packer:
             advantage_A.numpy(),
             weight_A.numpy(),
             [np.asarray(sample.completion.logprobs, np.float32) for sample in sampled],
+            [sample.completion.routed_experts for sample in sampled],
         )
 
     def micro_batches(self, of_ranks: Sequence[RankActions]) -> list[MicroBatch]:
@@ -139,6 +160,7 @@ class Packer:
             np.concatenate([actions.advantage_A for actions in of_ranks]),
             np.concatenate([actions.weight_A for actions in of_ranks]),
             [logp for actions in of_ranks for logp in actions.rollout_logp],
+            [routed for actions in of_ranks for routed in actions.routed],
         )
         plans = micro_batches(trunks, training.token_budget, self._max_path, ranks.size, self._size)
         jobs = balance([plan.flops for plan in plans], ranks.size)
@@ -149,8 +171,12 @@ class Packer:
         device = self._ranks.device
         numbers_N = np.repeat(comb.indices_A, np.diff(comb.offsets))
         rollout_logp_N = np.concatenate([actions.rollout_logp[a] for a in comb.indices_A])
+        row = self._on_device(comb)
+        experts_TLK = routed_tokens(comb, [actions.routed[a] for a in comb.indices_A])
+        if experts_TLK is not None:
+            row.routing = Routing(torch.from_numpy(experts_TLK).to(device))
         return MicroBatch(
-            self._on_device(comb),
+            row,
             torch.from_numpy(actions.advantage_A[numbers_N]).to(device),
             torch.from_numpy(actions.weight_A[numbers_N]).to(device),
             torch.from_numpy(rollout_logp_N).to(device),

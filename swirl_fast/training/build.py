@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.shard_source import check_libraries, open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
+from swirl_fast.engines.engine import SharedEngine
 from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
-from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, stored_dtype
-from swirl_fast.models.policy import Policy
+from swirl_fast.models.check import compare, refuse_disagreement
+from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, resolve, stored_dtype
+from swirl_fast.models.lora import (
+    WithoutAdapters,
+    adapted_layers,
+    add_adapters,
+    check_lora,
+    frozen_in_compute_type,
+    keep_frozen_in,
+)
+from swirl_fast.models.policy import DeviceComb, Policy
+from swirl_fast.models.routing import Replay, about_experts, refuse_routing
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer, open_format, open_renderer
 from swirl_fast.rollouts.pipeline import RolloutPipeline
@@ -31,11 +43,12 @@ from swirl_fast.tasks.task import Task
 from swirl_fast.tools import open_tools
 from swirl_fast.training import fsdp, layers, sharded_weights
 from swirl_fast.training.checkpoint import load_weights, named, recorded_state
-from swirl_fast.training.export import export
+from swirl_fast.training.export import export, export_adapter
 from swirl_fast.training.memory import estimate
 from swirl_fast.training.metrics_log import check_wandb
 from swirl_fast.training.resume import check_budget, model_settings, settings_of
 from swirl_fast.training.trainer import Trainer
+from swirl_fast.training.turns import lend
 from swirl_fast.training.utilization import GIB
 
 _MARKER = "trained.json"
@@ -52,6 +65,15 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     check_wandb(training)
     model_config = load_config(config.model)
     layers.check_layers(training, model_config, ranks.device)
+    check_lora(config.model, model_config)
+    for key, wanted in (
+        ("training.replay_routing", training.replay_routing),
+        ("engine.return_routed_experts", config.engine.return_routed_experts),
+    ):
+        if wanted:
+            refuse_routing(model_config, key)
+    if config.engine.share_gpu and ranks.device.type != "cuda":
+        raise ConfigError("engine.share_gpu=true: this machine has no GPU that could be shared; leave it false")
     return model_config
 
 
@@ -80,8 +102,8 @@ def open_stream(config: Config, ranks: Ranks) -> TrajectoryStream:
     return stream
 
 
-def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
-    """The policy, or the frozen reference, ready to run on these ranks. Collective.
+def make_policy(config: Config, ranks: Ranks, frozen: bool = False, routed: bool = True) -> Policy:
+    """The policy, or the frozen reference, ready to run on these ranks. Collective. routed: with what the settings ask of its routers.
 
     Under torchrun every rank reads only its own part of the weights, where the files allow it; rank 0 says so where they do not.
     """
@@ -90,11 +112,15 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
     if not ranks.distributed:
         # FSDP gathers parameters in the compute type; one process casts them under autocast. Either way they are stored in float32.
         autocast = compute if compute != torch.float32 else None
-        policy = Policy(load_model(config.model, "float32"), training.temperature, autocast)
+        model = _with_adapters(load_model(config.model, "float32"), config)
+        if frozen_in_compute_type(config.model, load_config(config.model)):
+            keep_frozen_in(compute, model)
+        policy = Policy(model, training.temperature, autocast)
         weights = None
     else:
         # what is never stepped can be stored in the type in which it is gathered: the same numbers
-        dtype = config.model.dtype if frozen else "float32"
+        small = frozen or frozen_in_compute_type(config.model, load_config(config.model))
+        dtype = config.model.dtype if small else "float32"
         model, weights, reason = None, None, ""
         try:
             model = sharded_weights.empty_model(config.model, dtype)
@@ -105,15 +131,49 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False) -> Policy:
             if ranks.main:
                 print(f"train: model.path={config.model.path}: {reasons[0]}; every rank loads the whole model first")
             model, weights = load_model(config.model, dtype), None
-        policy = Policy(model, training.temperature)
+        policy = Policy(_with_adapters(model, config), training.temperature)
     if frozen:
         policy.requires_grad_(False)
+    elif routed and (training.replay_routing or config.engine.return_routed_experts):
+        Replay(policy.model, training.replay_routing)
     layers.prepare(policy, training)
     offload = frozen and training.reference_offload
     fsdp.shard(policy, ranks, compute, training.shard_size, offload)
     if weights is not None:
-        sharded_weights.fill(policy, weights, torch.device("cpu") if offload else ranks.device)
+        sharded_weights.fill(policy, weights, torch.device("cpu") if offload else ranks.device, config.run.seed)
     return policy
+
+
+def make_reference(config: Config, ranks: Ranks, policy: Policy) -> Callable[[DeviceComb], Tensor] | None:
+    """What the policy was before training; None where the loss has no KL term. Collective. With adapters it is the policy itself, with
+    them off."""
+    if config.algorithm.kl_coef == 0:
+        return None
+    if config.model.lora.rank is not None:
+        return WithoutAdapters(policy)
+    return make_policy(config, ranks, frozen=True)
+
+
+def _with_adapters(model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    if config.model.lora.rank is not None:
+        add_adapters(model, config.model.lora, config.run.seed)
+    return model
+
+
+def check_model(config: Config, ranks: Ranks, policy: Policy, longest_path: int) -> dict[str, float]:
+    """The metrics of training.check_model; none where it is false. Collective: all ranks compute the same tree, so that a sharded policy
+    is checked as it will be trained, with nothing held twice, and before reference and optimizer are there.
+
+    longest_path: tokens of the longest path that there may be. Raises ConfigError for a model over which training would not be exact.
+    """
+    if not config.training.check_model:
+        return {}
+    found = compare(policy, ranks.device, longest_path)
+    computed_in = DTYPES[config.model.dtype] if ranks.distributed else torch.float32
+    gaps = ranks.max(torch.tensor([found.logprob_gap, found.gradient_gap], dtype=torch.float64)).tolist()
+    found = replace(found, logprob_gap=gaps[0], gradient_gap=gaps[1])  # the same on all ranks, and so is what follows
+    refuse_disagreement(found, policy.model.config.model_type, computed_in)
+    return {"model_check_logprob": found.logprob_gap, "model_check_gradient": found.gradient_gap}
 
 
 @dataclass
@@ -181,8 +241,11 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     if ranks.main:
         _say_what_to_expect(config, ranks, stream, model_config)
     policy = make_policy(config, ranks)
-    reference = make_policy(config, ranks, frozen=True) if config.algorithm.kl_coef > 0 else None
-    trainer = Trainer(config, ranks, policy, reference, rollouts, settings)
+    if ranks.main and config.model.lora.rank is not None:
+        _say_what_is_trained(config, policy)
+    checked = check_model(config, ranks, policy, training.max_path_tokens or context)
+    reference = make_reference(config, ranks, policy)
+    trainer = Trainer(config, ranks, policy, reference, rollouts, settings, checked)
     stack.callback(trainer.close)
     trainer.restore()
     return Training(config, ranks, trainer, tokenizer, marker)
@@ -209,6 +272,8 @@ def _open_rollouts(
     if config.algorithm.name != "sft":
         engine = load_engine(config, ranks.device, ranks=ranks)
         stack.callback(engine.close)
+        if config.engine.share_gpu:
+            lend(cast(SharedEngine, engine), ranks)  # the memory is for the trainer that is loaded next
         if config.algorithm.reward == "outcome":
             tools = {
                 name: stack.enter_context(
@@ -229,10 +294,21 @@ def _say_what_to_expect(config: Config, ranks: Ranks, stream: TrajectoryStream, 
             f"train: {count} trajectories passed the filter, fewer than training.trajectories_per_step={wanted}: every step repeats some, "
             "with fresh actions"
         )
+    if said := about_experts(model_config, config):
+        print(f"train: {said}")
     if ranks.device.type == "cuda":
         memory = torch.cuda.get_device_properties(ranks.device).total_memory / GIB
         needed = estimate(model_config, config, ranks.size if ranks.distributed else 0)
         print(f"train: the GPU has {memory:.1f} GiB; estimated need {needed}")
+
+
+def _say_what_is_trained(config: Config, policy: Policy) -> None:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+    trained, total = sum(size for size, own in sizes if own), sum(size for size, _ in sizes)
+    print(
+        f"train: {trained:,} of {total:,} parameters are trained ({100 * trained / total:.2g} %): adapters of rank "
+        f"{config.model.lora.rank} at {len(adapted_layers(policy))} linear layers"
+    )
 
 
 def _export(
@@ -243,19 +319,34 @@ def _export(
     export(target, policy, tokenizer, ranks, dtype=dtype, source=source)
 
 
-def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path) -> None:
-    """Writes the weights of `checkpoints/NAME` (best, step_000020) to `target`, a Hugging Face folder. Collective.
+def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path, adapter: bool = False) -> None:
+    """Writes the weights of `checkpoints/NAME` (best, step_000020) to `target`, a Hugging Face folder, or their adapters alone, a folder
+    of peft's. Collective.
 
     Raises ConfigError when the checkpoint is of another model or `target` is there already, ValueError when it is not there or damaged.
     """
+    if adapter and config.model.lora.rank is None:
+        raise ConfigError(
+            "--adapter: without model.lora.rank all weights were trained, and there is no adapter; leave it out"
+        )
+    check_lora(config.model, load_config(config.model))
     if target.exists():
         raise ConfigError(f"{target} is already there; remove it, or name another folder with --out")
     source = named(config.folder / "checkpoints", name)
     recorded, wanted = recorded_state(source)["settings"]["model"], model_settings(config)
     if recorded != wanted:
         raise ConfigError(f"{source} was trained from another model: {describe_changes(recorded, wanted, 'model')}")
-    policy = make_policy(config, ranks)
+    policy = make_policy(config, ranks, routed=False)
     load_weights(source, policy)
-    _export(config, target, policy, load_tokenizer(config.model), ranks)
+    tokenizer, taken = load_tokenizer(config.model), source.resolve().name
+    if not adapter:
+        _export(config, target, policy, tokenizer, ranks)
+        said = f"the weights of {taken}, to be evaluated with --of {target}"
+    else:
+        folder, wanted = local_folder(config.model), config.training.export_dtype
+        dtype = torch.float32 if wanted == "source" else getattr(torch, wanted)  # as they are trained: they are small
+        base = str(folder.absolute()) if Path(resolve(config.model.path)).is_dir() else config.model.path
+        export_adapter(target, policy, config.model.lora, base, tokenizer, ranks, dtype, folder)
+        said = f"the adapters of {taken}, to be loaded onto {base} by peft"
     if ranks.main:
-        print(f"export: {target} holds the weights of {source.resolve().name}, to be evaluated with --of {target}")
+        print(f"export: {target} holds {said}")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -118,6 +119,7 @@ class Checkpoints:
             for moments in optimizer.state.values():
                 moments["step"].zero_()
             model_state, optimizer_state = get_state_dict(policy, optimizer)
+        model_state = _without_frozen(policy, model_state)
         written = dcp.async_save(  # copies before it returns
             {"model": model_state, "optimizer": optimizer_state},
             checkpoint_id=writing,
@@ -153,11 +155,15 @@ class Checkpoints:
         state = json.loads((source / _STATE).read_text(encoding="utf-8"))
         check(state)
         model_state, optimizer_state = get_state_dict(policy, optimizer)
+        model_state = _without_frozen(policy, model_state)
         try:
             load(source, {"model": model_state, "optimizer": optimizer_state})
         except CheckpointException as error:
             raise RuntimeError(f"checkpoint {source} cannot be loaded into this model: {error}") from error
-        set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        options = StateDictOptions(strict=not _frozen(policy))
+        set_state_dict(
+            policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=options
+        )
         self.step = _step(source)
         if state.get(BEST, {}).get("metric") == self._best:
             self._window = state[BEST]["window"]
@@ -322,11 +328,23 @@ def recorded_state(path: Path) -> dict[str, Any]:
 
 def load_weights(path: Path, policy: Policy | torch.nn.Module) -> None:
     """Restores only the model from a checkpoint. Collective."""
-    weights = get_model_state_dict(policy)
+    weights = _without_frozen(policy, get_model_state_dict(policy))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's; as it should be
         load(path, {"model": weights})
-    set_model_state_dict(policy, weights)
+    set_model_state_dict(policy, weights, options=StateDictOptions(strict=not _frozen(policy)))
+
+
+def _frozen(policy: torch.nn.Module) -> set[str]:
+    """The parameters that training leaves as model.path has them, tied ones by all their names."""
+    named = policy.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def _without_frozen(policy: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """DCP's own option for it leaves the second name of a tied weight."""
+    frozen = _frozen(policy)
+    return {name: value for name, value in state.items() if name not in frozen}
 
 
 def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:

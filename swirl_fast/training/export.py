@@ -1,12 +1,12 @@
 """The trained policy as a Hugging Face folder, written file by file: rank 0 holds one file's weights at a time, other ranks one
-parameter."""
+parameter. Or its adapters alone as a folder of peft's."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from swirl_fast.config import LoraConfig
+from swirl_fast.engines.engine import whole
 from swirl_fast.files import fsync
 from swirl_fast.models.load import licences
+from swirl_fast.models.lora import adapter_config, adapter_tensors, named_weights
 from swirl_fast.models.manifest import write_manifest
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
@@ -37,23 +40,61 @@ def export(
     source: Path | None = None,
 ) -> None:
     """Writes a folder that transformers, SGLang and vLLM load, with a manifest (models/manifest.py). Collective. Of tied weights one name
-    is written.
+    is written. Adapters are merged into the weights that are written, and stay beside the policy's own.
 
     file_bytes: of one safetensors file; a larger tensor gets a file of its own. dtype: of the weights written, None for the policy's own.
     source: the folder whose licence is handed on. Raises ValueError for a weight that is too large for `dtype`.
     """
+
+    def write(writing: Path) -> None:
+        try:
+            converted = bool(conversions(policy.model))
+        except Unsharded:
+            converted = True
+        if converted:
+            _write_converted(writing, policy, ranks, dtype)
+        else:
+            _write_files(writing, policy, ranks, file_bytes, dtype)
+
+    _write_folder(folder, write, tokenizer, ranks, source)
+
+
+def export_adapter(
+    folder: Path,
+    policy: Policy,
+    lora: LoraConfig,
+    base: str,
+    tokenizer: Any,
+    ranks: Ranks,
+    dtype: torch.dtype | None = None,
+    source: Path | None = None,
+) -> None:
+    """Writes the adapters alone, as a folder that peft's `PeftModel.from_pretrained` loads onto `base`, the folder or name of the model
+    without them. Collective. dtype, source: as of `export`."""
+    description = adapter_config(policy.model, lora, base)
+
+    def write(writing: Path) -> None:
+        tensors = {}
+        for name, tensor in adapter_tensors(policy.model):
+            full = _cast(name, whole(tensor), dtype)
+            if ranks.main:
+                tensors[name] = full.cpu().contiguous()
+        if ranks.main:
+            save_file(tensors, writing / "adapter_model.safetensors", metadata={"format": "pt"})
+            description.save_pretrained(writing)
+
+    _write_folder(folder, write, tokenizer, ranks, source)
+
+
+def _write_folder(
+    folder: Path, write: Callable[[Path], None], tokenizer: Any, ranks: Ranks, source: Path | None
+) -> None:
+    """Gives `folder` its name when all that `write` puts into it, the tokenizer, the licence and the manifest are on disk."""
     writing = folder.with_name(folder.name + ".tmp")
     if ranks.main:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-    try:
-        converted = bool(conversions(policy.model))
-    except Unsharded:
-        converted = True
-    if converted:
-        _write_converted(writing, policy, ranks, dtype)
-    else:
-        _write_files(writing, policy, ranks, file_bytes, dtype)
+    write(writing)
     if ranks.main:
         tokenizer.save_pretrained(writing)
         for licence in licences(source) if source is not None else ():
@@ -70,7 +111,7 @@ def _write_files(folder: Path, policy: Policy, ranks: Ranks, file_bytes: int, dt
     buffers = dict(persistent_buffers(policy.model))
     sizes = {
         name: tensor.numel() * _written(tensor.dtype, dtype).itemsize
-        for name, tensor in (*model.named_parameters(), *buffers.items())
+        for name, tensor in (*named_weights(model), *buffers.items())
     }
     file_of = _files(sizes, file_bytes)
     waiting: dict[str, Tensor] = {}

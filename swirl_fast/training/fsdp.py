@@ -11,11 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from transformers import PreTrainedModel
 
 from swirl_fast.config import ConfigError, TrainingConfig
+from swirl_fast.engines.engine import whole
+from swirl_fast.models.lora import named_weights
 from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks
 
@@ -59,7 +66,9 @@ def shard(
     place = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if offload else OffloadPolicy()
     for layer in decoder_layers(policy):
         fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=place)
-    return fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=place)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=place)
+    register_fsdp_forward_method(policy, "plain")
+    return policy
 
 
 def _mesh(ranks: Ranks, shard_size: int) -> DeviceMesh:
@@ -93,7 +102,7 @@ def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
 
 
 def full_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """(name in the transformers model, whole tensor) of every parameter, one at a time; a collective: all ranks must iterate."""
-    for name, parameter in policy.model.named_parameters():
-        tensor = parameter.detach()
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """(name in the transformers model, whole tensor) of every parameter, with its adapter where it has one, one at a time; a
+    collective: all ranks must iterate."""
+    for name, weight in named_weights(policy.model):
+        yield name, whole(weight)

@@ -6,10 +6,12 @@ import importlib.util
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swirl_fast.config import ConfigError, TrainingConfig
 from swirl_fast.models.exact import why_not_flash
 from swirl_fast.models.policy import Policy
+from swirl_fast.training.activation_offload import OffloadedCheckpoint
 from swirl_fast.training.fsdp import decoder_layers
 
 
@@ -25,6 +27,10 @@ def check_layers(training: TrainingConfig, model_config: PreTrainedConfig, devic
             raise ConfigError("training.flash_attention=true: flash-attn needs a GPU; leave it false")
         if importlib.util.find_spec("flash_attn") is None:
             raise ConfigError("training.flash_attention=true: the package is missing; run: pip install flash-attn")
+    if training.offload_activations and device.type != "cuda":
+        raise ConfigError(
+            "training.offload_activations=true: without a GPU activations are in CPU memory already; leave it false"
+        )
     if not training.liger:
         return
     if device.type != "cuda":
@@ -60,9 +66,24 @@ def prepare(policy: Policy, training: TrainingConfig) -> None:
                         "chosen one by one; use full"
                     )
                 layer.gradient_checkpointing = i % 2 == 0
+        if training.offload_activations:
+            _offload(policy)
     if training.compile:
         for layer in decoder_layers(policy):
             layer.compile()
+
+
+def _offload(policy: Policy) -> None:
+    """Raises ConfigError for layers that are not checkpointed one by one by transformers."""
+    layers = list(decoder_layers(policy))
+    if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+        raise ConfigError(
+            f"training.offload_activations=true: layers of model type {policy.model.config.model_type} checkpoint themselves in a way of "
+            "their own; leave it false"
+        )
+    offloaded = OffloadedCheckpoint()
+    for layer in layers:
+        layer._gradient_checkpointing_func = offloaded  # type: ignore[assignment]
 
 
 def _use_liger(policy: Policy) -> None:

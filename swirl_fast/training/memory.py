@@ -1,29 +1,33 @@
 """How much memory a rank needs, in bytes, from settings and shapes: no weights are read.
 
-    python -m swirl_fast.training.memory --config FILE [--ranks N] key=value …     (N of torchrun, on all machines)
+    python -m swirl_fast.training.memory --config FILE [--ranks N] [--longest-path GIB] key=value …     (N of torchrun, on all machines)
 
 Legend: P parameters of the model, L of its largest decoder layer, R of everything outside the layers (embeddings, output layer);
 S ranks that share one copy; c bytes of the compute type, r of the residual stream; T tokens of a micro-batch; H, Q, KV, I widths of
-the hidden state, of all query heads, of all key/value heads, of the gated MLP.
+the hidden state, of all query heads, of all key/value heads, of the gated MLP. With model.lora only the adapters have gradients and
+moments, and the reference is the policy itself.
 
 Not in it: the allocator's fragmentation, CUDA's context (about 1 GiB), nccl's buffers; and what compiled layers or liger-kernel
 save. Experts count as many as a token visits. SGLang's servers are other processes: on a GPU that one shares with the trainer it takes
-engine.launch.memory_fraction of what is free when it starts, and some GiB for its own work.
+engine.launch.memory_fraction of what is free when it starts, and some GiB for its own work. With engine.share_gpu it has that while it
+samples, and the trainer what is said here while it trains.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from swirl_fast.config import Config, ConfigError, load
+from swirl_fast.config import Config, ConfigError, TrainingConfig, load
 from swirl_fast.models.load import DTYPES, load_config
+from swirl_fast.models.lora import frozen_in_compute_type, linear_layers, target_layers
 from swirl_fast.models.policy import head_widths
 from swirl_fast.training.fsdp import layers_of
 from swirl_fast.training.utilization import GIB
@@ -33,38 +37,63 @@ LOGITS_WORKSPACE = 256 << 20  # linear_logprob's default
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank. kept: all the time; step: at the height of a forward and backward, on top."""
+    """Bytes of one rank. kept: all the time; step: at the height of a forward and backward, on top. With engine.share_gpu both are of the
+    phase of training; sampling, sync: of the phases that have the GPU in turn with it. host: in CPU memory, at its height."""
 
     kept: dict[str, float]
     step: dict[str, float]
+    sampling: dict[str, float] = field(default_factory=dict)
+    sync: dict[str, float] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
         return sum(self.kept.values()) + sum(self.step.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in (self.kept | self.step).items() if size)
-        return f"{self.peak / GIB:.1f} GiB a rank: {parts}"
+        text = f"{self.peak / GIB:.1f} GiB a rank: {_listed(self.kept | self.step)}"
+        if self.sampling:
+            text += f"; while the servers sample: {_listed(self.sampling)}, and their cache; in the sync: {_listed(self.sync)}"
+        return text + (f"; in CPU memory: {_listed(self.host)}" if self.host else "")
 
 
-def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> Estimate:
+def _listed(parts: dict[str, float]) -> str:
+    # a reference of 0 is worth saying: it is the policy with its adapters off
+    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size or name == "reference")
+
+
+def estimate(
+    model_config: PreTrainedConfig, config: Config, ranks: int = 0, model: PreTrainedModel | None = None
+) -> Estimate:
     """The need of training with `config` on GPUs. ranks: of torchrun; 0: one process without it, which shards nothing and casts weights
-    to the compute type in every matrix product."""
+    to the compute type in every matrix product. model: made by `shapes` of model_config, where there is one already."""
     training, distributed = config.training, ranks > 0
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), dtype=torch.float32)
+    model = model or shapes(model_config)
     layers = layers_of(model)
     count = sum(parameter.numel() for parameter in model.parameters())
     in_layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     layer, root = max(in_layers), count - sum(in_layers)
+    trained, in_layer, in_root, products = (
+        count,
+        layer,
+        root,
+        0.0,
+    )  # numbers that have gradients; products of adapters a token
+    if (rank := config.model.lora.rank) is not None:
+        adapted = target_layers(model, config.model.lora.targets)
+        trained = rank * sum(sum(module.weight.shape) for module in adapted.values())
+        in_layer, in_root, products = trained / len(layers), 0, rank * len(adapted)
     shared = (training.shard_size or ranks) if distributed else 1
     c = DTYPES[config.model.dtype].itemsize
     r = c if distributed else 4
     engine = DTYPES[config.engine.dtype].itemsize
 
-    kept = {"parameters": 4.0 * count / shared, "gradients": 4.0 * count / shared, "optimizer": 8.0 * count / shared}
+    stored = 4.0 * count
+    if rank is not None:
+        stored = 4.0 * (trained + count) - (4 - c) * _frozen_in_compute_type(model, model_config, config, distributed)
+    kept = {"parameters": stored / shared, "gradients": 4.0 * trained / shared, "optimizer": 8.0 * trained / shared}
     if config.algorithm.kl_coef > 0 and not training.reference_offload:
-        kept["reference"] = float((c if distributed else 4) * count) / shared
+        kept["reference"] = float((c if distributed else 4) * count) / shared if rank is None else 0.0
     text = model_config.get_text_config()
     if config.engine.kind == "local" and config.algorithm.name != "sft":  # which samples nothing
         heads = text.num_attention_heads
@@ -75,23 +104,76 @@ def estimate(model_config: PreTrainedConfig, config: Config, ranks: int = 0) -> 
     step = {}
     if distributed:
         step["gathered layers"] = float(c * (2 * layer + root))  # the one at work and the next; the root all the time
-        step["reduction"] = float((c + 4) * max(layer, root))
+        step["reduction"] = float((c + 4) * max(in_layer, in_root))
         if not training.shard_accumulated_gradients:
-            step["accumulated gradients"] = 4.0 * count
+            step["accumulated gradients"] = 4.0 * trained
     elif c != 4:
-        step["cast weights"] = float(c * count)
+        step["cast weights"] = float(c * (count - _frozen_in_compute_type(model, model_config, config, distributed)))
     tokens = training.token_budget
-    saved, working = _activations(model_config, layers, c, r, training.activation_checkpointing)
+    saved, working, moved = _activations(model_config, layers, c, r, training)
     log_probs = min(LOGITS_WORKSPACE / tokens, 4 * text.vocab_size) + 3 * 4 * text.hidden_size
-    step["activations"] = float(tokens * saved)
+    step["activations"] = float(tokens * (saved + c * products))
     step["working memory"] = float(tokens * max(working, log_probs))  # log-probs come before the first layer's backward
-    return Estimate(kept, step)
+    apart = _in_turns(config, kept, float(engine * count)) if config.engine.share_gpu else ({}, {}, {})
+    if moved:
+        apart[2]["activations"] = float(tokens * moved)
+    return Estimate(kept, step, *apart)
+
+
+def shapes(model_config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without its numbers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(model_config), dtype=torch.float32)
+
+
+def _in_turns(
+    config: Config, kept: dict[str, float], weights: float
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """The phases of engine.share_gpu (training/turns.py): sampling, sync, and what waits in CPU memory. weights: of the engine."""
+    engine = config.engine
+    served = {"rollout weights": weights / engine.launch.gpus_per_server}
+    sync = {"parameters": kept["parameters"], **served, "bucket": engine.weight_sync.bucket_mb * 2**20}
+    waits = {name: size for name, size in kept.items() if name in ("parameters", "optimizer", "reference")}
+    return served, sync, waits
+
+
+def longest_path(model_config: PreTrainedConfig, config: Config, ranks: int, memory: float) -> tuple[int, Estimate]:
+    """Tokens of the longest path, alone in its micro-batch, that training has room for, and the need then; at most the model's context.
+
+    memory: of a GPU, bytes. Raises ConfigError where there is no room for any."""
+    model = shapes(model_config)
+
+    def need(tokens: int) -> Estimate:
+        training = replace(config.training, token_budget=tokens)
+        return estimate(model_config, replace(config, training=training), ranks, model)
+
+    if need(1).peak > memory:
+        raise ConfigError(
+            f"{memory / GIB:g} GiB: before the first token training needs {need(1)}; share it among more ranks (--ranks), or set "
+            "model.dtype=bfloat16, training.reference_offload=true or algorithm.kl_coef=0"
+        )
+    context = int(model_config.get_text_config().max_position_embeddings)
+    tokens = bisect.bisect_right(range(1, context + 1), memory, key=lambda length: need(length).peak)
+    return tokens, need(tokens)
+
+
+def _frozen_in_compute_type(
+    model: PreTrainedModel, model_config: PreTrainedConfig, config: Config, distributed: bool
+) -> int:
+    """Parameters that adapters leave as they are and that are stored in the type in which they are multiplied, as `make_policy` does."""
+    if not frozen_in_compute_type(config.model, model_config):
+        return 0
+    if distributed:
+        return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for layer in linear_layers(model).values() for parameter in layer.parameters())
 
 
 def _activations(
-    model_config: PreTrainedConfig, layers: torch.nn.ModuleList, c: int, r: int, mode: str
-) -> tuple[float, float]:
-    """Bytes a token: what transformers' eager layers keep for the backward; and what one layer's backward works with, at its height."""
+    model_config: PreTrainedConfig, layers: torch.nn.ModuleList, c: int, r: int, training: TrainingConfig
+) -> tuple[float, float, float]:
+    """Bytes a token: what transformers' eager layers keep for the backward; what one layer's backward works with, at its height; and what
+    waits in CPU memory."""
+    mode = training.activation_checkpointing
     text = model_config.get_text_config()
     hidden, heads = text.hidden_size, text.num_attention_heads
     keys, values = head_widths(text)
@@ -114,8 +196,12 @@ def _activations(
     working = 3 * c * inner + 4 * r * hidden
     kinds = [mode == "full" or (mode == "selective" and i % 2 == 0) for i in range(len(layers))]
     saved = sum(r * hidden if checkpointed else whole for checkpointed in kinds)
+    moved = 0.0
+    if training.offload_activations:
+        moved = float(r * hidden * sum(kinds))
+        saved += 2 * r * hidden - moved  # one on its way out while the next one is made
     # the backward begins with the last layer: that one runs again while the others are still kept
-    return saved, working + (whole if kinds[-1] else 0)
+    return saved, working + (whole if kinds[-1] else 0), moved
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,11 +211,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config")
     parser.add_argument("--ranks", type=int, default=0, help="of torchrun, on all machines; 0: one process without it")
+    parser.add_argument(
+        "--longest-path",
+        type=float,
+        metavar="GIB",
+        help="print the longest path, in tokens, that this much memory of a GPU takes",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load(options.config, options.overrides, files=False)  # none is read
-        print(estimate(load_config(config.model), config, options.ranks))
+        model_config = load_config(config.model)
+        if options.longest_path is None:
+            print(estimate(model_config, config, options.ranks))
+        else:
+            tokens, needed = longest_path(model_config, config, options.ranks, options.longest_path * GIB)
+            print(f"{tokens} tokens in {options.longest_path:g} GiB, with training.token_budget={tokens}: {needed}")
     except ConfigError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -33,7 +33,9 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "token_budget",
         "max_path_tokens",
         "activation_checkpointing",
+        "offload_activations",
         "max_engine_gap",
+        "check_model",
         "shards",  # the stream compares their contents
         "shards_cache",
         "shards_cache_limit",
@@ -47,6 +49,8 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "reference_offload",
     ):
         del training[name]
+    if not training["replay_routing"]:  # a checkpoint from before there was such a thing goes on
+        del training["replay_routing"]
     outcome = {
         "max_steps": config.tasks.max_steps,
         "search": asdict(config.search),
@@ -65,7 +69,10 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
 
 def model_settings(config: Config) -> dict[str, Any]:
     """What was trained, wherever it lies."""
-    return contents(config.model, "model") | {"path": model_fingerprint(config.model)}
+    settings = contents(config.model, "model") | {"path": model_fingerprint(config.model)}
+    if config.model.lora.rank is None:
+        del settings["lora"]  # as in checkpoints that were written before there was any
+    return settings
 
 
 def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:

@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from swirl_fast.config import ModelConfig
 from swirl_fast.models.load import DTYPES, load_config, named_errors, resolve
+from swirl_fast.models.lora import initial_values, plain_name
 from swirl_fast.models.policy import Policy
 
 _ROWS = 1 << 14  # compared at a time
@@ -163,8 +164,9 @@ def _equal(one: Any, other: Any) -> bool:
     return all(torch.equal(one[i : i + _ROWS], other[i : i + _ROWS]) for i in range(0, rows, _ROWS))
 
 
-def fill(policy: Policy, weights: Weights, device: torch.device) -> None:
-    """Reads this rank's rows of every parameter of a sharded policy, in the type that the policy was built in; buffers whole.
+def fill(policy: Policy, weights: Weights, device: torch.device, seed: int = 0) -> None:
+    """Reads this rank's rows of every parameter of a sharded policy, in the type that the policy was built in; buffers whole. Adapters,
+    which no file has, get what they start with by the seed.
 
     At no time does a rank hold more of a parameter than its own rows. Raises RuntimeError when a tensor stays without values.
     """
@@ -177,8 +179,11 @@ def fill(policy: Policy, weights: Weights, device: torch.device) -> None:
         paths = {path for path, _ in weights.file_of.values()}
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
         for name, parameter in list(policy.model.named_parameters()):
-            path, key = weights.file_of[name]
-            filled = nn.Parameter(_read(files[path].get_slice(key), parameter, device), parameter.requires_grad)
+            rows: Any = initial_values(name, parameter.shape, seed)
+            if rows is None:
+                path, key = weights.file_of[plain_name(name)]
+                rows = files[path].get_slice(key)
+            filled = nn.Parameter(_read(rows, parameter, device), parameter.requires_grad)
             for module, attribute in owners[id(parameter)]:  # several for tied weights, which stay one parameter
                 module._parameters[attribute] = filled
         for name, buffer in list(persistent_buffers(policy.model)):
@@ -192,7 +197,7 @@ def fill(policy: Policy, weights: Weights, device: torch.device) -> None:
 
 
 def _read(rows: Any, like: Tensor, device: torch.device) -> Tensor:
-    """rows: the tensor in the file. Returns it as `like` is sharded: fully_shard cuts along the first dimension."""
+    """rows: the tensor, in the file or in memory. Returns it as `like` is sharded: fully_shard cuts along the first dimension."""
     assert isinstance(like, DTensor), "fill is for a policy that `shard` sharded"
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     assert tuple(shape[1:]) == tuple(like.shape[1:]), f"{like.placements} cuts along another dimension than the first"

@@ -53,6 +53,8 @@ class StepSums:
     kl: float = summed()
     gap: float = summed()
     gap_max: float = largest()
+    routed: float = summed()  # choices of experts, one a token and layer
+    routed_otherwise: float = summed()
     truncated: float = summed()
     # all updates on the batch
     clipped: float = summed()
@@ -172,4 +174,6 @@ def step_metrics(
         "tflops": work / busy / 1e12 if busy else 0.0,
         **utilization(work, busy, seconds, peak, ranks),
     }
+    if sums["routed"]:
+        computed["routing_gap"] = sums["routed_otherwise"] / sums["routed"]
     return values(METRICS, {**sums, "rank_seconds": seconds * ranks}, {**given, **computed})

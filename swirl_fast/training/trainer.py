@@ -12,17 +12,19 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from swirl_fast.config import Config, ConfigError
+from swirl_fast.engines.engine import SharedEngine
 from swirl_fast.exits import Resumable
 from swirl_fast.files import describe_changes
 from swirl_fast.metrics import PhaseTimer
 from swirl_fast.models.load import DTYPES
-from swirl_fast.models.policy import Policy, model_size
+from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.objective import Actions, advantages, counts, imitation_advantages, trajectory_advantages, weights
 from swirl_fast.ranks import Ranks, shared_store
 from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
@@ -37,6 +39,7 @@ from swirl_fast.training.metrics_log import MetricsLog
 from swirl_fast.training.samples import SampleLog
 from swirl_fast.training.schedule import learning_rate
 from swirl_fast.training.step_metrics import StepSums, gaming_signs, over_ranks, rewards_by_task, step_metrics, trained
+from swirl_fast.training.turns import Turns
 from swirl_fast.training.utilization import peak_flops, peak_memory
 from swirl_fast.verdict import Verdict
 
@@ -46,7 +49,8 @@ Metrics = dict[str, float]
 class Trainer:
     """restore() goes to where the newest checkpoint is, run() from there to `training.steps`; train_step() is one step by itself.
 
-    reference: None without a KL term. settings: what the result depends on; a checkpoint of other settings is refused.
+    reference: None without a KL term. settings: what the result depends on; a checkpoint of other settings is refused. checked: metrics of
+    the model's check, which every row repeats.
     """
 
     def __init__(
@@ -54,21 +58,27 @@ class Trainer:
         config: Config,
         ranks: Ranks,
         policy: Policy,
-        reference: Policy | None,
+        reference: Callable[[DeviceComb], Tensor] | None,
         rollouts: RolloutPipeline,
         settings: dict[str, Any],
+        checked: Mapping[str, float] | None = None,
     ) -> None:
         self.config, self.ranks, self.settings = config, ranks, settings
+        self.checked = dict(checked or {})
         self.policy, self.reference = policy, reference
         self.rollouts, self.engine = rollouts, rollouts.engine
         training = config.training
         self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=training.learning_rate,
             betas=(training.betas[0], training.betas[1]),
             weight_decay=training.weight_decay,
             fused=ranks.device.type == "cuda",
         )
+        self.turns: Turns | None = None
+        if config.engine.share_gpu and self.engine is not None:
+            whole = reference if isinstance(reference, Policy) else None  # not the policy without its adapters
+            self.turns = Turns(cast(SharedEngine, self.engine), policy, whole, self.optimizer, ranks)
         if self.engine is not None:
             max_context = self.engine.max_context
         else:
@@ -180,7 +190,7 @@ class Trainer:
         raise Resumable(f"{reason}: stopped at step {self.step} of {steps}, start it again to go on")
 
     def _sync_weights(self) -> None:
-        if self.engine is not None:
+        if self.engine is not None and self.turns is None:  # which syncs when sampling begins
             weight_sync.sync(self.policy, self.engine, self.step, self.ranks)
 
     # ---- one step
@@ -190,9 +200,14 @@ class Trainer:
         for seconds of phases."""
         start = time.perf_counter()
         training, algorithm = self.config.training, self.config.algorithm
+        turn = PhaseTimer()
+        if self.turns is not None:
+            self.turns.sample(self.step, turn)
         batch = self.rollouts.take()
+        if self.turns is not None:
+            self.turns.train(turn)
         self.heartbeat.mark("sampling")
-        timer, sums = PhaseTimer(batch.counts.seconds), StepSums()
+        timer, sums = PhaseTimer({**turn.seconds, **batch.counts.seconds}), StepSums()
         if training.lag and training.on_policy_batches <= self.step < training.steps - 1:
             self.rollouts.begin_next()
         micro_batches = self._pack(batch, sums, timer)
@@ -214,8 +229,9 @@ class Trainer:
         self.step += 1
         with timer.phase("wait_for_rollout"):
             hidden = self.rollouts.wait()  # a batch is sampled with one set of weights
-        with timer.phase("weight_sync"):
-            self._sync_weights()
+        if self.turns is None:
+            with timer.phase("weight_sync"):
+                self._sync_weights()
         self.heartbeat.mark("the weight sync")
 
         sums.seconds, sums.memory_gib = time.perf_counter() - start, peak_memory(self.ranks.device)
@@ -233,6 +249,7 @@ class Trainer:
             "steps_without_signal": self.guards.counts.steps_without_signal / self.step,
             "seconds_hidden": hidden,
             **{f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()},
+            **self.checked,
             **rewards_by_task(self.ranks, batch, self.rollouts.tasks),
         }
         metrics = step_metrics(together, given, updates, self.peak, self.ranks.size)

@@ -23,4 +23,5 @@ def test_it_runs(tmp_path: Path) -> None:
     main(["--quick", "--out", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
     assert [row["way"] for row in found["results"]] == ["all", "refill"]
-    assert all(len(row["rewards"]) == 2 and row["seconds"] > 0 for row in found["results"])
+    assert all(len(row["rewards"]) == len(row["seconds"]) == 2 for row in found["results"])
+    assert all([point["steps"] for point in row["held_out"]] == [0, 1, 2] for row in found["results"])

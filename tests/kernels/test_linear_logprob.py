@@ -12,7 +12,7 @@ from support.linear_logprob_cases import TARGETS, assert_close, inputs, results,
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swirl_kernels import linear_logprob, naive_linear_logprob
+from swirl_kernels import linear_logprob, naive_linear_logprob, naive_selective_logprob, selective_logprob
 from swirl_kernels.linear_logprob import eager as implementation
 
 SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing kept
@@ -27,6 +27,7 @@ SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing 
     with_bias=st.booleans(),
     temperature=st.sampled_from([1.0, 0.6, "per row"]),
     softcap=st.sampled_from([None, None, 1.5]),
+    logit_scale=st.sampled_from([1.0, 0.0625, 3.0]),
     which=st.sampled_from(["logp", "entropy only", "both", "logp of both"]),
     ignored=st.sampled_from([0.0, 0.3]),
     zeros=st.sampled_from([0.0, 0.2, 0.7]),
@@ -34,7 +35,7 @@ SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing 
     tile=st.sampled_from([(7, 16), (1024, 4096)]),
 )
 def test_equals_naive(
-    rows, vocab, size, padding, with_bias, temperature, softcap, which, ignored, zeros, workspace_mb, tile
+    rows, vocab, size, padding, with_bias, temperature, softcap, logit_scale, which, ignored, zeros, workspace_mb, tile
 ) -> None:
     hidden, weight, bias, targets = inputs(rows, vocab + padding, size, ignored=ignored, valid=vocab)
     targets[0] = vocab - 1
@@ -44,6 +45,7 @@ def test_equals_naive(
         bias=bias if with_bias else None,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         valid_vocab=vocab if padding else None,
         g=None if which == "entropy only" else upstream(rows, 1, zeros),
         h=None if which == "logp" else upstream(rows, 2, zeros),
@@ -66,7 +68,7 @@ def test_equals_naive(
 def test_gradcheck(softcap: float | None, temperature: Any) -> None:
     hidden, weight, bias, targets = inputs(4, 7, 3)
     targets[2] = -100
-    options = dict(softcap=softcap, temperature=temperature, entropy=True, workspace_mb=0.0005)
+    options = dict(softcap=softcap, temperature=temperature, logit_scale=0.3, entropy=True, workspace_mb=0.0005)
     assert torch.autograd.gradcheck(
         lambda x, w, b: linear_logprob(x, w, targets, bias=b, **options), (hidden, weight, bias)
     )
@@ -76,7 +78,7 @@ def test_gradcheck(softcap: float | None, temperature: Any) -> None:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_other_dtypes_against_float64_of_the_same_numbers(dtype, tolerance, workspace_mb) -> None:
     hidden, weight, bias, targets = inputs(700, 3001, 48, ignored=0.1)
-    options = dict(g=upstream(700, 1), h=upstream(700, 2), temperature=0.8)
+    options = dict(g=upstream(700, 1), h=upstream(700, 2), temperature=0.8, softcap=2.0, logit_scale=0.5)
     exact = rounded(dtype, hidden, weight, bias)
     expected = results(naive_linear_logprob, *exact[:2], targets, bias=exact[2], **options)
     cast = [x.detach().to(dtype).requires_grad_() for x in exact]
@@ -350,6 +352,21 @@ def test_backward_under_autocast_multiplies_as_its_forward_did() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize(
+    "operation", [linear_logprob, naive_linear_logprob, selective_logprob, naive_selective_logprob]
+)
+def test_targets_of_any_width_are_the_same_tokens(operation: Any, dtype: torch.dtype) -> None:
+    """In 8 unsigned bits the token 156 looks like -100."""
+    hidden, weight, _, targets = inputs(30, 200, 4)
+    targets[:3] = torch.tensor([156, 199, 0])
+    targets = targets.clamp(max=torch.iinfo(dtype).max)
+    if dtype.is_signed:
+        targets[5] = -100
+    arguments = (hidden, weight) if "linear" in operation.__name__ else (hidden @ weight.T,)
+    assert torch.equal(operation(*arguments, targets.to(dtype)), operation(*arguments, targets))
+
+
 def test_no_rows_and_only_ignored_rows() -> None:
     for targets in (torch.zeros(0, dtype=torch.int64), torch.full((3,), -100)):
         hidden = torch.full((len(targets), 4), math.nan, requires_grad=True)
@@ -380,6 +397,7 @@ def test_wrong_arguments_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatc
     refused(r"shape \(1, 6, 4\)", hidden[None], weight, targets)
     refused(r"give integers \[6\]", hidden, weight, targets[:5])
     refused(r"torch.float64; give integers", hidden, weight, targets.double())
+    refused(r"torch.bool; give integers \[6\]", hidden, weight, targets > 3)
     refused(r"bias has shape \(9,\)", hidden, weight, targets, bias=bias[:9])
     refused("hidden is torch.float64 and weight torch.float32", hidden, weight.float(), targets)
     refused("valid_vocab is 11", hidden, weight, targets, valid_vocab=11)
@@ -387,6 +405,8 @@ def test_wrong_arguments_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatc
     refused(r"temperature\[2\] is -1", hidden, weight, targets, temperature=torch.tensor([1.0, 1, -1, 1, 1, 1]))
     refused("without gradient", hidden, weight, targets, temperature=torch.ones(6, requires_grad=True))
     refused("softcap is 0", hidden, weight, targets, softcap=0.0)
+    for scale in (0.0, -1.0, math.inf, math.nan, torch.tensor(2.0)):
+        refused("logit_scale is .*; use a positive finite float", hidden, weight, targets, logit_scale=scale)
     refused("workspace_mb is 0", hidden, weight, targets, workspace_mb=0)
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")
     refused("linear_logprob in torch.float64 has no Triton kernel", hidden, weight, targets)

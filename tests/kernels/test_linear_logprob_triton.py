@@ -67,10 +67,14 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("softcap, temperature", [(None, 1.0), (1.5, "per row"), (None, 0.7)])
+@pytest.mark.parametrize(
+    "softcap, temperature, logit_scale", [(None, 1.0, 1.0), (1.5, "per row", 0.25), (None, 0.7, 3.0)]
+)
 @pytest.mark.parametrize("which", ["logp", "entropy only", "both"])
 @pytest.mark.usefixtures("small_tiles")
-def test_equals_float64(dtype: torch.dtype, softcap: float | None, temperature: Any, which: str) -> None:
+def test_equals_float64(
+    dtype: torch.dtype, softcap: float | None, temperature: Any, logit_scale: float, which: str
+) -> None:
     """Non-uniform upstream gradients, some of them zero; padding behind the vocabulary; ignored rows; chunks and splits."""
     rows, vocab, padding, size = 45, 203, 7, 24
     hidden, weight, bias, targets = inputs(rows, vocab + padding, size, ignored=0.2, valid=vocab)
@@ -88,6 +92,7 @@ def test_equals_float64(dtype: torch.dtype, softcap: float | None, temperature: 
         dtype=dtype,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         valid_vocab=vocab,
         workspace_mb=SMALL,
     )

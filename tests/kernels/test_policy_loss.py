@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.policy_loss_cases import (
+    SOFT,
     SPECS,
     assert_close,
     case,
@@ -36,6 +37,17 @@ def test_every_spec_equals_naive(part: int) -> None:
         arguments = case(spec, seed=i, **kinds(i))
         expected = results(naive_policy_loss, spec, arguments)
         assert_close(results(policy_loss, spec, poisoned(arguments)), expected, 1e-11, spec)
+
+
+def test_soft_clips_importance_and_gates_equal_naive() -> None:
+    for i, (spec, importance) in enumerate(SOFT):
+        truncated = torch.zeros(2, dtype=torch.float64)
+        for seed in range(4):
+            arguments = case(spec, seed=seed, importance=importance, **kinds(i + seed))
+            expected = results(naive_policy_loss, spec, arguments)
+            truncated += expected["sums"][[SUMS.index("truncated"), 0]]
+            assert_close(results(policy_loss, spec, poisoned(arguments)), expected, 1e-11, (spec, importance))
+        assert spec.correction == "none" or 0 < truncated[0] < truncated[1], spec
 
 
 def test_the_cases_reach_every_branch() -> None:
@@ -97,8 +109,15 @@ def test_an_overflow_without_a_say_changes_nothing() -> None:
 
 def test_gradient_by_differences() -> None:
     """Against nothing that shares a formula with it; smooth specs only, since sg is no derivative of a value."""
-    for ratio, kl in itertools.product(("token", "step"), ("none", "k1", "k2", "k3")):
-        spec = PolicyLossSpec(ratio=ratio, kl=kl, kl_coef=0.0 if kl == "none" else 0.5, correction="tis")
+    for ratio, kl, clip in itertools.product(("token", "step"), ("none", "k1", "k2", "k3"), ("ppo", "sapo")):
+        spec = PolicyLossSpec(
+            ratio=ratio,
+            clip=clip,
+            kl=kl,
+            kl_coef=0.0 if kl == "none" else 0.5,
+            kl_importance=kl == "k3",
+            correction="tis",
+        )
         arguments = case(spec, lengths=(3, 0, 1, 4), advantage="token")
         logp = arguments.pop("logp").requires_grad_()
         assert torch.autograd.gradcheck(lambda x, s=spec, a=arguments: policy_loss(x, spec=s, **a)[0], (logp,))
@@ -183,7 +202,7 @@ def test_metrics_combine_and_average() -> None:
         clip="dual", clip_low=0.05, clip_high=0.05, dual_clip=1.1, correction="icepop", correction_high=1.1
     )
     metrics = [policy_loss(spec=spec, **case(spec, seed=s, advantage="token"))[1] for s in range(2)]
-    both = metrics[0] + metrics[1]
+    both = sum(metrics)
     assert torch.equal(both.sums, metrics[0].sums + metrics[1].sums)
     assert both.ratio_max == max(m.ratio_max for m in metrics)
     means = both.means()
@@ -267,6 +286,10 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
     refused("weight requires grad", x, x, advantage, offsets, weight=graded)
     refused("rollout_logp requires grad", x, x, advantage, offsets, spec=PolicyLossSpec(correction="tis"),
             rollout_logp=graded)  # fmt: skip
+    refused(r"importance has shape \(3,\) .* give floating \[5\] or \[2\]", x, x, advantage, offsets, importance=x[:3])
+    refused("importance is given with correction='tis'", x, x, advantage, offsets, spec=PolicyLossSpec(correction="tis"),
+            rollout_logp=x, importance=x)  # fmt: skip
+    refused("importance requires grad", x, x, advantage, offsets, importance=graded)
     refused("ref_logp requires grad", x, x, advantage, offsets, spec=PolicyLossSpec(kl="k1"), ref_logp=graded)
     for settings, message in (
         ({"ratio": "sequence"}, "ratio is 'sequence'; use one of token, step, step_token"),
@@ -276,6 +299,21 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
         ({"kl_coef": 0.1}, "kl_coef is 0.1 with kl='none'"),
         ({"kl": "k1", "kl_coef": math.inf}, "kl_coef is inf"),
         ({"kl_limit": 0.0}, "kl_limit is 0.0"),
+        ({"ratio": "step_sum"}, "ratio is 'step_sum' with clip='ppo'"),
+        ({"clip": "vespo"}, "ratio is 'token' with clip='vespo'"),
+        ({"clip": "vespo", "ratio": "step_sum", "correction": "tis"}, "pass them as importance="),
+        ({"clip": "vespo", "ratio": "step_sum", "vespo": (1.0, -1.0, 1.0, 1.0)}, "vespo is "),
+        ({"clip": "sapo", "sapo": (0.0, 1.0)}, "sapo is "),
+        ({"kl_importance": True}, "kl_importance with kl='none'"),
+        (
+            {"kl_importance": True, "kl": "k3", "ratio": "step", "clip": "cispo"},
+            "kl_importance with kl='k3', ratio='step'",
+        ),
+        ({"correction_gate": "step"}, "correction_gate is 'step' with correction='none'"),
+        (
+            {"correction_gate": "all", "correction": "mask"},
+            "correction_gate is 'all'; use one of token, step, step_mean",
+        ),
         ({"correction_low": 2.0}, "correction_low is 2.0 and correction_high 2.0"),
     ):
         with pytest.raises(ValueError, match=message):

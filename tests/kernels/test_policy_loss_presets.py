@@ -54,7 +54,7 @@ class Batch:
     def packed(self, x: Tensor) -> Tensor:
         return x[self.real]
 
-    def ours(self, preset: PolicyLossPreset) -> tuple[Tensor, Tensor]:
+    def ours(self, preset: PolicyLossPreset, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss and gradient [B, L], what is not used poisoned."""
         mask = self.packed(self.mask)
         dead = mask == 0
@@ -70,18 +70,19 @@ class Batch:
             preset.spec,
             ref_logp=None if preset.spec.kl == "none" else ref,
             rollout_logp=None if preset.spec.correction == "none" else rollout,
+            importance=importance,
             weight=preset.weights(self.offsets, totals, mask),
         )
         (gradient,) = torch.autograd.grad(loss, logp)
         return loss.detach(), torch.zeros(B, L, dtype=torch.float64).masked_scatter(self.real, gradient)
 
-    def agree(self, preset: PolicyLossPreset, formula: Any) -> None:
+    def agree(self, preset: PolicyLossPreset, formula: Any, importance: Tensor | None = None) -> None:
         """formula: logp [B, L] -> loss."""
         logp = self.logp.clone().requires_grad_()
         expected = formula(logp)
         (gradient,) = torch.autograd.grad(expected, logp)
         assert gradient.norm() > 1e-3
-        loss, ours = self.ours(preset)
+        loss, ours = self.ours(preset, importance)
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
         assert (ours - gradient).norm() <= 1e-12 * gradient.norm()
         torch.testing.assert_close(ours, gradient, rtol=1e-11, atol=1e-15)
@@ -148,17 +149,19 @@ def test_wrong_arguments_are_refused() -> None:
         ("epsilon_high is 0.2; .* largest ratio", lambda: trl_preset("cispo")),
         ("vllm_importance_sampling_mode is 'x'", lambda: trl_preset(vllm_importance_sampling_mode="x")),  # type: ignore[arg-type]
         ("importance_sampling_level is 'step'", lambda: trl_preset(importance_sampling_level="step")),  # type: ignore[arg-type]
-        ("loss_mode is 'sapo'", lambda: verl_preset("sapo")),  # type: ignore[arg-type]
+        ("loss_type='vespo' with", lambda: trl_preset("vespo", vllm_importance_sampling_mode="token_mask")),
+        ("loss_mode is 'geo_mean'", lambda: verl_preset("geo_mean")),  # type: ignore[arg-type]
         ("kl_loss_type is 'abs'", lambda: verl_preset(kl_loss_type="abs")),  # type: ignore[arg-type]
         ("needs loss_scale_factor", lambda: verl_preset(loss_agg_mode="seq-mean-token-sum-norm")),
-        ("is_correction_type is 'seq-mask-tis'", lambda: openrlhf_preset(is_correction_type="seq-mask-tis")),  # type: ignore[arg-type]
+        ("is_correction_type is 'seq'", lambda: openrlhf_preset(is_correction_type="seq")),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError, match=message):
             call()
 
 
 def test_presets_carry_the_defaults_of_their_libraries() -> None:
-    assert set(PRESETS) == {"trl.grpo", "trl.dr_grpo", "trl.dapo", "verl.ppo", "verl.gspo", "openrlhf.ppo"}
+    trl = {f"trl.{name}" for name in ("grpo", "dr_grpo", "dapo", "sapo", "luspo", "vespo")}
+    assert set(PRESETS) == trl | {"verl.ppo", "verl.gspo", "verl.sapo", "openrlhf.ppo"}
     assert PRESETS["trl.dr_grpo"].constant == 512
     assert PRESETS["verl.ppo"].spec.dual_clip == 3.0 and PRESETS["openrlhf.ppo"].spec.clip == "ppo"
     assert all(p.spec.clip_low == p.spec.clip_high == 0.2 and p.spec.kl == "none" for p in PRESETS.values())
@@ -251,6 +254,23 @@ def test_verl_ppo_with_dual_clip_and_cispo(mode: Any, rollout_is: Any, loss_mode
         batch.agree(preset, formula)
 
 
+@pytest.mark.parametrize("rollout_is", [None, "token"])
+def test_verl_sapo_by_its_paper(rollout_is: Any) -> None:
+    """arXiv 2511.20347: a gate of temperature τ in place of the clip, 4 / τ so that its slope at r = 1 is that of the ratio."""
+    batch = Batch()
+
+    def formula(logp: Tensor) -> Tensor:
+        A = batch.advantages[:, None]
+        tau = torch.where(A > 0, *A.new_tensor([1.3, 1.9]))
+        gate = 4 / tau / (1 + (-tau * ((logp - batch.old).exp() - 1)).exp())
+        weight = (batch.old - batch.rollout).exp().clamp(max=1.05) if rollout_is else 1.0
+        return AGGREGATE["seq-mean-token-mean"](-gate * A * weight, batch.mask)
+
+    batch.agree(
+        verl_preset("sapo", tau_pos=1.3, tau_neg=1.9, rollout_is=rollout_is, rollout_is_threshold=1.05), formula
+    )
+
+
 @pytest.mark.parametrize("kl", list(KL))
 def test_verl_gspo_is_gspo_token(kl: Any) -> None:
     """arXiv 2507.18071, equation 14: the value of the sequence's geometric mean, the gradient of each token."""
@@ -287,7 +307,7 @@ def test_gspo_itself_by_equation_7() -> None:
 
 
 @pytest.mark.parametrize("token_level", [True, False])
-@pytest.mark.parametrize("correction", [None, "tis", "icepop"])
+@pytest.mark.parametrize("correction", [None, "tis", "icepop", "seq-mask-tis"])
 @pytest.mark.parametrize("dual", [None, 1.15])
 def test_openrlhf_ppo(token_level: bool, correction: Any, dual: float | None) -> None:
     for kl, low in ((None, 0.0), ("k1", 0.9), ("k2", 0.0), ("k3", 0.95)):
@@ -305,6 +325,9 @@ def test_openrlhf_ppo(token_level: bool, correction: Any, dual: float | None) ->
                 objective = objective * c.clamp(low, 1.05)
             if correction == "icepop":
                 objective = objective * torch.where((c >= low) & (c <= 1.05), c, 0.0)
+            if correction == "seq-mask-tis":
+                mean = (c.log() * batch.mask).sum(1, keepdim=True) / batch.mask.sum(1, keepdim=True)
+                objective = objective * torch.where((mean.exp() >= low) & (mean.exp() <= 1.05), c, 0.0)
             estimate = KL["low_var_kl" if kl == "k3" else kl](batch.ref - logp).clamp(-10, 10)
             aggregate = AGGREGATE["token-mean" if token_level else "seq-mean-token-mean"]
             return aggregate(-objective, batch.mask) + 0.3 * aggregate(estimate, batch.mask)
@@ -334,10 +357,19 @@ def grpo_trainer() -> Any:
     return GRPOTrainer
 
 
+SOFT_DEFAULTS = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
+SOFT_DEFAULTS |= {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
+
+
 def trl_loss(trainer_class: Any, batch: Batch, logp: Tensor, steps: int = 1, **settings: Any) -> Tensor:
     """GRPOTrainer._compute_loss on our log-probs: a trainer with the attributes that it reads, and nothing else."""
     trainer = trainer_class.__new__(trainer_class)
-    args = SimpleNamespace(delta=settings.get("delta"), use_bias_correction_kl=False, steps_per_generation=steps)
+    args = SimpleNamespace(
+        delta=settings.get("delta"),
+        use_bias_correction_kl=settings.get("use_bias_correction_kl", False),
+        steps_per_generation=steps,
+        **{name: settings.get(name, default) for name, default in SOFT_DEFAULTS.items()},
+    )
     epsilon = settings.get("epsilon", 0.2)
     mode = settings.get("vllm_importance_sampling_mode")
     vars(trainer).update(
@@ -372,7 +404,9 @@ def trl_loss(trainer_class: Any, batch: Batch, logp: Tensor, steps: int = 1, **s
         "ref_per_token_logps": batch.ref,
         "num_items_in_batch": batch.mask.sum(),
     }
-    if mode is not None:
+    if "importance" in settings:
+        inputs["importance_sampling_ratio"] = settings["importance"]
+    if mode not in (None, "ready"):
         # Made where the trainer generates, which needs a server; this much of it in our own words.
         gap = (batch.old - batch.rollout) * batch.mask
         c = (gap.sum(1, keepdim=True) if mode.startswith("sequence") else gap).exp()
@@ -380,7 +414,11 @@ def trl_loss(trainer_class: Any, batch: Batch, logp: Tensor, steps: int = 1, **s
         low, high = 0.0 if low is None else low, math.inf if high is None else high
         inside = (c >= low) & (c <= high)
         inputs["importance_sampling_ratio"] = c.clamp(low, high) if mode.endswith("truncate") else c * inside
-    return trainer._compute_loss(trainer.model, inputs)
+    torch.set_default_dtype(torch.float64)  # TRL chooses between two Python numbers in the default type
+    try:
+        return trainer._compute_loss(trainer.model, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
@@ -394,6 +432,56 @@ def test_trl_trainer(grpo_trainer: Any, loss_type: Any, level: Any, beta: float)
         if loss_type == "cispo":
             settings["epsilon_high"] = 1.07
         batch.agree(trl_preset(**settings), lambda logp, b=batch, s=settings: trl_loss(grpo_trainer, b, logp, **s))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "loss_type, soft",
+    [
+        ("sapo", {}),
+        ("sapo", {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.7}),
+        ("luspo", {}),
+        ("vespo", {}),
+        ("vespo", {"vespo_k_pos": 0.5, "vespo_lambda_pos": 0.8, "vespo_k_neg": 0.9, "vespo_lambda_neg": 0.3}),
+    ],
+)
+def test_trl_trainer_with_its_newer_losses(grpo_trainer: Any, loss_type: Any, soft: Any, level: Any) -> None:
+    for seed, beta in enumerate((0.0, 0.04)):
+        batch = Batch(seed)
+        settings = {"loss_type": loss_type, "epsilon": EPS, "importance_sampling_level": level, "beta": beta, **soft}
+        batch.agree(trl_preset(**settings), lambda logp, b=batch, s=settings: trl_loss(grpo_trainer, b, logp, **s))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "sapo"])
+def test_trl_trainer_with_bias_corrected_kl(grpo_trainer: Any, loss_type: Any, level: Any) -> None:
+    if (loss_type, level) == ("cispo", "sequence"):
+        with pytest.raises(ValueError, match="kl_importance with kl='k3', ratio='step', clip='cispo'"):
+            trl_preset(
+                "cispo", epsilon_high=1.07, beta=0.1, importance_sampling_level=level, use_bias_correction_kl=True
+            )
+        return
+    batch = Batch(2)
+    settings: dict[str, Any] = {"loss_type": loss_type, "epsilon": EPS, "importance_sampling_level": level, "beta": 0.3}
+    settings |= {"epsilon_high": 1.07 if loss_type == "cispo" else EPS, "use_bias_correction_kl": True}
+    batch.agree(trl_preset(**settings), lambda logp: trl_loss(grpo_trainer, batch, logp, **settings))
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("loss_type", ["vespo", "dapo"])
+def test_trl_trainer_with_ready_importance_weights(grpo_trainer: Any, loss_type: Any, per_token: bool) -> None:
+    """TRL holds them as [B, T], or [B, 1] at its sequence level; vespo takes them into the ratio, some of them 0."""
+    batch = Batch(4)
+    given = (batch.old - batch.rollout).exp() if per_token else (0.3 * torch.randn(B, 1, dtype=torch.float64)).exp()
+    given = given * (given > 0.75)
+    padded = torch.where(batch.mask != 0, given, 1.0) if per_token else given
+    settings: dict[str, Any] = {"loss_type": loss_type, "epsilon": EPS}
+
+    def theirs(logp: Tensor) -> Tensor:
+        mode = None if loss_type == "vespo" else "ready"
+        return trl_loss(grpo_trainer, batch, logp, importance=padded, vllm_importance_sampling_mode=mode, **settings)
+
+    batch.agree(trl_preset(**settings), theirs, batch.packed(given) if per_token else given[:, 0])
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
@@ -421,3 +509,4 @@ def test_trl_defaults_are_those_of_its_config(grpo_trainer: Any) -> None:
     assert fields["epsilon_high"].default is None and fields["delta"].default is None
     assert fields["vllm_importance_sampling_clip_max"].default == 3.0
     assert fields["vllm_importance_sampling_clip_min"].default is None
+    assert {name: fields[name].default for name in SOFT_DEFAULTS} == SOFT_DEFAULTS

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from support.policy_loss_cases import (
     LENGTHS,
+    SOFT,
     SPECS,
     assert_close,
     case,
@@ -60,6 +61,16 @@ def test_every_spec_against_float64(part: int) -> None:
         arguments = case(spec, seed=i, lengths=(0, BLOCK + 45, 1), dtype=torch.float32, device=DEVICE, **kinds(i))
         expected = results(naive_policy_loss, spec, exact(arguments))
         assert_close(results(policy_loss, spec, poisoned(arguments)), expected, 1e-5, spec)
+
+
+def test_soft_clips_importance_and_gates_against_float64() -> None:
+    for i, (spec, importance) in enumerate(SOFT):
+        lengths = (0, BLOCK + 45, 1)
+        arguments = case(
+            spec, seed=i, lengths=lengths, importance=importance, dtype=torch.float32, device=DEVICE, **kinds(i)
+        )
+        expected = results(naive_policy_loss, spec, exact(arguments))
+        assert_close(results(policy_loss, spec, poisoned(arguments)), expected, 2e-5, (spec, importance))
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)

@@ -320,6 +320,13 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
         tree_attention(q, k, v, end, sinks=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="softcap is -1"):
         tree_attention(q, k, v, end, softcap=-1.0)
+    for scale in (0.0, -0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"scale is {scale}; use a positive finite number"):
+            tree_attention(q, k, v, end, scale=scale)
+    with pytest.raises(ValueError, match=r"q has shape \(2, 8, 0\): a head dimension of 0"):
+        tree_attention(q[..., :0], k[..., :0], v[..., :0], end)
+    with pytest.raises(ValueError, match="depth stays from 0 at token 0 to 0 at its child 1; a window needs"):
+        tree_attention(q, k, v, end, window=3, depth=torch.zeros_like(end))
     with pytest.raises(ValueError, match="one-dimensional integer"):
         tree_plan(end.float())
     with pytest.raises(ValueError, match="depth has 3 entries, subtree_end 8"):

@@ -27,9 +27,10 @@ def by_action(comb: Comb, logp_N: Tensor) -> dict[int, Tensor]:
 
 
 def assert_same_gradients(wanted: nn.Module, found: nn.Module, tolerance: float, rounding: float = 0.0) -> None:
-    """Of each parameter, relative to its own gradient. rounding: how far those of queries and keys may be off, relative to the
+    """Of each trained parameter, relative to its own gradient. rounding: how far those of queries and keys may be off, relative to the
     gradient of all parameters (see `rounding_of`)."""
-    pairs = list(zip(wanted.named_parameters(), found.parameters(), strict=True))
+    both = zip(wanted.named_parameters(), found.parameters(), strict=True)
+    pairs = [(one, other) for one, other in both if one[1].requires_grad or other.requires_grad]
     whole = torch.stack([parameter.grad.norm() for (_, parameter), _ in pairs]).norm()
     for (name, parameter), other in pairs:
         own, gap = parameter.grad.norm(), (parameter.grad - other.grad).norm()

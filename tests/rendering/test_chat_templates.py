@@ -6,9 +6,11 @@ import pytest
 from support.chat_templates import END_TOKENS, native_templates, template_text, tokenizer_for
 from support.paths import ROOT
 
+from swirl_fast.config import ConfigError
+from swirl_fast.formats.format import Call
 from swirl_fast.rendering import Renderer
 from swirl_fast.rendering.template import calling, result_of
-from swirl_fast.tools.tool import ToolSpec, text_tool
+from swirl_fast.tools.tool import CALCULATOR, ToolSpec, text_tool
 
 NAMES = native_templates()
 # With neither calls nor tools in the template, or without one of the two.
@@ -167,3 +169,46 @@ def test_a_refused_template_names_the_one_for_the_model(name: str) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}"
     with pytest.raises(ValueError, match=f"[ (]{name} is one for this model"):
         Renderer(tokenizer, name)
+
+
+OWN = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[[{{ c.function.name }} {{ c.function.arguments | tojson }}]]{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALL = r"\[\[(?P<name>\w+) (?P<arguments>\{.*?\})\]\]"
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "role": {"const": "assistant"},
+        "content": {"type": "string", "x-regex": r"^(.*?)(?=\[\[|$)"},
+        "tool_calls": {
+            "type": "array",
+            "x-regex-iterator": CALL,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "arguments": {"type": "object", "x-parser": "json", "additionalProperties": {}},
+                },
+            },
+        },
+    },
+}
+
+
+def test_calls_of_an_unknown_syntax_are_read_by_the_response_schema_of_the_tokenizer() -> None:
+    tokenizer = tokenizer_for(OWN)
+    with pytest.raises(ConfigError, match=r"writes calls in a way that is not known here: '\[\["):
+        Renderer(tokenizer).native_format("message")
+    tokenizer.response_schema = SCHEMA
+    form = Renderer(tokenizer).native_format("message")
+    assert form.identity.startswith("native-schema-") and form.parallel
+    parsed = form.parse('I add.[[calculator {"expression": "1 + 2"}]]', (CALCULATOR,))
+    assert parsed.calls == (Call("calculator", "1 + 2", {"expression": "1 + 2"}),)
+    two = form.parse('[[calculator {"expression": "1"}]][[calculator {"expression": "2"}]]', (CALCULATOR,))
+    assert [call.argument for call in two.calls] == ["1", "2"]
+    answer = form.parse("<think>\nHm.\n</think>\n\nIt is 3.", (CALCULATOR,))
+    assert (answer.kind, answer.argument) == ("answer", "It is 3.")
+    for broken in ('It is [[calculator {"expression"', '[[calculator {"expression": }]]', '[[other {"a": 1}]]', ""):
+        assert form.parse(broken, (CALCULATOR,)).kind == "malformed", broken

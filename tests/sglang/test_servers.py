@@ -20,7 +20,7 @@ from support.real_servers import GENERATED, Log, attached, launched, plain, star
 from support.sglang_cases import pids_of
 from transformers import PreTrainedModel
 
-from swirl_fast.config import load
+from swirl_fast.config import ConfigError, load
 from swirl_fast.engines.engine import Completion, Request, Sampling
 from swirl_fast.engines.sglang import servers as sglang_servers
 from swirl_fast.engines.sglang.client import Client, EngineError
@@ -214,3 +214,39 @@ def test_a_server_that_cannot_start_says_why(served_model: Path, tmp_path: Path)
         EngineError, match="Install SGLang, or name the interpreter that has it in engine.launch.python"
     ):
         start_engine(tmp_path, served_model, *launched(), f"engine.launch.python={sys.executable}")
+
+
+def test_memory_is_released_and_taken_again(server: SGLangEngine, served_model: Path, tmp_path: Path) -> None:
+    """The endpoints of engine.share_gpu, in the order of an engine's calls. A CPU has nothing that could be released: --enable-memory-saver
+    is for GPUs, and without it the server goes through the same motions and keeps its memory."""
+    engine = start_engine(tmp_path, served_model, *attached(*server.urls), "engine.weight_sync.method=tensor")
+    model = plain(served_model)
+    requests = batch(model, 7, trajectories=2)
+    try:
+        for version in (1, 2):
+            engine.release_memory()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.05)
+            engine.update_weights(model.named_parameters(), version)
+            engine.resume_memory()
+            check(model, requests, engine.generate(requests))
+        engine.release_memory()
+    finally:
+        engine.close()
+    found = asyncio.run(described(server))
+    assert found == engine._tag(2), "it is left with all of its memory, and with the weights of the last update"
+
+
+async def described(server: SGLangEngine) -> str:
+    """The name of the weights that a server serves."""
+    client = Client(server.urls[0], server.key, 60.0)
+    try:
+        return (await client.info()).weight_version
+    finally:
+        await client.close()
+
+
+def test_a_server_without_the_saver_is_refused(server: SGLangEngine, served_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{server.urls[0]} runs without --enable-memory-saver"):
+        start_engine(tmp_path, served_model, *attached(*server.urls), "engine.share_gpu=true")

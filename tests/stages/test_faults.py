@@ -26,6 +26,7 @@ from swirl_fast.metrics import read_metrics
 from swirl_fast.rollouts import pipeline
 from swirl_fast.rollouts.at_states import SampledAction
 from swirl_fast.training import build
+from swirl_fast.training.checkpoint_reader import read_metadata
 from swirl_fast.training.trainer import Metrics, Trainer
 from swirl_fast.verdict import Judgement, Verdict
 
@@ -105,6 +106,37 @@ def test_killed_told_to_stop_and_killed_while_it_writes_a_checkpoint(
     assert done.returncode == 0, done.stderr
     assert checkpoints(folder) == ["step_000006", "step_000010"]
     assert_same_bits(folder, straight)
+
+
+def test_adapters_alone_are_in_checkpoints_and_a_kill_leaves_no_trace(
+    prepared: Path, tiny_model: Path, judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL in the third step of four; then both forms of export, the merged one from the checkpoint as from the training itself."""
+    wanted, folder = copy_of(prepared, tmp_path / "straight"), copy_of(prepared, tmp_path / "killed")
+    lora = ("model.lora.rank=4", "training.steps=4", "training.learning_rate=1e-3", "training.checkpoint_every=2")
+    stage, other = (arguments(place, tiny_model, judged, *lora) for place in (folder, wanted))
+    assert cli.main(["train", *other]) == 0
+    said = capsys.readouterr().out
+    assert "train: 7,424 of 98,752 parameters are trained (7.5 %): adapters of rank 4 at 14 linear layers" in said
+    assert faulty(folder, "3:0:kill", ["train", *stage]).returncode == -signal.SIGKILL
+    done = faulty(folder, "none", ["train", *stage])
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(folder, wanted)
+    before, after = load_file(tiny_model / "model.safetensors"), weights(folder)
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if name.endswith("_proj.weight")}
+
+    held = read_metadata(folder / "r" / "checkpoints" / "step_000004").state_dict_metadata
+    assert all("lora_" in name for name in held if "param_groups" not in name)
+    assert {name.split(".")[0] for name in held} == {"model", "optimizer"}
+
+    export = ["export", *stage, "--checkpoint", "step_000004"]
+    assert cli.main([*export, "--merged"]) == 0 == cli.main([*export, "--adapter"])
+    exported = folder / "r" / "model-step_000004" / "model.safetensors"
+    assert exported.read_bytes() == (folder / "r" / "model" / "model.safetensors").read_bytes()
+    assert (folder / "r" / "adapter-step_000004" / "adapter_config.json").is_file()
+    assert cli.main(["train", *arguments(folder, tiny_model, judged, *lora[1:])]) == 2
+    assert "model.lora" in capsys.readouterr().err
 
 
 def test_told_to_stop_in_the_last_step_it_does_not_go_on_to_evaluate(

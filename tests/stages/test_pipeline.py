@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import operator
@@ -17,6 +18,9 @@ from support.runs import STEPS, attempt, copy_of, kill_when, overrides, start, w
 from support.small_models import CHAT_TEMPLATE
 from support.stores import count_rows, read_samples
 from support.task_files import write_lines
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.llama import modeling_llama
 
 from benchmarks import quickstart
 from swirl_fast import cli
@@ -337,6 +341,26 @@ def test_an_engine_of_another_model_stops_training_before_anything_is_learned(
     (row,) = read_metrics(folder / "r")
     assert row["importance_truncated"] == 1 and row["engine_gap_mean"] == pytest.approx(1, abs=1e-4)
     assert any(not torch.equal(weights(folder)[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_that_is_not_exact_over_prefixes_is_refused_before_training(
+    collected: Path, tiny_model: Path, judged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family with a window in its masks that neither its configuration nor its attention knows of."""
+    folder = copy_of(collected, tmp_path)
+
+    def windowed(config: PreTrainedConfig, **arguments: object) -> object:
+        config = copy.copy(config)
+        config.sliding_window = 10
+        return create_sliding_window_causal_mask(config, **arguments)
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", windowed)
+    arguments = ["train", *overrides(folder, tiny_model, judged, "training.steps=1")]
+    done = attempt(arguments)
+    assert done.returncode == 2 and "training.check_model: model type llama" in done.stderr, done.stderr
+    assert "nats a token (limit 0.001)" in done.stderr and "training.sharing=false" in done.stderr
+    assert not (folder / "r" / "checkpoints").exists()
+    start([*arguments, "training.check_model=false"])
 
 
 def test_reusing_a_batch_moves_the_ratio_and_clips_it(

@@ -16,6 +16,11 @@ from support.runs import attempt, overrides
         ("streaming", [], "mosaicml-streaming is not installed: pip install --no-deps mosaicml-streaming=="),
         ("boto3", ["filter.upload=s3://bucket/x"], "s3://bucket/x needs a package that is not there"),
         ("google.cloud.storage", ["training.shards=gs://b/x"], "'google.cloud.storage'): pip install google-cloud-st"),
+        (
+            "peft",
+            ["model.lora.rank=4"],
+            "model.lora.rank=4: the package peft is missing; run: pip install 'swirl-fast[lo",
+        ),
         ("wandb", ["training.wandb=mine"], "training.wandb=mine: the package is missing; run: pip install wandb"),
     ],
 )

@@ -10,6 +10,8 @@ tell which weights answered. What it takes from the real server, since the engin
     updates        from tensors and from a group only between begin and end; names the model does not have are skipped silently
     pause          requests wait, and so does the health check, until it is given up with 503
     flush          refused while requests run
+    memory         may be released by an idle server with --enable-memory-saver alone: its weights are gone then; whoever asks a server
+                   for what it lacks, or gives it what it has, breaks it: from then on it answers 500
 
 POST /misbehave {path, how, times, length}: the next `times` requests of a path (or "*"; times -1: all), or of those alone whose prompt
 has `length` tokens, go wrong, see `HOW` and `FIELDS`.
@@ -85,6 +87,15 @@ FIELDS: dict[str, tuple[str, Callable[[dict], Any]]] = {
     "weight_versions garbled": ("weight_versions", lambda a: _meta(a).update(weight_versions=7)),
     "weight_versions of numbers": ("weight_versions", lambda a: _meta(a).update(weight_versions=[7])),
 }
+# the same, of a model with experts
+ROUTED: dict[str, Callable[[dict], Any]] = {
+    "no routed experts": lambda a: _meta(a).pop("routed_experts"),
+    "routed experts of another shape": lambda a: _meta(a).update(routed_experts="AAAA"),
+    "routed experts of text": lambda a: _meta(a).update(routed_experts="of text"),
+    "routed experts that are not there": lambda a: _meta(a).update(
+        routed_experts=base64.b64encode(b"\x7f" * 16 * len(a["output_ids"])).decode()
+    ),
+}
 # of /generate: what a server does whose weights were changed, or whose memory is full
 STALE: dict[str, Callable[[dict], Any]] = {
     "abort": lambda a: _meta(a).update(finish_reason={"type": "abort", "message": "out of memory"}),
@@ -124,6 +135,11 @@ def continuation(
     while len(tokens) < limit and not (tokens and tokens[-1] in stop_ids):
         tokens.append(draw.randrange(VOCABULARY))
     return tokens, [-5 * draw.random() for _ in tokens]
+
+
+def routed(tokens: list[int], layers: int, rows: int) -> list[int]:
+    """Numbers of two of eight experts, for each of the last `rows` tokens that were computed, a layer after the other."""
+    return [(tokens[row] + layer + k) % 8 for row in range(rows) for layer in range(layers) for k in range(2)]
 
 
 def read_weights(folder: str | Path) -> dict[str, bytes]:
@@ -190,6 +206,12 @@ class Fake:
         self.context: int = options.get("context", 512)
         self.sessions: bool = options.get("sessions", True)  # begin and end of an update, as from 0.5.21 on
         self.deterministic: bool = options.get("deterministic", False)
+        self.saver: bool = options.get("saver", False)
+        self.routes: int = options.get(
+            "routes", 0
+        )  # layers of which it returns the routed experts, two of eight a token
+        self.released: set[str] = set()
+        self.broken = ""
         self.weights = read_weights(model_path)
         self.cache = PrefixCache()
         self.paused, self.pauses, self.session = False, 0, False
@@ -230,6 +252,8 @@ class Fake:
     def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and answer: a string or an object."""
         name = path.strip("/").replace("/", "_")
+        if self.broken:
+            return 500, self.broken
         work = getattr(self, f"{method.lower()}_{name}", None)
         if work is None or (not self.sessions and name in ("begin_weight_update", "end_weight_update")):
             return 404, {"detail": "Not Found"}
@@ -255,6 +279,8 @@ class Fake:
             "tp_size": 1,
             "max_req_input_len": self.context - 6,
             "enable_deterministic_inference": self.deterministic,
+            "enable_memory_saver": self.saver,
+            "enable_return_routed_experts": bool(self.routes),
         }
 
     def get_v1_models(self) -> tuple[int, Any]:
@@ -268,6 +294,8 @@ class Fake:
         return 200, {}
 
     def post_generate(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if self.released:
+            return self._break("generates while its memory is released")
         prompt, parameters = body["input_ids"], body["sampling_params"]
         n, limit = parameters.get("n", 1), parameters["max_new_tokens"]
         if not prompt or len(prompt) + limit > self.context:
@@ -297,6 +325,10 @@ class Fake:
             answers.append(
                 self._completion(one["tokens"], one["logprobs"], finish, len(prompt), one["cached"], one["version"])
             )
+            if body.get("return_routed_experts") and self.routes:
+                rows = len(prompt) + len(one["tokens"]) - 1 - body["routed_experts_start_len"]
+                packed = struct.pack(f"<{2 * self.routes * rows}i", *routed(one["tokens"], self.routes, rows))
+                _meta(answers[-1])["routed_experts"] = base64.b64encode(packed).decode()
         return 200, answers if n > 1 else answers[0]
 
     def _compute(self, prompt: list[int], key: str, sample: int, limit: int, stop_ids: tuple[int, ...]) -> dict:
@@ -349,6 +381,27 @@ class Fake:
             self.changed.notify_all()
         return 200, {"message": "Generation continued successfully.", "status": "ok"}
 
+    def post_release_memory_occupation(self, body: dict[str, Any]) -> tuple[int, Any]:
+        with self.changed:
+            if self.running > 0 and not self.paused:
+                return self._break("released while it works")
+            if self.saver:
+                self.released |= set(body["tags"])
+                if "weights" in body["tags"]:
+                    self.weights = dict.fromkeys(self.weights, b"released")
+        return 200, ""
+
+    def post_resume_memory_occupation(self, body: dict[str, Any]) -> tuple[int, Any]:
+        with self.changed:
+            if set(body["tags"]) - self.released:
+                return self._break(f"has {body['tags']} already")
+            self.released -= set(body["tags"])
+        return 200, ""
+
+    def _break(self, why: str) -> tuple[int, Any]:
+        self.broken = f"illegal memory access: {why}"
+        return 500, self.broken
+
     def post_flush_cache(self, body: dict[str, Any]) -> tuple[int, Any]:
         with self.changed:
             if self.running > 0 and not self.paused:
@@ -369,6 +422,8 @@ class Fake:
         return _success(True, "Success")
 
     def post_update_weights_from_disk(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if "weights" in self.released:
+            return self._break("loads into weights that are released")
         weights = read_weights(body["model_path"])
         if self.weights.keys() - weights.keys():
             return _success(False, f"Failed to get weights iterator: {body['model_path']}")
@@ -427,6 +482,8 @@ class Fake:
         return _success(True, f"Weight version updated to {body['new_version']}")
 
     def _take(self, named: list, body: dict[str, Any]) -> tuple[int, Any]:
+        if "weights" in self.released:
+            return self._break("takes weights that are released")
         body["tensors"] = [[name, tensor.numel() * tensor.element_size()] for name, tensor in named]  # for the log
         with self.changed:
             self.weights |= {name: digest_of(tensor) for name, tensor in named if name in self.weights}
@@ -513,7 +570,7 @@ class Handler(BaseHTTPRequestHandler):
         elif how is not None:
             first = answer[0] if isinstance(answer, list) else answer
             first["stop_id"] = (body["sampling_params"].get("stop_token_ids") or [0])[0]
-            (FIELDS[how][1] if how in FIELDS else STALE[how])(first)
+            (FIELDS[how][1] if how in FIELDS else (STALE | ROUTED)[how])(first)
         self.send(status, answer)
 
     def send(self, status: int, answer: Any) -> None:
@@ -557,6 +614,8 @@ def main() -> None:
     parser.add_argument("--fake-delay", type=float, default=0.01)
     parser.add_argument("--fake-child", default="")  # starts a process of its own, and writes its id here
     parser.add_argument("--fake-die-on-generate", action="store_true")
+    parser.add_argument("--enable-memory-saver", action="store_true")
+    parser.add_argument("--enable-return-routed-experts", action="store_true")
     parser.add_argument("--fake-deaf", action="store_true")  # does not end when asked to politely
     args, _ = parser.parse_known_args()
     settings = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
@@ -577,6 +636,8 @@ def main() -> None:
         api_key=args.api_key,
         delay=args.fake_delay,
         context=args.context_length,
+        saver=args.enable_memory_saver,
+        routes=2 * args.enable_return_routed_experts,  # as many layers as the tests' models have
     )
     if args.fake_die_on_generate:
         fake.misbehave("/generate", "die", -1)

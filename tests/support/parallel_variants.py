@@ -30,11 +30,12 @@ from swirl_fast.config import Config, load
 from swirl_fast.engines.engine import Completion, EngineStats, Request
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges.judge import Judge
+from swirl_fast.models.policy import Policy
 from swirl_fast.ranks import Ranks, start, stop
 from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
 from swirl_fast.training import sharded_weights
 from swirl_fast.training.batch import MicroBatch
-from swirl_fast.training.build import make_policy
+from swirl_fast.training.build import check_model, make_policy, make_reference
 from swirl_fast.training.export import export
 from swirl_fast.training.fsdp import full_parameters
 from swirl_fast.training.trainer import Metrics, Trainer
@@ -48,6 +49,7 @@ EVERY = "training.shard_accumulated_gradients=true"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "accumulated": (MICRO,),
+    "unchecked": ("training.check_model=false",),
     "resumed": (),
     "full": ("training.activation_checkpointing=full",),
     "selective": ("training.activation_checkpointing=selective",),
@@ -61,6 +63,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hsdp_accumulated_sharded": ("training.shard_size=2", MICRO, EVERY),
     "refilled": ("training.refill=true",),
     "refilled_resumed": ("training.refill=true",),
+    "lora": ("model.lora.rank=3",),
+    "lora_resumed": ("model.lora.rank=3", MICRO, EVERY, "training.activation_checkpointing=selective"),
+    "turns": ("engine.kind=sglang", "engine.share_gpu=true"),
+    "turns_resumed": ("engine.kind=sglang", "engine.share_gpu=true"),
 }
 
 
@@ -84,8 +90,17 @@ class Rollouts:
     """An engine whose tokens follow from the seeds."""
 
     max_context = SHAPE["max_position_embeddings"]
+    lent = False  # its memory, to the trainer
+
+    def release_memory(self) -> None:
+        self.lent = True
+
+    def resume_memory(self) -> None:
+        self.lent = False
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        assert not self.lent
+
         def sample(request: Request, k: int) -> Completion:
             draw = np.random.default_rng([request.seed, k])
             tokens = draw.integers(1, SHAPE["vocab_size"], draw.integers(1, 9)).astype(np.int32)
@@ -217,7 +232,7 @@ def train(model: Path, variant: str, ranks: Ranks, out: Path) -> tuple[dict[str,
     parameters = list(trainer.policy.parameters())
     assert {parameter.dtype for parameter in parameters} == {torch.float32}, "weights are stepped in float32"
     keep = ("loss", "grad_norm", "kl", "reward", "tokens_computed", *STATES)
-    seen = {"metrics": [{key: row[key] for key in keep} for row in rows], **trainer.seen}
+    seen = {"metrics": [{key: row[key] for key in keep} for row in rows], "checked": trainer.checked, **trainer.seen}
     seen["positions"] = ranks.gather(trainer.state()["stream"]["position"])
     seen["further"] = ranks.gather(trainer.further)
     if ranks.distributed:
@@ -229,11 +244,17 @@ def trainer_of(
     config: Config, ranks: Ranks, rows: list[Metrics], judge: Judge | None = None, stream: Any = None
 ) -> Watched:
     """judge: Coin() where None. stream: one of trajectories that are made up where None."""
-    policy, reference = make_policy(config, ranks), make_policy(config, ranks, frozen=True)
+    policy = make_policy(config, ranks)
+    checked = check_model(config, ranks, policy, Rollouts.max_context)
+    reference = make_reference(config, ranks, policy)
+    if config.engine.share_gpu and not ranks.distributed:
+        assert isinstance(reference, Policy)
+        for parameter in (*policy.parameters(), *reference.parameters()):
+            parameter.data = parameter.data.clone()  # in memory that can be given back, as a GPU's: no mapped file
     renderer: Any = SimpleNamespace(stop_id=1, stop_ids=(1,), text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream = stream or Stream(ranks, config.training.trajectories_per_step)
     rollouts = RolloutPipeline(config, ranks, Rollouts(), judge or Coin(), renderer, {"none": ()}, stream)
-    trainer = Watched(config, ranks, policy, reference, rollouts, {})
+    trainer = Watched(config, ranks, policy, reference, rollouts, {}, checked)
     trainer.rows, trainer.further = rows, []
     return trainer
 

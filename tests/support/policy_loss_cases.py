@@ -24,6 +24,7 @@ def case(
     lengths: tuple[int, ...] = LENGTHS,
     advantage: str = "segment",
     weight: str = "token",
+    importance: str = "none",
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> dict[str, Any]:
@@ -55,6 +56,8 @@ def case(
         "rollout_logp": None if spec.correction == "none" else old + 0.1 * normal(tokens),
         "weight": weights[weight],
     }
+    if importance != "none":
+        arguments["importance"] = (0.3 * normal(tokens if importance == "token" else segments)).exp()
     floating = {n: x if x is None else x.to(device, dtype) for n, x in arguments.items() if n != "offsets"}
     return floating | {"offsets": offsets.to(device)}
 
@@ -127,6 +130,43 @@ def every_spec() -> Iterator[PolicyLossSpec]:
 
 
 SPECS = list(every_spec())
+# What the words above do not hold, with the form of the importance.
+SOFT = [
+    (PolicyLossSpec(ratio=ratio, clip="sapo", sapo=(1.3, 2.1), kl=kl, kl_coef=coef, kl_importance=on), importance)
+    for ratio, kl, coef, on, importance in (
+        ("token", "none", 0.0, False, "none"),
+        ("step", "k3", 0.3, True, "segment"),
+        ("step_token", "k2", 0.3, False, "token"),
+    )
+]
+SOFT += [
+    (PolicyLossSpec(ratio="step_sum", clip="vespo", vespo=(1.2, 0.7, 0.6, 0.4), kl=kl, kl_coef=coef), importance)
+    for kl, coef, importance in (("none", 0.0, "none"), ("k3", 0.3, "token"), ("k1", 0.3, "segment"))
+]
+SOFT += [
+    (PolicyLossSpec(ratio=ratio, clip=clip, kl=kl, kl_coef=0.3, kl_limit=limit, kl_importance=True), importance)
+    for ratio, clip, kl, limit, importance in (
+        ("token", "ppo", "k3", math.inf, "none"),
+        ("step", "dual", "k3", 0.05, "token"),
+        ("step_token", "ppo", "k1", math.inf, "segment"),
+        ("token", "cispo", "k2", math.inf, "token"),
+    )
+]
+SOFT += [
+    (
+        PolicyLossSpec(
+            correction=word, correction_level=level, correction_gate=gate, correction_low=0.97, correction_high=1.05
+        ),
+        "none",
+    )
+    for word, level, gate in (
+        ("icepop", "token", "step_mean"),
+        ("icepop", "step", "token"),
+        ("icepop", "token", "step"),
+        ("mask", "token", "step_mean"),
+        ("icepop", "step_mean", "step"),
+    )
+]
 
 
 def results(
@@ -159,8 +199,8 @@ def poisoned(arguments: dict[str, Any], value: float = math.nan) -> dict[str, An
     alive = torch.zeros(len(arguments["offsets"]) - 1, dtype=torch.int64, device=dead.device)
     segments = torch.arange(len(alive), device=dead.device).repeat_interleave(arguments["offsets"].diff())
     alive = alive.index_add(0, segments, (~dead).long())
-    for name in ("logp", "old_logp", "advantage", "ref_logp", "rollout_logp"):
-        if out[name] is not None:
+    for name in ("logp", "old_logp", "advantage", "ref_logp", "rollout_logp", "importance"):
+        if out.get(name) is not None:
             out[name] = out[name].masked_fill(dead if len(out[name]) == tokens else alive == 0, value)
     return out
 

@@ -2,11 +2,14 @@
 
 Legend: N predicted rows, H hidden size, V vocabulary.
 
-    logits z = capped(hidden weight^T + bias) / temperature
+    logits z = capped(logit_scale (hidden weight^T + bias)) / temperature
     logp     = z[target] - logsumexp(z)             d logp / dz    = onehot(target) - p
     entropy  = logsumexp(z) - sum(p z)              d entropy / dz = -p (log p + entropy)
 
-Left out: label smoothing, gradients through the temperature, double backward.
+A soft-cap c of scaled logits is s (c / s) tanh(x / (c / s)): a logit scale s is a soft-cap c / s and a temperature divided by s, so
+that no kernel knows of it.
+
+Left out: label smoothing, gradients through temperature and logit scale, double backward.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from swirl_kernels.backend import choose_backend
 from swirl_kernels.linear_logprob.autograd import LinearLogprob, Settings
+from swirl_kernels.linear_logprob.targets import wide_targets
 
 
 @overload
@@ -30,6 +34,7 @@ def linear_logprob(
     bias: Tensor | None = ...,
     temperature: float | Tensor = ...,
     softcap: float | None = ...,
+    logit_scale: float = ...,
     valid_vocab: int | None = ...,
     entropy: Literal[False] = ...,
     ignore_index: int = ...,
@@ -46,6 +51,7 @@ def linear_logprob(
     bias: Tensor | None = ...,
     temperature: float | Tensor = ...,
     softcap: float | None = ...,
+    logit_scale: float = ...,
     valid_vocab: int | None = ...,
     entropy: Literal[True],
     ignore_index: int = ...,
@@ -61,6 +67,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     entropy: bool = False,
     ignore_index: int = -100,
@@ -70,9 +77,11 @@ def linear_logprob(
 
     hidden: floating [N, H], any strides; row n predicts targets[n]. weight: [V, H] in the same dtype. bias: [V] or
     None. Under autocast the matrix products run in the autocast dtype; gradients come back in each input's own dtype.
-    targets: integer [N], in [0, valid_vocab), or ignore_index.
+    targets: integer [N] of any width, in [0, valid_vocab), or ignore_index.
     temperature: positive float, or a floating tensor [N] with one per row (no gradient). Divides the logits.
     softcap: logits become softcap * tanh(logits / softcap) before the temperature (Gemma 2: 30). None: no cap.
+    logit_scale: positive float that the model multiplies hidden weight^T + bias with, before the cap (Cohere: logit_scale;
+        Granite: 1 / logits_scaling). No gradient.
     valid_vocab: only the first so many rows of weight are tokens, the rest is padding without probability or gradient.
     entropy: also return the entropy of each row's distribution in nats.
     ignore_index: rows with this target return 0 and pass back exactly zero, whatever they hold (NaN included).
@@ -98,11 +107,24 @@ def linear_logprob(
     besides the passes over them). Scheme: Wijmans et al., "Cut Your Losses", arXiv 2411.09009; unlike theirs, no entry of the softmax is
     dropped for being small.
     """
+    targets = wide_targets(targets)
     settings = _checked(
-        hidden, weight, targets, bias, temperature, softcap, valid_vocab, entropy, ignore_index, workspace_mb
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        valid_vocab,
+        entropy,
+        ignore_index,
+        workspace_mb,
     )
     backend = choose_backend("linear_logprob", hidden, settings.compute_dtype)
     per_row = temperature.detach() if isinstance(temperature, Tensor) else None
+    if per_row is not None and logit_scale != 1.0:
+        per_row = per_row.to(settings.statistics) / logit_scale
     logp, entropies = LinearLogprob.apply(hidden, weight, bias, targets, per_row, settings, backend)
     return (logp, entropies) if entropy else logp
 
@@ -115,14 +137,16 @@ def naive_linear_logprob(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     entropy: bool = False,
     ignore_index: int = -100,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same from full logits; the reference to check by eye."""
+    targets = wide_targets(targets)
     live = targets != ignore_index
     logits = F.linear(hidden[live], weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logit_scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / (temperature[live][:, None] if isinstance(temperature, Tensor) else temperature)
@@ -141,6 +165,7 @@ def _checked(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    logit_scale: float,
     valid_vocab: int | None,
     entropy: bool,
     ignore_index: int,
@@ -152,7 +177,7 @@ def _checked(
             "(select the rows that predict something and flatten a batch dimension first)"
         )
     rows, vocab = hidden.shape[0], weight.shape[0]
-    if targets.shape != (rows,) or targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.shape != (rows,):
         raise ValueError(f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; give integers [{rows}]")
     if bias is not None and bias.shape != (vocab,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; weight has {vocab} rows, so it must be [{vocab}]")
@@ -166,6 +191,8 @@ def _checked(
         raise ValueError(f"valid_vocab is {valid_vocab}; weight has {vocab} rows, so it must lie in [1, {vocab}]")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; use a positive number, or None for no cap")
+    if isinstance(logit_scale, Tensor) or not 0 < logit_scale < float("inf"):
+        raise ValueError(f"logit_scale is {logit_scale}; use a positive finite float (it has no gradient)")
     if not workspace_mb > 0:
         raise ValueError(f"workspace_mb is {workspace_mb}; use a positive number of MiB")
     live = targets != ignore_index
@@ -190,8 +217,8 @@ def _checked(
         raise ValueError(f"temperature is {temperature}; it must be positive and finite (greedy has no distribution)")
     return Settings(
         compute_dtype=_compute_dtype(hidden, weight),
-        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
-        softcap=softcap,
+        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature) / logit_scale,
+        softcap=None if softcap is None else softcap / logit_scale,
         valid_vocab=valid_vocab,
         entropy=entropy,
         ignore_index=ignore_index,

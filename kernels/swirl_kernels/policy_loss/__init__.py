@@ -12,6 +12,8 @@ Left out: entropy bonus (linear_logprob returns the entropy), value loss, double
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -31,6 +33,7 @@ def policy_loss(
     *,
     ref_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
+    importance: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, PolicyLossMetrics]:
     """Scalar loss and its metrics, in one pass over the tokens.
@@ -43,6 +46,8 @@ def policy_loss(
     spec: what is computed.
     ref_logp: floating [N], of the reference policy; exactly when spec.kl is not "none".
     rollout_logp: floating [N], what the rollout engine reported; exactly when spec.correction is not "none".
+    importance: floating [N] or [A], ω as it is, made elsewhere; None: 1, or what spec.correction says. Only where that is "none".
+        With clip "vespo" it is a factor of the ratio instead: [N] with the product over the step, [A] once.
     weight: floating [N], [A] or []; None: 1. Made from global counts; loss_weights makes the usual ones.
     Where A = N every segment must be one token, so that [A] and [N] say the same.
 
@@ -69,7 +74,7 @@ def policy_loss(
     backend = choose_backend("policy_loss", logp)
     readable = not (logp.is_cuda and backend == "triton")
     check_offsets(offsets, len(logp), "logp", readable)
-    _check(logp, old_logp, advantage, offsets, spec, ref_logp, rollout_logp, weight)
+    _check(logp, old_logp, advantage, offsets, spec, ref_logp, rollout_logp, importance, weight)
     if readable and len(offsets) == len(logp) + 1:
         others = torch.nonzero(offsets.diff() != 1)
         if len(others):
@@ -86,6 +91,7 @@ def policy_loss(
         weight,
         ref_logp,
         rollout_logp,
+        importance,
         spec,
         torch.is_grad_enabled() and logp.requires_grad,
         backend,
@@ -102,6 +108,7 @@ def naive_policy_loss(
     *,
     ref_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
+    importance: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, PolicyLossMetrics]:
     """The same, a segment at a time and differentiated by autograd; the reference to check by eye."""
@@ -111,16 +118,16 @@ def naive_policy_loss(
     sums = dict.fromkeys(SUMS, 0.0)
     ratio_max = 0.0
     for a, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
-        w, advantages = (
+        w, advantages, given = (
             x[begin:end]
             if len(x.shape) and len(x) == len(logp)
             else x.reshape(-1)[a if len(x.shape) else 0].expand(end - begin)
-            for x in (weight, advantage)
+            for x in (weight, advantage, logp.new_ones(()) if importance is None else importance)
         )
         used = torch.nonzero(w != 0)[:, 0]
         if not len(used):
             continue
-        w, A = w[used].to(loss.dtype), advantages[used].to(loss.dtype)
+        w, A, given = (x[used].to(loss.dtype) for x in (w, advantages, given))
         now, old, ref, behaviour = (
             None if x is None else x[begin:end][used].to(loss.dtype) for x in (logp, old_logp, ref_logp, rollout_logp)
         )
@@ -130,6 +137,11 @@ def naive_policy_loss(
             r = d.exp()
         elif spec.ratio == "step":
             r = d.mean().exp().expand(len(d))
+        elif spec.ratio == "step_sum":
+            logs = given.log().clamp(math.log(1e-8), 20)
+            once = importance is not None and len(importance) != len(logp)
+            total = d.clamp(-20, 20).sum() + (logs[0] if once else logs.sum())
+            r, given = total.clamp(math.log(1e-8), 20).exp().detach().expand(len(d)), torch.ones_like(now)
         else:
             r = d.mean().exp().detach() * (now - now.detach()).exp()
         clipped_r = r.clamp(low, high)
@@ -137,18 +149,25 @@ def naive_policy_loss(
             f = r * A
         elif spec.clip == "cispo":
             f = clipped_r.detach() * A * now
+        elif spec.clip == "sapo":
+            tau = torch.where(A > 0, *A.new_tensor(spec.sapo))
+            f = 4 / tau * torch.sigmoid(tau * (r - 1)) * A
+        elif spec.clip == "vespo":
+            k, scale = (torch.where(A >= 0, *A.new_tensor(spec.vespo[i::2])) for i in range(2))
+            f = r**k * (scale.clamp(min=1e-4) * (1 - r)).exp() * A * now
         else:
             f = torch.minimum(r * A, clipped_r * A)
             if spec.clip == "dual":
                 f = torch.where(A < 0, torch.maximum(f, spec.dual_clip * A), f)
-        omega = torch.ones_like(now)
+        omega = given
         if behaviour is not None:
-            c = {
+            of = {
                 "token": lambda e: e.exp(),
                 "step": lambda e: e.sum().exp().expand(len(e)),
                 "step_mean": lambda e: e.mean().exp().expand(len(e)),
-            }[spec.correction_level](old - behaviour)
-            inside = (c >= spec.correction_low) & (c <= spec.correction_high)
+            }
+            c, gate = of[spec.correction_level](old - behaviour), of[spec.gate](old - behaviour)
+            inside = (gate >= spec.correction_low) & (gate <= spec.correction_high)
             omega = {
                 "tis": c.clamp(spec.correction_low, spec.correction_high),
                 "icepop": torch.where(inside, c, 0.0),
@@ -159,16 +178,18 @@ def naive_policy_loss(
         if ref is not None:
             x = ref - now
             kl = {"k1": -x, "k2": x**2 / 2, "k3": x.exp() - 1 - x}[spec.kl].clamp(-spec.kl_limit, spec.kl_limit)
+            kl = r * kl if spec.kl_importance else kl
         loss = loss + (w * (-omega * f + spec.kl_coef * kl)).sum()
         value = r.detach()
         bound = value > spec.dual_clip if spec.clip == "dual" else torch.zeros_like(used, dtype=torch.bool)
         below, above = value < low, value > high
+        hard = spec.clip in ("ppo", "dual", "cispo")
         if spec.clip in ("ppo", "dual"):
             below, above = below & (A < 0), above & (A > 0)
         for name, values in {
             "tokens": torch.ones_like(now),
-            "clipped_low": below if spec.clip != "none" else torch.zeros_like(now),
-            "clipped_high": above if spec.clip != "none" else torch.zeros_like(now),
+            "clipped_low": below if hard else torch.zeros_like(now),
+            "clipped_high": above if hard else torch.zeros_like(now),
             "clipped_dual": bound & (A < 0),
             "kl": kl,
             "ratio": value,
@@ -184,10 +205,10 @@ def naive_policy_loss(
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, logp, old, advantage, offsets, weight, ref, behaviour, spec, differentiable, backend
+        ctx, logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, backend
     ):
         loss, slope, sums, ratio_max = _compute(
-            logp, old, advantage, offsets, weight, ref, behaviour, spec, differentiable, backend
+            logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, backend
         )
         ctx.dtype = logp.dtype
         ctx.save_for_backward(slope)
@@ -199,7 +220,7 @@ class _PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
         (slope,) = ctx.saved_tensors
-        return (None if dloss is None else (slope * dloss).to(ctx.dtype), *(None,) * 9)
+        return (None if dloss is None else (slope * dloss).to(ctx.dtype), *(None,) * 10)
 
 
 def _compute(
@@ -210,6 +231,7 @@ def _compute(
     weight: Tensor | None,
     ref: Tensor | None,
     behaviour: Tensor | None,
+    importance: Tensor | None,
     spec: PolicyLossSpec,
     differentiable: bool,
     backend: Backend,
@@ -218,8 +240,10 @@ def _compute(
     if backend == "triton":
         from swirl_kernels.policy_loss.triton import policy_loss_triton
 
-        return policy_loss_triton(logp, old, advantage, offsets, weight, ref, behaviour, spec, differentiable)
-    return policy_loss_torch(logp, old, advantage, offsets, weight, ref, behaviour, spec, differentiable)
+        return policy_loss_triton(
+            logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable
+        )
+    return policy_loss_torch(logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable)
 
 
 def _check(
@@ -230,6 +254,7 @@ def _check(
     spec: PolicyLossSpec,
     ref_logp: Tensor | None,
     rollout_logp: Tensor | None,
+    importance: Tensor | None,
     weight: Tensor | None,
 ) -> None:
     """All but the values of offsets."""
@@ -240,6 +265,8 @@ def _check(
         if (tensor is None) != (word == "none"):
             remedy = "give it" if tensor is None else f"leave it out, or choose a {setting}"
             raise ValueError(f"{name} is {'missing' if tensor is None else 'given'} with {setting}={word!r}; {remedy}")
+    if importance is not None and spec.correction != "none":
+        raise ValueError(f"importance is given with correction={spec.correction!r}; leave one of them out")
     tokens, segments = len(logp), len(offsets) - 1
     named = {
         "logp": logp,
@@ -247,10 +274,15 @@ def _check(
         "advantage": advantage,
         "ref_logp": ref_logp,
         "rollout_logp": rollout_logp,
+        "importance": importance,
         "weight": weight,
     }
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    allowed = {"advantage": ((segments,), (tokens,)), "weight": ((tokens,), (segments,), ())}
+    allowed = {
+        "advantage": ((segments,), (tokens,)),
+        "importance": ((tokens,), (segments,)),
+        "weight": ((tokens,), (segments,), ()),
+    }
     for name, tensor in given.items():
         shapes = allowed.get(name, ((tokens,),))
         if tensor.shape not in shapes or not tensor.is_floating_point():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swirl_kernels.policy_loss.spec import PolicyLossSpec
+from swirl_kernels.policy_loss.spec import STEP_SUM_BOUNDS, Level, PolicyLossSpec
 from swirl_kernels.segment_reduce.eager import segment_sums
 
 SERIES_BELOW = 0.5  # |x| up to which exp(x) - 1 - x is a series; above, the difference keeps its digits
@@ -22,6 +22,7 @@ def policy_loss_torch(
     weight: Tensor | None,
     ref: Tensor | None,
     behaviour: Tensor | None,
+    importance: Tensor | None,
     spec: PolicyLossSpec,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -48,9 +49,15 @@ def policy_loss_torch(
     advantage, logp = kept(per_token(advantage)), kept(logp.to(dtype))
     old = kept(old.to(dtype))
     d = logp - old
-    ratio = kept((d if spec.ratio == "token" else spread(segment_sums(d, offsets) / count)).exp())
-    value, slope, clipped = _surrogate(ratio, advantage, logp, spec)
+    if spec.ratio == "step_sum":
+        log_ratio = spread(_log_step_ratio(d, importance, used, offsets))
+    else:
+        log_ratio = d if spec.ratio == "token" else spread(segment_sums(d, offsets) / count)
+    ratio = kept(log_ratio.exp())
+    value, slope, clipped = _surrogate(ratio, log_ratio, advantage, logp, spec)
     omega, truncated = used.to(dtype), torch.zeros_like(used)
+    if importance is not None and spec.ratio != "step_sum":
+        omega = kept(per_token(importance))
     if behaviour is not None:
         omega, truncated = _correction(old - kept(behaviour.to(dtype)), count, offsets, spread, spec)
         omega, truncated = kept(omega), truncated & used
@@ -62,24 +69,54 @@ def policy_loss_torch(
     kl = torch.zeros_like(w)
     if ref is not None:
         kl, kl_slope = _kl(kept(ref.to(dtype)) - logp, spec)
+        if spec.kl_importance:
+            kl, kl_slope = kept(ratio * kl), kept(ratio * kl_slope)
         if spec.kl_coef != 0:
+            if spec.kl_importance:
+                through_ratio = kept(w * spec.kl_coef * kl)
+                shared = spec.ratio == "step"
+                gradient = gradient + (
+                    kept(spread(segment_sums(through_ratio, offsets) / count)) if shared else through_ratio
+                )
             loss = loss + kept(w * spec.kl_coef * kl)
             gradient = gradient + kept(w * spec.kl_coef * kl_slope)
-    importance = torch.where(omega != 0, ratio * omega, 0.0)
-    counted = (used, *(x & used for x in clipped), kl, ratio, importance, importance.square(), truncated)
+    weighted = torch.where(omega != 0, ratio * omega, 0.0)
+    counted = (used, *(x & used for x in clipped), kl, ratio, weighted, weighted.square(), truncated)
     sums = torch.stack([x.sum(dtype=torch.float64) for x in counted])
     total = loss.sum(dtype=torch.float64).to(dtype)
     return total, gradient if differentiable else None, sums, ratio.amax().double() if tokens else sums.new_zeros(())
 
 
+def _log_step_ratio(d: Tensor, importance: Tensor | None, used: Tensor, offsets: Tensor) -> Tensor:
+    """log r of "step_sum", [A]: with the weights, one a token or one a segment, in the product."""
+    low, high = STEP_SUM_BOUNDS
+    total = segment_sums(d.clamp(-high, high), offsets)
+    if importance is not None:
+        logs = importance.to(d.dtype).log().clamp(low, high)
+        total = total + (segment_sums(torch.where(used, logs, 0.0), offsets) if len(logs) == len(d) else logs)
+    return total.clamp(low, high)
+
+
 def _surrogate(
-    ratio: Tensor, advantage: Tensor, logp: Tensor, spec: PolicyLossSpec
+    ratio: Tensor, log_ratio: Tensor, advantage: Tensor, logp: Tensor, spec: PolicyLossSpec
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """f, its derivative by logp (through a token's own ratio), and which of the three bounds acts; [N] each."""
     low, high = spec.ratio_bounds
     nowhere = torch.zeros_like(ratio, dtype=torch.bool)
     if spec.clip == "none":
         return ratio * advantage, ratio * advantage, (nowhere, nowhere, nowhere)
+    if spec.clip == "sapo":
+        tau = torch.where(advantage > 0, *(ratio.new_tensor(x) for x in spec.sapo))
+        gate, other = torch.sigmoid(tau * (ratio - 1)), torch.sigmoid(tau * (1 - ratio))
+        return (
+            4 / tau * gate * advantage,
+            torch.where(other > 0, 4 * gate * other * ratio * advantage, 0.0),
+            (nowhere,) * 3,
+        )
+    if spec.clip == "vespo":
+        k, scale = (torch.where(advantage >= 0, *(ratio.new_tensor(x) for x in spec.vespo[i::2])) for i in range(2))
+        phi = (scale.clamp(min=1e-4) * (1 - ratio) + k * log_ratio).exp()
+        return phi * advantage * logp, phi * advantage, (nowhere,) * 3
     bounded = ratio.clamp(low, high)
     below, above = ratio < low, ratio > high
     if spec.clip == "cispo":
@@ -93,12 +130,17 @@ def _surrogate(
 
 def _correction(gap: Tensor, count: Tensor, offsets: Tensor, spread, spec: PolicyLossSpec) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """ω and whether it differs from c, [N] each; gap: old_logp - rollout_logp."""
-    if spec.correction_level != "token":
+
+    def of(level: Level) -> Tensor:
+        if level == "token":
+            return gap.exp()
         total = segment_sums(gap, offsets)
-        gap = spread(total if spec.correction_level == "step" else total / count)
-    c = gap.exp()
+        return spread(total if level == "step" else total / count).exp()
+
+    c = of(spec.correction_level)
+    gate = c if spec.gate == spec.correction_level else of(spec.gate)
     low, high = spec.correction_low, spec.correction_high
-    outside = ~((c >= low) & (c <= high))
+    outside = ~((gate >= low) & (gate <= high))
     if spec.correction == "tis":
         return c.clamp(low, high), outside
     return torch.where(outside, 0.0, c if spec.correction == "icepop" else torch.ones_like(c)), outside

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from swirl_kernels.policy_loss.spec import Clip, Correction, Kl, Level, PolicyLossSpec
-from swirl_kernels.segment_reduce import segment_reduce
+from swirl_kernels.segment_reduce import check_offsets, segment_reduce
 
 Aggregation = Literal["token_mean", "step_token_mean", "step_token_sum", "sum"]
 
@@ -32,7 +32,7 @@ Aggregation = Literal["token_mean", "step_token_mean", "step_token_sum", "sum"]
 def loss_counts(offsets: Tensor, mask: Tensor | None = None, *, empty_steps: bool = False) -> Tensor:
     """float64 [2]: used tokens and steps of one micro-batch; their sums over the batch are the `totals` of loss_weights.
 
-    offsets: integer [A + 1]. mask: [N], 0 or False for tokens that are not used; None: all are. empty_steps: count steps without a
+    offsets: int32 or int64 [A + 1]. mask: [N], 0 or False for tokens that are not used; None: all are. empty_steps: count steps without a
     used token too. Nothing is read back from the device.
     """
     used = _used(offsets, mask)
@@ -75,6 +75,7 @@ def loss_weights(
 
 
 def _used(offsets: Tensor, mask: Tensor | None) -> Tensor:
+    check_offsets(offsets, 0, "mask", readable=False)  # their dtype and shape
     return offsets.diff() if mask is None else segment_reduce((mask != 0).float(), offsets, "sum")
 
 
@@ -96,7 +97,7 @@ class PolicyLossPreset:
 
 
 def trl_preset(
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo",
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "dapo",
     *,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
@@ -109,21 +110,34 @@ def trl_preset(
     ) = None,
     vllm_importance_sampling_clip_min: float | None = None,
     vllm_importance_sampling_clip_max: float | None = 3.0,
+    use_bias_correction_kl: bool = False,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
 ) -> PolicyLossPreset:
-    """TRL 1.16.0, GRPOTrainer._compute_loss, under the names and defaults of GRPOConfig (the mode None: no correction).
+    """TRL 1.16.0, GRPOTrainer._compute_loss, under the names and defaults of GRPOConfig, but for two: the mode None means no
+    correction, and use_bias_correction_kl, which GRPOConfig turns on, is off here until it is asked for.
 
     The weights are those of the whole batch. TRL agrees when its micro-batches hold equal numbers of sequences (grpo, dr_grpo), and
     for bnpo when there is one. grpo: DeepSeekMath, arXiv 2402.03300, equation 3; dr_grpo: arXiv 2503.20783; dapo: arXiv
-    2503.14476, equation 8; cispo: arXiv 2506.13585, where epsilon_high is the largest ratio itself (say 5.0).
+    2503.14476, equation 8; cispo: arXiv 2506.13585, where epsilon_high is the largest ratio itself (say 5.0); sapo: arXiv 2511.20347;
+    luspo: arXiv 2602.05261, which wants importance_sampling_level="sequence"; vespo: arXiv 2602.10693, whose ratio is the product over
+    the sequence whatever the level, and takes TRL's importance_sampling_ratio as policy_loss(importance=…).
     rollout_logp: sampling log-probs; where they are NaN TRL takes a ratio of 1, so put old_logp there.
 
-    Raises ValueError for words TRL does not know and for a delta below 1 + epsilon_high (TRL would clip positive advantages by it).
+    Raises ValueError for words TRL does not know and for a delta below 1 + epsilon_high (TRL would clip positive advantages by it),
+    and for vespo with a mode or with use_bias_correction_kl.
     """
     high = epsilon if epsilon_high is None else epsilon_high
     if loss_type == "cispo":
         if high < 1:
             raise ValueError(f"epsilon_high is {high}; with loss_type='cispo' it is the largest ratio: give at least 1")
         clip, clip_low, clip_high = "cispo", math.inf, high - 1
+    elif loss_type in ("sapo", "vespo"):
+        clip, clip_low, clip_high = loss_type, epsilon, high
     else:
         clip, clip_low, clip_high = "ppo" if delta is None else "dual", epsilon, high
     if delta is not None and delta < 1 + high and clip == "dual":
@@ -134,6 +148,9 @@ def trl_preset(
         "bnpo": "token_mean",
         "dapo": "token_mean",
         "cispo": "token_mean",
+        "sapo": "step_token_mean",
+        "luspo": "step_token_sum",
+        "vespo": "token_mean",
     }
     corrections: dict[str | None, tuple[Correction, Level]] = {
         None: ("none", "token"),
@@ -143,9 +160,15 @@ def trl_preset(
         "sequence_mask": ("icepop", "step"),
     }
     correction, level = _word("vllm_importance_sampling_mode", vllm_importance_sampling_mode, corrections)
+    ratio = _word("importance_sampling_level", importance_sampling_level, {"token": "token", "sequence": "step"})
+    if loss_type == "vespo" and (correction != "none" or use_bias_correction_kl):
+        raise ValueError(
+            f"loss_type='vespo' with vllm_importance_sampling_mode={vllm_importance_sampling_mode!r} and use_bias_correction_kl="
+            f"{use_bias_correction_kl}; leave both out, and pass TRL's importance_sampling_ratio as policy_loss(importance=...)"
+        )
     low, cap = vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max
     spec = PolicyLossSpec(
-        ratio=_word("importance_sampling_level", importance_sampling_level, {"token": "token", "sequence": "step"}),
+        ratio="step_sum" if loss_type == "vespo" else ratio,
         clip=clip,  # type: ignore[arg-type]
         clip_low=clip_low,
         clip_high=clip_high,
@@ -156,6 +179,9 @@ def trl_preset(
         correction_level=level,
         correction_low=0.0 if low is None else low,
         correction_high=math.inf if cap is None else cap,
+        kl_importance=use_bias_correction_kl and beta != 0,
+        sapo=(sapo_temperature_pos, sapo_temperature_neg),
+        vespo=(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg),
     )
     return PolicyLossPreset(
         spec,
@@ -167,7 +193,7 @@ def trl_preset(
 
 
 def verl_preset(
-    loss_mode: Literal["vanilla", "gspo", "cispo"] = "vanilla",
+    loss_mode: Literal["vanilla", "gspo", "cispo", "sapo"] = "vanilla",
     *,
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.2,
@@ -180,12 +206,15 @@ def verl_preset(
     kl_loss_coef: float = 0.001,
     rollout_is: Literal["token", "sequence"] | None = None,
     rollout_is_threshold: float = 2.0,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
 ) -> PolicyLossPreset:
-    """verl 0.8.0.dev (commit b178a3c), trainer/ppo/core_algos.py: compute_policy_loss_vanilla, _gspo or _cispo, agg_loss and
+    """verl 0.8.0.dev (commit b178a3c), trainer/ppo/core_algos.py: compute_policy_loss_vanilla, _gspo, _cispo or _sapo, agg_loss and
     kl_penalty, with the weights of rollout_corr_helper.compute_rollout_correction_weights (rollout_logp: rollout log-probs).
 
-    vanilla: PPO with the dual clip, arXiv 1912.09729. gspo: arXiv 2507.18071, always seq-mean-token-mean; verl takes its
-    gradient as GSPO-token does, and its KL term by loss_agg_mode: here both by seq-mean-token-mean. kl_loss_type None: use_kl_loss
+    vanilla: PPO with the dual clip, arXiv 1912.09729. gspo: arXiv 2507.18071, sapo: arXiv 2511.20347, both always
+    seq-mean-token-mean; verl takes gspo's gradient as GSPO-token does, and the KL term by loss_agg_mode: here all by
+    seq-mean-token-mean. kl_loss_type None: use_kl_loss
     is off. verl's guards, not repeated: |logp - old_logp| <= 20 (gspo: the log-ratio <= 10), |old_logp - rollout| <= 20, and 1e-8
     added to token counts.
 
@@ -207,10 +236,11 @@ def verl_preset(
         "low_var_kl": "k3",
         "k3": "k3",
     }
-    aggregation = _word("loss_agg_mode", "seq-mean-token-mean" if loss_mode == "gspo" else loss_agg_mode, aggregations)
+    by_step = loss_mode in ("gspo", "sapo")
+    aggregation = _word("loss_agg_mode", "seq-mean-token-mean" if by_step else loss_agg_mode, aggregations)
     if aggregation == "sum" and loss_scale_factor is None:
         raise ValueError("loss_agg_mode='seq-mean-token-sum-norm' needs loss_scale_factor, the constant that divides")
-    clips: dict[str, Clip] = {"vanilla": "dual", "gspo": "ppo", "cispo": "cispo"}
+    clips: dict[str, Clip] = {"vanilla": "dual", "gspo": "ppo", "cispo": "cispo", "sapo": "sapo"}
     kl = _word("kl_loss_type", kl_loss_type, estimators)
     levels: dict[str | None, Level] = {None: "token", "token": "token", "sequence": "step"}
     spec = PolicyLossSpec(
@@ -225,6 +255,7 @@ def verl_preset(
         correction="none" if rollout_is is None else "tis",
         correction_level=_word("rollout_is", rollout_is, levels),
         correction_high=rollout_is_threshold,
+        sapo=(tau_pos, tau_neg),
     )
     return PolicyLossPreset(
         spec,
@@ -241,16 +272,22 @@ def openrlhf_preset(
     token_level_loss: bool = True,
     kl_estimator: Literal["k1", "k2", "k3"] | None = None,
     kl_coef: float = 0.01,
-    is_correction_type: Literal["tis", "icepop"] | None = None,
+    is_correction_type: Literal["tis", "icepop", "seq-mask-tis"] | None = None,
     is_correction_threshold: tuple[float, float] = (0.5, 5.0),
 ) -> PolicyLossPreset:
     """OpenRLHF 0.11.0 (commit 3c3be62), models/loss.py, PolicyLoss with policy_loss_type="ppo" and aggregate_loss, and the KL term of
     models/utils.py, compute_approx_kl (kl_estimator None: algo.kl.use_loss is off).
 
-    is_correction_type None: no correction. Its guards, not repeated: |logp - old_logp| <= 20, and 1e-8 added to token counts.
-    Raises ValueError for a word OpenRLHF does not know, and for seq-mask-tis, which weighs by token and rejects by step.
+    is_correction_type None: no correction; seq-mask-tis: steps whose mean ratio lies outside are dropped, the tokens of the others keep
+    their own. Its guards, not repeated: |logp - old_logp| <= 20, and 1e-8 added to token counts.
+    Raises ValueError for a word OpenRLHF does not know.
     """
-    corrections: dict[str | None, Correction] = {None: "none", "tis": "tis", "icepop": "icepop"}
+    corrections: dict[str | None, Correction] = {
+        None: "none",
+        "tis": "tis",
+        "icepop": "icepop",
+        "seq-mask-tis": "icepop",
+    }
     estimators: dict[str | None, Kl] = {None: "none", "k1": "k1", "k2": "k2", "k3": "k3"}
     low, high = is_correction_threshold
     kl = _word("kl_estimator", kl_estimator, estimators)
@@ -265,6 +302,7 @@ def openrlhf_preset(
         correction=_word("is_correction_type", is_correction_type, corrections),
         correction_low=low,
         correction_high=high,
+        correction_gate="step_mean" if is_correction_type == "seq-mask-tis" else None,
     )
     return PolicyLossPreset(
         spec,
@@ -284,7 +322,11 @@ PRESETS: Mapping[str, PolicyLossPreset] = {
     "trl.grpo": trl_preset("grpo"),
     "trl.dr_grpo": trl_preset("dr_grpo"),
     "trl.dapo": trl_preset("dapo"),
+    "trl.sapo": trl_preset("sapo"),
+    "trl.luspo": trl_preset("luspo", importance_sampling_level="sequence"),
+    "trl.vespo": trl_preset("vespo"),
     "verl.ppo": verl_preset("vanilla"),
     "verl.gspo": verl_preset("gspo"),
+    "verl.sapo": verl_preset("sapo"),
     "openrlhf.ppo": openrlhf_preset(),
 }

@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swirl_kernels.policy_loss.spec import SUMS, PolicyLossSpec
+from swirl_kernels.policy_loss.spec import STEP_SUM_BOUNDS, SUMS, PolicyLossSpec
 from swirl_kernels.segment_reduce.triton import bounds
 
 BLOCK = 256  # one token a lane: with two some specs spill (8 to 24 B)
 WARPS = 8
+LOG_LEAST = tl.constexpr(STEP_SUM_BOUNDS[0])
 SERIES_BELOW = tl.constexpr(0.5)  # |x| up to which exp(x) - 1 - x is a series
 
 
@@ -51,6 +52,11 @@ def _clip(x, low, high):
 
 
 @triton.jit
+def _log_weight(x):
+    return _clip(tl.log(x), LOG_LEAST, 20.0)
+
+
+@triton.jit
 def _kl(x, limit, KL: tl.constexpr):
     """The estimate and its derivative by logp; x: ref_logp - logp."""
     if KL == "k1":
@@ -78,7 +84,7 @@ def _kl(x, limit, KL: tl.constexpr):
 @triton.jit(
     do_not_specialize=["tokens", "segments"],
     do_not_specialize_on_alignment=[
-        "logp", "old", "advantage", "weight", "ref", "behaviour", "offsets", "slope", "partial",
+        "logp", "old", "advantage", "weight", "ref", "behaviour", "given", "offsets", "slope", "partial",
     ],
 )  # fmt: skip
 def _policy_loss_kernel(
@@ -88,6 +94,7 @@ def _policy_loss_kernel(
     weight,
     ref,
     behaviour,
+    given,
     offsets,
     slope,
     partial,
@@ -105,7 +112,11 @@ def _policy_loss_kernel(
     KL: tl.constexpr,
     CORRECTION: tl.constexpr,
     LEVEL: tl.constexpr,
+    GATE: tl.constexpr,
+    KL_IMPORTANCE: tl.constexpr,
+    SOFT: tl.constexpr,
     WEIGHT: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
     ADVANTAGE_PER_TOKEN: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
@@ -113,7 +124,7 @@ def _policy_loss_kernel(
 ):
     """partial [11, A]: loss, the nine sums of SUMS, the largest ratio. slope [N]: d loss / d logp.
 
-    UNIT: every segment must be one token."""
+    UNIT: every segment must be one token. SOFT: the numbers of sapo or vespo."""
     segment = tl.program_id(0)
     begin, end, right = bounds(offsets, tokens, segments, False)
     if UNIT:
@@ -125,7 +136,8 @@ def _policy_loss_kernel(
     count = 1.0
     mean = 0.0
     step_gap = 0.0
-    if RATIO != "token" or (CORRECTION != "none" and LEVEL != "token"):
+    gate_gap = 0.0
+    if RATIO != "token" or (CORRECTION != "none" and (LEVEL != "token" or GATE != "token")):
         counts = tl.zeros((BLOCK,), dtype=tl.float32)
         drifts = tl.zeros((BLOCK,), dtype=tl.float32)
         gaps = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -134,15 +146,28 @@ def _policy_loss_kernel(
             _, used = _weights(weight, segment, position, position < end, WEIGHT)
             counts += tl.where(used, 1.0, 0.0)
             o = _values(old, position, used)
-            if RATIO != "token":
+            if RATIO == "step_sum":
+                drifts += _clip(_values(logp, position, used) - o, -20.0, 20.0)
+                if IMPORTANCE == "token":
+                    drifts += tl.where(used, _log_weight(_values(given, position, used)), 0.0)
+            elif RATIO != "token":
                 drifts += _values(logp, position, used) - o
-            if CORRECTION != "none" and LEVEL != "token":
+            if CORRECTION != "none" and (LEVEL != "token" or GATE != "token"):
                 gaps += o - _values(behaviour, position, used)
         count = tl.maximum(tl.sum(counts), 1.0)
-        mean = tl.sum(drifts) / count
+        if RATIO == "step_sum":
+            mean = tl.sum(drifts)
+            if IMPORTANCE == "segment":
+                mean += _log_weight(tl.load(given + segment).to(tl.float32))
+            mean = _clip(mean, LOG_LEAST, 20.0)
+        else:
+            mean = tl.sum(drifts) / count
         step_gap = tl.sum(gaps)
+        gate_gap = step_gap
         if LEVEL == "step_mean":
             step_gap = step_gap / count
+        if GATE == "step_mean":
+            gate_gap = gate_gap / count
 
     losses = tl.zeros((BLOCK,), dtype=tl.float32)
     used_tokens = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -174,7 +199,18 @@ def _policy_loss_kernel(
         r = tl.where(used, r, 0.0)
         value = r * adv
         flow = value
-        if CLIP != "none":
+        if CLIP == "sapo":
+            tau = tl.where(adv > 0.0, SOFT[0], SOFT[1])
+            gate = tl.sigmoid(tau * (r - 1.0))
+            other = tl.sigmoid(tau * (1.0 - r))
+            value = 4.0 / tau * gate * adv
+            flow = tl.where(other > 0.0, 4.0 * gate * other * r * adv, 0.0)
+        elif CLIP == "vespo":
+            k = tl.where(adv >= 0.0, SOFT[0], SOFT[2])
+            scale = tl.maximum(tl.where(adv >= 0.0, SOFT[1], SOFT[3]), 1e-4)
+            flow = tl.exp(scale * (1.0 - r) + k * mean) * adv
+            value = flow * now
+        elif CLIP != "none":
             bounded = _clip(r, low, high)
             below = used & (r < low)
             above = used & (r > high)
@@ -195,12 +231,24 @@ def _policy_loss_kernel(
             below_tokens += tl.where(below, 1.0, 0.0)
             above_tokens += tl.where(above, 1.0, 0.0)
         omega = tl.where(used, 1.0, 0.0)
+        if RATIO != "step_sum":
+            if IMPORTANCE == "token":
+                omega = _values(given, position, used)
+            elif IMPORTANCE == "segment":
+                omega = _values(given, segment + position * 0, used)
         if CORRECTION != "none":
             if LEVEL == "token":
                 c = tl.exp(o - _values(behaviour, position, used))
             else:
                 c = tl.exp(tl.zeros((BLOCK,), dtype=tl.float32) + step_gap)
-            within = (c >= correction_low) & (c <= correction_high)
+            if GATE == LEVEL:
+                within = (c >= correction_low) & (c <= correction_high)
+            else:
+                if GATE == "token":
+                    held = tl.exp(o - _values(behaviour, position, used))
+                else:
+                    held = tl.exp(tl.zeros((BLOCK,), dtype=tl.float32) + gate_gap)
+                within = (held >= correction_low) & (held <= correction_high)
             if CORRECTION == "tis":
                 c = _clip(c, correction_low, correction_high)
             elif CORRECTION == "icepop":
@@ -216,6 +264,14 @@ def _policy_loss_kernel(
         gradient = -flow
         if KL != "none":
             kl, kl_slope = _kl(_values(ref, position, used) - now, kl_limit, KL)
+            if KL_IMPORTANCE:
+                kl = tl.where(used, r * kl, 0.0)
+                kl_slope = r * kl_slope
+                through_ratio = tl.where(kl_coef != 0.0, w * kl_coef * kl, 0.0)
+                if SEPARATE_GRADIENT:
+                    flow -= through_ratio
+                else:
+                    gradient += through_ratio
             kls += tl.where(used, kl, 0.0)
             loss += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
             gradient += tl.where(kl_coef != 0.0, w * kl_coef * kl_slope, 0.0)
@@ -241,6 +297,8 @@ def _policy_loss_kernel(
             if KL != "none":
                 x = _values(ref, position, used) - _values(logp, position, used)
                 _, kl_slope = _kl(x, kl_limit, KL)
+                if KL_IMPORTANCE:
+                    kl_slope = tl.exp(mean) * kl_slope
                 gradient += tl.where(kl_coef != 0.0, w * kl_coef * kl_slope, 0.0)
             tl.store(slope + position, tl.where(used, gradient, 0.0), mask=inside)
 
@@ -266,6 +324,7 @@ def policy_loss_triton(
     weight: Tensor | None,
     ref: Tensor | None,
     behaviour: Tensor | None,
+    importance: Tensor | None,
     spec: PolicyLossSpec,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -277,8 +336,8 @@ def policy_loss_triton(
     if not segments:
         zeros = partial.new_zeros(len(SUMS), dtype=torch.float64)
         return zeros.new_full((), math.nan if tokens else 0.0).float(), slope, zeros, zeros[0].clone()
-    inputs = (logp, old, advantage, weight, ref, behaviour)
-    logp, old, advantage, weight, ref, behaviour = (None if x is None else x.contiguous() for x in inputs)  # type: ignore[assignment]
+    inputs = (logp, old, advantage, weight, ref, behaviour, importance)
+    logp, old, advantage, weight, ref, behaviour, importance = (None if x is None else x.contiguous() for x in inputs)  # type: ignore[assignment]
     low, high = spec.ratio_bounds
     with torch.cuda.device_of(logp):
         _policy_loss_kernel[(segments,)](
@@ -288,6 +347,7 @@ def policy_loss_triton(
             weight,
             ref,
             behaviour,
+            importance,
             offsets.contiguous(),
             slope,
             partial,
@@ -305,7 +365,11 @@ def policy_loss_triton(
             KL=spec.kl,
             CORRECTION=spec.correction,
             LEVEL=spec.correction_level,
+            GATE=spec.gate,
+            KL_IMPORTANCE=spec.kl_importance,
+            SOFT=soft_numbers(spec),
             WEIGHT=_kind(weight, tokens),
+            IMPORTANCE=_kind(importance, tokens),
             ADVANTAGE_PER_TOKEN=len(advantage) == tokens,
             UNIT=segments == tokens,
             HAS_SLOPE=differentiable,
@@ -314,6 +378,11 @@ def policy_loss_triton(
         )
     sums = partial[:-1].sum(1, dtype=torch.float64)
     return sums[0].float(), slope, sums[1:], partial[-1].amax().double()
+
+
+def soft_numbers(spec: PolicyLossSpec) -> tuple[float, ...] | None:
+    """Known when the kernel is compiled, so that kernels without them are what they would be if there were no such clips."""
+    return {"sapo": spec.sapo, "vespo": spec.vespo}.get(spec.clip)
 
 
 def _kind(weight: Tensor | None, tokens: int) -> str:

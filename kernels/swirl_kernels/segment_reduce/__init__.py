@@ -30,7 +30,7 @@ def segment_reduce(x: Tensor, offsets: Tensor, op: Operation, index: Tensor | No
     """out[s] = op of x over the positions offsets[s] : offsets[s + 1].
 
     x: floating [N], any stride. offsets: int32 or int64 [S + 1], from 0 to M without descending; equal neighbours are empty
-    segments. op: "sum", "mean", "max" or "count". index: integer [M] with values in [0, N), repeats allowed; None: M = N and
+    segments. op: "sum", "mean", "max" or "count". index: int32 or int64 [M] with values in [0, N), repeats allowed; None: M = N and
     position p is entry p.
 
     Returns [S], fp32 (float64 for float64 x), and int64 for "count", which looks only at offsets. Sums are accumulated in the

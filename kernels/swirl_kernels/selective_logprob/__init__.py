@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from swirl_kernels.backend import Backend, choose_backend
 from swirl_kernels.linear_logprob.autograd import MIN_LOGP, merge_statistics
+from swirl_kernels.linear_logprob.targets import wide_targets
 from swirl_kernels.selective_logprob.eager import BackwardRows, dlogits_torch, statistics_torch
 
 
@@ -61,7 +62,7 @@ def selective_logprob(
     """log softmax(logits / temperature)[targets] in one pass over the logits.
 
     logits: floating [N, V], any strides (a last one other than 1 costs a copy); -inf forbids a token.
-    targets: integer [N], in [0, valid_vocab), or ignore_index.
+    targets: integer [N] of any width, in [0, valid_vocab), or ignore_index.
     temperature: positive float, or a floating tensor [N] with one per row (no gradient).
     entropy: also return the entropy of each row's distribution in nats.
     valid_vocab: only the first so many columns are tokens, the rest is padding without probability or gradient.
@@ -83,6 +84,7 @@ def selective_logprob(
     Cost: the logits are read once in the forward, and read and written once in the backward. Memory: the gradient, unless it is
     written in place.
     """
+    targets = wide_targets(targets)
     valid, per_row = _checked(logits, targets, temperature, valid_vocab, ignore_index, inplace_backward)
     backend = choose_backend("selective_logprob", logits)
     statistics = torch.promote_types(logits.dtype, torch.float32)
@@ -106,6 +108,7 @@ def naive_selective_logprob(
     ignore_index: int = -100,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same by log_softmax; the reference to check by eye."""
+    targets = wide_targets(targets)
     live = targets != ignore_index
     z = logits[live].to(torch.promote_types(logits.dtype, torch.float32))
     z = z / (temperature[live][:, None] if isinstance(temperature, Tensor) else temperature)
@@ -191,7 +194,7 @@ def _checked(
             "(flatten a batch dimension first)"
         )
     rows, vocab = logits.shape
-    if targets.shape != (rows,) or targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.shape != (rows,):
         raise ValueError(f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; give integers [{rows}]")
     devices = {t.device for t in (logits, targets, temperature) if isinstance(t, Tensor)}
     if len(devices) > 1:

@@ -61,7 +61,7 @@ def tree_attention(
     does. V need not be D (DeepSeek V3: 128 and 192).
     subtree_end: integer [T], first preorder index after each token's subtree. None is allowed when plan is given.
     depth: integer [T], position on the path from the root; only window and chunk read it. None: the number of ancestors.
-    scale: factor on the scores, default D ** -0.5.
+    scale: positive factor on the scores, default D ** -0.5.
     softcap: scores become softcap * tanh(scores / softcap) before the mask (Gemma 2: 50).
     window: key j is visible only when depth[i] - depth[j] < window; None: no window.
     chunk: key j is visible only when depth[i] // chunk == depth[j] // chunk (Llama 4: 8192); None: no chunks. Not with a window.
@@ -90,6 +90,10 @@ def tree_attention(
     plan = _checked_plan(q, k, v, subtree_end, depth, window, chunk, query_index, plan)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; use a positive number, or None for no cap")
+    if not q.shape[-1]:
+        raise ValueError(f"q has shape {tuple(q.shape)}: a head dimension of 0 has no scores; use at least 1")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; use a positive finite number, or None for {q.shape[-1]} ** -0.5")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     sinks = _checked_sinks(sinks, q)
     attend = _implementation(q)
@@ -208,10 +212,7 @@ def _checked_plan(
         if subtree_end is not None and (
             subtree_end.shape != plan.subtree_end.shape
             # Comparing the values on a GPU would make every layer wait for the device.
-            or (
-                subtree_end.device.type == "cpu"
-                and not torch.equal(subtree_end, plan.subtree_end.to(subtree_end.dtype))
-            )
+            or (subtree_end.device.type == "cpu" and not torch.equal(subtree_end.long(), plan.subtree_end.long()))
         ):
             raise ValueError("the plan was made for another subtree_end; call tree_plan once per packing")
     if k.shape[1] != plan.num_keys or q.shape[1] != plan.num_queries:

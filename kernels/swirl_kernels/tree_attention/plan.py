@@ -87,9 +87,8 @@ class TreePlan:
     num_queries: int
     window: int | None
     chunk: int | None
-    window_cuts: (
-        bool  # False when no two tokens are `window` apart in depth (or in two chunks), so that nothing is hidden
-    )
+    # False when no two tokens are `window` apart in depth, or in two chunks, so that nothing is hidden
+    window_cuts: bool
     subtree_end: Tensor  # int64 [T]
     depth: Tensor  # int64 [T]
     origin: Tensor  # int64 [T] a query i sees a key j only when origin[i] - depth[j] < span
@@ -152,7 +151,8 @@ def tree_plan(
     The torch path adds one Python step per segment when it first uses the plan.
 
     Raises ValueError when subtree_end is no preorder (`j < end[j] <= T`, intervals nested), a shape or dtype is wrong,
-    an index lies outside, window or chunk < 1, both are given, or one of them and the depth falls from a token to its child.
+    an index lies outside, window or chunk < 1, both are given, or one of them and the depth does not rise from a token to its
+    child.
     """
     end = _integers(subtree_end, "subtree_end", subtree_end.device)
     num_keys, device = len(end), end.device
@@ -177,10 +177,10 @@ def tree_plan(
         _malformed(end, natural),
         none if index is None else ((index < 0) | (index >= num_keys)).any(),
         none if index is None else (index.diff() < 0).any(),
-        none if span is None or depth is None else _falls(given, natural).any(),
+        none if span is None or depth is None else _does_not_rise(given, natural).any(),
         none if span is None or num_keys == 0 else origin.max() - given.min() >= span,
     ]
-    malformed, outside, unsorted, falls, window_cuts = torch.stack(verdict).tolist()
+    malformed, outside, unsorted, contradicts, window_cuts = torch.stack(verdict).tolist()
     if malformed:
         _explain(end.tolist())
     if outside:
@@ -189,12 +189,13 @@ def tree_plan(
         raise ValueError(
             f"query_index[{i}] is {int(index[i])}, outside [0, {num_keys}): it must name one of the packed tokens"
         )
-    if falls:
-        j = int(torch.nonzero(_falls(given, natural))[0])
+    if contradicts:
+        j = int(torch.nonzero(_does_not_rise(given, natural))[0])
         up = int(parents(natural)[j])
+        word = "falls" if given[j] < given[up] else "stays"
         raise ValueError(
-            f"depth falls from {int(given[up])} at token {up} to {int(given[j])} at its child {j}; a window needs depths "
-            "that do not fall along a path (leave depth out to count ancestors)"
+            f"depth {word} from {int(given[up])} at token {up} to {int(given[j])} at its child {j}; a window or chunk needs depths "
+            "that rise along a path (leave depth out to count ancestors)"
         )
     return TreePlan(
         num_keys=num_keys,
@@ -251,9 +252,9 @@ def _malformed(end: Tensor, ancestors: Tensor) -> Tensor:
     return ((end <= index) | (end > num) | (rank != end - 1 - ancestors)).any()
 
 
-def _falls(depth: Tensor, ancestors: Tensor) -> Tensor:
+def _does_not_rise(depth: Tensor, ancestors: Tensor) -> Tensor:
     up = parents(ancestors)
-    return (up >= 0) & (depth < depth[up.clamp(min=0)])
+    return (up >= 0) & (depth <= depth[up.clamp(min=0)])
 
 
 def _explain(end: list[int]) -> None:

@@ -334,6 +334,7 @@ def _attend_from_cache(
         raise RuntimeError("this model belongs to a LocalEngine: run another copy, or run it through the engine")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
+    swirl.cache.told[layer] = sliding_window
     reach = Reach(sliding_window, attention_chunk(module))
     return swirl.attend(layer, query[0], key[0], value[0], scale, softcap, reach, s_aux)[None], None
 

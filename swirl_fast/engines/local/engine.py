@@ -32,6 +32,8 @@ from swirl_fast.engines.local.prefix_cache import PrefixCache
 from swirl_fast.engines.local.sampling import sample_tokens
 from swirl_fast.engines.local.sequences import Generation, Prompt, begin_generation
 from swirl_fast.models.exact import ropes_by_length, why_not_shared
+from swirl_fast.models.routing import RoutingReader
+from swirl_fast.models.windows import lost_window
 from swirl_fast.prefixes import common_prefix
 
 # In one pass. CPU: plain linear layers reach 190 GFLOP/s (2 Zen 4 cores, float32); 1,024: 160, 64: 131.
@@ -85,6 +87,7 @@ class LocalEngine:
         self._packs = can_pack_linear_layers(self._device)
         if self._packs:
             pack_linear_layers(self._model, PREFILL_TOKENS["cpu"])
+        self._reader: RoutingReader | None = None  # once it is asked for
         self._check_model()
 
     @torch.inference_mode()
@@ -98,6 +101,8 @@ class LocalEngine:
         """
         for i, request in enumerate(requests):
             check_request(i, request, self.max_context, self._vocabulary)
+        if self._reader is None and any(request.routed_experts for request in requests):
+            self._reader = RoutingReader(self._model)
         try:
             return self._generate(requests)
         except BaseException:
@@ -247,8 +252,11 @@ class LocalEngine:
             logits = self._forward(self._model, inputs, decode.positions, decode).logits[0].float()
             inputs, logprobs = sample_tokens(logits, temperature, top_k, top_p, uniform)
             decode.advance(self.max_context - 1)
-            for row, token, logprob in zip(rows, inputs.tolist(), logprobs.tolist(), strict=True):
+            routed = self._reader.last().numpy() if self._reader is not None else None
+            for i, (row, token, logprob) in enumerate(zip(rows, inputs.tolist(), logprobs.tolist(), strict=True)):
                 if row.finish is None:
+                    if routed is not None and row.prompt.request.routed_experts:
+                        row.routed.append(routed[i])
                     ended += row.append(token, logprob)
             wasted += ended
             if ended == len(rows) or 2 * wasted >= len(rows):
@@ -288,6 +296,9 @@ class LocalEngine:
             (completion,) = self.generate([Request(prompt, Sampling(max_new_tokens=4, temperature=0.0))])[0]
         except Exception as error:
             raise ValueError(f"LocalEngine cannot run {name}: {error}") from error
+        reason = lost_window(self._model.config, self._cache.told, self.max_context)
+        if reason is not None:
+            raise ValueError(f"LocalEngine cannot run {name}: {reason}; serve it with SGLang")
         self._model.set_attn_implementation("eager")  # the definition; "sdpa" leaves Gemma 2's soft-cap out
         tokens = torch.tensor([[*prompt, *completion.tokens.tolist()]], device=self._device)
         logits = self._model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()

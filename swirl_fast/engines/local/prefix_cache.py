@@ -47,6 +47,7 @@ class PrefixCache:
     def __init__(self, cache_tokens: int, device: torch.device) -> None:
         self.cache_tokens = cache_tokens
         self.device = device
+        self.told: dict[int, int | None] = {}  # layer -> the sliding window that its attention was told
         self.clear()
 
     def clear(self) -> None:

@@ -38,6 +38,7 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
+    routed: list[np.ndarray] = field(default_factory=list)  # where asked for, of every token [layers, experts]
 
     @property
     def left(self) -> int:
@@ -56,8 +57,9 @@ class Generation:
 
     def completion(self, version: int) -> Completion:
         assert self.finish is not None and self.prompt.cached is not None, "a sequence was left unfinished"
+        routed = np.stack(self.routed) if self.routed else None
         return Completion(
-            np.array(self.tokens, np.int32), self.logprobs, self.finish, version, cached_tokens=self.prompt.cached
+            np.array(self.tokens, np.int32), self.logprobs, self.finish, version, self.prompt.cached, routed
         )
 
 

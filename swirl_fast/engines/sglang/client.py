@@ -6,10 +6,12 @@ no healthy server answers (AnswerError, which names the field), or it serves oth
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from swirl_fast.engines.engine import Completion, EngineError, Request, Tokens
 from swirl_fast.http_client import MAX_BODY, Answer, Http, NoAnswer, TooLate, is_loopback, read_json, warn_of_plain_http
@@ -41,6 +43,17 @@ class ServerInfo:
     max_context: int  # tokens of prompt and completion together
     tensor_parallel: int
     deterministic: bool  # takes a seed with every request
+    memory_saver: bool = False  # can release its memory
+    routed_experts: bool = False  # can return them
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of a model: how many a layer has, its decoder layers, how many of a layer's experts a token visits."""
+
+    total: int
+    layers: int
+    visited: int
 
 
 class Client:
@@ -73,6 +86,8 @@ class Client:
                 max_context=context,
                 tensor_parallel=_count(server["tp_size"]),
                 deterministic=bool(server.get("enable_deterministic_inference")),
+                memory_saver=bool(server.get("enable_memory_saver")),
+                routed_experts=bool(server.get("enable_return_routed_experts")),
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise AnswerError(
@@ -126,8 +141,10 @@ class Client:
         self._check_prompt(meta, len(tokens))
         return self._integer(meta, "cached_tokens", 0, len(tokens))
 
-    async def generate(self, request: Request, version: int, tag: str, seed: int | None) -> list[Completion]:
-        """tag: the weights' name; completions of any other are refused. seed: None where the server takes none.
+    async def generate(
+        self, request: Request, version: int, tag: str, seed: int | None, experts: Experts | None = None
+    ) -> list[Completion]:
+        """tag: the weights' name; completions of any other are refused. seed: None where the server takes none. experts: of the model.
 
         Raises ServerFailure, StaleWeights, AnswerError; ValueError for a request the server refuses as such.
         """
@@ -157,13 +174,20 @@ class Client:
             "logprob_start_len": -1,
             "extra_key": tag,
         }
-        answer = await self.post("/generate", body, request.n * sampling.max_new_tokens)
+        size = 1
+        if request.routed_experts:
+            assert experts is not None, "asked of a model with experts only"
+            body |= {"return_routed_experts": True, "routed_experts_start_len": len(request.tokens) - 1}
+            size += 6 * experts.layers * experts.visited // TOKEN_BYTES + 1  # 4 bytes an expert, as base64
+        answer = await self.post("/generate", body, request.n * sampling.max_new_tokens * size)
         answers = answer if isinstance(answer, list) else [answer]
         if len(answers) != request.n:
             raise AnswerError(f"{self.url}/generate: {len(answers)} completions instead of {request.n}")
-        return [self._read_completion(one, request, version, tag) for one in answers]
+        return [self._read_completion(one, request, version, tag, experts) for one in answers]
 
-    def _read_completion(self, answer: Any, request: Request, version: int, tag: str) -> Completion:
+    def _read_completion(
+        self, answer: Any, request: Request, version: int, tag: str, experts: Experts | None
+    ) -> Completion:
         meta = self._object(answer, "meta_info")
         finish = self._object(meta, "finish_reason").get("type")
         if finish == "abort":
@@ -182,7 +206,10 @@ class Client:
         if set(tokens[:-1]) & set(request.stop_ids):
             self._garbled("output_ids", tokens, "nothing after a stop token")
         cached = self._integer(meta, "cached_tokens", 0, len(request.tokens))
-        return Completion(np.array(tokens, np.int32), logprobs, "stop" if stopped else "length", version, cached)
+        routed = self._read_experts(meta, len(tokens), experts) if request.routed_experts and experts else None
+        return Completion(
+            np.array(tokens, np.int32), logprobs, "stop" if stopped else "length", version, cached, routed
+        )
 
     def _check_weights(self, meta: dict[str, Any], tag: str) -> None:
         """Raises StaleWeights for a completion of which any token comes from other weights than `tag`."""
@@ -221,6 +248,20 @@ class Client:
                 self._garbled(name, value, f"a number from {MIN_LOGPROB:g} to 0")
             logprobs.append(min(float(value), 0.0))
         return logprobs
+
+    def _read_experts(
+        self, meta: dict[str, Any], tokens: int, experts: Experts
+    ) -> NDArray[np.uint8] | NDArray[np.int16]:
+        """As in the protocol, from int32 in base64."""
+        name, given = "meta_info.routed_experts", meta.get("routed_experts")
+        shape = (tokens, experts.layers, experts.visited)
+        try:
+            found = np.frombuffer(base64.b64decode(given or "", validate=True), "<i4").reshape(shape)
+        except (TypeError, ValueError):
+            self._garbled(name, given, f"{shape} integers of 4 bytes, as base64")
+        if found.min(initial=0) < 0 or found.max(initial=0) >= experts.total:
+            self._garbled(name, f"{found.min()} to {found.max()}", f"numbers of {experts.total} experts, from 0")
+        return found.astype(np.uint8) if experts.total <= 256 else found.astype(np.int16)
 
     def _check_prompt(self, meta: dict[str, Any], length: int) -> None:
         if self._integer(meta, "prompt_tokens", 0, None) != length:

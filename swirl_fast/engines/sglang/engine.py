@@ -25,14 +25,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
+from transformers import AutoConfig
 
-from swirl_fast.config import EngineConfig
+from swirl_fast.config import ConfigError, EngineConfig
 from swirl_fast.engines.engine import Completion, EngineError, EngineStats, Request, check_request, whole
-from swirl_fast.engines.sglang.client import ServerFailure
+from swirl_fast.engines.sglang import memory
+from swirl_fast.engines.sglang.client import Experts, ServerFailure
 from swirl_fast.engines.sglang.servers import REMEMBERED, Server, Servers, gather
 from swirl_fast.engines.sglang.update import WeightUpdater
 from swirl_fast.engines.sglang.weights import vocabulary_of
 from swirl_fast.models.load import DTYPES
+from swirl_fast.models.routing import experts_of, routed_shape
 from swirl_fast.prefixes import WarmGroup, cacheable, common_prefix, warm_order
 
 T = TypeVar("T")
@@ -67,6 +70,7 @@ class SGLangEngine:
         self._dtype = DTYPES[config.dtype]
         self._version = 0
         self._vocabulary = vocabulary_of(weights)
+        self._experts = _experts(weights) if config.return_routed_experts else None
         self._stats = EngineStats()
         self._lock = threading.Lock()
         # of trajectories: in whose cache, and what; only of this version
@@ -80,6 +84,7 @@ class SGLangEngine:
         self._servers = Servers(config, folder, str(weights), self._tag(), seed, leader, urls, key)
         try:
             self._run(self._servers.open())
+            self._check_servers(config)
             if leader:
                 self._updater = WeightUpdater(
                     self._servers,
@@ -109,6 +114,8 @@ class SGLangEngine:
         `length` as reason. Raises EngineError when servers fail for good: what the caller stored before is intact."""
         for i, request in enumerate(requests):
             check_request(i, request, self.max_context, self._vocabulary)
+            if request.routed_experts and self._experts is None:
+                raise ValueError(f"request {i} asks for routed experts: set engine.return_routed_experts=true")
         with self._lock:
             start = time.perf_counter()
             results = self._run(self._generate(requests)) if requests else []
@@ -129,8 +136,24 @@ class SGLangEngine:
                     whole(tensor, self._dtype)
                 self._servers.tag = self._tag(version)
             else:
-                self._updater.update(named_tensors, version, self._tag(version))
+                tag = self._tag(version)
+                if self._servers.asleep:
+                    self._run(self._servers.resume(memory.WEIGHTS))
+                    tag = memory.lacking(tag, memory.CACHE)
+                self._updater.update(named_tensors, version, tag)
             self._version = version
+
+    def release_memory(self) -> None:
+        """As in the protocol. A server that fails is started again or dropped when the memory is taken back."""
+        with self._lock:
+            if self._updater is not None:
+                self._run(self._servers.release())
+
+    def resume_memory(self) -> None:
+        """As in the protocol."""
+        with self._lock:
+            if self._updater is not None:
+                self._run(self._servers.resume(memory.CACHE))
 
     def flush_cache(self) -> None:
         """Empties the servers' prefix caches: for measurements."""
@@ -151,6 +174,8 @@ class SGLangEngine:
             try:
                 if self._updater is not None:
                     self._updater.close()
+                    if self._servers.asleep:
+                        self._run(self._servers.give_back(self._updater.load))
             finally:
                 self._run(self._servers.close())
         finally:
@@ -172,6 +197,20 @@ class SGLangEngine:
     def _tag(self, version: int | None = None) -> str:
         """The name that these weights have on the servers."""
         return f"{self._label}:{self._version if version is None else version}"
+
+    def _check_servers(self, config: EngineConfig) -> None:
+        """Raises ConfigError where a server was started without what the settings ask of it."""
+        for server in self._servers.all:
+            assert server.info is not None
+            for key, flag, able in (
+                ("share_gpu", "--enable-memory-saver", server.info.memory_saver),
+                ("return_routed_experts", "--enable-return-routed-experts", server.info.routed_experts),
+            ):
+                if getattr(config, key) and not able:
+                    raise ConfigError(
+                        f"engine.{key}=true: the SGLang server at {server.url} runs without {flag}; start it again with that flag, or set "
+                        f"engine.{key}=false"
+                    )
 
     def _own_weights(self, weights: Path) -> None:
         """Attached servers may hold anybody's weights, or those of the run before it was stopped: they are given ours, unless they were
@@ -200,6 +239,9 @@ class SGLangEngine:
         info, control = server.info, server.client.control
         assert info is not None
         try:
+            if memory.parts_lacking(info.weight_version):  # of a command that was killed
+                await memory.resume(server.client, memory.ALL, self._servers.config.weight_sync.timeout)
+                return False
             if info.weight_version == "default" and info.model_path == weights:
                 await control("/update_weight_version", {"new_version": self._tag(), "abort_all_requests": False}, 60.0)
             elif info.weight_version == self._tag():
@@ -280,7 +322,7 @@ class SGLangEngine:
 
         async def work(server: Server) -> tuple[list[Completion], Start]:
             start = server, server.restarts
-            return await server.client.generate(request, version, tag, seed), start
+            return await server.client.generate(request, version, tag, seed, self._experts), start
 
         return await self._servers.attempt(work, key, request.n)
 
@@ -312,3 +354,14 @@ class SGLangEngine:
         """What one ideal cache would not compute again of these prompts, after the rows of their own trajectories."""
         before = [np.append(self._rows[key][1], -1) for key in dict.fromkeys(keys) if key in self._rows]
         return cacheable([*before, *prompts]) - cacheable(before)
+
+
+def _experts(weights: Path) -> Experts:
+    """Of the model in a folder. Raises ConfigError where it has none."""
+    model_config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
+    experts = experts_of(model_config)
+    if experts is None:
+        raise ConfigError(
+            f"engine.return_routed_experts=true: model type {model_config.model_type} has no experts; leave it false"
+        )
+    return Experts(experts[0], *routed_shape(model_config))

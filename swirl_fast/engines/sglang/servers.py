@@ -13,12 +13,13 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from swirl_fast.config import EngineConfig
+from swirl_fast.config import EngineConfig, LaunchConfig
 from swirl_fast.engines.engine import EngineError
+from swirl_fast.engines.sglang import memory
 from swirl_fast.engines.sglang.client import Client, ServerFailure, ServerInfo, StaleWeights
 from swirl_fast.engines.sglang.launch import ServerProcess, claim_port
 
@@ -89,6 +90,8 @@ class Servers:
         self._first_weights = weights
         self._home: OrderedDict[str, Server] = OrderedDict()  # trajectory -> its server
         self._watching: asyncio.Task[None] | None = None
+        self.asleep = False  # their memory is released, or on its way back
+        self._under_way: asyncio.Future[None] | None = None  # of a change of that
         self._turn = int(os.environ.get("LOCAL_RANK", "0"))  # processes that share servers begin with different ones
         key = key or os.environ.get(config.api_key_env, "").strip()
         if not urls:  # a server takes commands from whoever may ask it, on a machine of many users too
@@ -100,12 +103,11 @@ class Servers:
             self.all = [Server(Client(url, key, config.timeout, direct), Slots(config.max_sequences)) for url in urls]
         else:
             port = config.launch.port
+            launch = _with_flags(config)
             for number in range(config.launch.servers):
                 port, claim = claim_port(port, config.launch.host)
                 log = folder / f"server-{number}.log"
-                process = ServerProcess(
-                    config.launch, number, port, config.dtype, config.max_sequences, seed, key, log, claim
-                )
+                process = ServerProcess(launch, number, port, config.dtype, config.max_sequences, seed, key, log, claim)
                 client = Client(process.url, key, config.timeout, direct)
                 self.all.append(Server(client, Slots(config.max_sequences), process))
                 port += 1
@@ -213,7 +215,7 @@ class Servers:
             elif self.weights is not None and await self._answers(server):
                 server.out = None
                 await self.each([server], load)
-        if not self.up and all(server.mending is None for server in self.all):
+        if not self.up and not any(self._comes_back(server) for server in self.all):
             raise EngineError(f"no SGLang server took the new weights:\n{self.reasons()}")
 
     async def revive(self) -> None:
@@ -234,8 +236,8 @@ class Servers:
         if server.in_a_row > self.config.max_restarts:
             return  # it is given up
         self._take_out(server, reason)
-        if server.mending is not None and not server.mending.done():
-            return
+        if self.asleep or (server.mending is not None and not server.mending.done()):
+            return  # where the memory is lent it could not start: `resume` sees to it
         loop = asyncio.get_running_loop()
         if server.process is not None and self.weights is not None:
             warnings.warn(f"SGLang server {server.url} is started again: {reason}", stacklevel=2)
@@ -252,6 +254,83 @@ class Servers:
         for server in self.all:
             if server.out is not None and server.process is not None:
                 self.mend(server, server.out)
+
+    async def release(self) -> None:
+        """All of them release their memory. One that is being started again is waited for; one of ours that cannot is ended, and comes
+        back with `resume`. Raises EngineError for one that is not ours and keeps its memory."""
+        self.asleep = True
+        await self._undivided(self._release())
+
+    async def resume(self, parts: tuple[str, ...]) -> None:
+        """They take these parts again (memory.py); with the cache, the last, those of ours that died meanwhile are started again."""
+        await self._undivided(self._resume(parts))
+
+    async def give_back(self, load: Callable[[Server, str, str], Awaitable[None]]) -> None:
+        """Servers that are not ours must not be left without their memory: they get it, and the weights before, or at least those that
+        they were started with. load: makes a server read a folder, and names what it read."""
+        if self._under_way is not None:
+            await asyncio.wait([self._under_way])
+        own = memory.bare(self.tag)
+
+        async def restore(server: Server) -> None:
+            if server.process is not None or not await memory.resume(
+                server.client, memory.ALL, self.config.weight_sync.timeout
+            ):
+                return
+            try:
+                await load(server, str(self.weights), own)
+            except (ServerFailure, EngineError, ValueError):
+                assert server.info is not None
+                await load(server, server.info.model_path, "default")
+
+        for server in self.all:
+            try:
+                await restore(server)
+            except (ServerFailure, EngineError, ValueError) as error:
+                warnings.warn(
+                    f"SGLang server {server.url} may be left without weights ({error}): start it again", stacklevel=2
+                )
+
+    async def _undivided(self, work: Awaitable[None]) -> None:
+        """To its end, even where the caller is interrupted: nobody could tell what a server lacks then."""
+        self._under_way = asyncio.ensure_future(work)
+        await asyncio.shield(self._under_way)
+
+    async def _release(self) -> None:
+        if starting := [server.mending for server in self.all if server.mending and not server.mending.done()]:
+            await asyncio.wait(starting)
+        timeout = self.config.weight_sync.timeout
+        asked = self.up
+        did = await self.each(asked, lambda server: memory.release(server.client, self.tag, timeout))
+        for server in asked:
+            if server in did:
+                continue
+            if server.process is not None:
+                await asyncio.to_thread(server.process.stop)
+            elif await self._answers(server):
+                raise EngineError(
+                    f"engine.share_gpu: {server.url} does not release its memory: {server.out}. Start it again, with --enable-memory-saver"
+                )
+        self.tag = memory.lacking(self.tag, memory.ALL)
+
+    async def _resume(self, parts: tuple[str, ...]) -> None:
+        timeout = self.config.weight_sync.timeout
+
+        async def one(server: Server) -> None:
+            await memory.resume(server.client, parts, timeout)
+
+        await self.each(self.up, one)
+        name, lacks = memory.bare(self.tag), memory.parts_lacking(self.tag)
+        rest = tuple(part for part in lacks if part not in parts)
+        self.tag = memory.lacking(name, rest)
+        if not rest:
+            self.asleep = False
+            await self.mend_all()
+
+    def _comes_back(self, server: Server) -> bool:
+        """Whether one that is out is being started again, or will be when the memory is there."""
+        due = self.asleep and server.process is not None and server.in_a_row <= self.config.max_restarts
+        return due or server.mending is not None
 
     def reasons(self) -> str:
         return "\n".join(f"  {server.url}: {server.out}" for server in self.all)
@@ -352,6 +431,15 @@ class Servers:
             except (ServerFailure, EngineError):
                 continue
         server.out = f"{reason}; not up again in engine.launch.startup_timeout={self.config.launch.startup_timeout:g} s"
+
+
+def _with_flags(config: EngineConfig) -> LaunchConfig:
+    """How to start a server that can do what the settings ask of it."""
+    flags = [
+        ("--enable-memory-saver", config.share_gpu),
+        ("--enable-return-routed-experts", config.return_routed_experts),
+    ]
+    return replace(config.launch, flags=[*config.launch.flags, *(flag for flag, wanted in flags if wanted)])
 
 
 async def gather(work: Iterable[Awaitable[T]]) -> list[T]:
