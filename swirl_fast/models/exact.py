@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.config import ConfigError
 
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # one thing, by model type
-_ATTENTION = {"full_attention", "sliding_attention", "attention"}
+_CHUNKED = "chunked_attention"
+_ATTENTION = {"full_attention", "sliding_attention", _CHUNKED, "attention"}
 WITHOUT_ATTENTION = {"linear_attention", "mamba", "conv", "recurrent", "mlp", "moe"}
-_ATTENTION_SINKS = ("gpt_oss", "openai_privacy_filter")
 _LOGIT_SCALES = ("logit_scale", "logits_scaling")  # one thing, by model type
 _MULTIPLIED_BY = {
     "cohere": "logit_scale",
@@ -48,30 +49,20 @@ def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrained
     kinds = named - _ATTENTION
     if kinds:
         return (
-            f"it has layers of kind {', '.join(sorted(kinds))} (recurrent, linear, convolutional, chunked and sparse layers need more "
-            "than the keys and values of single tokens)"
+            f"it has layers of kind {', '.join(sorted(kinds))} (recurrent, linear, convolutional and sparse layers need more than "
+            " the keys and values of single tokens)"
         )
     # a hybrid's class says so of all its models, those that have attention alone included
     if not named and architecture is not None and getattr(architecture, "_is_stateful", False):
         return "its layers carry a state from token to token"
     if architecture is not None and not architecture._supports_attention_backend:
         return "transformers offers no way to replace its attention, which does not go through the attention interface"
-    if model_config.model_type in _ATTENTION_SINKS:
-        return "its attention has sinks, which are not implemented"
-    return None
-
-
-def why_not_packed(model_config: PreTrainedConfig) -> str | None:
-    """Why tree attention cannot run the model, over shared prefixes or over rows packed one after another, as half a sentence; None when
-    it can."""
-    reason = why_not_shared(model_config)
-    if reason is not None:
-        return reason
-    text = model_config.get_text_config()
-    values = getattr(text, "v_head_dim", None)
-    keys = (getattr(text, "qk_nope_head_dim", 0) or 0) + (getattr(text, "qk_rope_head_dim", 0) or 0)
-    if values and keys and values != keys:
-        return f"its keys have {keys} dimensions a head and its values {values}"
+    if getattr(text, "attn_temperature_tuning", False) and not all(getattr(text, "no_rope_layers", None) or [False]):
+        return (
+            "with attn_temperature_tuning=true its layers without rotary embedding scale a query by its place in the row, whatever its "
+            "place on the path; set it to false in config.json, which changes nothing for paths of fewer than floor_scale="
+            f"{getattr(text, 'floor_scale', None)} tokens"
+        )
     return None
 
 
@@ -79,6 +70,23 @@ def layer_kinds(text: PreTrainedConfig) -> list[str]:
     """Of each layer; where the configuration names none they all have attention, with a window if there is one."""
     named = next((kinds for key in _LAYER_KINDS if (kinds := getattr(text, key, None))), None)
     return list(named or ["sliding_attention"] * text.num_hidden_layers)
+
+
+def attention_chunk(attention: nn.Module) -> int | None:
+    """Tokens of the chunks in which this attention sees only each other (Llama 4); None for no chunks. transformers tells it by a mask
+    alone, so it is read from the configuration."""
+    layer: Any = attention
+    kinds = getattr(getattr(layer, "config", None), "layer_types", None) or ()
+    if _CHUNKED not in kinds or kinds[layer.layer_idx] != _CHUNKED:
+        return None
+    return int(layer.config.attention_chunk_size)
+
+
+def why_not_flash(model_config: PreTrainedConfig) -> str | None:
+    """What flash-attn lacks for this model, as half a sentence; None when it has all."""
+    if _CHUNKED in (getattr(model_config.get_text_config(), "layer_types", None) or ()):
+        return "flash-attn has no chunks"
+    return "flash-attn has no attention sinks" if model_config.model_type == "gpt_oss" else None
 
 
 def ropes_by_length(model_config: PreTrainedConfig) -> dict[str, int]:
@@ -135,7 +143,7 @@ def refuse_inexact(model_config: PreTrainedConfig, sharing: bool = True) -> None
     reason = why_not_causal(model_config)
     if reason is not None:
         refuse(f"{reason}; use a decoder-only model")
-    reason = why_not_packed(model_config) if sharing else None
+    reason = why_not_shared(model_config) if sharing else None
     if reason is not None:
         refuse(
             f"{reason}; training over shared prefixes would not be exact. Set training.sharing=false to train it over separate rows"

@@ -11,13 +11,21 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.tree import Comb
 from swirl_fast.config import ConfigError
-from swirl_fast.models.exact import WITHOUT_ATTENTION, layer_kinds, logit_scale, longest_exact_path, refuse_inexact
+from swirl_fast.models.exact import (
+    WITHOUT_ATTENTION,
+    attention_chunk,
+    layer_kinds,
+    logit_scale,
+    longest_exact_path,
+    refuse_inexact,
+)
 from swirl_fast.models.routing import EXPERTS, Routing
 from swirl_fast.models.windows import layer_windows, refuse_lost_window
 from swirl_kernels.linear_logprob import linear_logprob
@@ -44,7 +52,7 @@ class DeviceComb:
     of the longest path from the root. row_ends: int32 [R + 1], `cu_seqlens` of a forest of R rows for flash-attn; None: tree attention.
     told: layer -> the sliding window that its attention was told in the last forward.
 
-    What tree attention derives from the packing is made once for each window and kept for all layers. No dataclass: FSDP copies
+    What tree attention derives from the packing is made once for each window (or chunk) and kept for all layers. No dataclass: FSDP copies
     those before every layer, and the copies would keep it for themselves.
     """
 
@@ -64,7 +72,7 @@ class DeviceComb:
         self.longest_path, self.row_ends = longest_path, row_ends
         self.told: dict[int, int | None] = {}
         self.routing: Routing | None = None  # by the rollout engine
-        self._plans: dict[int | None, TreePlan] = {}  # by sliding window
+        self._plans: dict[tuple[int | None, int | None], TreePlan] = {}  # by sliding window and chunk
 
     @classmethod
     def of(
@@ -87,10 +95,12 @@ class DeviceComb:
             row.plan(window)
         return row
 
-    def plan(self, window: int | None) -> TreePlan:
-        if window not in self._plans:
-            self._plans[window] = tree_plan(self.subtree_end_T, depth=self.depth_1T[0], window=window)
-        return self._plans[window]
+    def plan(self, window: int | None, chunk: int | None = None) -> TreePlan:
+        if (window, chunk) not in self._plans:
+            self._plans[window, chunk] = tree_plan(
+                self.subtree_end_T, depth=self.depth_1T[0], window=window, chunk=chunk
+            )
+        return self._plans[window, chunk]
 
 
 @torch.compiler.disable  # a compiled layer breaks its graph here: the plan is Python, and the kernels are compiled already
@@ -104,10 +114,12 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packed: DeviceComb | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+    """transformers' attention interface: query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, V] -> [1, T, Hq, V]. s_aux: one
+    attention sink a query head [Hq].
 
     Raises ConfigError for an argument that would change the attention in a way not known here.
     """
@@ -121,29 +133,36 @@ def _attention(
             "shared prefixes would not be exact; use another model"
         )
     packed.told[getattr(module, "layer_idx", len(packed.told))] = sliding_window
+    chunk = attention_chunk(module)
     if packed.row_ends is not None:
+        assert s_aux is None and chunk is None, "flash-attn has neither sinks nor chunks"
         return _flash_attention(query[0], key[0], value[0], packed, scaling, softcap, sliding_window)[None], None
-    plan = packed.plan(sliding_window)
-    out = tree_attention(
-        query[0], key[0], value[0], None, scale=scaling, softcap=softcap, window=sliding_window, plan=plan
-    )
+    plan = packed.plan(sliding_window, chunk)
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    out = tree_attention(query[0], key[0], value[0], None, window=sliding_window, chunk=chunk, plan=plan, **options)
     return out.transpose(0, 1).contiguous()[None], None
 
 
 def _flash_attention(
     q: Tensor, k: Tensor, v: Tensor, packed: DeviceComb, scale: float | None, softcap: float | None, window: int | None
 ) -> Tensor:
-    """q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D], of rows that lie one after the other (training.flash_attention)."""
+    """q [Hq, T, D], k [Hkv, T, D], v [Hkv, T, V] -> [T, Hq, V], of rows that lie one after the other (training.flash_attention).
+
+    Values narrower than keys are filled up with zeros, as transformers does for flash-attn, which wants them alike.
+    """
     from flash_attn import flash_attn_varlen_func
 
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
     q, k, v = (x.to(dtype).transpose(0, 1).contiguous() for x in (q, k, v))
+    width, values = q.shape[2], v.shape[2]
+    v = v if values == width else F.pad(v, (0, width - values))
     ends, longest = packed.row_ends, packed.longest_path
     before = -1 if window is None else window - 1
-    return flash_attn_varlen_func(
+    out: Tensor = flash_attn_varlen_func(
         q, k, v, ends, ends, longest, longest,
         softmax_scale=scale, causal=True, window_size=(before, 0), softcap=softcap or 0.0,
     )  # fmt: skip
+    return out if values == width else out[..., :values]
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -227,7 +246,7 @@ class Policy(nn.Module):
     def _hidden(self, packed: DeviceComb) -> Tensor:
         """[T, H], of the last layer, normed."""
         packed.told.clear()
-        hidden_1TH = self.model.base_model(
+        hidden_1TH = decoder_of(self.model)(
             input_ids=packed.tokens_1T,
             position_ids=packed.depth_1T,
             use_cache=False,
@@ -261,15 +280,6 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return model.model if model.base_model is model else model.base_model
 
 
-def attention_width(text: PreTrainedConfig) -> int:
-    """Query heads times the size of one, of which the products with keys and with values have the mean where they are unlike."""
-    heads = text.num_attention_heads
-    values, keys = getattr(text, "v_head_dim", None), getattr(text, "qk_nope_head_dim", None)
-    if values and keys:
-        return heads * (keys + text.qk_rope_head_dim + values) // 2
-    return heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-
-
 def attention_windows(text: PreTrainedConfig) -> list[int | None]:
     """Of each layer with attention the tokens that it sees, None for all; a chunk counts as a window of its size."""
     if not getattr(text, "num_attention_heads", None):
@@ -280,6 +290,16 @@ def attention_windows(text: PreTrainedConfig) -> list[int | None]:
         for kind, window in layers
         if kind not in WITHOUT_ATTENTION
     ]
+
+
+def head_widths(text: PreTrainedConfig) -> tuple[int, int]:
+    """Dimensions of a head's queries and keys, and of its values. Those with latent attention (DeepSeek) name three others."""
+    latent = [getattr(text, key, None) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+    if all(latent):
+        nope, rope, values = latent
+        return nope + rope, values
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return width, width
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
@@ -296,6 +316,8 @@ def model_size(model: PreTrainedModel) -> ModelSize:
         if parameter.dim() > 1 and id(parameter) not in tables:
             work = 1.0 if parameter.requires_grad else frozen
             linear += parameter.numel() * work * (visited if ".experts." in name else 1.0)
-    attention = tuple((attention_width(text), window) for window in attention_windows(text))
+    windows = attention_windows(text)
+    width = text.num_attention_heads * sum(head_widths(text)) // 2 if windows else 0
+    attention = tuple((width, window) for window in windows)
     head = model.get_output_embeddings().weight
     return ModelSize(linear, attention, round(head.shape[0] * head.shape[1] * (1.0 if head.requires_grad else frozen)))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from swirl_fast.models.exact import own_attention, why_not_packed
+from swirl_fast.models.exact import own_attention, why_not_shared
 from swirl_fast.models.policy import DeviceComb, Policy, decoder_of
 from swirl_fast.models.windows import layer_windows, lost_window
 
@@ -52,7 +52,7 @@ def open_policy(
 
 def packs_rows(model_config: PreTrainedConfig) -> bool:
     """Whether tree attention can run the model over packed rows. No weights are needed."""
-    return why_not_packed(model_config) is None and not _hides_windows(model_config)
+    return why_not_shared(model_config) is None and not _hides_windows(model_config)
 
 
 def _hides_windows(model_config: PreTrainedConfig) -> bool:

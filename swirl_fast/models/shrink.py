@@ -46,6 +46,8 @@ def small_config(model_type: str, window: bool = True) -> PreTrainedConfig:
         for name in fields
         if any(part in name for part in ("drop", "jitter")) and isinstance(getattr(default, name, None), float)
     }
+    if "kv_lora_rank" in fields:  # latent attention has a key head for each query head
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     kinds = sorted(set(getattr(default, "layer_types", None) or ()))
     if "sliding_window" in fields:
         settings["sliding_window"] = WINDOW if window else None
@@ -85,6 +87,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"attention_chunk_size": WINDOW, "attn_temperature_tuning": False},
     "mamba2": {"num_heads": 8},
     "zamba": {"num_hidden_layers": 6},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},

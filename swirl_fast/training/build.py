@@ -77,8 +77,8 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
             refuse_routing(model_config, key)
             if not training.sharing and not packs_rows(model_config):
                 raise ConfigError(
-                    f"{key}=true: rows of model type {model_config.model_type} go through transformers' own layers, whose routing is neither "
-                    "read nor replayed; leave it false"
+                    f"{key}=true: rows of model type {model_config.model_type} go through transformers' own layers, whose routing is not "
+                    "replayed; leave it false"
                 )
     if config.engine.share_gpu and ranks.device.type != "cuda":
         raise ConfigError("engine.share_gpu=true: this machine has no GPU that could be shared; leave it false")

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swirl_fast.config import ConfigError, TrainingConfig
+from swirl_fast.models.exact import why_not_flash
 from swirl_fast.models.policy import Policy
 from swirl_fast.models.rows import packs_rows
 from swirl_fast.training.activation_offload import OffloadedCheckpoint
@@ -16,9 +17,13 @@ from swirl_fast.training.fsdp import decoder_layers
 
 
 def check_layers(training: TrainingConfig, model_config: PreTrainedConfig, device: torch.device) -> None:
-    """Raises ConfigError for flash-attn or liger-kernel without a GPU or without the package, and for a model type that liger-kernel does
-    not know."""
+    """Raises ConfigError for flash-attn or liger-kernel without a GPU or without the package, and for a model type that flash-attn lacks
+    something for or liger-kernel does not know."""
     if training.flash_attention:
+        if lacks := why_not_flash(model_config):
+            raise ConfigError(
+                f"training.flash_attention=true: {lacks}, which model type {model_config.model_type} needs; leave it false"
+            )
         if device.type != "cuda":
             raise ConfigError("training.flash_attention=true: flash-attn needs a GPU; leave it false")
         if importlib.util.find_spec("flash_attn") is None:

@@ -26,9 +26,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.config import Config, ConfigError, TrainingConfig, load
-from swirl_fast.models.exact import why_not_packed
+from swirl_fast.models.exact import why_not_shared
 from swirl_fast.models.load import DTYPES, load_config
 from swirl_fast.models.lora import frozen_in_compute_type, linear_layers, target_layers
+from swirl_fast.models.policy import head_widths
 from swirl_fast.training.fsdp import layers_of
 from swirl_fast.training.utilization import GIB
 
@@ -98,14 +99,13 @@ def estimate(
     if config.algorithm.kl_coef > 0 and not training.reference_offload:
         kept["reference"] = float((c if distributed else 4) * count) / shared if rank is None else 0.0
     text = model_config.get_text_config()
-    own = why_not_packed(model_config) is not None  # layers of other shapes
+    own = why_not_shared(model_config) is not None  # layers of other shapes
     if config.engine.kind == "local" and config.algorithm.name != "sft":  # which samples nothing
         kept["rollout weights"] = float(engine * count)
     if "rollout weights" in kept and not own:
         heads = text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        kv = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
-        kept["rollout cache"] = 2.0 * len(layers) * kv * engine * config.engine.cache_tokens
+        kv = (getattr(text, "num_key_value_heads", None) or heads) * sum(head_widths(text))
+        kept["rollout cache"] = 1.0 * len(layers) * kv * engine * config.engine.cache_tokens
 
     step = {}
     if distributed:
@@ -186,9 +186,9 @@ def _activations(
     mode = training.activation_checkpointing
     text = model_config.get_text_config()
     hidden, heads = text.hidden_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    query = heads * head_dim
-    kv = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    keys, values = head_widths(text)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    query, kv = heads * keys, kv_heads * keys
     inner = text.intermediate_size
     if visited := getattr(text, "num_experts_per_tok", None):
         inner = visited * (getattr(text, "moe_intermediate_size", None) or inner)
@@ -199,7 +199,8 @@ def _activations(
     ]
     # a norm: its input and its normalised input in float32, and its output, which the next product keeps (cast, under autocast)
     norms = (4 + 4 + r + (c if r != c else 0)) * sum(widths)
-    attention = c * (3 * query + 2 * kv) + 4 * heads  # q, k, v, the result in two layouts, log-sum-exp
+    # q, k, v, the result in two layouts, log-sum-exp
+    attention = c * (query + kv + (kv_heads + 2 * heads) * values) + 4 * heads
     mlp = 4 * c * inner  # gate, its activation, up, their product
     whole = norms + attention + mlp
     working = 3 * c * inner + 4 * r * hidden

@@ -18,10 +18,21 @@ from swirl_kernels.tree_attention import plan as planning
 
 
 def results(function: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """Output and the gradients of q, k, v for one fixed upstream gradient."""
+    """Output and the gradients of q, k, v, and of sinks where they have one, for one fixed upstream gradient.
+
+    A third of its rows are zero, as those of tokens that no loss looks at.
+    """
     out = function(q, k, v, *args, **kwargs)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return (out, *torch.autograd.grad(out, (q, k, v), upstream.to(out.dtype)))
+    upstream[:, ::3] = 0
+    learned = [x for x in (kwargs.get("sinks"),) if isinstance(x, Tensor)]
+    dq, dk, dv, *dsinks = torch.autograd.grad(out, (q, k, v, *learned), upstream.to(out.dtype))
+    return (out, dq, dk, dv, *(x[:, None, None] for x in dsinks))
+
+
+def sinks_of(q: Tensor) -> Tensor:
+    """One a query head, from one that hardly matters to one that takes most of the attention."""
+    return torch.linspace(-3, 3, q.shape[0], dtype=q.dtype).requires_grad_()
 
 
 def assert_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
@@ -30,8 +41,9 @@ def assert_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], toleranc
     A thousandth of the output's size is the floor: gradients of tokens that see only themselves are zero up to
     rounding.
     """
+    assert len(got) == len(expected)
     floor = 1e-3 * expected[0].detach().double().norm(dim=-1)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), got, expected, strict=False):
         a, b = a.detach().double(), b.detach().double()
         assert a.shape == b.shape, name
         assert not a.isnan().any(), f"{name} holds NaN"
@@ -64,14 +76,21 @@ def forests(draw: st.DrawFn) -> Tensor:
     heads=st.sampled_from([(1, 1), (3, 3), (4, 2), (6, 1)]),
     softcap=st.sampled_from([None, None, 2.0]),
     window=st.sampled_from([None, None, 1, 2, 7, 1000]),
+    chunk=st.sampled_from([None, None, 1, 3, 8, 1000]),
+    sinks=st.sampled_from([None, -1.0, sinks_of]),
+    values=st.sampled_from([None, 3, 13]),
     scale=st.sampled_from([None, 0.7]),
     subset=st.one_of(st.none(), st.lists(st.integers(0, 10_000), max_size=40)),
     piece=st.sampled_from([3, 1024]),
 )
-def test_equals_naive_on_random_forests(end, heads, softcap, window, scale, subset, piece) -> None:
+def test_equals_naive_on_random_forests(
+    end, heads, softcap, window, chunk, sinks, values, scale, subset, piece
+) -> None:
     query_index = None if subset is None else torch.tensor(subset, dtype=torch.int64) % len(end)
-    q, k, v = inputs(end, heads=heads[0], key_heads=heads[1], queries=None if subset is None else len(subset))
-    options = dict(softcap=softcap, window=window, scale=scale, query_index=query_index)
+    queries = None if subset is None else len(subset)
+    q, k, v = inputs(end, heads=heads[0], key_heads=heads[1], queries=queries, values=values)
+    options = dict(softcap=softcap, scale=scale, query_index=query_index)
+    options |= dict(window=window if chunk is None else None, chunk=chunk, sinks=sinks(q) if callable(sinks) else sinks)
     with pytest.MonkeyPatch.context() as patch:  # small limits, so that pieces, splits and chunks occur at this size
         patch.setattr(planning, "PIECE", piece)
         patch.setattr(planning, "MASK_ELEMENTS", 300)
@@ -93,7 +112,7 @@ def test_branch_at_every_offset(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"window": 60}], ids=["flash", "softcap", "window"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"window": 60}, {"sinks": 2.0}], ids=str)
 def test_other_dtypes_against_float64_of_the_same_numbers(dtype, tolerance, options) -> None:
     end = pack(comb(90, 3, 4, 25), (40, (7,), (7,), (1,)), (1,))
     q, k, v = inputs(end, heads=4, key_heads=2, dim=16, dtype=dtype)
@@ -198,8 +217,10 @@ def test_strides_of_inputs_and_upstream_do_not_matter() -> None:
 def test_gradcheck() -> None:
     end = pack((3, (2,), (1, (2,), (1,))), (2,))
     q, k, v = inputs(end, heads=2, key_heads=1, dim=3)
-    for options in ({}, {"softcap": 1.5}, {"window": 3}):
+    for options in ({}, {"softcap": 1.5}):
         assert torch.autograd.gradcheck(lambda q, k, v, o=options: tree_attention(q, k, v, end, **o), (q, k, v))
+    of = (q, k, v, sinks_of(q))
+    assert torch.autograd.gradcheck(lambda q, k, v, sinks: tree_attention(q, k, v, end, window=3, sinks=sinks), of)
 
 
 def test_backward_from_a_second_thread_and_under_autocast() -> None:
@@ -287,6 +308,16 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
         tree_attention(q[:, :2], k, v, end, query_index=torch.tensor([0, 8]))
     with pytest.raises(ValueError, match="window is 0"):
         tree_attention(q, k, v, end, window=0)
+    with pytest.raises(ValueError, match="chunk is 0 and window None"):
+        tree_attention(q, k, v, end, chunk=0)
+    with pytest.raises(ValueError, match="chunk is 4 and window 4.*not both"):
+        tree_plan(end, chunk=4, window=4)
+    with pytest.raises(ValueError, match="chunk is None, but the plan was made for 4"):
+        tree_attention(q, k, v, end, plan=tree_plan(end, chunk=4))
+    with pytest.raises(ValueError, match=r"sinks have shape \(1,\).*one floating number a query head, \[2\]"):
+        tree_attention(q, k, v, end, sinks=torch.zeros(1))
+    with pytest.raises(ValueError, match="sinks have shape .* and dtype torch.int64"):
+        tree_attention(q, k, v, end, sinks=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="softcap is -1"):
         tree_attention(q, k, v, end, softcap=-1.0)
     for scale in (0.0, -0.5, math.nan, math.inf):
@@ -300,6 +331,42 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
         tree_plan(end.float())
     with pytest.raises(ValueError, match="depth has 3 entries, subtree_end 8"):
         tree_plan(end, depth=torch.arange(3))
+
+
+def test_what_a_sink_is() -> None:
+    """One of -inf changes no bit, one of 0 is one more key of score 0, and its gradient comes alone too."""
+    end = pack(comb(12, 2, 3, 5))
+    q, k, v = inputs(end)
+    plain = results(tree_attention, q, k, v, end)
+    assert all(
+        torch.equal(a, b) for a, b in zip(results(tree_attention, q, k, v, end, sinks=-math.inf), plain, strict=True)
+    )
+    scores = (q @ k.transpose(1, 2) / 8**0.5).masked_fill(
+        (torch.arange(len(end)) > torch.arange(len(end))[:, None]) | (torch.arange(len(end))[:, None] >= end), -math.inf
+    )
+    expected = scores.exp() @ v / (1 + scores.exp().sum(-1, keepdim=True))
+    torch.testing.assert_close(tree_attention(q, k, v, end, sinks=0.0), expected, rtol=1e-12, atol=1e-12)
+    sinks = sinks_of(q)
+    wanted = results(tree_attention, q, k, v, end, sinks=sinks)[4][:, 0, 0]
+    frozen = [x.detach() for x in (q, k, v)]
+    out = tree_attention(*frozen, end, sinks=sinks)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream[:, ::3] = 0
+    assert torch.equal(torch.autograd.grad(out, sinks, upstream)[0], wanted)
+
+
+def test_chunks_are_counted_in_the_given_depth() -> None:
+    """From depth 1 on instead of 0 the chunks of 4 end elsewhere: a tooth at depth 6 then sees depths 4 and 5."""
+    end = pack((6, (3,), (3,)), (5,))
+    natural = torch.tensor([*range(6), 6, 7, 8, 6, 7, 8, *range(5)])
+    q, k, v = inputs(end)
+    expected = results(naive_tree_attention, q, k, v, end, chunk=4)
+    plan = tree_plan(end, chunk=4, depth=natural + 8)
+    assert_close(results(tree_attention, q, k, v, end, plan=plan, chunk=4), expected, 1e-10)
+    shifted = dict(chunk=4, depth=natural + 1)
+    moved = results(tree_attention, q, k, v, end, **shifted)
+    assert_close(moved, results(naive_tree_attention, q, k, v, end, **shifted), 1e-10)
+    assert not torch.allclose(moved[0], expected[0])
 
 
 def test_backend_variable(monkeypatch: pytest.MonkeyPatch) -> None:

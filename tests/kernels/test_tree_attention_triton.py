@@ -73,17 +73,27 @@ def upstream(out: Tensor) -> Tensor:
 
 
 def results(q: Tensor, k: Tensor, v: Tensor, end: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-    """Output and the gradients of q, k, v."""
-    out = tree_attention(q, k, v, end if end is None else end.to(DEVICE), **on_device(options))
+    """Output and the gradients of q, k, v, and of sinks where they have one."""
+    options = on_device(options)
+    out = tree_attention(q, k, v, end if end is None else end.to(DEVICE), **options)
     assert out.dtype == q.dtype
-    return (out, *torch.autograd.grad(out, (q, k, v), upstream(out).to(out)))
+    return (out, *gradients(out, (q, k, v), options, upstream(out).to(out)))
+
+
+def gradients(out: Tensor, of: tuple[Tensor, ...], options: dict[str, Any], gradient: Tensor) -> Iterator[Tensor]:
+    learned = [x for x in (options.get("sinks"),) if isinstance(x, Tensor)]
+    dq, dk, dv, *dsinks = torch.autograd.grad(out, (*of, *learned), gradient)
+    yield from (dq, dk, dv, *(x[:, None, None] for x in dsinks))
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, end: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """The same with a dense mask, in float64 on the same rounded numbers."""
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out = naive_tree_attention(*exact, end.to(DEVICE), **on_device(options))
-    return (out, *torch.autograd.grad(out, exact, upstream(out).to(q).double()))
+    exact = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
+    options = on_device(options)
+    if isinstance(options.get("sinks"), Tensor):
+        options["sinks"] = options["sinks"].detach().double().requires_grad_()
+    out = naive_tree_attention(*exact, end.to(DEVICE), **options)
+    return (out, *gradients(out, exact, options, upstream(out).to(q).double()))
 
 
 def on_device(options: dict[str, Any]) -> dict[str, Any]:
@@ -95,8 +105,9 @@ def assert_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], toleranc
 
     A tenth of the output's size is the floor: gradients of tokens that see only themselves are zero up to rounding.
     """
+    assert len(got) == len(expected)
     floor = 0.1 * expected[0].detach().norm(dim=-1)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), got, expected, strict=False):
         a, b = a.detach().double(), b.detach()
         assert a.shape == b.shape, name
         assert not a.isnan().any(), f"{name} holds NaN"
@@ -121,6 +132,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"window": 24, "softcap": 5.0},
     {"window": 1000},
     {"scale": -0.4},
+    {"chunk": 1},
+    {"chunk": 7},
+    {"chunk": 24, "softcap": 5.0},
 ]
 
 
@@ -211,6 +225,40 @@ def test_an_empty_packing_and_no_queries(small) -> None:
 def test_grouped_queries(small, heads, key_heads, dtype) -> None:
     end = pack(comb(20, 2, 2, 9))
     check(end, *inputs(end, heads=heads, key_heads=key_heads, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 9, "softcap": 2.0}, {"query_index": torch.tensor([41, 3, 20, 3])}], ids=str
+)
+def test_sinks(small, options) -> None:
+    """From one that hardly matters to one that takes most of the attention."""
+    end = pack((20, (9,), (9, (5,))))
+    q, k, v = inputs(end, heads=4, key_heads=2, queries=4 if "query_index" in options else None)
+    check(end, q, k, v, sinks=torch.linspace(-3, 3, 4, device=DEVICE).requires_grad_(), **options)
+
+
+def test_sinks_repeat_and_may_be_absent(small) -> None:
+    """The same bits every time; rows without upstream give a sink nothing; -inf changes no bit."""
+    end = pack((20, (9,), (5,)))
+    q, k, v = inputs(end)
+    plain, absent = results(q, k, v, end), results(q, k, v, end, sinks=-math.inf)
+    assert all(torch.equal(a, b) for a, b in zip(absent, plain, strict=True))
+    sinks = torch.tensor([0.5, -1.0], device=DEVICE).requires_grad_()
+    out = tree_attention(q, k, v, end.to(DEVICE), sinks=sinks)
+    gradient = upstream(out).to(out).index_fill(1, torch.arange(3, len(end), device=DEVICE), 0)
+    got, again = (torch.autograd.grad(out, sinks, gradient, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(got, again)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
+    dense = naive_tree_attention(*exact[:3], end.to(DEVICE), sinks=exact[3])
+    (wanted,) = torch.autograd.grad(dense, exact[3], gradient.double())
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dim", "values"), [(24, 16), (8, 40)])
+@pytest.mark.parametrize("options", [{}, {"window": 9, "sinks": 0.5}], ids=str)
+def test_values_of_another_width_than_keys(small, dim, values, options) -> None:
+    end = pack((20, (9,), (9, (5,))))
+    check(end, *inputs(end, dim=dim, values=values, heads=4, key_heads=2), **options)
 
 
 @pytest.mark.parametrize("dim", [1, 8, 24, 80, 256])
@@ -477,9 +525,10 @@ def test_a_depth_that_falls_along_a_path_is_refused() -> None:
 
 def test_what_the_kernels_cannot_compute_is_refused(monkeypatch) -> None:
     end = pack((3, (2,)))
-    q, k, v = inputs(end, dim=257)
-    with pytest.raises(ValueError, match="head dimension is 257, Triton's kernels take up to 256"):
-        tree_attention(q, k, v, end.to(DEVICE))
+    for sizes in ({"dim": 257}, {"dim": 16, "values": 257}):
+        q, k, v = inputs(end, **sizes)
+        with pytest.raises(ValueError, match="head dimension is 257, Triton's kernels take up to 256"):
+            tree_attention(q, k, v, end.to(DEVICE))
     q, k, v = (x.double() for x in inputs(end))
     with pytest.raises(ValueError, match="tree_attention in torch.float64 has no Triton kernel"):
         tree_attention(q, k, v, end.to(DEVICE))

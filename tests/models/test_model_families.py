@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers
 from naive.agreement import TOLERANCE, assert_equal_to_rows, assert_same_gradients, by_action, losses
 from naive.rows import separate_rows
-from support.model_families import COMMON, FAMILIES, build, trees
+from support.model_families import COMMON, FAMILIES, RARE, SINGLE_PRECISION, build, trees
 from support.random_trees import random_trunks
 from torch import nn
 from torch._dynamo.utils import counters
@@ -32,7 +32,7 @@ from swirl_kernels.tree_attention import TreePlan, tree_plan
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *RARE])
 def test_comb_equals_separate_rows(family: str, dtype: torch.dtype) -> None:
     """In float32 the rows go through the family's own attention and masks; in float64 through a dense one that does not round."""
     naive = build(family, dtype)
@@ -40,6 +40,16 @@ def test_comb_equals_separate_rows(family: str, dtype: torch.dtype) -> None:
     naive.set_attn_implementation("naive" if dtype == torch.float64 else "eager")
     for branches in trees():
         assert_equal_to_rows(naive, policy, branches, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("family", SINGLE_PRECISION)
+def test_comb_equals_separate_rows_in_single_precision(family: str) -> None:
+    """Families that round to float32 inside."""
+    naive = build(family, torch.float32)
+    policy = Policy(copy.deepcopy(naive), temperature=0.8)
+    naive.set_attn_implementation("eager")
+    for branches in trees():
+        assert_equal_to_rows(naive, policy, branches, 1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "gemma3"])
@@ -62,6 +72,7 @@ def test_model_size_of_windows_and_experts() -> None:
     assert model_size(build("gemma3", torch.float32)).attention == ((32, 6), (32, 6), (32, None))
     assert model_size(build("mistral", torch.float32)).attention == ((32, 6), (32, 6))
     assert model_size(build("qwen2", torch.float32)).attention == ((32, None), (32, 6))
+    assert model_size(build("deepseek_v3", torch.float32)).attention == ((4 * (16 + 6) // 2, None),) * 2
     settings = {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}
     mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings))
     attention = 2 * 32 * 32 + 2 * 32 * 16
@@ -94,9 +105,8 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
     "recurrent (RWKV)": ("Rwkv", {}, "rwkv.*state from token to token"),
     "recurrent (xLSTM)": ("xLSTM", {}, "xlstm.*state from token to token"),
     "convolution": ("Lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "lfm2.*kind conv"),
-    "chunked attention": ("Llama4Text", {}, "llama4_text.*chunked_attention"),
+    "scales by the place in the row": ("Llama4Text", {}, "llama4_text.*attn_temperature_tuning=true.*floor_scale=8192"),
     "sparse attention": ("DeepseekV32", {}, "deepseek_v32.*deepseek_sparse_attention"),
-    "attention sinks": ("GptOss", {}, "gpt_oss.*sinks"),
     "attention dropout": ("Llama", {"attention_dropout": 0.1}, "llama.*attention_dropout=0.1.*set it to 0"),
     "residual dropout": ("GPT2", {}, "gpt2.*_pdrop=0.1"),
     "router noise": ("Phimoe", {}, "phimoe.*router_jitter_noise=0.01"),
@@ -111,7 +121,6 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
     "images (Qwen)": ("Qwen2_5_VL", {}, "qwen2_5_vl.*more than text"),
     "both directions": ("Gemma3Text", {"use_bidirectional_attention": True}, "gemma3_text.*not causal"),
     "encoder and decoder": ("T5Gemma", {}, "t5gemma.*encoder"),
-    "values of another width": ("DeepseekV3", {}, "deepseek_v3.*192 dimensions a head and its values 128"),
     "alibi": ("Bloom", {"hidden_dropout": 0.0, "attention_dropout": 0.0}, "bloom.*no way to replace its attention"),
     "attention of two halves": ("DiffLlama", {}, "diffllama.*no way to replace its attention"),
     "rotary factors by length": (
@@ -131,7 +140,22 @@ def test_inexact_architectures_are_refused_by_name(what: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Mixtral", "Qwen3Moe", "Phi3", "Olmo2", "SmolLM3"],
+    [
+        "Llama",
+        "Qwen2",
+        "Qwen3",
+        "Mistral",
+        "Gemma2",
+        "Gemma3Text",
+        "Mixtral",
+        "Qwen3Moe",
+        "Phi3",
+        "Olmo2",
+        "SmolLM3",
+        "GptOss",
+        "DeepseekV2",
+        "DeepseekV3",
+    ],
 )
 def test_exact_architectures_are_not_refused(name: str) -> None:
     refuse_inexact(config(name))
@@ -163,7 +187,7 @@ def test_what_only_the_forward_shows_is_refused() -> None:
     policy = Policy(build("llama", torch.float32))
     attention = policy.model.model.layers[0].self_attn
     original = attention.forward
-    for extra in ({"s_aux": torch.zeros(4)}, {"attention_mask": torch.zeros(1)}, {"is_causal": False}):
+    for extra in ({"head_mask": torch.zeros(4)}, {"attention_mask": torch.zeros(1)}, {"is_causal": False}):
         attention.forward = lambda *a, extra=extra, **k: original(*a, **{**k, **extra})
         with pytest.raises(ConfigError, match=next(iter(extra))):
             policy(row)
@@ -245,7 +269,7 @@ def one_rank() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_fsdp2_changes_nothing(family: str, checkpointing: bool, one_rank: Ranks) -> None:
     model = build(family, torch.float32)
@@ -267,7 +291,7 @@ def test_a_packing_is_planned_once_for_all_layers(one_rank: Ranks, monkeypatch: 
     assert sorted(windows, key=str) == [6, None]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
 def test_plans_made_with_the_row_are_those_that_the_layers_ask_for(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,8 +84,8 @@ def test_flash_attention_is_for_packed_rows(monkeypatch: pytest.MonkeyPatch) -> 
 def test_work_and_memory_of_a_model_with_a_state() -> None:
     """Attention counts where there is any; the estimate says what it does not know, and of packed rows it is that of combs."""
     assert model_size(build_unshared("qwen3_5")).attention == ((32, None),)
-    assert model_size(build_unshared("llama4")).attention == ((32, 6), (32, None))
-    assert model_size(build_unshared("deepseek_v3")).attention == ((40, None), (40, None))
+    assert model_size(build("llama4", torch.float32)).attention == ((32, 6), (32, 6), (32, None))
+    assert model_size(build("deepseek_v3", torch.float32)).attention == ((44, None), (44, None))
     mamba = transformers.FalconMambaForCausalLM(
         transformers.FalconMambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=97)
     )

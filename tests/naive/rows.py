@@ -23,6 +23,7 @@ def _dense_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention with a dense mask, in the type of its inputs (transformers' own takes its softmax in float32)."""
@@ -34,7 +35,14 @@ def _dense_attention(
     visible = i[:, None] >= i[None, :]
     if sliding_window is not None:
         visible &= i[:, None] - i[None, :] < sliding_window
-    probabilities = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds and kinds[module.layer_idx] == "chunked_attention":
+        chunk = i // module.config.attention_chunk_size
+        visible &= chunk[:, None] == chunk[None, :]
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    probabilities = scores.softmax(-1)[..., : len(i)]
     return (probabilities @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
 
 

@@ -1,11 +1,12 @@
-"""training.sharing=false through every stage as a user starts them: small models with random weights whose prefixes cannot be shared."""
+"""Models of other layers through every stage as a user starts them, with random weights: with a state, over rows (training.sharing=false);
+with sinks, over combs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from support.model_families import build_unshared
+from support.model_families import UNSHARED, build_unshared
 from support.own import HERMES, own_folder, rows
 from support.runs import attempt, start
 from support.small_models import train_tokenizer
@@ -35,7 +36,7 @@ SETTINGS = (
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "gpt_oss"])
-def test_a_model_that_cannot_share_prefixes_runs_all_stages(
+def test_a_model_with_a_state_or_with_sinks_runs_all_stages(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hermes = HERMES.read_text(encoding="utf-8")
@@ -49,16 +50,18 @@ def test_a_model_that_cannot_share_prefixes_runs_all_stages(
     monkeypatch.chdir(tmp_path)
     command = ["run", "--config", "mine.yaml", *SETTINGS]
 
-    refused = attempt(command)
-    assert refused.returncode == 2 and "Set training.sharing=false" in refused.stderr, refused.stderr
-    assert not (tmp_path / "runs").exists(), "before any work"
+    over_rows = ["training.sharing=false"] if family in UNSHARED else []
+    if over_rows:
+        refused = attempt(command)
+        assert refused.returncode == 2 and "Set training.sharing=false" in refused.stderr, refused.stderr
+        assert not (tmp_path / "runs").exists(), "before any work"
 
-    done = start([*command, "training.sharing=false"])
+    done = start([*command, *over_rows])
     run = tmp_path / "runs" / "r"
     (metrics,) = read_metrics(run)
     assert metrics["engine_gap_mean"] < 1e-4 and metrics["model_check_logprob"] < 1e-4 and metrics["grad_norm"] > 0
-    assert metrics["tokens_computed"] >= metrics["tokens_effective"] - metrics["actions"], "a row each, and padding"
-    assert done.stdout.count("engine: no prefix cache for this model: it") >= 1
+    shares = metrics["tokens_computed"] < metrics["tokens_effective"] - metrics["actions"]  # else a row each, and padding
+    assert shares == (not over_rows) == ("engine: no prefix cache for this model: it" not in done.stdout)
     summary = read_json(run / "summary.json")
     assert summary and summary["base"]["questions"] == summary["trained"]["questions"] == 2
     assert (
@@ -66,7 +69,7 @@ def test_a_model_that_cannot_share_prefixes_runs_all_stages(
         == build_unshared(family).config.model_type
     )
 
-    narrow = ("training.sharing=false", "training.steps=2", "training.token_budget=40")
+    narrow = (*over_rows, "training.steps=2", "training.token_budget=40")
     refused = attempt(["train", *command[1:], *narrow])
     assert refused.returncode == 2 and "training.token_budget=40: trajectory" in refused.stderr, refused.stderr
     assert "set it to at least" in refused.stderr

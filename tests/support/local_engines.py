@@ -34,11 +34,30 @@ MODELS = {
         transformers.LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}, tie_word_embeddings=True)
     ),
 }
+RARE = {
+    # sinks, and windows in every second layer
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**SHAPE, sliding_window=7, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    # values of another width than keys
+    "deepseek_v3": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **{**SHAPE, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=8,
+            v_head_dim=6, first_k_dense_replace=2,
+        )
+    ),
+    # chunks in the first layer
+    "llama4": lambda: transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(
+            **SHAPE, no_rope_layers=[1, 0], attention_chunk_size=7, attn_temperature_tuning=False, moe_layers=[]
+        )
+    ),
+}  # fmt: skip
 
 
 def make(kind: str = "llama", seed: int = 0) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
-    model = MODELS[kind]().eval()
+    model = (MODELS | RARE)[kind]().eval()
     model.set_attn_implementation("eager")  # "sdpa" leaves Gemma 2's soft-cap out
     return model
 

@@ -46,22 +46,48 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-_LATENT = {
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 16,
     "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 4,
-}
-_SMALL_EXPERTS = {
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 6,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
     "n_group": 1,
     "topk_group": 1,
 }
+# Of attention of another shape.
+RARE: dict[str, tuple[str, dict[str, object]]] = {
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2, "attention_bias": False, **WINDOW},
+    ),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, "first_k_dense_replace": 2}),
+}
+# They compute parts in float32 whatever the type of the weights.
+SINGLE_PRECISION: dict[str, tuple[str, dict[str, object]]] = {
+    "deepseek_v2": ("DeepseekV2", {**LATENT, "first_k_dense_replace": 1}),
+    "deepseek_v3 experts": ("DeepseekV3", {**LATENT, "first_k_dense_replace": 1}),
+    "glm4_moe_lite": ("Glm4MoeLite", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
+    "llama4": (
+        "Llama4",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [1, 1, 0],
+            "attention_chunk_size": 6,
+            "attn_temperature_tuning": False,
+            "moe_layers": [1],
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 48,
+        },
+    ),
+}
+
+
 # whose prefixes cannot be shared, each for another reason
 UNSHARED: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_5": (
@@ -76,21 +102,6 @@ UNSHARED: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
     "falcon_mamba": ("FalconMamba", {"state_size": 8}),
-    "gpt_oss": ("GptOss", {**_EXPERTS, **WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
-    "llama4": (
-        "Llama4",
-        {
-            **_EXPERTS,
-            "attention_chunk_size": 6,
-            "intermediate_size_mlp": 32,
-            "layer_types": ["chunked_attention", "full_attention"],
-            "no_rope_layers": [1, 0],
-        },
-    ),
-    "deepseek_v3": (
-        "DeepseekV3",
-        {**_LATENT, **_SMALL_EXPERTS, "num_key_value_heads": 4, "first_k_dense_replace": 1},
-    ),
     "recurrent_gemma": (
         "RecurrentGemma",
         {
@@ -105,16 +116,16 @@ UNSHARED: dict[str, tuple[str, dict[str, object]]] = {
 
 def build_unshared(family: str, **more: object) -> PreTrainedModel:
     """In float32."""
-    name, settings = UNSHARED[family]
+    name, settings = (UNSHARED | RARE)[family]
     torch.manual_seed(0)
-    text = "TextConfig" if name in ("Qwen3_5", "Llama4") else "Config"
+    text = "TextConfig" if name == "Qwen3_5" else "Config"
     config = getattr(transformers, name + text)(**{**COMMON, **settings, **more})
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
 def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
-    name, settings = FAMILIES[family]
-    config_name = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    name, settings = (SINGLE_PRECISION | RARE | FAMILIES)[family]
+    config_name = f"{name}TextConfig" if name in ("Gemma3", "Llama4") else f"{name}Config"
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**{**COMMON, **settings})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
@@ -122,6 +133,7 @@ def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
         if parameter.dim() == 1:  # norms and biases that do something
             nn.init.normal_(parameter, 0.3 if "gemma" in family else 1.0, 0.3)
     if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the grouped product takes no float64
         for module in model.modules():  # they round to float32 inside
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = MethodType(_norm_gemma if "gemma" in family else _norm, module)

@@ -39,13 +39,15 @@ def queries_keys_values(
     heads: int = 2,
     key_heads: int = 1,
     dim: int = 8,
+    values: int | None = None,
     queries: int | None = None,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as a model makes them: token-major in memory, seen head-major."""
+    """q, k, v as a model makes them: token-major in memory, seen head-major. values: their head dimension, where it is not dim."""
     generator = torch.Generator().manual_seed(0)
-    sizes = ((len(end) if queries is None else queries, heads), (len(end), key_heads), (len(end), key_heads))
-    drawn = [torch.randn(n, h, dim, generator=generator, dtype=torch.float64) for n, h in sizes]
+    rows = len(end) if queries is None else queries
+    sizes = ((rows, heads, dim), (len(end), key_heads, dim), (len(end), key_heads, dim if values is None else values))
+    drawn = [torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes]
     q, k, v = (x.to(device, dtype).transpose(0, 1).requires_grad_() for x in drawn)
     return q, k, v

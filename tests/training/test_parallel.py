@@ -390,6 +390,7 @@ def varlen(q, k, v, ends, ends_k, longest, longest_k, *, softmax_scale, causal, 
     `left` keys before the query."""
     assert causal and torch.equal(ends, ends_k) and longest == longest_k == int(ends.diff().max())
     assert ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(q)
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     rows = []
     for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
@@ -403,11 +404,12 @@ def varlen(q, k, v, ends, ends_k, longest, longest_k, *, softmax_scale, causal, 
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "deepseek_v3"])
 def test_flash_attention_is_asked_for_the_same_on_rows_without_branches(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its kernels need a GPU; a stand-in does what its documentation says. Gemma-2: soft-cap, window and a scale of its own."""
+    """Its kernels need a GPU; a stand-in does what its documentation says. Gemma-2: soft-cap, window and a scale of its own;
+    DeepSeek: values narrower than keys."""
     package = types.ModuleType("flash_attn")
     package.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
@@ -417,7 +419,7 @@ def test_flash_attention_is_asked_for_the_same_on_rows_without_branches(
     straight = pack([Trunk(row, (SampledState(3, (row[3:],), (i,)),)) for i, row in enumerate(rows)])
     other = np.array([*rows[0][3:5], (rows[0][5] + 1) % 97, 1, 2], np.int32)
     branched = pack([Trunk(rows[0], (SampledState(3, (rows[0][3:], other), (0, 1)),))])
-    policy = Policy(small_models.build(kind, torch.float64))
+    policy = Policy(build(kind, torch.float64))
     found = []
     for flash in (False, True):
         packed = DeviceComb.of(straight, flash=flash)
@@ -439,6 +441,10 @@ def test_flash_attention_needs_a_gpu_its_package_and_half_precision(
     config = small_models.build("llama", torch.float32).config
     with pytest.raises(ConfigError, match="training.flash_attention=true: flash-attn needs a GPU"):
         layers.check_layers(TrainingConfig(flash_attention=True), config, CPU)
+    with pytest.raises(
+        ConfigError, match="training.flash_attention=true: .*no attention sinks.*gpt_oss needs; leave it false"
+    ):
+        layers.check_layers(TrainingConfig(flash_attention=True), transformers.GptOssConfig(), CPU)
     monkeypatch.setattr(layers.importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(ConfigError, match="training.flash_attention=true: the package is missing"):
         layers.check_layers(TrainingConfig(flash_attention=True), config, torch.device("cuda"))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from triton import next_power_of_2
 
 from swirl_kernels.aot.case import AotCase
 from swirl_kernels.tree_attention.blocks import count_tiles
@@ -16,6 +17,7 @@ OPTIONS = ("", "softcap", "window", "softcap window", "query_index")  # what a k
 _OUTSIDE = "none of it inside a loop over tiles"
 _FP32_DQ = "q and dout lie in registers; a full tile on sm_90: 37 loads, 25 stores of 1259 instructions; other tiles spill more"
 _SPILLS = {  # (kernel, option, D, fp32): bytes on the worst target, and where they are used
+    ("forward", "", 192, False): (8, _OUTSIDE),
     ("backward_q", "", 256, True): (264, _FP32_DQ),
     ("backward_kv", "", 64, True): (8, _OUTSIDE),
     ("backward_kv", "", 256, False): (16, _OUTSIDE),
@@ -32,17 +34,19 @@ def aot_cases() -> list[AotCase]:
                 options = OPTIONS if dtype == torch.bfloat16 else OPTIONS[:1]
                 if dtype != torch.float16 or dim == 64:  # fp16 compiles like bf16
                     cases += [case for option in options for case in _cases(kernel, dtype, dim, option)]
+        cases += _cases(kernel, torch.bfloat16, 192, "", values=128)
+    cases += [case for dim in (64, 128) for case in _cases(forward, torch.bfloat16, dim, "window sinks")]
     return cases
 
 
-def _cases(kernel: Any, dtype: torch.dtype, dim: int, option: str) -> Iterator[AotCase]:
-    """One for all targets that share a configuration."""
+def _cases(kernel: Any, dtype: torch.dtype, dim: int, option: str, values: int | None = None) -> Iterator[AotCase]:
+    """One for all targets that share a configuration. values: their head dimension, where it is not dim."""
     targets: dict[Tiles, list[int]] = {}
     for target in (80, 90, 100):
-        tiles = configuration(kernel.fn.__name__, dim, dtype, divmod(target, 10))
+        tiles = configuration(kernel.fn.__name__, next_power_of_2(dim), dtype, divmod(target, 10))
         targets.setdefault(tiles, []).append(target)
     for tiles, shared_by in targets.items():
-        yield _case(kernel, dtype, dim, tiles, option, tuple(shared_by))
+        yield _case(kernel, dtype, dim, tiles, option, tuple(shared_by), values)
 
 
 def _case(
@@ -52,17 +56,21 @@ def _case(
     tiles: Tiles,
     option: str,
     targets: tuple[int, ...] = (80, 90, 100),
+    values: int | None = None,
 ) -> AotCase:
     tensors = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", None: ""}[dtype]
     kinds = dict.fromkeys(("dout", "q", "k", "v", "out", "dq", "dk", "dv"), tensors)
-    kinds |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    kinds |= {"lse": "*fp32", "delta": "*fp32", "sinks": "*fp32", "scale": "fp32", "softcap": "fp32"}
     lists = ("counts", "ranges", "end", "parent", "run", "depth", "position", "query_depth", "shallowest")
     kinds |= dict.fromkeys(lists, "*i32")
     present = {"softcap": {"softcap"}, "window": {"depth", "query_depth", "shallowest"}, "query_index": {"position"}}
+    present |= {"sinks": {"sinks"}}
     optional: set[str] = set().union(*present.values())
     sizes = {
         "HEAD_DIM": dim,
-        "BLOCK_D": dim,
+        "BLOCK_D": next_power_of_2(dim),
+        "VALUE_DIM": dim if values is None else values,
+        "VALUE_PADDED": next_power_of_2(dim if values is None else values),
         "BLOCK_M": tiles.block_m,
         "EDGE_M": min(EDGE, tiles.block_m),
         "BLOCK_N": tiles.block_n,
@@ -71,6 +79,8 @@ def _case(
     constants = dict.fromkeys(optional.difference(*(present[word] for word in option.split()))) | sizes
     operation = kernel.fn.__name__
     words = ["tree_attention", operation, option, *([f"D={dim}", str(dtype)[6:]] if dtype else [])]
+    if values is not None:
+        words.append(f"V={values}")
     spill_bytes, spill_reason = _SPILLS.get((operation, option, dim, dtype == torch.float32), (0, ""))
     return AotCase(
         name=" ".join(filter(None, words)),

@@ -48,7 +48,9 @@ class Tree:
     run: Tensor  # [T] first token of the longest stretch up to this one in which each is the parent of the next
     depth: Tensor | None  # [T], None when no window cuts
     position: Tensor | None  # [Q], None when every token is a query
-    query_depth: Tensor | None  # [Q]
+    query_depth: (
+        Tensor | None
+    )  # [Q] from which the window counts: the query's own depth, or that of the start of its chunk
     window: int
 
 
@@ -65,8 +67,8 @@ def tree_of(plan: TreePlan) -> Tree:
             run=run.int(),
             depth=plan.depth.int() if plan.window_cuts else None,
             position=plan.position.int() if sparse else None,
-            query_depth=plan.depth[plan.position].int() if plan.window_cuts else None,
-            window=plan.window if plan.window is not None and plan.window_cuts else 0,
+            query_depth=plan.origin[plan.position].int() if plan.window_cuts else None,
+            window=plan.span if plan.span is not None and plan.window_cuts else 0,
         )
     tree: Tree = plan.derived["tree"]
     return tree
@@ -119,7 +121,7 @@ def key_blocks(plan: TreePlan, block_m: int, edge_m: int, block_n: int) -> tuple
         if plan.window_cuts:
             begin = begin // edge_m * edge_m  # the tiles whose depths are known
             near, full = -((begin - stop) // edge_m), torch.zeros_like(begin)
-            depth = F.pad(plan.depth[plan.position], (0, -num_queries % edge_m), value=FAR.value)
+            depth = F.pad(plan.origin[plan.position], (0, -num_queries % edge_m), value=FAR.value)
             shallowest = depth.view(-1, edge_m).amin(1).int()
         else:
             near = -((begin - full_begin) // edge_m)

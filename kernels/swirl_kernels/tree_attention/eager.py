@@ -1,7 +1,7 @@
 """tree_attention in plain torch: the parts of a TreePlan, one call each, merged by their log-sum-exp.
 
 Legend: B batched calls (blocks x query heads per key head), H key heads, n queries and m keys of one call, D head
-dimension.
+dimension, V that of values.
 
 On a CPU a call is torch's own flash kernel, taken at the aten level because only there it hands out the log-sum-exp and
 takes a merged one back. With a soft-cap, and on other devices, a call is explicit math over chunks of queries.
@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,31 +24,39 @@ SPLIT_QUERIES = 256  # a query block is split over threads only into pieces at l
 
 
 def tree_attention_torch(
-    q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: TreePlan, scale: float, softcap: float | None
 ) -> Tensor:
-    """q [Hq, Q, D] in ascending preorder, k and v [Hkv, T, D]; everything checked by the caller. Returns [Hq, Q, D]."""
-    out: Tensor = _TreeAttention.apply(q, k, v, plan, scale, softcap)
-    return out
+    """q [Hq, Q, D] in ascending preorder, k [Hkv, T, D], v [Hkv, T, V], sinks [Hq] or None; everything checked by the caller.
+    Returns [Hq, Q, V].
+
+    Where D and V differ, the narrower is filled up with zeros, which changes no score and no output: the flash kernel wants
+    them alike.
+    """
+    values, width = v.shape[2], max(q.shape[2], v.shape[2])
+    q, k, v = (x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2])) for x in (q, k, v))
+    out: Tensor = _TreeAttention.apply(q, k, v, sinks, plan, scale, softcap)
+    return out if values == width else out[..., :values]
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, softcap):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, v, sinks, plan, scale, softcap):  # type: ignore[no-untyped-def]
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         ctx.calls = _Calls(plan, scale, softcap, q, k)
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = ctx.calls.forward(q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse)
+            out, lse = ctx.calls.forward(q, k, v, sinks)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         with torch.autocast(q.device.type, enabled=False):
             dq, dk, dv = ctx.calls.backward(dout, q, k, v, out, lse)
-        return dq, dk, dv, None, None, None
+            dsinks = _sink_gradient(sinks, dout, out, lse) if ctx.needs_input_grad[3] else None
+        return dq, dk, dv, dsinks, None, None, None
 
 
 class _Calls:
@@ -61,8 +70,8 @@ class _Calls:
         self.flash = softcap is None and q.device.type == "cpu"
         self.accumulator = torch.promote_types(q.dtype, torch.float32)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """out [Hq, Q, D] in q's dtype and layout, lse [Hq, Q]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """out [Hq, Q, D] in q's dtype and layout, lse [Hq, Q], of the sinks too: with it the backward is right as it is."""
         out = torch.empty_like(q, dtype=self.accumulator)
         lse = torch.empty(q.shape[:2], dtype=self.accumulator, device=q.device)
         for part in self.plan.own:  # together they hold every query once
@@ -75,6 +84,9 @@ class _Calls:
             so_far = lse[:, rows]
             _put(out, rows, torch.lerp(out[:, rows], o, torch.sigmoid(s - so_far)[..., None]))
             _put(lse, rows, torch.logaddexp(so_far, s))
+        if sinks is not None:
+            keys, lse = lse, torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+            out *= (keys - lse).exp_()[..., None]
         return out.to(q.dtype), lse
 
     def backward(
@@ -170,6 +182,12 @@ class _Calls:
     def _visible(self, part: Part) -> Tensor | None:
         """[blocks, 1, group * n, m], True = visible; None where no mask is needed."""
         return self.plan.visible(part).repeat(1, self.group, 1)[:, None] if part.masked else None
+
+
+def _sink_gradient(sinks: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """[Hq]: -sum(p dout . out) over the queries, p = exp(sink - lse): a sink is a key whose value is zero."""
+    delta = (dout.to(lse.dtype) * out).sum(-1)
+    return -((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum(1).to(sinks.dtype)
 
 
 def _put(total: Tensor, rows: slice | Tensor, values: Tensor) -> None:

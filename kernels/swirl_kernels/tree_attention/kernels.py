@@ -1,11 +1,13 @@
 """The Triton kernels of tree_attention: forward, dQ, dK/dV over the tiles that tree_blocks.py finds.
 
-Legend: D head dimension, M queries of a block, E queries of a masked tile of dK/dV, N keys of a tile.
+Legend: D head dimension of queries and keys, V of values (each padded to a power of two), M queries of a block, E queries of a
+masked tile of dK/dV, N keys of a tile.
 
 Forward: program (query block, query head) walks up the tree with an online softmax and saves the log-sum-exp of every row.
 dQ: the same walk; p = exp(score - lse) again, dscore = p (dp - delta) with delta = sum(dout * out), which it saves.
 dK/dV: program (key block, key head) sums over its query heads and their query tiles. (FlashAttention-2, arXiv 2307.08691,
-section 3.1.) Nothing is atomic: every output has one writer and a fixed order of summation.
+section 3.1.) An attention sink is part of the log-sum-exp, so that the backward kernels need not know of it. Nothing is atomic:
+every output has one writer and a fixed order of summation.
 
 disable_licm: the descriptors of a tile that stays in shared memory (K and V for dK/dV) are one per 16 columns, cheap to compute and
 the same in every turn. Moved out of a loop they are kept in registers that the accumulators need, and spill: at D = 256 on sm_90
@@ -104,6 +106,7 @@ def forward(
     q,
     k,
     v,
+    sinks,
     out,
     lse,
     counts,
@@ -128,6 +131,8 @@ def forward(
     window,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -143,9 +148,13 @@ def forward(
     if depth is not None:
         depth_m = tl.load(query_depth + first_row + tl.arange(0, BLOCK_M), mask=real, other=0)
     q_tile = _rows(q + head * q_head, first_row, q_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, VALUE_PADDED), tl.float32)
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    if sinks is not None:  # one more key, with this score and a value of zeros
+        sink = tl.load(sinks + head) * LOG2E
+        top = tl.maximum(top, sink)
+        total = tl.exp2(sink - top)
     for part in tl.static_range(1 if depth is None else 2):  # behind the full tiles a window has masked ones again
         for _ in tl.range(tl.load(counts + 3 * block + 2 * part), num_stages=1, disable_licm=True):
             low = tl.maximum(high - BLOCK_N + 1, 0)
@@ -153,7 +162,7 @@ def forward(
             inside = at_n <= high
             visible = _visible(at_m, at_n, inside, depth_m, end, depth, window)
             k_tile = _rows(k, low, k_row, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
-            v_tile = _rows(v, low, v_row, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v_tile = _rows(v, low, v_row, inside, BLOCK_N, VALUE_DIM, VALUE_PADDED)
             s, _slope = _scores(q_tile, k_tile, scale, softcap)
             s = tl.where(visible, s, -INF)
             new_top = tl.maximum(top, tl.max(s, 1))
@@ -169,7 +178,7 @@ def forward(
             for _ in tl.range(tl.load(counts + 3 * block + 1)):
                 inside = tl.arange(0, BLOCK_N) <= high - low
                 k_tile = _rows(k, low, k_row, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
-                v_tile = _rows(v, low, v_row, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+                v_tile = _rows(v, low, v_row, inside, BLOCK_N, VALUE_DIM, VALUE_PADDED)
                 high = tl.load(parent + low)
                 low = run_tile(high, run, BLOCK_N)
                 s, _slope = _scores(q_tile, k_tile, scale, softcap)
@@ -180,7 +189,8 @@ def forward(
                 total = total * rescale + tl.sum(p, 1)
                 top = new_top
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
-    _put_rows(out + head * out_head, acc / total[:, None], first_row, out_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
+    out += head * out_head
+    _put_rows(out, acc / total[:, None], first_row, out_row, real, BLOCK_M, VALUE_DIM, VALUE_PADDED)
     rows = first_row + tl.arange(0, BLOCK_M)
     tl.store(lse + head * num_queries + rows, top + tl.log2(total), mask=real)
 
@@ -221,6 +231,8 @@ def backward_q(
     window,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -237,8 +249,8 @@ def backward_q(
     if depth is not None:
         depth_m = tl.load(query_depth + rows, mask=real, other=0)
     q_tile = _rows(q + head * q_head, first_row, q_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
-    dout_tile = _rows(dout + head * dout_head, first_row, dout_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
-    out_tile = _rows(out + head * out_head, first_row, out_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
+    dout_tile = _rows(dout + head * dout_head, first_row, dout_row, real, BLOCK_M, VALUE_DIM, VALUE_PADDED)
+    out_tile = _rows(out + head * out_head, first_row, out_row, real, BLOCK_M, VALUE_DIM, VALUE_PADDED)
     lse_m = tl.load(lse + head * num_queries + rows, mask=real, other=0.0)
     delta_m = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     delta_m += _poison(q_tile) + _poison(dout_tile) + (lse_m - lse_m)
@@ -251,7 +263,7 @@ def backward_q(
             inside = at_n <= high
             visible = _visible(at_m, at_n, inside, depth_m, end, depth, window)
             k_tile = _rows(k, low, k_row, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
-            v_tile = _rows(v, low, v_row, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v_tile = _rows(v, low, v_row, inside, BLOCK_N, VALUE_DIM, VALUE_PADDED)
             s, slope = _scores(q_tile, k_tile, scale, softcap)
             dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
             ds = tl.exp2(s - lse_m[:, None]) * (dp - delta_m[:, None]) * slope
@@ -263,7 +275,7 @@ def backward_q(
             for _ in tl.range(tl.load(counts + 3 * block + 1)):
                 inside = tl.arange(0, BLOCK_N) <= high - low
                 k_tile = _rows(k, low, k_row, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
-                v_tile = _rows(v, low, v_row, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+                v_tile = _rows(v, low, v_row, inside, BLOCK_N, VALUE_DIM, VALUE_PADDED)
                 high = tl.load(parent + low)
                 low = run_tile(high, run, BLOCK_N)
                 s, slope = _scores(q_tile, k_tile, scale, softcap)
@@ -310,6 +322,8 @@ def backward_kv(
     window,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     EDGE_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -321,7 +335,7 @@ def backward_kv(
     at_n = first_key + tl.arange(0, BLOCK_N)
     real = at_n < num_keys
     k_tile = _rows(k + key_head * k_head, first_key, k_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
-    v_tile = _rows(v + key_head * v_head, first_key, v_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v_tile = _rows(v + key_head * v_head, first_key, v_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
     begin = tl.load(ranges + 4 * block)
     near = tl.load(ranges + 4 * block + 1)
     full = tl.load(ranges + 4 * block + 2)
@@ -330,7 +344,7 @@ def backward_kv(
     if depth is not None:
         deepest = tl.max(tl.load(depth + at_n, mask=real, other=-FAR), 0)
     dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_acc = tl.zeros((BLOCK_N, VALUE_PADDED), tl.float32)
     for h in tl.range(group, disable_licm=True):
         head = key_head * group + h
         q_of = q + head * q_head
@@ -357,7 +371,7 @@ def backward_kv(
                 s, slope = _scores(k_tile, q_tile, scale, softcap)
                 p = tl.where(visible, tl.exp2(s - lse_m[None, :]) + (delta_m - delta_m)[None, :], 0.0)
                 weight = p * slope
-                dout_tile = _rows(dout_of, first_row, dout_row, sound, EDGE_M, HEAD_DIM, BLOCK_D)
+                dout_tile = _rows(dout_of, first_row, dout_row, sound, EDGE_M, VALUE_DIM, VALUE_PADDED)
                 dv_acc = tl.dot(p.to(q_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
                 dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
                 ds = tl.where(weight != 0.0, weight * (dp - delta_m[None, :]), 0.0)
@@ -369,14 +383,14 @@ def backward_kv(
         lse_of = lse + head * num_queries
         delta_of = delta + head * num_queries
         first_row = begin + near * EDGE_M
-        for _ in tl.range(full, disable_licm=BLOCK_D > 128):
+        for _ in tl.range(full, disable_licm=BLOCK_D + VALUE_PADDED > 256):
             rows = first_row + tl.arange(0, BLOCK_M)
             q_tile = _rows(q_of, first_row, q_row, None, BLOCK_M, HEAD_DIM, BLOCK_D)
             lse_m = tl.load(lse_of + rows)
             s, slope = _scores(k_tile, q_tile, scale, softcap)
             p = tl.exp2(s - lse_m[None, :])
             weight = p * slope
-            dout_tile = _rows(dout_of, first_row, dout_row, None, BLOCK_M, HEAD_DIM, BLOCK_D)
+            dout_tile = _rows(dout_of, first_row, dout_row, None, BLOCK_M, VALUE_DIM, VALUE_PADDED)
             dv_acc = tl.dot(p.to(q_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
             delta_m = tl.load(delta_of + rows)
@@ -384,4 +398,4 @@ def backward_kv(
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
             first_row += BLOCK_M
     _put_rows(dk + key_head * dk_head, dk_acc * scale, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
-    _put_rows(dv + key_head * dv_head, dv_acc, first_key, dv_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
+    _put_rows(dv + key_head * dv_head, dv_acc, first_key, dv_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)

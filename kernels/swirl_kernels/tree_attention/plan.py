@@ -86,13 +86,21 @@ class TreePlan:
     num_keys: int
     num_queries: int
     window: int | None
-    window_cuts: bool  # False when no two tokens are `window` apart in depth, so that the window hides nothing
+    chunk: int | None
+    # False when no two tokens are `window` apart in depth, or in two chunks, so that nothing is hidden
+    window_cuts: bool
     subtree_end: Tensor  # int64 [T]
     depth: Tensor  # int64 [T]
+    origin: Tensor  # int64 [T] a query i sees a key j only when origin[i] - depth[j] < span
     position: Tensor  # int64 [Q] preorder index of every query, ascending
     order: Tensor | None  # int64 [Q] puts the caller's queries into ascending order; None when they are
     sparse: bool  # whether a query_index was given; False: every token is a query
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def span(self) -> int | None:
+        """None: every depth is seen."""
+        return self.window if self.chunk is None else 1
 
     @property
     def own(self) -> tuple[Part, ...]:
@@ -106,8 +114,10 @@ class TreePlan:
     @cached_property
     def _parts(self) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
         """One copy to the host and one Python step per segment (1 to 2 ms for a comb of 8k tokens and 100 teeth)."""
-        end, depth, position = (x.cpu() for x in (self.subtree_end, self.depth, self.position))
-        own, below = _Builder(end, depth, position, self.window, self.depth.device).parts(_segments(end))
+        end, depth, origin, position = (x.cpu() for x in (self.subtree_end, self.depth, self.origin, self.position))
+        longest = self.window if self.chunk is None else self.chunk
+        builder = _Builder(end, depth, origin, position, self.span, longest, self.depth.device)
+        own, below = builder.parts(_segments(end))
         return tuple(own), tuple(below)
 
     def visible(self, part: Part) -> Tensor:
@@ -115,9 +125,9 @@ class TreePlan:
         q = part.queries.take(self.position[None] + 1)[0] - 1
         k = part.keys.take(torch.arange(1, self.num_keys + 1, device=self.depth.device)[None])[0] - 1
         seen = (k[:, None, :] >= 0) & (k[:, None, :] <= q[:, :, None])
-        if self.window is not None:
-            distance = self.depth[q.clamp(min=0)][:, :, None] - self.depth[k.clamp(min=0)][:, None, :]
-            seen &= distance < self.window
+        if self.span is not None:
+            distance = self.origin[q.clamp(min=0)][:, :, None] - self.depth[k.clamp(min=0)][:, None, :]
+            seen &= distance < self.span
         return seen
 
 
@@ -126,25 +136,32 @@ def tree_plan(
     *,
     depth: Tensor | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     query_index: Tensor | None = None,
 ) -> TreePlan:
-    """Checks a packing and derives what every layer needs. Do it once per packing (and window), not once per layer.
+    """Checks a packing and derives what every layer needs. Do it once per packing (and window or chunk), not once per layer.
 
     subtree_end: integer [T], first preorder index after each token's subtree.
-    depth: integer [T], position on the path from the root, used only by the window; None: the number of ancestors.
+    depth: integer [T], position on the path from the root, used only by window and chunk; None: the number of ancestors.
     window: a query sees keys whose depth is less than `window` below its own; None: all.
+    chunk: a query sees keys of its own chunk, depths [n chunk, (n + 1) chunk); None: all. Not with a window.
     query_index: integer [Q], preorder index of each query, any order; None: every token is a query.
 
     Cost: a few sorts and passes over T integers on subtree_end's device, and one wait for that device, for the verdict.
     The torch path adds one Python step per segment when it first uses the plan.
 
     Raises ValueError when subtree_end is no preorder (`j < end[j] <= T`, intervals nested), a shape or dtype is wrong,
-    an index lies outside, window < 1, or a window is given and the depth does not rise from a token to its child.
+    an index lies outside, window or chunk < 1, both are given, or one of them and the depth does not rise from a token to its
+    child.
     """
     end = _integers(subtree_end, "subtree_end", subtree_end.device)
     num_keys, device = len(end), end.device
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; use at least 1 (a token always sees itself), or None for no window")
+    if chunk is not None and (chunk < 1 or window is not None):
+        raise ValueError(
+            f"chunk is {chunk} and window {window}; give a chunk of at least 1 token or a window, not both"
+        )
     natural = count_ancestors(end)
     given = natural if depth is None else _integers(depth, "depth", device)
     if len(given) != num_keys:
@@ -154,13 +171,14 @@ def tree_plan(
     else:
         index = _integers(query_index, "query_index", device)
         position, order = index.sort(stable=True)
+    origin, span = (given, window) if chunk is None else (given - given % chunk, 1)
     none = torch.zeros((), dtype=torch.bool, device=device)
     verdict = [
         _malformed(end, natural),
         none if index is None else ((index < 0) | (index >= num_keys)).any(),
         none if index is None else (index.diff() < 0).any(),
-        none if window is None or depth is None else _does_not_rise(given, natural).any(),
-        none if window is None or num_keys == 0 else given.max() - given.min() >= window,
+        none if span is None or depth is None else _does_not_rise(given, natural).any(),
+        none if span is None or num_keys == 0 else origin.max() - given.min() >= span,
     ]
     malformed, outside, unsorted, contradicts, window_cuts = torch.stack(verdict).tolist()
     if malformed:
@@ -176,16 +194,18 @@ def tree_plan(
         up = int(parents(natural)[j])
         word = "falls" if given[j] < given[up] else "stays"
         raise ValueError(
-            f"depth {word} from {int(given[up])} at token {up} to {int(given[j])} at its child {j}; a window needs depths "
+            f"depth {word} from {int(given[up])} at token {up} to {int(given[j])} at its child {j}; a window or chunk needs depths "
             "that rise along a path (leave depth out to count ancestors)"
         )
     return TreePlan(
         num_keys=num_keys,
         num_queries=len(position),
         window=window,
+        chunk=chunk,
         window_cuts=window_cuts,
         subtree_end=end,
         depth=given,
+        origin=origin,
         position=position,
         order=order if unsorted else None,
         sparse=index is not None,
@@ -268,8 +288,10 @@ def _segments(end: Tensor) -> list[int]:
 class _Builder:
     end: Tensor
     depth: Tensor
+    origin: Tensor
     position: Tensor
-    window: int | None
+    span: int | None
+    longest: int | None  # tokens of a path that may see each other
     device: torch.device
 
     def parts(self, starts: list[int]) -> tuple[list[Part], list[Part]]:
@@ -295,7 +317,7 @@ class _Builder:
 
     def _pieces(self, starts: list[int]) -> Iterator[tuple[int, int]]:
         # A piece no longer than the window needs no mask of its own; below 256 tokens a mask beats more calls.
-        longest = PIECE if self.window is None else min(PIECE, max(self.window, 256))
+        longest = PIECE if self.longest is None else min(PIECE, max(self.longest, 256))
         edges = [*starts, len(self.end)]
         for a, b in zip(edges, edges[1:], strict=False):
             cuts = -(-(b - a) // longest)
@@ -303,16 +325,16 @@ class _Builder:
             yield from zip(pieces, pieces[1:], strict=False)
 
     def _window_cuts(self, a: int, b: int) -> bool:
-        return self.window is not None and int(self.depth[a:b].max() - self.depth[a:b].min()) >= self.window
+        return self.span is not None and int(self.origin[a:b].max() - self.depth[a:b].min()) >= self.span
 
     def _below(self, q0: int, q1: int, k0: int, k1: int) -> Iterator[Part]:
         keys = Rows(slice(k0, k1), 1, k1 - k0)
-        if self.window is None:
+        if self.span is None:
             yield Part(Rows(slice(q0, q1), 1, q1 - q0), keys)
             return
-        depth_q, depth_k = self.depth[self.position[q0:q1]], self.depth[k0:k1]
-        sees_all = depth_q - depth_k.min() < self.window
-        sees_some = (depth_q - depth_k.max() < self.window) & ~sees_all
+        origin_q, depth_k = self.origin[self.position[q0:q1]], self.depth[k0:k1]
+        sees_all = origin_q - depth_k.min() < self.span
+        sees_some = (origin_q - depth_k.max() < self.span) & ~sees_all
         if sees_all.any():
             yield Part(self._rows(q0 + torch.nonzero(sees_all)[:, 0]), keys)
         rows = q0 + torch.nonzero(sees_some)[:, 0]

@@ -7,7 +7,8 @@
                │                               ├── rest of 2 ──┤ sampled so far 2     one softmax over the three parts
                └───────────────────────────────┴── rest of 3 ──┘ sampled so far 3
 
-Shapes: B rows decoded together, T packed tokens, S keys, Hq query and Hkv key/value heads, g = Hq / Hkv, D head size.
+Shapes: B rows decoded together, T packed tokens, S keys, Hq query and Hkv key/value heads, g = Hq / Hkv, D head size
+(that of values may be another).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +24,35 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from swirl_fast.engines.local.prefix_cache import PrefixCache, Where
+from swirl_fast.models.exact import attention_chunk
 from swirl_fast.prefixes import common_prefix
 
 ATTENTION = "swirl_engine"
+D = TypeVar("D", int, torch.Tensor)
 # Keys worth one more block. CPU: 0.09 us a key and layer (measured), some 25 us of calls (an estimate). A GPU reads a key in a
 # nanosecond, and waits for calls as long.
 BLOCK_TOKENS = {"cpu": 256, "cuda": 8192}
+
+
+class Reach(NamedTuple):
+    """How far back a token sees: itself and the window - 1 tokens before it, or those of its chunk; None: all."""
+
+    window: int | None
+    chunk: int | None
+
+    def first(self, depth: D) -> D | int:
+        """Depth of the first token that one at `depth` sees; below 0 where there are not that many."""
+        if self.window is not None:
+            return depth - self.window + 1
+        return 0 if self.chunk is None else depth - depth % self.chunk
+
+
+def _softmax(scores: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
+    """Over the last dimension of scores, which a sink [.., 1] joins for the sum alone."""
+    if sink is None:
+        return scores.softmax(-1)
+    column = sink.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
 class PrefillPass:
@@ -39,7 +63,7 @@ class PrefillPass:
         self.cache = cache
         self.pieces = pieces
         self.new = torch.as_tensor(np.concatenate([path[start:] for path, start in pieces]), device=cache.device)
-        self.plans: dict[int | None, list[tuple[slice, Where, torch.Tensor]]] = {}
+        self.plans: dict[Reach, list[tuple[slice, Where, torch.Tensor]]] = {}
 
     def attend(
         self,
@@ -49,41 +73,41 @@ class PrefillPass:
         value: torch.Tensor,
         scale: float,
         softcap: float | None,
-        window: int | None,
+        reach: Reach,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """query [Hq, T, D], key and value [Hkv, T, D] of the new tokens -> [T, Hq, D]. softcap: scores are bounded by
-        softcap * tanh(score / softcap). window: a token sees itself and the window - 1 tokens before it."""
+        softcap * tanh(score / softcap). sinks: [Hq], logits that join the softmax and no output."""
         self.cache.write(layer, self.new, key, value)
         q = query.unflatten(0, (key.shape[0], -1))  # [Hkv, g, T, D]
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
-        for rows, where, mask in self._plan(window, query.dtype):
+        sink = None if sinks is None else sinks.view(*q.shape[:2], 1, 1)
+        for rows, where, mask in self._plan(reach, query.dtype):
             keys, values = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in self.cache.read(layer, where))
-            if softcap is None:
+            if softcap is None and sinks is None:
                 piece = F.scaled_dot_product_attention(q[:, :, rows], keys, values, attn_mask=mask, scale=scale)
             else:
                 scores = (q[:, :, rows] @ keys.transpose(2, 3)).float()
-                scores = scores.mul_(scale / softcap).tanh_().mul_(softcap).add_(mask)
-                piece = scores.softmax(-1).to(values.dtype) @ values
+                scores = scores.mul_(scale) if softcap is None else scores.mul_(scale / softcap).tanh_().mul_(softcap)
+                piece = _softmax(scores.add_(mask), sink).to(values.dtype) @ values
             out[rows] = piece.flatten(0, 1).transpose(0, 1)
         return out
 
-    def _plan(self, window: int | None, dtype: torch.dtype) -> list[tuple[slice, Where, torch.Tensor]]:
+    def _plan(self, reach: Reach, dtype: torch.dtype) -> list[tuple[slice, Where, torch.Tensor]]:
         """Per piece: its rows, the keys that any of them sees, and the mask [rows, keys] of 0 and -inf."""
-        if window not in self.plans:
-            self.plans[window] = []
+        if reach not in self.plans:
+            self.plans[reach] = []
             row = 0
             for path, start in self.pieces:
-                first = 0 if window is None else max(0, start + 1 - window)
+                first = max(0, reach.first(start))
                 query = torch.arange(start, len(path), device=self.cache.device)[:, None]
                 depth = torch.arange(first, len(path), device=self.cache.device)
-                hidden = depth > query
-                if window is not None:
-                    hidden |= depth <= query - window
+                hidden = (depth > query) | (depth < reach.first(query))
                 mask = torch.zeros(hidden.shape, dtype=dtype, device=self.cache.device).masked_fill_(hidden, -math.inf)
                 rows = slice(row, row + len(path) - start)
-                self.plans[window].append((rows, self.cache.locate(path[first:]), mask))
+                self.plans[reach].append((rows, self.cache.locate(path[first:]), mask))
                 row = rows.stop
-        return self.plans[window]
+        return self.plans[reach]
 
 
 @dataclass(frozen=True)
@@ -189,7 +213,7 @@ class DecodePass:
             depths[row, width + padded + self.first[row] :] = len(contexts[row]) + fed
         self.depths = torch.as_tensor(depths, device=device)
         self.hidden = torch.zeros(depths.shape, device=device).masked_fill_(self.depths < 0, -math.inf)
-        self.biases: dict[int | None, torch.Tensor] = {}
+        self.biases: dict[Reach, torch.Tensor] = {}
         self.scores: dict[tuple[int, int], torch.Tensor] = {}
         # Keys and values that do not change any more: of blocks [Hkv, S, D], of the rest [Hkv * B, padded, D].
         where = [cache.locate(contexts[block.lo][block.depths]) for block in blocks]
@@ -216,7 +240,8 @@ class DecodePass:
         value: torch.Tensor,
         scale: float,
         softcap: float | None,
-        window: int | None,
+        reach: Reach,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """As in PrefillPass, T = B: one token a row."""
         heads, rows, group = key.shape[0], key.shape[1], query.shape[0] // key.shape[0]
@@ -243,10 +268,11 @@ class DecodePass:
 
         each = scores.view(heads, rows, group, -1)
         if softcap is None:
-            torch.add(self._bias(window), each, alpha=scale, out=each)
+            torch.add(self._bias(reach), each, alpha=scale, out=each)
         else:
-            each.mul_(scale / softcap).tanh_().mul_(softcap).add_(self._bias(window))
-        weights = scores.softmax(-1).to(value.dtype)
+            each.mul_(scale / softcap).tanh_().mul_(softcap).add_(self._bias(reach))
+        sink = None if sinks is None else sinks.view(heads, 1, group).repeat(1, rows, 1).view(heads, rows * group, 1)
+        weights = _softmax(scores, sink).to(value.dtype)
         by_row = weights.view(heads * rows, group, -1)
 
         out = torch.bmm(by_row[:, :, end:], tail_values).float().view(heads, rows * group, -1)
@@ -279,15 +305,15 @@ class DecodePass:
         for layer, (keys, values) in self.tails.items():
             self.cache.write(layer, where, keys[:, row, column], values[:, row, column])
 
-    def _bias(self, window: int | None) -> torch.Tensor:
+    def _bias(self, reach: Reach) -> torch.Tensor:
         """[1, B, 1, columns so far]: 0 where the row sees the column's key, -inf where not."""
-        if window not in self.biases:
+        if reach not in self.biases:
             columns = self.rest.stop + self.at + 1
             bias = self.hidden[:, :columns]
-            if window is not None:
-                bias = bias.masked_fill(self.depths[:, :columns] <= self.positions[:, None] - window, -math.inf)
-            self.biases[window] = bias[None, :, None]
-        return self.biases[window]
+            if reach != (None, None):
+                bias = bias.masked_fill(self.depths[:, :columns] < reach.first(self.positions[:, None]), -math.inf)
+            self.biases[reach] = bias[None, :, None]
+        return self.biases[reach]
 
 
 def _attend_from_cache(
@@ -306,12 +332,11 @@ def _attend_from_cache(
     """What transformers calls in every layer: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     if swirl is None:
         raise RuntimeError("this model belongs to a LocalEngine: run another copy, or run it through the engine")
-    if s_aux is not None:
-        raise ValueError(f"{type(module).__name__} has attention sinks, which are not implemented")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
     swirl.cache.told[layer] = sliding_window
-    return swirl.attend(layer, query[0], key[0], value[0], scale, softcap, sliding_window)[None], None
+    reach = Reach(sliding_window, attention_chunk(module))
+    return swirl.attend(layer, query[0], key[0], value[0], scale, softcap, reach, s_aux)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attend_from_cache)
