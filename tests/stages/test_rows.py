@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from support.model_families import UNSHARED, build_unshared
 from support.own import HERMES, own_folder, rows
 from support.runs import attempt, start
@@ -44,7 +45,10 @@ def test_a_model_with_a_state_or_with_sinks_runs_all_stages(
     tokenizer.chat_template = hermes
     tokenizer.save_pretrained(tmp_path / "model")
     small = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "initializer_range": 0.1}
-    build_unshared(family, **small).save_pretrained(tmp_path / "model")
+    model = build_unshared(family, **small)
+    with torch.no_grad():  # so that some turns end soon
+        model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids("<|im_end|>")] *= 10
+    model.save_pretrained(tmp_path / "model")
     own_folder(tmp_path, tmp_path / "model")
     (tmp_path / "judge.py").write_text(JUDGE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -60,7 +64,9 @@ def test_a_model_with_a_state_or_with_sinks_runs_all_stages(
     run = tmp_path / "runs" / "r"
     (metrics,) = read_metrics(run)
     assert metrics["engine_gap_mean"] < 1e-4 and metrics["model_check_logprob"] < 1e-4 and metrics["grad_norm"] > 0
-    shares = metrics["tokens_computed"] < metrics["tokens_effective"] - metrics["actions"]  # else a row each, and padding
+    shares = (
+        metrics["tokens_computed"] < metrics["tokens_effective"] - metrics["actions"]
+    )  # else a row each, and padding
     assert shares == (not over_rows) == ("engine: no prefix cache for this model: it" not in done.stdout)
     summary = read_json(run / "summary.json")
     assert summary and summary["base"]["questions"] == summary["trained"]["questions"] == 2
