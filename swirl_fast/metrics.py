@@ -214,7 +214,12 @@ METRICS = (
     ),
     Metric("actions", "actions", Sum("actions"), "actions of the batch"),
     Metric("action_tokens", "tokens", Sum("generated_tokens"), "tokens that the rollout engine generated"),
-    Metric("tokens_computed", "tokens", Sum("computed_tokens"), "tokens of all combs: equal prefixes once"),
+    Metric(
+        "tokens_computed",
+        "tokens",
+        Sum("computed_tokens"),
+        "tokens of all combs: equal prefixes once; with training.sharing=false of all rows, their padding included",
+    ),
     Metric("tokens_effective", "tokens", Sum("effective_tokens"), "tokens that separate rows would compute"),
     Metric(
         "cache_hit_rate",

@@ -33,7 +33,8 @@ def flops(size: ModelSize, tokens: Number, edges: Number, visible_pairs: Callabl
         6 linear tokens + Σ_layers 12 width visible_pairs(window) + 6 output edges
 
     (2 forward and 4 backward a weight; attention has two products, each of 2 width a pair). Nothing is counted for what a kernel or
-    activation checkpointing computes again, norms, or softmax. Numbers or numpy arrays of them.
+    activation checkpointing computes again, norms, softmax, or the step of a layer that keeps a state from one to the next. Numbers or
+    numpy arrays of them.
     """
     total = 6.0 * size.linear * tokens + 6.0 * size.output * edges
     # no set: its order, and with it the rounding, changes by process

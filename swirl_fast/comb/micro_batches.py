@@ -49,14 +49,7 @@ def micro_batches(
     """
     walk = _Walk.of(trunks, size)
     for action in walk.actions:
-        path = action.state + len(action.tokens)
-        if path - 1 > token_budget or (max_path is not None and path > max_path):
-            what = f"a state of {action.state} tokens with an action of {len(action.tokens)} exceeds training."
-            if path - 1 > token_budget:
-                raise ValueError(f"{what}token_budget={token_budget}; set it to at least {path - 1}")
-            raise ValueError(
-                f"{what}max_path_tokens={max_path} (where that is 0, the model's context); set it to at least {path}"
-            )
+        check_path(action.state, len(action.tokens), token_budget, max_path)
     if not walk.actions:
         return []
     limit = float("inf")
@@ -75,6 +68,19 @@ def micro_batches(
         MicroBatchPlan(walk.trunks(trunks, a, b), walk.tokens(a, b), walk.flops(a, b))
         for a, b in zip(cuts, cuts[1:], strict=False)
     ]
+
+
+def check_path(state: int, action: int, token_budget: int, max_path: int | None) -> None:
+    """Raises ValueError for a state of `state` tokens whose action of `action` tokens fits no micro-batch, or is longer with it than
+    max_path."""
+    path = state + action
+    what = f"a state of {state} tokens with an action of {action} exceeds training."
+    if path - 1 > token_budget:
+        raise ValueError(f"{what}token_budget={token_budget}; set it to at least {path - 1}")
+    if max_path is not None and path > max_path:
+        raise ValueError(
+            f"{what}max_path_tokens={max_path} (where that is 0, the model's context); set it to at least {path}"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,8 @@ class _Walk:
         # targets among the shared tokens are edges of the action before as well, where they lie after both states
         both_A = np.maximum(state_A, np.concatenate([state_A[:1], state_A[:-1]]))
         edges_A = length_A + 1 - state_A - np.maximum(shared_A - both_A, 0)
-        shared_flops_A = _path_flops(shared_A, size)
-        new_A = _path_flops(length_A, size) - shared_flops_A + 6.0 * size.output * edges_A
+        shared_flops_A = path_flops(shared_A, size)
+        new_A = path_flops(length_A, size) - shared_flops_A + 6.0 * size.output * edges_A
         return cls(actions, shared_A, _sums(length_A - shared_A), shared_flops_A, _sums(new_A))
 
     def tokens(self, a: int, b: int) -> int:
@@ -181,7 +187,7 @@ def _sums(values: NDArray) -> NDArray:
     return np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
 
 
-def _path_flops(length: NDArray[np.int64], size: ModelSize) -> NDArray[np.float64]:
+def path_flops(length: NDArray[np.int64], size: ModelSize) -> NDArray[np.float64]:
     """Work of the first `length` tokens of a path, without its edges."""
 
     def visible_pairs(window: int | None) -> NDArray[np.float64]:

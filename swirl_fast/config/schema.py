@@ -358,6 +358,9 @@ class TrainingConfig:
     """The norm that the gradient of all parameters is scaled down to where it is larger."""
     token_budget: int = setting(8192, minimum=1)
     """Computed tokens in a micro-batch: what bounds the memory of activations."""
+    sharing: bool = True
+    """Compute what states and actions have in common once. false: a row for each action with its state, for models whose prefixes cannot be
+    shared (docs/models.md), and to compare; several times the work."""
     max_path_tokens: int = setting(0, minimum=0)
     """Tokens of the longest state with its action; 0: the model's context."""
     activation_checkpointing: Checkpointing = "none"

@@ -25,12 +25,13 @@ def load_engine(
     e = config.engine
     if config.training.replay_routing:
         e = replace(e, return_routed_experts=True)
+    speaks = ranks is None or ranks.main
     if e.kind == "local" and e.own_process:
         from swirl_fast.engines.process import ProcessEngine
 
-        return ProcessEngine(_local, config, device, weights, threads=e.threads)
+        return ProcessEngine(_local, config, device, weights, speaks, threads=e.threads)
     if e.kind == "local":
-        return _local(config, device, weights)
+        return _local(config, device, weights, speaks)
     from swirl_fast.engines.sglang.engine import SGLangEngine
     from swirl_fast.models.load import local_folder, weights_hash
     from swirl_fast.seeds import seed_of
@@ -60,15 +61,20 @@ def load_engine(
     return engine
 
 
-def _local(config: Config, device: torch.device | str, weights: str | None) -> Engine:
+def _local(config: Config, device: torch.device | str, weights: str | None, speaks: bool) -> Engine:
     from swirl_fast.engines.local.engine import LocalEngine
     from swirl_fast.models.load import load_model
 
     e = config.engine
-    return LocalEngine(
+    engine = LocalEngine(
         load_model(config.model, e.dtype, weights),
         max_sequences=e.max_sequences,
         cache_tokens=e.cache_tokens,
         device=device,
         prefix_cache=e.prefix_cache,
     )
+    if engine.uncached is not None and speaks:
+        print(
+            f"engine: no prefix cache for this model: {engine.uncached}. Every prompt is computed anew; engine.kind=sglang is faster"
+        )
+    return engine

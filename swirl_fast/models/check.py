@@ -6,8 +6,8 @@ every training (training.check_model).
     branch b                 └──────
 
 The same weights are used twice, so that nothing is held a second time, and a sharded policy is checked as it is, in the type in which it
-gathers its weights; any other in the type of its weights, without autocast. Of gradients one copy is held as well: those of the rows are
-subtracted from those of the tree. No random number of the process is drawn.
+gathers its weights; any other in the type of its weights, without autocast where they have one type. Of gradients one copy is held as
+well: those of the rows are subtracted from those of the tree. No random number of the process is drawn.
 
 Legend: R rows, T tokens of a row.
 """
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from swirl_fast.comb.rows import pack_rows
 from swirl_fast.comb.tree import SampledState, Trunk, pack
 from swirl_fast.config import ConfigError
-from swirl_fast.models.policy import ATTENTION, DeviceComb, Policy
+from swirl_fast.models.policy import DeviceComb, Policy
 from swirl_fast.models.windows import layer_windows, refuse_lost_window
 
 # Nats a token, and share of the gradient's norm, by the type of the matrix products. SmolLM2-135M, whose random tokens cost 12 nats each,
@@ -58,11 +59,12 @@ def compare(
     trunk = trunk or small_tree(policy)
     rows_RT = torch.tensor(np.stack(_rows(trunk)), dtype=torch.int64, device=device)
     lengths = [state.length for state in trunk.states for _ in state.actions]
-    packed = DeviceComb.of(pack([trunk]), device)
+    packed = DeviceComb.of(pack_rows([trunk], padded=True) if policy.padded else pack([trunk]), device)
     # compiled layers would be compiled a second time for another attention
     with torch.compiler.set_stance("force_eager"), torch.enable_grad(), _without_autocast(policy):
         found_N = policy(packed)
-        refuse_lost_window(policy.model.config, packed.told, max(longest_path, packed.longest_path))
+        if not policy.padded:
+            refuse_lost_window(policy.model.config, packed.told, max(longest_path, packed.longest_path))
         found_N.mean().backward()
         of_tree = _norms(policy)
         with _own_attention(policy):
@@ -79,16 +81,20 @@ def compare(
     return Agreement(gap, _together(of_difference) / whole if whole else 0.0, shares.get(worst, 0.0), worst)
 
 
-def refuse_disagreement(agreement: Agreement, model_type: str, dtype: torch.dtype) -> None:
-    """Raises ConfigError, with the numbers, for gaps above the limits of matrix products in `dtype`."""
+def refuse_disagreement(agreement: Agreement, model_type: str, dtype: torch.dtype, padded: bool = False) -> None:
+    """Raises ConfigError, with the numbers, for gaps above the limits of matrix products in `dtype`. padded: the policy's kind of rows."""
     logprob, gradient = LIMITS[dtype]
     if agreement.logprob_gap <= logprob and agreement.gradient_gap <= gradient:
         return
+    over = "separate rows" if padded else "a small tree of shared prefixes"
+    rows = "the model itself" if padded else "separate rows"
+    remedy = "its logits are more than the output layer of what the layers give. Use another model"
+    if not padded:
+        remedy = "training over shared prefixes would not be exact. Set training.sharing=false"
     raise ConfigError(
-        f"training.check_model: model type {model_type}: over a small tree of shared prefixes its log-probs differ from those of "
-        f"separate rows by {agreement.logprob_gap:.2g} nats a token (limit {logprob:g}), and its gradient by "
-        f"{agreement.gradient_gap:.2g} of its norm (limit {gradient:g}), most at {agreement.worst}: training over shared prefixes would "
-        "not be exact. Set training.sharing=false, or training.check_model=false if you know the reason"
+        f"training.check_model: model type {model_type}: over {over} its log-probs differ from those of {rows} by "
+        f"{agreement.logprob_gap:.2g} nats a token (limit {logprob:g}), and its gradient by {agreement.gradient_gap:.2g} of its norm "
+        f"(limit {gradient:g}), most at {agreement.worst}: {remedy}, or training.check_model=false if you know the reason"
     )
 
 
@@ -97,7 +103,7 @@ def small_tree(policy: Policy) -> Trunk:
     text = policy.model.config.get_text_config()
     short = [w for w in layer_windows(policy.model.config) if w is not None and w + _TOKENS <= _LONGEST]
     limits = [getattr(text, "max_position_embeddings", None), policy.longest_path]
-    length = min(_TOKENS + max(short, default=0), *(limit for limit in limits if limit))
+    length = min([_TOKENS + max(short, default=0), *(limit for limit in limits if limit)])
     first, second = max(length // 3, 1), max(2 * length // 3, 1)
     draw = np.random.default_rng(0)
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
@@ -112,9 +118,16 @@ def _rows(trunk: Trunk) -> list[np.ndarray]:
     return [np.concatenate([trunk.tokens[: s.length], action]) for s in trunk.states for action in s.actions]
 
 
+def stored_alike(policy: Policy) -> bool:
+    """Whether all weights have one type, so that matrix products need no autocast. Frozen ones beside adapters may have another."""
+    return len({parameter.dtype for parameter in policy.parameters()}) == 1
+
+
 @contextmanager
 def _without_autocast(policy: Policy) -> Iterator[None]:
-    policy.autocast, kept = None, policy.autocast
+    """Where it can be done without."""
+    kept = policy.autocast
+    policy.autocast = None if stored_alike(policy) else kept
     try:
         yield
     finally:
@@ -124,11 +137,14 @@ def _without_autocast(policy: Policy) -> Iterator[None]:
 @contextmanager
 def _own_attention(policy: Policy) -> Iterator[None]:
     """Until after the backward, which runs checkpointed layers again."""
+    if policy.padded:  # it is never replaced
+        yield
+        return
     policy.model.set_attn_implementation("eager")  # the definition; "sdpa" leaves Gemma 2's soft-cap out
     try:
         yield
     finally:
-        policy.model.set_attn_implementation(ATTENTION)
+        policy.model.set_attn_implementation(policy.attention)
 
 
 def _norms(policy: Policy) -> dict[str, float]:

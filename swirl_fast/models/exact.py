@@ -13,26 +13,38 @@ from swirl_fast.config import ConfigError
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # one thing, by model type
 _CHUNKED = "chunked_attention"
 _ATTENTION = {"full_attention", "sliding_attention", _CHUNKED, "attention"}
+WITHOUT_ATTENTION = {"linear_attention", "mamba", "conv", "recurrent", "mlp", "moe"}
 _LOGIT_SCALES = ("logit_scale", "logits_scaling")  # one thing, by model type
 _MULTIPLIED_BY = {
     "cohere": "logit_scale",
     "cohere2": "logit_scale",
     "cohere2_moe": "logit_scale",
+    "falcon_h1": "lm_head_multiplier",
     "hyperclovax": "logits_scaling",
 }
 _DIVIDED_BY = dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), "logits_scaling")
 
 
-def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrainedModel] | None) -> str | None:
-    """Why the keys and values of a prefix cannot be shared by what follows it, as half a sentence; None when they can.
-
-    architecture: the model's class; None where it is not known.
-    """
+def why_not_causal(model_config: PreTrainedConfig) -> str | None:
+    """Why a token sees more than what came before it, as half a sentence; None when it does not."""
     text = model_config.get_text_config()
     if model_config.is_encoder_decoder:
         return "it is an encoder-decoder, whose encoder reads in both directions"
     if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
         return "its attention is not causal: tokens would see what follows them"
+    return None
+
+
+def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrainedModel] | None = None) -> str | None:
+    """Why the keys and values of a prefix cannot be shared by what follows it, as half a sentence; None when they can.
+
+    architecture: the model's class; None: the one that AutoModelForCausalLM builds.
+    """
+    text = model_config.get_text_config()
+    architecture = architecture or _architecture(model_config)
+    reason = why_not_causal(model_config)
+    if reason is not None:
+        return reason
     named = {kind for key in _LAYER_KINDS for kind in getattr(text, key, None) or ()}
     kinds = named - _ATTENTION
     if kinds:
@@ -69,6 +81,12 @@ def why_not_flash(model_config: PreTrainedConfig) -> str | None:
     if _CHUNKED in (getattr(model_config.get_text_config(), "layer_types", None) or ()):
         return "flash-attn has no chunks"
     return "flash-attn has no attention sinks" if model_config.model_type == "gpt_oss" else None
+
+
+def layer_kinds(text: PreTrainedConfig) -> list[str]:
+    """Of each layer; where the configuration names none they all have attention, with a window if there is one."""
+    named = next((kinds for key in _LAYER_KINDS if (kinds := getattr(text, key, None))), None)
+    return list(named or ["sliding_attention"] * text.num_hidden_layers)
 
 
 def ropes_by_length(model_config: PreTrainedConfig) -> dict[str, int]:
@@ -112,20 +130,23 @@ def logit_scale(model_config: PreTrainedConfig) -> float:
     return 1.0
 
 
-def refuse_inexact(model_config: PreTrainedConfig) -> None:
-    """Raises ConfigError, naming the model type and what is wrong with it, for architectures whose training over a prefix tree would
-    not equal separate rows."""
+def refuse_inexact(model_config: PreTrainedConfig, sharing: bool = True) -> None:
+    """Raises ConfigError, naming the model type and what is wrong with it, for architectures that cannot be trained, and with `sharing`
+    for those whose training over a prefix tree would not equal separate rows."""
+    model_config = _of_causal_model(model_config)
     text = model_config.get_text_config()
     name = model_config.model_type
 
     def refuse(why: str) -> NoReturn:
         raise ConfigError(f"model type {name}: {why}")
 
-    reason = why_not_shared(model_config, _architecture(model_config))
+    reason = why_not_causal(model_config)
+    if reason is not None:
+        refuse(f"{reason}; use a decoder-only model")
+    reason = why_not_shared(model_config) if sharing else None
     if reason is not None:
         refuse(
-            f"{reason}; training over shared prefixes would not be exact. Use a decoder-only model whose layers are all full or "
-            "sliding-window attention"
+            f"{reason}; training over shared prefixes would not be exact. Set training.sharing=false to train it over separate rows"
         )
     if text is not model_config or {"vision_config", "audio_config"} & set(model_config.sub_configs):
         refuse("it reads more than text, and images in both directions; give a folder that holds only its text model")
@@ -140,10 +161,13 @@ def refuse_inexact(model_config: PreTrainedConfig) -> None:
             and value > 0
         ):
             refuse(
-                f"{key}={value} makes shared prefixes differ from separate rows; set it to 0 in the model's config.json"
+                f"{key}={value} makes log-probs random, unlike those of the engine and of a resumed run; set it to 0 in the model's "
+                "config.json"
             )
     if getattr(text, "output_router_logits", False):
-        refuse("the router's auxiliary loss counts shared tokens once; set output_router_logits=false in config.json")
+        refuse(
+            "the router's auxiliary loss is no part of the objective; set output_router_logits=false in config.json to leave it out"
+        )
     if (getattr(text, "num_nextn_predict_layers", 0) or 0) > 0:
         refuse(
             f"num_nextn_predict_layers={text.num_nextn_predict_layers}: heads that predict several tokens are not trained; set it to 0 "
@@ -155,6 +179,23 @@ def refuse_inexact(model_config: PreTrainedConfig) -> None:
             f"its longrope turns all tokens of a row differently once one lies beyond position {short}; set "
             f"max_position_embeddings to {short} in config.json"
         )
+
+
+def _of_causal_model(model_config: PreTrainedConfig) -> PreTrainedConfig:
+    """That of the model which AutoModelForCausalLM builds: of some that read images too it takes the text model alone."""
+    text, built = model_config.get_text_config(), _architecture(model_config)
+    return text if built is not None and built.config_class is type(text) else model_config
+
+
+def own_attention(model: PreTrainedModel) -> str:
+    """The attention by which a model computes what it means: what transformers has chosen, but "sdpa" would leave a soft-cap out."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped else model.config._attn_implementation
+
+
+def context_of(model_config: PreTrainedConfig) -> int:
+    """The longest row that a model takes, in tokens; for one that keeps nothing but a state no limit that matters."""
+    return int(getattr(model_config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1)
 
 
 def _architecture(model_config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -18,7 +18,14 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.tree import Comb
 from swirl_fast.config import ConfigError
-from swirl_fast.models.exact import attention_chunk, logit_scale, longest_exact_path, refuse_inexact
+from swirl_fast.models.exact import (
+    WITHOUT_ATTENTION,
+    attention_chunk,
+    layer_kinds,
+    logit_scale,
+    longest_exact_path,
+    refuse_inexact,
+)
 from swirl_fast.models.routing import EXPERTS, Routing
 from swirl_fast.models.windows import layer_windows, refuse_lost_window
 from swirl_kernels.linear_logprob import linear_logprob
@@ -35,6 +42,9 @@ _WITHOUT_EFFECT = (
     "output_hidden_states",
     "return_dict",
 )
+
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # one thing, by model type
 
 
 class DeviceComb:
@@ -161,13 +171,21 @@ AttentionInterface.register(ATTENTION, _attention)
 class Policy(nn.Module):
     """model: a causal language model whose layers are all attention. temperature: of the log-probs.
 
-    autocast: compute type of matrix products, None for the weights' own. Raises ConfigError, naming the model type, for
-    architectures that would not be exact.
+    autocast: compute type of matrix products, None for the weights' own. sharing: whether combs will branch. Raises ConfigError, naming
+    the model type, for architectures that would not be exact.
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, autocast: torch.dtype | None = None) -> None:
+    padded = False  # which kind of rows it takes where nothing is shared (comb/rows.py)
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        temperature: float = 1.0,
+        autocast: torch.dtype | None = None,
+        sharing: bool = True,
+    ) -> None:
         super().__init__()
-        refuse_inexact(model.config)
+        refuse_inexact(model.config, sharing)
         text = model.config.get_text_config()
         for name, module in model.named_modules():
             if getattr(module, "is_causal", True) is False:
@@ -178,19 +196,20 @@ class Policy(nn.Module):
                 raise ConfigError(
                     f"model type {text.model_type}: {name} drops some of its input at random in training; set its rate to 0"
                 )
-        known = {id(p) for part in (_body(model), model.get_output_embeddings()) for p in part.parameters()}
+        known = {id(p) for part in (decoder_of(model), model.get_output_embeddings()) for p in part.parameters()}
         unknown = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
         if unknown:
             raise ConfigError(
                 f"model type {text.model_type}: {', '.join(unknown[:3])} are between the hidden states and the output layer, or beside "
                 "it; the fused log-probs know only the output layer"
             )
-        model.set_attn_implementation(ATTENTION)
         self.model = model
+        self.attention = self._attention()
+        model.set_attn_implementation(self.attention)
         self.temperature = temperature
         self.autocast = autocast
         self.logit_scale = logit_scale(model.config)
-        self.softcap = getattr(text, "final_logit_softcapping", None)
+        self.softcap = next((cap for key in _SOFTCAPS if (cap := getattr(text, key, None))), None)
         self.longest_path = longest_exact_path(model.config)
 
     def forward(self, packed: DeviceComb) -> Tensor:
@@ -206,18 +225,11 @@ class Policy(nn.Module):
                 f"would get wrong log-probs. Set training.max_path_tokens to at most {self.longest_path}, or use a model whose "
                 "rope_type is neither dynamic nor longrope"
             )
-        packed.told.clear()
         with self._autocast(packed.tokens_1T):
-            hidden_1TH = _body(self.model)(
-                input_ids=packed.tokens_1T,
-                position_ids=packed.depth_1T,
-                use_cache=False,
-                packed=packed,
-            ).last_hidden_state
-            refuse_lost_window(self.model.config, packed.told, packed.longest_path)
+            hidden_TH = self._hidden(packed)
             head = self.model.get_output_embeddings()
             logp_E = linear_logprob(
-                _take(hidden_1TH[0], packed.rows_E),
+                _take(hidden_TH, packed.rows_E),
                 head.weight,
                 packed.targets_E,
                 bias=head.bias,
@@ -226,6 +238,22 @@ class Policy(nn.Module):
                 logit_scale=self.logit_scale,
             )
             return _take(logp_E, packed.edge_N)
+
+    def _attention(self) -> str:
+        """The implementation that the model's attention layers call."""
+        return ATTENTION
+
+    def _hidden(self, packed: DeviceComb) -> Tensor:
+        """[T, H], of the last layer, normed."""
+        packed.told.clear()
+        hidden_1TH = self.model.base_model(
+            input_ids=packed.tokens_1T,
+            position_ids=packed.depth_1T,
+            use_cache=False,
+            packed=packed,
+        ).last_hidden_state
+        refuse_lost_window(self.model.config, packed.told, packed.longest_path)
+        return hidden_1TH[0]
 
     def plain(self, tokens_RT: Tensor) -> Tensor:
         """Log-probs [R, T - 1] of all tokens but the first of R rows, by the model's own masks, attention and logits, in the type that
@@ -241,16 +269,15 @@ class Policy(nn.Module):
         )
 
 
-def _body(model: PreTrainedModel) -> nn.Module:
-    """What is below the output layer. Llama4ForCausalLM's `base_model` is itself."""
-    body: nn.Module = model.base_model if model.base_model is not model else model.model
-    return body
-
-
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """x[index], with a backward that adds up repeated rows in a fixed order: on GPUs indexing sorts them (index_select is atomic), on CPUs
     index_select takes them one after another."""
     return x[index] if x.is_cuda else x.index_select(0, index)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """All but the output layer. Llama 4 names it otherwise than its class says."""
+    return model.model if model.base_model is model else model.base_model
 
 
 def head_widths(text: PreTrainedConfig) -> tuple[int, int]:
@@ -263,20 +290,37 @@ def head_widths(text: PreTrainedConfig) -> tuple[int, int]:
     return width, width
 
 
+def attention_width(text: PreTrainedConfig) -> int:
+    """Query heads times the size of one, of which the products with keys and with values have the mean where they are unlike."""
+    return text.num_attention_heads * sum(head_widths(text)) // 2
+
+
+def attention_windows(text: PreTrainedConfig) -> list[int | None]:
+    """Of each layer with attention the tokens that it sees, None for all; a chunk counts as a window of its size."""
+    if not getattr(text, "num_attention_heads", None):
+        return []
+    layers = zip(layer_kinds(text), layer_windows(text), strict=True)
+    return [
+        text.attention_chunk_size if kind == "chunked_attention" else window
+        for kind, window in layers
+        if kind not in WITHOUT_ATTENTION
+    ]
+
+
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits; of frozen weights
-    beside adapters two thirds, for they have no gradient of their own."""
+    """What `comb.flops` needs to know of a model, sharded or not. Of a layer's experts those count that a token visits; of a layer that
+    keeps a state its matrices; of frozen weights beside adapters two thirds, for they have no gradient of their own."""
     text = model.config.get_text_config()
-    tables = {id(module.weight) for module in _body(model).modules() if isinstance(module, nn.Embedding)}
+    decoder = decoder_of(model)
+    tables = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
     total = next((n for key in EXPERTS if (n := getattr(text, key, None))), 1)
     visited = min(getattr(text, "num_experts_per_tok", None) or total, total) / total
     frozen = 2 / 3 if {parameter.requires_grad for parameter in model.parameters()} == {True, False} else 1.0
     linear = 0.0
-    for name, parameter in _body(model).named_parameters():
+    for name, parameter in decoder.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in tables:
             work = 1.0 if parameter.requires_grad else frozen
             linear += parameter.numel() * work * (visited if ".experts." in name else 1.0)
-    width = text.num_attention_heads * sum(head_widths(text)) // 2
-    attention = tuple((width, window) for window in layer_windows(model.config))
+    attention = tuple((attention_width(text), window) for window in attention_windows(text))
     head = model.get_output_embeddings().weight
     return ModelSize(linear, attention, round(head.shape[0] * head.shape[1] * (1.0 if head.requires_grad else frozen)))

@@ -120,7 +120,8 @@ class Replay:
             router.forward = functools.partial(self._route, number, router.forward)
 
     def _look(self, layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._routing = named["packed"].routing
+        packed = named.get("packed")  # rows of the model's own attention have none
+        self._routing = None if packed is None else packed.routing
 
     def _route(self, number: int, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         routing = self._routing

@@ -107,7 +107,7 @@ def _facts(run: Run) -> str:
             return sum(row[key] for row in run.metrics if is_number(row.get(key)))
 
         facts["Training time"] = show(total("seconds"), "s")
-        if total("tokens_computed"):
+        if total("tokens_effective") > total("tokens_computed") > 0:  # not of rows, which share nothing
             facts["Shared prefixes"] = f"{total('tokens_effective') / total('tokens_computed'):.1f} times fewer tokens"
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f'<dl class="facts">{items}</dl>\n' if items else ""

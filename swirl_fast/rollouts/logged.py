@@ -179,9 +179,10 @@ def log_writer(config: Config, tools: ToolsByTask, max_action_tokens: int = 0) -
 
 def max_log_tokens(config: Config) -> int:
     """Of a trajectory, so that its states can be trained on."""
+    from swirl_fast.models.exact import context_of
     from swirl_fast.models.load import load_config
 
-    context: int = load_config(config.model).get_text_config().max_position_embeddings
+    context: int = context_of(load_config(config.model))
     return min(context, config.training.max_path_tokens or context, config.training.token_budget)
 
 

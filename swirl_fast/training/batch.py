@@ -18,6 +18,7 @@ from torch import Tensor
 
 from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.micro_batches import balance, micro_batches
+from swirl_fast.comb.rows import pack_rows, row_batches
 from swirl_fast.comb.tree import Comb, SampledState, Trunk, pack
 from swirl_fast.config import Config
 from swirl_fast.models.policy import DeviceComb
@@ -114,14 +115,16 @@ class Packer:
     """Cuts what all ranks sampled into micro-batches of at most `training.token_budget` tokens.
 
     size: of the model, for the estimate of work. max_context: longest state with its action where training.max_path_tokens is 0.
+    padded: how rows are laid out with training.sharing=false.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, size: ModelSize, max_context: int) -> None:
+    def __init__(self, config: Config, ranks: Ranks, size: ModelSize, max_context: int, padded: bool = False) -> None:
         self._training, self._ranks, self._size = config.training, ranks, size
         self._max_path = config.training.max_path_tokens or max_context
         # Without a KL term an action whose advantage is 0 has loss and gradient 0: it need not be computed.
         self._skip_zero = config.algorithm.kl_coef == 0
-        self._windows = dict.fromkeys(window for _, window in size.attention)
+        self._padded = padded
+        self._windows = {} if padded else dict.fromkeys(window for _, window in size.attention)
 
     def rank_actions(
         self,
@@ -162,10 +165,14 @@ class Packer:
             [logp for actions in of_ranks for logp in actions.rollout_logp],
             [routed for actions in of_ranks for routed in actions.routed],
         )
-        plans = micro_batches(trunks, training.token_budget, self._max_path, ranks.size, self._size)
+        wanted = (trunks, training.token_budget, self._max_path, ranks.size, self._size)
+        plans = micro_batches(*wanted) if training.sharing else row_batches(*wanted, self._padded)
         jobs = balance([plan.flops for plan in plans], ranks.size)
-        batches = [self._packed(pack(plans[job].trunks), everything) for job in jobs[ranks.rank]]
+        batches = [self._packed(self._comb(plans[job].trunks), everything) for job in jobs[ranks.rank]]
         return batches + [self._empty() for _ in range(max(map(len, jobs)) - len(batches))]
+
+    def _comb(self, trunks: Sequence[Trunk]) -> Comb:
+        return pack(trunks) if self._training.sharing else pack_rows(trunks, self._padded)
 
     def _packed(self, comb: Comb, actions: RankActions) -> MicroBatch:
         device = self._ranks.device

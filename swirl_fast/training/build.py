@@ -21,7 +21,8 @@ from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
-from swirl_fast.models.check import compare, refuse_disagreement
+from swirl_fast.models.check import compare, refuse_disagreement, stored_alike
+from swirl_fast.models.exact import context_of, refuse_inexact
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, resolve, stored_dtype
 from swirl_fast.models.lora import (
     WithoutAdapters,
@@ -33,6 +34,7 @@ from swirl_fast.models.lora import (
 )
 from swirl_fast.models.policy import DeviceComb, Policy
 from swirl_fast.models.routing import Replay, about_experts, refuse_routing
+from swirl_fast.models.rows import open_policy, packs_rows
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer, open_format, open_renderer
 from swirl_fast.rollouts.pipeline import RolloutPipeline
@@ -65,6 +67,7 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     check_wandb(training)
     model_config = load_config(config.model)
     layers.check_layers(training, model_config, ranks.device)
+    refuse_inexact(model_config, training.sharing)
     check_lora(config.model, model_config)
     for key, wanted in (
         ("training.replay_routing", training.replay_routing),
@@ -72,6 +75,11 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     ):
         if wanted:
             refuse_routing(model_config, key)
+            if not training.sharing and not packs_rows(model_config):
+                raise ConfigError(
+                    f"{key}=true: rows of model type {model_config.model_type} go through transformers' own layers, whose routing is neither "
+                    "read nor replayed; leave it false"
+                )
     if config.engine.share_gpu and ranks.device.type != "cuda":
         raise ConfigError("engine.share_gpu=true: this machine has no GPU that could be shared; leave it false")
     return model_config
@@ -115,7 +123,7 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False, routed: bool
         model = _with_adapters(load_model(config.model, "float32"), config)
         if frozen_in_compute_type(config.model, load_config(config.model)):
             keep_frozen_in(compute, model)
-        policy = Policy(model, training.temperature, autocast)
+        policy = open_policy(model, training.temperature, autocast, training.sharing)
         weights = None
     else:
         # what is never stepped can be stored in the type in which it is gathered: the same numbers
@@ -131,7 +139,7 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False, routed: bool
             if ranks.main:
                 print(f"train: model.path={config.model.path}: {reasons[0]}; every rank loads the whole model first")
             model, weights = load_model(config.model, dtype), None
-        policy = Policy(_with_adapters(model, config), training.temperature)
+        policy = open_policy(_with_adapters(model, config), training.temperature, sharing=training.sharing)
     if frozen:
         policy.requires_grad_(False)
     elif routed and (training.replay_routing or config.engine.return_routed_experts):
@@ -169,10 +177,11 @@ def check_model(config: Config, ranks: Ranks, policy: Policy, longest_path: int)
     if not config.training.check_model:
         return {}
     found = compare(policy, ranks.device, longest_path)
-    computed_in = DTYPES[config.model.dtype] if ranks.distributed else torch.float32
+    in_float32 = not ranks.distributed and stored_alike(policy)
+    computed_in = torch.float32 if in_float32 else DTYPES[config.model.dtype]
     gaps = ranks.max(torch.tensor([found.logprob_gap, found.gradient_gap], dtype=torch.float64)).tolist()
     found = replace(found, logprob_gap=gaps[0], gradient_gap=gaps[1])  # the same on all ranks, and so is what follows
-    refuse_disagreement(found, policy.model.config.model_type, computed_in)
+    refuse_disagreement(found, policy.model.config.model_type, computed_in, policy.padded)
     return {"model_check_logprob": found.logprob_gap, "model_check_gradient": found.gradient_gap}
 
 
@@ -230,13 +239,14 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
     }
     if read_json(config.folder / "model" / _MARKER) == marker:
         return Training(config, ranks, None, None, marker)
+    check_budget(config, stream.manifest, context_of(model_config))  # once more when an engine says what it can do
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
     judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=list(parts_of(task).values()), form=form)
     stack.callback(close_judge, judge)
     renderer = open_renderer(config.model)
     tokenizer = renderer.tokenizer
     rollouts = _open_rollouts(config, ranks, stream, task, judge, renderer, form, stack)
-    context = rollouts.engine.max_context if rollouts.engine else model_config.get_text_config().max_position_embeddings
+    context = rollouts.engine.max_context if rollouts.engine else context_of(model_config)
     check_budget(config, stream.manifest, context)
     if ranks.main:
         _say_what_to_expect(config, ranks, stream, model_config)

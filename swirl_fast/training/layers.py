@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from swirl_fast.config import ConfigError, TrainingConfig
 from swirl_fast.models.exact import why_not_flash
 from swirl_fast.models.policy import Policy
+from swirl_fast.models.rows import packs_rows
 from swirl_fast.training.activation_offload import OffloadedCheckpoint
 from swirl_fast.training.fsdp import decoder_layers
 
@@ -27,6 +28,11 @@ def check_layers(training: TrainingConfig, model_config: PreTrainedConfig, devic
             raise ConfigError("training.flash_attention=true: flash-attn needs a GPU; leave it false")
         if importlib.util.find_spec("flash_attn") is None:
             raise ConfigError("training.flash_attention=true: the package is missing; run: pip install flash-attn")
+        if not training.sharing and not packs_rows(model_config):
+            raise ConfigError(
+                f"training.flash_attention=true: rows of model type {model_config.model_type} go through transformers' own attention; "
+                "leave it false"
+            )
     if training.offload_activations and device.type != "cuda":
         raise ConfigError(
             "training.offload_activations=true: without a GPU activations are in CPU memory already; leave it false"

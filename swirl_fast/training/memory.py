@@ -8,9 +8,9 @@ the hidden state, of all query heads, of all key/value heads, of the gated MLP. 
 moments, and the reference is the policy itself.
 
 Not in it: the allocator's fragmentation, CUDA's context (about 1 GiB), nccl's buffers; and what compiled layers or liger-kernel
-save. Experts count as many as a token visits. SGLang's servers are other processes: on a GPU that one shares with the trainer it takes
-engine.launch.memory_fraction of what is free when it starts, and some GiB for its own work. With engine.share_gpu it has that while it
-samples, and the trainer what is said here while it trains.
+save; activations of models that are trained over padded rows. Experts count as many as a token visits. SGLang's servers are other
+processes: on a GPU that one shares with the trainer it takes engine.launch.memory_fraction of what is free when it starts, and some GiB for
+its own work. With engine.share_gpu it has that while it samples, and the trainer what is said here while it trains.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.config import Config, ConfigError, TrainingConfig, load
+from swirl_fast.models.exact import why_not_shared
 from swirl_fast.models.load import DTYPES, load_config
 from swirl_fast.models.lora import frozen_in_compute_type, linear_layers, target_layers
 from swirl_fast.models.policy import head_widths
@@ -45,6 +46,7 @@ class Estimate:
     sampling: dict[str, float] = field(default_factory=dict)
     sync: dict[str, float] = field(default_factory=dict)
     host: dict[str, float] = field(default_factory=dict)
+    unknown: str = ""  # what is not in it, and why
 
     @property
     def peak(self) -> float:
@@ -52,6 +54,8 @@ class Estimate:
 
     def __str__(self) -> str:
         text = f"{self.peak / GIB:.1f} GiB a rank: {_listed(self.kept | self.step)}"
+        if self.unknown:
+            text += f", and {self.unknown}"
         if self.sampling:
             text += f"; while the servers sample: {_listed(self.sampling)}, and their cache; in the sync: {_listed(self.sync)}"
         return text + (f"; in CPU memory: {_listed(self.host)}" if self.host else "")
@@ -95,10 +99,12 @@ def estimate(
     if config.algorithm.kl_coef > 0 and not training.reference_offload:
         kept["reference"] = float((c if distributed else 4) * count) / shared if rank is None else 0.0
     text = model_config.get_text_config()
+    own = why_not_shared(model_config) is not None  # layers of other shapes
     if config.engine.kind == "local" and config.algorithm.name != "sft":  # which samples nothing
+        kept["rollout weights"] = float(engine * count)
+    if "rollout weights" in kept and not own:
         heads = text.num_attention_heads
         kv = (getattr(text, "num_key_value_heads", None) or heads) * sum(head_widths(text))
-        kept["rollout weights"] = float(engine * count)
         kept["rollout cache"] = 1.0 * len(layers) * kv * engine * config.engine.cache_tokens
 
     step = {}
@@ -109,6 +115,10 @@ def estimate(
             step["accumulated gradients"] = 4.0 * trained
     elif c != 4:
         step["cast weights"] = float(c * (count - _frozen_in_compute_type(model, model_config, config, distributed)))
+    if own:
+        return Estimate(
+            kept, step, unknown=f"activations, which are not known for model type {model_config.model_type}"
+        )
     tokens = training.token_budget
     saved, working, moved = _activations(model_config, layers, c, r, training)
     log_probs = min(LOGITS_WORKSPACE / tokens, 4 * text.vocab_size) + 3 * 4 * text.hidden_size

@@ -23,6 +23,7 @@ from swirl_fast.engines.engine import SharedEngine
 from swirl_fast.exits import Resumable
 from swirl_fast.files import describe_changes
 from swirl_fast.metrics import PhaseTimer
+from swirl_fast.models.exact import context_of
 from swirl_fast.models.load import DTYPES
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.objective import Actions, advantages, counts, imitation_advantages, trajectory_advantages, weights
@@ -82,8 +83,8 @@ class Trainer:
         if self.engine is not None:
             max_context = self.engine.max_context
         else:
-            max_context = int(policy.model.config.get_text_config().max_position_embeddings)
-        self.packer = Packer(config, ranks, model_size(policy.model), max_context)
+            max_context = context_of(policy.model.config)
+        self.packer = Packer(config, ranks, model_size(policy.model), max_context, policy.padded)
         self.peak = peak_flops(training.peak_tflops, ranks.device, DTYPES[config.model.dtype])
         self.step = 0  # batches done; also the policy version
         self.folder = config.folder / "checkpoints"

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from support.engine_conformance import EngineConformance
+from support.model_families import build_unshared
 from support.small_models import build
 from transformers import PreTrainedModel
 
@@ -25,6 +26,22 @@ def engine(model: PreTrainedModel) -> LocalEngine:
 
 class TestLocalEngine(EngineConformance):
     pass
+
+
+class TestLocalEngineWithoutItsCache(EngineConformance):
+    """A model with a state: convolutions and attention in turns. Left out is what takes longest without a cache, and is tested for several
+    such models in test_local_engine.py."""
+
+    test_logprobs_are_those_of_a_plain_forward_pass = None  # type: ignore[assignment]
+    test_states_of_a_trajectory_share_what_they_can = None  # type: ignore[assignment]
+
+    @pytest.fixture(scope="class")
+    def model(self) -> PreTrainedModel:
+        return build_unshared("lfm2")
+
+    @pytest.fixture(scope="class")
+    def engine(self, model: PreTrainedModel) -> LocalEngine:
+        return LocalEngine(copy.deepcopy(model), max_sequences=16, cache_tokens=8192)
 
 
 def test_closing_twice_is_fine() -> None:

@@ -61,13 +61,16 @@ def aggregated(loss: Tensor, mask: Tensor, how: str, dp: float, tokens: Any, seq
     n = mask.sum(1)
     tokens = mask.sum() if tokens is None else tokens
     sequences = (n > 0).sum() if sequences is None else sequences
-    return dp * {
-        "token-mean": (loss * mask).sum() / tokens,
-        "token-sum": (loss * mask).sum(),
-        "seq-mean-token-sum": (loss * mask).sum() / sequences,
-        "seq-mean-token-mean": ((loss * mask).sum(1) / n.clamp(min=1)).sum() / sequences,
-        "seq-mean-token-sum-norm": (loss * mask).sum() / sequences / (L if scale is None else scale),
-    }[how]
+    return (
+        dp
+        * {
+            "token-mean": (loss * mask).sum() / tokens,
+            "token-sum": (loss * mask).sum(),
+            "seq-mean-token-sum": (loss * mask).sum() / sequences,
+            "seq-mean-token-mean": ((loss * mask).sum(1) / n.clamp(min=1)).sum() / sequences,
+            "seq-mean-token-sum-norm": (loss * mask).sum() / sequences / (L if scale is None else scale),
+        }[how]
+    )
 
 
 GLOBALS: tuple[dict[str, Any], ...] = (
@@ -92,7 +95,9 @@ def test_verl_losses_equal_the_formulas(mode: str) -> None:
         torch.testing.assert_close(torch.autograd.grad(loss, x["log_prob"])[0], gradient, rtol=1e-7, atol=1e-8)
         assert set(metrics) == {"actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"}
         mask = x["response_mask"]
-        assert metrics["actor/ppo_kl"] == pytest.approx(float((x["old_log_prob"] - x["log_prob"].detach())[mask].mean()))
+        assert metrics["actor/ppo_kl"] == pytest.approx(
+            float((x["old_log_prob"] - x["log_prob"].detach())[mask].mean())
+        )
 
 
 def test_verl_refusals() -> None:
@@ -119,12 +124,20 @@ def test_verl_registry_takes_the_losses_and_they_equal_its_own(mode: str) -> Non
     for seed, (how, info) in enumerate(itertools.product(AGGREGATIONS, GLOBALS)):
         x = batch(seed)
         actor = ActorConfig(
-            strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio_low=0.1, clip_ratio_c=1.3, tau_pos=1.4, global_batch_info=info
+            strategy="fsdp",
+            rollout_n=1,
+            use_dynamic_bsz=True,
+            clip_ratio_low=0.1,
+            clip_ratio_c=1.3,
+            tau_pos=1.4,
+            global_batch_info=info,
         )
         weights = (0.2 * torch.randn(B, L, dtype=torch.float64)).exp() if seed % 3 else None
         found = []
         for name in (mode, f"swirl_{mode}"):
-            loss, metrics = core.get_policy_loss_fn(name)(**x, loss_agg_mode=how, config=actor, rollout_is_weights=weights)
+            loss, metrics = core.get_policy_loss_fn(name)(
+                **x, loss_agg_mode=how, config=actor, rollout_is_weights=weights
+            )
             found.append((loss.detach(), torch.autograd.grad(loss, x["log_prob"])[0], metrics))
         theirs, ours = found
         torch.testing.assert_close(ours[:2], theirs[:2], rtol=1e-7, atol=1e-8)
@@ -143,7 +156,9 @@ CORRECTIONS: tuple[dict[str, Any], ...] = (
 
 def openrlhf_formula(settings: dict[str, Any], x: dict[str, Any], dual: float | None, kind: str) -> Tensor:
     """[B, T], a sequence at a time."""
-    logp, old, rollout, A, mask = (x[n] for n in ("log_probs", "old_log_probs", "rollout_log_probs", "advantages", "action_mask"))
+    logp, old, rollout, A, mask = (
+        x[n] for n in ("log_probs", "old_log_probs", "rollout_log_probs", "advantages", "action_mask")
+    )
     level, gating = settings.get("is_correction_level", "off"), settings.get("is_correction_gating", "ratio")
     low, high = settings.get("is_correction_threshold", (0.5, 5.0))
     rows = []
@@ -159,7 +174,9 @@ def openrlhf_formula(settings: dict[str, Any], x: dict[str, Any], dual: float | 
         c = (old[b] - rollout[b]).exp()
         if level != "off" and kind == "ppo":
             p, q = rollout[b].exp(), old[b].exp()
-            each = {"ratio": c.log(), "tv": (p - q).abs()}.get(gating, p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+            each = {"ratio": c.log(), "tv": (p - q).abs()}.get(
+                gating, p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+            )
             statistic = each[used].mean().expand(L) if level == "seq" else each
             statistic = statistic.exp() if gating == "ratio" else statistic
             inside = (statistic >= low) & (statistic <= high)
@@ -170,7 +187,12 @@ def openrlhf_formula(settings: dict[str, Any], x: dict[str, Any], dual: float | 
 
 def openrlhf_batch(seed: int) -> dict[str, Tensor]:
     x = batch(seed)
-    names = {"log_prob": "log_probs", "old_log_prob": "old_log_probs", "response_mask": "action_mask", "advantages": "advantages"}
+    names = {
+        "log_prob": "log_probs",
+        "old_log_prob": "old_log_probs",
+        "response_mask": "action_mask",
+        "advantages": "advantages",
+    }
     x = {names[n]: v for n, v in x.items()}
     x["action_mask"] = x["action_mask"].clone()
     x["action_mask"][3, 0] = True  # OpenRLHF's means over an empty sequence are NaN
@@ -181,7 +203,9 @@ def openrlhf_batch(seed: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("settings", CORRECTIONS)
 def test_openrlhf_policy_loss_equals_the_formula(settings: dict[str, Any], kind: str) -> None:
     held_back: list[float] = []
-    for seed, (dual, token_level, totals) in enumerate(itertools.product((None, 1.2), (True, False), (None, (3, 70.0, 19.0)))):
+    for seed, (dual, token_level, totals) in enumerate(
+        itertools.product((None, 1.2), (True, False), (None, (3, 70.0, 19.0)))
+    ):
         x = openrlhf_batch(seed)
         loss_of = PolicyLoss(0.1, 0.15, dual, token_level, kind, **settings)
         dp, tokens, sequences = totals or (1, None, None)

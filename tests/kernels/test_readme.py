@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,22 @@ import torch
 from support.paths import ROOT
 from support.small_models import SHAPE, train_tokenizer
 
-HEADINGS = ("Tree attention", "Linear log-probabilities", "In a TRL GRPO trainer", "As a verl-style loss")
+HEADINGS = (
+    "Tree attention",
+    "Linear log-probabilities",
+    "The output head of a model",
+    "In a TRL trainer",
+    "In verl",
+    "In OpenRLHF",
+)
+HEADINGS += ("In a loop of your own",)
 
 
 def example(heading: str) -> dict[str, Any]:
     """Runs the section's Python and returns its names."""
-    section = (ROOT / "kernels" / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "kernels" / "README.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    )
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names: dict[str, Any] = {"__name__": "readme"}
     exec(compile(code, f"kernels/README.md: {heading}", "exec"), names)
@@ -24,7 +35,7 @@ def example(heading: str) -> dict[str, Any]:
 
 
 def test_every_example_is_tested() -> None:
-    assert (ROOT / "kernels" / "README.md").read_text().count("```python") == len(HEADINGS)
+    assert (ROOT / "kernels" / "README.md").read_text(encoding="utf-8").count("```python") == len(HEADINGS)
 
 
 def test_tree_attention_example() -> None:
@@ -46,44 +57,51 @@ def test_linear_logprob_example() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trl_example_equals_trl_and_trains(tmp_path: Path) -> None:
+def test_output_head_example() -> None:
+    pytest.importorskip("transformers")
+    names = example("The output head of a model")
+    assert names["head"].softcap == 30.0
+    with torch.no_grad():
+        logits = names["model"](names["tokens"]).logits[:, :-1] / 0.8
+    expected = logits.log_softmax(-1).gather(2, names["tokens"][:, 1:, None]).flatten()
+    torch.testing.assert_close(names["logp"].detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_example_trains_through_linear_logprob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it equals TRL's own run: test_integrations_trl.py."""
     pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
+
+    from swirl_kernels.integrations import trl as integration
 
     torch.use_deterministic_algorithms(False)  # the poisoned memory is for our kernels
-    trainer_class = example("In a TRL GRPO trainer")["FusedGRPOTrainer"]
+    calls = []
+    whole = integration.linear_logprob
+    monkeypatch.setattr(integration, "linear_logprob", lambda *a, **k: calls.append(len(a[2])) or whole(*a, **k))
     tokenizer = train_tokenizer(["what is two and two", "say a word"])
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": len(tokenizer)}))
+    before = model.lm_head.weight.detach().clone()
     settings = GRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, num_generations=2,
         per_device_train_batch_size=2, max_completion_length=6, temperature=0.7, save_strategy="no",
     )  # fmt: skip
-    rows = Dataset.from_list([{"prompt": "what is two"}, {"prompt": "say a word"}])
-    trainer = trainer_class(
+    trainer = example("In a TRL trainer")["train"](
         model=model,
         args=settings,
-        train_dataset=rows,
+        train_dataset=Dataset.from_list([{"prompt": "what is two"}, {"prompt": "say a word"}]),
         processing_class=tokenizer,
         reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
     )
-    ids = torch.randint(1, len(tokenizer), (3, 9))
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    ours = trainer._get_per_token_logps_and_entropies(model, ids, mask, 4, compute_entropy=True)
-    theirs = GRPOTrainer._get_per_token_logps_and_entropies(trainer, model, ids, mask, 4, compute_entropy=True)
-    for a, b in zip(ours[:2], theirs[:2], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    before = model.lm_head.weight.detach().clone()
-    trainer.train()
-    assert not torch.equal(trainer.model.lm_head.weight.cpu(), before)
+    assert calls and not torch.equal(trainer.model.lm_head.weight.cpu(), before)
 
 
 def test_verl_example() -> None:
-    """Against verl's formula written out: PPO with the dual clip at 3, mean over all tokens of the mask."""
-    names = example("As a verl-style loss")
+    """Against verl's formula written out: PPO with the dual clip at 3, mean over the tokens of the whole batch, two ranks."""
+    names = example("In verl")
     torch.manual_seed(0)
     old = -torch.rand(3, 5, dtype=torch.float64)
     new = (old + 0.4 * torch.randn(3, 5, dtype=torch.float64)).requires_grad_()
@@ -92,12 +110,36 @@ def test_verl_example() -> None:
     ratio = (new - old).exp()
     worst = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
     each = torch.where(advantages < 0, torch.minimum(-advantages * 3.0, worst), worst)
-    expected = (each * mask).sum() / mask.sum()
-    loss, metrics = names["compute_policy_loss"](old, new, advantages, mask)
+    expected = (each * mask).sum() / 21 * 2
+    numbers = {"dp_size": 2, "batch_num_tokens": 21, "global_batch_size": 6, "loss_scale_factor": None}
+    config = SimpleNamespace(
+        clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0, global_batch_info=numbers
+    )
+    loss, metrics = names["compute_policy_loss"](
+        old_log_prob=old, log_prob=new, advantages=advantages, response_mask=mask, loss_agg_mode="token-mean", config=config,
+        rollout_is_weights=None,
+    )  # fmt: skip
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(loss, new), torch.autograd.grad(expected, new), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-15)
-    assert metrics.sums[0] == mask.sum()
+    assert set(metrics) == {"actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"}
+
+
+def test_openrlhf_example() -> None:
+    policy_loss = example("In OpenRLHF")["policy_loss"]
+    torch.manual_seed(0)
+    old, mask = -torch.rand(3, 5), torch.ones(3, 5)
+    rollout = old + torch.tensor([[0.0], [2.0], [0.1]])  # the second's mean ratio is e^-2
+    new = old.clone().requires_grad_()
+    loss, *_, filtered = policy_loss(new, old, torch.ones(3, 5), mask, rollout)
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert filtered == pytest.approx(1 / 3) and (gradient[1] == 0).all() and (gradient[[0, 2]] < 0).all()
+
+
+def test_own_loop_example(capsys: pytest.CaptureFixture[str]) -> None:
+    names = example("In a loop of your own")
+    assert names["logp"].grad.norm() > 0 and names["loss"].isfinite()
+    assert names["metrics"].tokens == 12 and "effective_samples" in capsys.readouterr().out
 
 
 def test_the_package_needs_torch_and_triton_alone() -> None:
@@ -111,7 +153,7 @@ class Hidden(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Hidden())
-import torch, swirl_kernels
+import torch, swirl_kernels, swirl_kernels.integrations.verl, swirl_kernels.integrations.openrlhf, swirl_kernels.integrations.trl
 hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
 swirl_kernels.linear_logprob(hidden, weight, torch.tensor([1, 2, 3, 4])).sum().backward()
 assert hidden.grad.isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +17,12 @@ from transformers.models.llama import modeling_llama
 
 from swirl_fast.comb.tree import SampledState, Trunk, pack
 from swirl_fast.config import ConfigError
+from swirl_fast.config.schema import LoraConfig
 from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.engines.local.engine import LocalEngine
 from swirl_fast.models.check import LIMITS, Agreement, compare, refuse_disagreement, small_tree
 from swirl_fast.models.exact import refuse_inexact
+from swirl_fast.models.lora import add_adapters, keep_frozen_in
 from swirl_fast.models.policy import ATTENTION, DeviceComb, Policy
 
 SMALL = {key: value for key, value in COMMON.items() if key != "head_dim"} | {"pad_token_id": 0, "eos_token_id": 2}
@@ -60,8 +63,12 @@ LOST = {
 @pytest.mark.parametrize("what", LOST)
 def test_a_window_that_attention_is_not_told_is_refused(what: str) -> None:
     name, settings, message = LOST[what]
-    with pytest.raises(ValueError, match=f"LocalEngine cannot run.*{message}.*SGLang"):
-        LocalEngine(model(name, **settings), max_sequences=2, cache_tokens=64)
+    if name.startswith("Lfm2"):  # its own generate fails
+        with pytest.raises(ValueError, match="LocalEngine cannot run.*SGLang"):
+            LocalEngine(model(name, **settings), max_sequences=2, cache_tokens=64)
+    else:
+        engine = LocalEngine(model(name, **settings), max_sequences=2, cache_tokens=64)
+        assert re.search(message, engine.uncached or ""), "decoded by its own generate"
     policy = Policy(model(name, **settings))
     with pytest.raises(ConfigError, match=f"model type .*{message}.*training.sharing=false"):
         policy(DeviceComb.of(pack([small_tree(policy)])))
@@ -194,6 +201,17 @@ def test_gaps_above_the_limits_are_refused(dtype: torch.dtype) -> None:
     for worse in ({"logprob_gap": 2 * logprob}, {"gradient_gap": 2 * gradient}, {"logprob_gap": float("nan")}):
         with pytest.raises(ConfigError, match="llama"):
             refuse_disagreement(replace(fine, **worse), "llama", dtype)
+
+
+@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_are_checked_beside_weights_of_another_type(frozen: torch.dtype) -> None:
+    """The frozen weights may be stored in the type in which autocast multiplies with them."""
+    model = build("llama", torch.float32)
+    add_adapters(model, LoraConfig(rank=4), seed=0)
+    keep_frozen_in(frozen, model)
+    agreement = compare(Policy(model, autocast=torch.bfloat16))
+    refuse_disagreement(agreement, "llama", frozen)
+    assert (agreement.logprob_gap < 1e-5) == (frozen == torch.float32) and agreement.gradient_gap > 0
 
 
 def test_bfloat16_stays_within_its_limits() -> None:

@@ -48,12 +48,14 @@ def rounding_of(branches: list[Trunk], dtype: torch.dtype) -> float:
     return 2 * torch.finfo(dtype).eps if sum(n > 1 for n in seen) <= len(seen) / 8 else 0.0
 
 
-def assert_equal_to_rows(naive: PreTrainedModel, policy: Policy, branches: list[Trunk], tolerance: float) -> None:
-    """The branches as one comb against one row per action."""
+def assert_equal_to_rows(
+    naive: PreTrainedModel, policy: Policy, branches: list[Trunk], tolerance: float, comb: Comb | None = None
+) -> None:
+    """The branches as one comb, or as the one that is given, against one row per action."""
     naive.zero_grad()
     policy.zero_grad()
     wanted = separate_rows(naive, branches, policy.temperature)
-    comb = pack(branches)
+    comb = comb or pack(branches)
     found = by_action(comb, policy(DeviceComb.of(comb)))
     assert found.keys() == wanted.keys()
     for index, logp in wanted.items():

@@ -74,9 +74,12 @@ def update(engine: Engine, model: PreTrainedModel, seed: int) -> int:
     return version
 
 
-def assert_hits(cached: int, possible: int) -> None:
+def assert_hits(cached: int, possible: int, engine: Engine | None = None) -> None:
     """possible: tokens that an ideal cache would not compute again. A little more is possible too: a sampled token, which stays in the
-    cache, may happen to be the next one of a longer prompt."""
+    cache, may happen to be the next one of a longer prompt. An engine that says it has none computes all."""
+    if getattr(engine, "uncached", None) is not None:
+        assert cached == 0
+        return
     assert 0.95 * possible <= cached <= 1.01 * possible, (
         f"{cached} tokens came from the cache, possible were {possible}"
     )
@@ -226,7 +229,7 @@ class EngineConformance:
         for possible in (cacheable(states), sum(len(state) - 1 for state in states)):
             results = engine.generate(requests)
             cached = sum(completions[0].cached_tokens for completions in results)
-            assert_hits(cached, possible)
+            assert_hits(cached, possible, engine)
             check(model, requests, results)
 
     def test_several_trajectories_of_one_question_share_its_prompt(
@@ -238,7 +241,7 @@ class EngineConformance:
         requests = [Request(state, Sampling(4), n=2, cache_key="q") for state in states]
         results = engine.generate(requests)
         cached = sum(completions[0].cached_tokens for completions in results)
-        assert_hits(cached, cacheable(states))
+        assert_hits(cached, cacheable(states), engine)
         check(model, requests, results)
 
     def test_a_growing_trajectory_is_never_computed_again(self, engine: Engine, model: PreTrainedModel) -> None:
@@ -253,7 +256,7 @@ class EngineConformance:
             possible += known
             known = len(state) + len(completion.tokens) - 1  # the last token was sampled, never read
             state = [*state, *completion.tokens.tolist(), *prompt(20, 51 + turn, model)]
-        assert_hits(cached, possible)
+        assert_hits(cached, possible, engine)
 
     def test_after_an_update_nothing_comes_from_the_old_weights(self, engine: Engine, model: PreTrainedModel) -> None:
         """The same prompts before and after: outputs, version, and no key of the old weights in the cache."""
@@ -277,7 +280,7 @@ class EngineConformance:
         request = Request(prompt(60, 70, model), GREEDY)
         ((before,),) = engine.generate([request])
         state = {name: parameter + 1 for name, parameter in model.named_parameters()}
-        name = next(name for name in reversed(state) if name.endswith("up_proj.weight"))
+        name = next(name for name in reversed(state) if name.endswith(("up_proj.weight", ".w1.weight")))
         shape = tuple(state[name].shape)
         with pytest.raises(KeyError, match="no weights named spam"):
             engine.update_weights([*state.items(), ("spam", torch.zeros(1))], before.policy_version + 1)

@@ -46,6 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 12,
@@ -86,6 +87,51 @@ SINGLE_PRECISION: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
 }
+
+
+# whose prefixes cannot be shared, each for another reason
+UNSHARED: dict[str, tuple[str, dict[str, object]]] = {
+    "qwen3_5": (
+        "Qwen3_5",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "falcon_mamba": ("FalconMamba", {"state_size": 8}),
+    "llama4": (
+        "Llama4",
+        {
+            **_EXPERTS,
+            "attention_chunk_size": 6,
+            "intermediate_size_mlp": 32,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+        },
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        {
+            "block_types": ["recurrent", "attention"],
+            "attention_window_size": 6,
+            "lru_width": 32,
+            "logits_soft_cap": 4.0,
+        },
+    ),
+}
+
+
+def build_unshared(family: str, **more: object) -> PreTrainedModel:
+    """In float32."""
+    name, settings = (UNSHARED | RARE)[family]
+    torch.manual_seed(0)
+    text = "TextConfig" if name in ("Qwen3_5", "Llama4") else "Config"
+    config = getattr(transformers, name + text)(**{**COMMON, **settings, **more})
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
 def build(family: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -61,12 +61,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hsdp": ("training.shard_size=2",),
     "hsdp_accumulated": ("training.shard_size=2", MICRO),
     "hsdp_accumulated_sharded": ("training.shard_size=2", MICRO, EVERY),
+    "rows": ("training.sharing=false",),
+    "rows_accumulated_resumed": ("training.sharing=false", MICRO, "training.activation_checkpointing=selective"),
+    "padded": ("training.sharing=false",),
+    "padded_accumulated_resumed": ("training.sharing=false", "training.token_budget=400"),
     "refilled": ("training.refill=true",),
     "refilled_resumed": ("training.refill=true",),
     "lora": ("model.lora.rank=3",),
     "lora_resumed": ("model.lora.rank=3", MICRO, EVERY, "training.activation_checkpointing=selective"),
     "turns": ("engine.kind=sglang", "engine.share_gpu=true"),
     "turns_resumed": ("engine.kind=sglang", "engine.share_gpu=true"),
+    "turns_lora": ("engine.kind=sglang", "engine.share_gpu=true", "model.lora.rank=3"),
 }
 
 
@@ -248,8 +253,8 @@ def trainer_of(
     checked = check_model(config, ranks, policy, Rollouts.max_context)
     reference = make_reference(config, ranks, policy)
     if config.engine.share_gpu and not ranks.distributed:
-        assert isinstance(reference, Policy)
-        for parameter in (*policy.parameters(), *reference.parameters()):
+        others = reference.parameters() if isinstance(reference, Policy) else ()
+        for parameter in (*policy.parameters(), *others):
             parameter.data = parameter.data.clone()  # in memory that can be given back, as a GPU's: no mapped file
     renderer: Any = SimpleNamespace(stop_id=1, stop_ids=(1,), text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream = stream or Stream(ranks, config.training.trajectories_per_step)

@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import small_models
-from support.model_families import COMMON, FAMILIES, build, trees
+from support.model_families import COMMON, FAMILIES, build, build_unshared, trees
 from support.parallel_variants import train
 from support.runs import free_port
 from support.torchrun import CPU, Run, read, torchrun
@@ -33,7 +33,7 @@ from swirl_fast.training.fsdp import decoder_layers
 from swirl_fast.training.sharded_weights import Unsharded, empty_model, find_weights
 
 ONE, TWO, FOUR = (
-    ["plain", "unchecked", "accumulated", "full", "selective", "compiled", "lora"],
+    ["plain", "unchecked", "accumulated", "full", "selective", "compiled", "rows", "lora"],
     [
         "plain",
         "accumulated",
@@ -41,6 +41,7 @@ ONE, TWO, FOUR = (
         "offloaded",
         "resumed",
         "everything",
+        "rows_accumulated_resumed",
         "lora_resumed",
         "turns_resumed",
     ],
@@ -72,9 +73,19 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(llama: Path, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers with a state and layers with attention."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    build_unshared("qwen3_5").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    llama: Path, hybrid: Path, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("two")
-    variants = [f"{llama}:{variant}" for variant in (*TWO, "bfloat16")]
+    variants = [f"{llama}:{variant}" for variant in (*TWO, "bfloat16")] + [f"{hybrid}:padded_accumulated_resumed"]
     return out, torchrun(2, out, *variants, *(f"{folder}:load" for folder in families.values()))
 
 
@@ -97,23 +108,39 @@ EQUAL = [*((1, v) for v in ONE[1:]), *((2, v) for v in TWO), *((4, v) for v in F
 def test_three_steps_are_the_same(ranks: int, variant: str, llama: Path, runs: dict[tuple[int, str], Run]) -> None:
     """Loss, gradient norm and parameters against one process that takes each batch whole."""
     lora = variant.startswith("lora")
-    (wanted, reference), (found, parameters) = runs[1, "lora" if lora else "plain"], runs[ranks, variant]
+    micro_batches = "accumulated" in variant or variant in ("everything", "lora_resumed")
+    assert_same_run(runs[1, "lora" if lora else "plain"], runs[ranks, variant], llama, micro_batches, lora)
+
+
+def test_padded_rows_are_the_same_on_two_ranks_and_resumed(
+    hybrid: Path, two_ranks: tuple[Path, str], tmp_path: Path
+) -> None:
+    one, two = train(hybrid, "padded", Ranks(0, 1, CPU), tmp_path), read(two_ranks[0], "padded_accumulated_resumed")
+    assert_same_run(one, two, hybrid, micro_batches=True, rel=3e-5)
+    for seen, _ in (one, two):
+        assert seen["checked"]["model_check_logprob"] < 1e-5
+
+
+def assert_same_run(
+    of: Run, run: Run, before: Path, micro_batches: bool, lora: bool = False, rel: float = 1e-6
+) -> None:
+    """before: the folder that both began with."""
+    (wanted, reference), (found, parameters) = of, run
     for one, other in zip(wanted["metrics"], found["metrics"], strict=True):
         assert one["grad_norm"] > 0.5, "clipping is to be at work"
         assert other["reward"] == one["reward"]
         for key in ("loss", "grad_norm", "kl"):
-            assert other[key] == pytest.approx(one[key], abs=1e-5, rel=1e-6), key
+            assert other[key] == pytest.approx(one[key], abs=1e-5, rel=rel), key
     assert wanted["metrics"][-1]["kl"] > 1e-5, "nothing was learned"
-    before = load_file(llama / "model.safetensors")
-    assert parameters.keys() == reference.keys() == before.keys()
+    weights = load_file(before / "model.safetensors")
+    assert parameters.keys() == reference.keys() == weights.keys()
     for name, tensor in reference.items():
         frozen = lora and not name.endswith("_proj.weight")
-        assert (tensor - before[name]).abs().max() > 2e-4 or frozen, f"{name} has not moved"
-        assert torch.equal(tensor, before[name]) or not frozen, f"{name} has moved"
+        assert (tensor - weights[name]).abs().max() > 2e-4 or frozen, f"{name} has not moved"
+        assert torch.equal(tensor, weights[name]) or not frozen, f"{name} has moved"
         torch.testing.assert_close(
             parameters[name], tensor, rtol=0, atol=1e-5 if lora else 1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
-    micro_batches = "accumulated" in variant or variant in ("everything", "lora_resumed")
     assert found["micro_batches"] >= 4 if micro_batches else found["micro_batches"] == 1
 
 

@@ -16,7 +16,7 @@ from swirl_fast.config import ConfigError, load
 from swirl_fast.engines import load_engine
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.pipeline import RolloutPipeline
-from swirl_fast.training.build import check_machine, make_policy
+from swirl_fast.training.build import check_machine, check_model, make_policy
 from swirl_fast.training.resume import settings_of
 from swirl_fast.training.trainer import Metrics, Trainer
 
@@ -45,7 +45,8 @@ def steps(model: Path, *settings: str) -> list[Metrics]:
     renderer: Any = SimpleNamespace(stop_id=1, stop_ids=(1,), text=lambda tokens: f"<answer>{sum(tokens)}</answer>")
     stream: Any = Stream(ALONE, config.training.trajectories_per_step)
     rollouts = RolloutPipeline(config, ALONE, engine, Coin(), renderer, {"none": ()}, stream)
-    trainer = Trainer(config, ALONE, make_policy(config, ALONE), None, rollouts, {})
+    policy = make_policy(config, ALONE)
+    trainer = Trainer(config, ALONE, policy, None, rollouts, {}, check_model(config, ALONE, policy, 64))
     try:
         return [trainer.train_step() for _ in range(2)]
     finally:

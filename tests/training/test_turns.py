@@ -82,7 +82,7 @@ def test_what_is_constant_is_copied_once() -> None:
     assert one.numpy().tobytes() == kept.numpy().tobytes()
 
 
-@pytest.mark.parametrize("variant", ["turns", "turns_resumed"])
+@pytest.mark.parametrize("variant", ["turns", "turns_resumed", "turns_lora"])
 def test_the_training_is_the_same(variant: str, llama: Path, tmp_path: Path) -> None:
     seen, parameters = train(llama, variant, ALONE, tmp_path / variant)
     wanted, reference = train(llama, variant.replace("turns_", "").replace("turns", "plain"), ALONE, tmp_path / "plain")

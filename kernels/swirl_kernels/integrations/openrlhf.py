@@ -44,7 +44,9 @@ class PolicyLoss(nn.Module):
             if word not in words:
                 raise ValueError(f"{name} is {word!r}; use one of {', '.join(words)}")
         if is_correction_mode == "clip" and (is_correction_level == "seq" or is_correction_gating != "ratio"):
-            raise ValueError("is_correction_mode='clip' needs is_correction_level='token' and is_correction_gating='ratio'")
+            raise ValueError(
+                "is_correction_mode='clip' needs is_correction_level='token' and is_correction_gating='ratio'"
+            )
         if is_correction_gating != "ratio" and is_correction_level != "off" and is_correction_threshold[0] > 0:
             raise ValueError(
                 f"is_correction_threshold is {is_correction_threshold}; is_correction_gating={is_correction_gating!r} takes an upper bound "
@@ -79,7 +81,9 @@ class PolicyLoss(nn.Module):
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         corrected = self.is_correction_level != "off"
         if corrected and rollout_log_probs is None:
-            raise ValueError(f"rollout_log_probs is None with is_correction_level={self.is_correction_level!r}; give it")
+            raise ValueError(
+                f"rollout_log_probs is None with is_correction_level={self.is_correction_level!r}; give it"
+            )
         before, weights, vllm_kl, filtered = old_log_probs, None, None, None
         if corrected and rollout_log_probs is not None:
             if self.policy_loss_type == "gspo":  # the ratio itself is taken against the rollout engine
@@ -87,12 +91,16 @@ class PolicyLoss(nn.Module):
             else:
                 weights, filtered = self._correction(old_log_probs.detach(), rollout_log_probs.detach(), mask)
                 vllm_kl = mean_over(rollout_log_probs - old_log_probs, mask)
-        weight = self._weight(mask.to(torch.promote_types(log_probs.dtype, torch.float32)), dp_size, batch_num_tokens, global_batch_size)
+        weight = self._weight(
+            mask.to(torch.promote_types(log_probs.dtype, torch.float32)), dp_size, batch_num_tokens, global_batch_size
+        )
         loss, metrics = padded_policy_loss(self.spec, log_probs, before, advantages, weight, weights)
         clip_ratio = (metrics.clipped_low + metrics.clipped_high) / metrics.tokens.clamp(min=1)
         return loss, clip_ratio.to(loss.dtype), mean_over(old_log_probs - log_probs, mask), vllm_kl, filtered
 
-    def _weight(self, mask: Tensor, dp_size: int, tokens: float | Tensor | None, sequences: float | Tensor | None) -> Tensor:
+    def _weight(
+        self, mask: Tensor, dp_size: int, tokens: float | Tensor | None, sequences: float | Tensor | None
+    ) -> Tensor:
         """aggregate_loss as the weight of every token."""
         if self.token_level_loss:
             return mask / mask.sum() if tokens is None else mask / tokens * dp_size

@@ -121,7 +121,7 @@ def _fused(
     targets = targets.to(weight.device)
     exact = torch.autocast(hidden.device.type, enabled=False) if cast else nullcontext()
     with exact:
-        found = linear_logprob(
+        found = linear_logprob(  # type: ignore[call-overload]
             (hidden.float() if cast else hidden).flatten(0, 1),
             weight.float() if cast else weight,
             targets.flatten(),
@@ -153,7 +153,7 @@ def _whole(parameter: Any) -> Any:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def _balance(out: Any, config: Any, kwargs: dict[str, Any]) -> Tensor:
+def _balance(out: Any, config: Any, kwargs: dict[str, Any]) -> Any:
     """The load-balancing loss of a mixture of experts, as TRL takes it."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

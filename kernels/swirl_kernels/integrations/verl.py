@@ -57,15 +57,23 @@ def _compute_policy_loss(
     for an aggregation that agg_loss does not know or has too little for.
     """
     if config is None:
-        raise ValueError("config is None; verl passes its ActorConfig, which holds the clip ranges and global_batch_info")
+        raise ValueError(
+            "config is None; verl passes its ActorConfig, which holds the clip ranges and global_batch_info"
+        )
     # verl's paper of sapo has no other aggregation, whatever loss_agg_mode says.
     how = "seq-mean-token-mean" if mode == "sapo" else loss_agg_mode
     weight = token_weights(response_mask, how, log_prob.dtype, **config.global_batch_info)
-    loss, metrics = padded_policy_loss(_spec(mode, config), log_prob, old_log_prob, advantages, weight, rollout_is_weights)
+    loss, metrics = padded_policy_loss(
+        _spec(mode, config), log_prob, old_log_prob, advantages, weight, rollout_is_weights
+    )
     tokens = metrics.tokens.clamp(min=1)
     drift = mean_over(old_log_prob - log_prob, response_mask)
-    values = torch.stack([(metrics.clipped_low + metrics.clipped_high) / tokens, drift.double(), metrics.clipped_dual / tokens])
-    return loss, dict(zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), values.tolist(), strict=True))
+    values = torch.stack(
+        [(metrics.clipped_low + metrics.clipped_high) / tokens, drift.double(), metrics.clipped_dual / tokens]
+    )
+    return loss, dict(
+        zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), values.tolist(), strict=True)
+    )
 
 
 def _spec(mode: str, config: Any) -> PolicyLossSpec:
@@ -105,7 +113,9 @@ def token_weights(
     if total is None:
         if dp_size > 1:
             name = "batch_num_tokens" if by_token else "global_batch_size"
-            raise ValueError(f"global_batch_info has no {name}, which loss_agg_mode={loss_agg_mode!r} needs with dp_size={dp_size}")
+            raise ValueError(
+                f"global_batch_info has no {name}, which loss_agg_mode={loss_agg_mode!r} needs with dp_size={dp_size}"
+            )
         total = (mask.sum() if by_token else (counts > 0).sum()).clamp(min=1)
     weight = mask / total * dp_size
     if loss_agg_mode == "seq-mean-token-mean":

@@ -150,10 +150,10 @@ def naive_policy_loss(
         elif spec.clip == "cispo":
             f = clipped_r.detach() * A * now
         elif spec.clip == "sapo":
-            tau = torch.where(A > 0, *A.new_tensor(spec.sapo))
+            tau = torch.where(A > 0, A.new_tensor(spec.sapo[0]), A.new_tensor(spec.sapo[1]))
             f = 4 / tau * torch.sigmoid(tau * (r - 1)) * A
         elif spec.clip == "vespo":
-            k, scale = (torch.where(A >= 0, *A.new_tensor(spec.vespo[i::2])) for i in range(2))
+            k, scale = A.new_tensor(spec.vespo).view(2, 2)[(A < 0).long()].unbind(1)
             f = r**k * (scale.clamp(min=1e-4) * (1 - r)).exp() * A * now
         else:
             f = torch.minimum(r * A, clipped_r * A)

@@ -23,8 +23,14 @@ def aot_cases() -> list[AotCase]:
         (PolicyLossSpec(clip="sapo", kl="k3", kl_coef=0.1), "token", None),
         (PolicyLossSpec(ratio="step_sum", clip="vespo", kl="k3", kl_coef=0.1), "token", "token"),
         (PolicyLossSpec(ratio="step", kl="k3", kl_coef=0.1, kl_importance=True), "token", "segment"),
-        (PolicyLossSpec(clip="dual", kl="k3", kl_coef=0.1, kl_importance=True, correction="icepop", correction_gate="step_mean"), "token", None),
-    ]  # fmt: skip
+        (
+            PolicyLossSpec(
+                clip="dual", kl="k3", kl_coef=0.1, kl_importance=True, correction="icepop", correction_gate="step_mean"
+            ),
+            "token",
+            None,
+        ),
+    ]
     cases = [_case(spec, weight, slope, dtype) for spec, weight, slope in specs for dtype in ("fp32", "bf16")]
     cases.append(_case(PolicyLossSpec(), "token", True, "fp32", unit=True))
     return cases + [_case(spec, weight, True, "bf16", importance=importance) for spec, weight, importance in more]

@@ -5,6 +5,8 @@ Legend: N tokens, A segments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -106,7 +108,7 @@ def _surrogate(
     if spec.clip == "none":
         return ratio * advantage, ratio * advantage, (nowhere, nowhere, nowhere)
     if spec.clip == "sapo":
-        tau = torch.where(advantage > 0, *(ratio.new_tensor(x) for x in spec.sapo))
+        tau = _choose(advantage > 0, spec.sapo, ratio)
         gate, other = torch.sigmoid(tau * (ratio - 1)), torch.sigmoid(tau * (1 - ratio))
         return (
             4 / tau * gate * advantage,
@@ -114,7 +116,7 @@ def _surrogate(
             (nowhere,) * 3,
         )
     if spec.clip == "vespo":
-        k, scale = (torch.where(advantage >= 0, *(ratio.new_tensor(x) for x in spec.vespo[i::2])) for i in range(2))
+        k, scale = (_choose(advantage >= 0, spec.vespo[i::2], ratio) for i in range(2))
         phi = (scale.clamp(min=1e-4) * (1 - ratio) + k * log_ratio).exp()
         return phi * advantage * logp, phi * advantage, (nowhere,) * 3
     bounded = ratio.clamp(low, high)
@@ -126,6 +128,11 @@ def _surrogate(
     beyond = (ratio > spec.dual_clip) & (advantage < 0) if spec.clip == "dual" else nowhere
     value = torch.where(beyond, spec.dual_clip * advantage, value)
     return value, torch.where(below | above | beyond, 0.0, ratio * advantage), (below, above, beyond)
+
+
+def _choose(condition: Tensor, pair: Sequence[float], like: Tensor) -> Tensor:
+    """The first number where the condition holds, else the second, in the dtype of `like`."""
+    return torch.where(condition, like.new_tensor(pair[0]), like.new_tensor(pair[1]))
 
 
 def _correction(gap: Tensor, count: Tensor, offsets: Tensor, spread, spec: PolicyLossSpec) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]

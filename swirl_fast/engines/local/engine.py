@@ -28,10 +28,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from swirl_fast.engines.engine import Completion, EngineStats, Request, Sampling, check_request, whole
 from swirl_fast.engines.local.attention import ATTENTION, DecodePass, PrefillPass
 from swirl_fast.engines.local.linear import can_pack_linear_layers, pack_linear_layers
+from swirl_fast.engines.local.plain import complete
 from swirl_fast.engines.local.prefix_cache import PrefixCache
 from swirl_fast.engines.local.sampling import sample_tokens
 from swirl_fast.engines.local.sequences import Generation, Prompt, begin_generation
-from swirl_fast.models.exact import ropes_by_length, why_not_shared
+from swirl_fast.models.exact import context_of, own_attention, ropes_by_length, why_not_causal, why_not_shared
 from swirl_fast.models.routing import RoutingReader
 from swirl_fast.models.windows import lost_window
 from swirl_fast.prefixes import common_prefix
@@ -51,7 +52,8 @@ class LocalEngine:
     device: where to move the model; None leaves it.
     prefix_cache: False computes every completion's prompt for itself and keeps nothing, as a server without such a
     cache does: for comparisons, and for telling whether the cache is to blame. Results are the same up to rounding.
-    Raises ValueError, with name and reason, for a model that cannot be decoded from cached keys and values.
+    A model whose prefixes cannot be shared is decoded by its own `generate` (plain.py), every prompt for itself. Raises ValueError, with
+    name and reason, for a model that cannot be decoded exactly. uncached: why nothing is shared, as half a sentence, or None.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class LocalEngine:
         for module in self._model.modules():
             if isinstance(getattr(module, "config", None), PreTrainedConfig):
                 module.config = copy.deepcopy(module.config, memo)
-        self.max_context = int(self._model.config.get_text_config().max_position_embeddings)
+        self.max_context = context_of(self._model.config)
+        self.uncached = why_not_shared(model.config, type(model))
+        self._own_attention = own_attention(model)
         self.max_sequences = max_sequences
         self.prefix_cache = prefix_cache
         self._vocabulary = int(self._model.get_input_embeddings().weight.shape[0])
@@ -161,7 +165,24 @@ class LocalEngine:
             ]
             for prompt in prompts
         ]
-        queue = deque(sequence for siblings in sequences for sequence in siblings)
+        queue = [sequence for siblings in sequences for sequence in siblings]
+        if self.uncached is None:
+            self._generate_from_cache(deque(queue))
+        else:
+            prefill, decode = complete(self._model, queue, self.max_sequences)
+            self._stats.prefill_seconds += prefill
+            self._stats.decode_seconds += decode
+        results: list[list[Completion]] = [[] for _ in requests]
+        for i, siblings in zip(order, sequences, strict=True):
+            results[i] = [sequence.completion(self._version) for sequence in siblings]
+            self._stats.requests += 1
+            self._stats.prompt_tokens += len(requests[i].tokens)
+            self._stats.cached_tokens += results[i][0].cached_tokens
+            self._stats.generated_tokens += sum(len(completion.tokens) for completion in results[i])
+        return results
+
+    def _generate_from_cache(self, queue: deque[Generation]) -> None:
+        """Samples all sequences to their ends."""
         rows: list[Generation] = []
         place: dict[int, int] = {}  # id of a sequence -> its row in the arrangement before
         decode: DecodePass | None = None
@@ -190,14 +211,6 @@ class LocalEngine:
             self._cache.trim()
         else:
             self._cache.clear()
-        results: list[list[Completion]] = [[] for _ in requests]
-        for i, siblings in zip(order, sequences, strict=True):
-            results[i] = [sequence.completion(self._version) for sequence in siblings]
-            self._stats.requests += 1
-            self._stats.prompt_tokens += len(requests[i].tokens)
-            self._stats.cached_tokens += results[i][0].cached_tokens
-            self._stats.generated_tokens += sum(len(completion.tokens) for completion in results[i])
-        return results
 
     def _cacheable(self, prompts: Sequence[Prompt]) -> int:
         """As `stats` says; prompts in the order of their tokens, where a prefix that came before is one of the neighbour
@@ -291,25 +304,27 @@ class LocalEngine:
         """Four greedy tokens must have the log-probs of a plain forward pass: catches what no configuration tells."""
         name = type(self._model).__name__
         prompt = np.arange(5, dtype=np.int32) * 7 % self._vocabulary
-        self._model.set_attn_implementation(ATTENTION)
+        attention = ATTENTION if self.uncached is None else self._own_attention
+        self._model.set_attn_implementation(attention)
         try:
             (completion,) = self.generate([Request(prompt, Sampling(max_new_tokens=4, temperature=0.0))])[0]
         except Exception as error:
-            raise ValueError(f"LocalEngine cannot run {name}: {error}") from error
-        reason = lost_window(self._model.config, self._cache.told, self.max_context)
-        if reason is not None:
-            raise ValueError(f"LocalEngine cannot run {name}: {reason}; serve it with SGLang")
-        self._model.set_attn_implementation("eager")  # the definition; "sdpa" leaves Gemma 2's soft-cap out
+            raise ValueError(f"LocalEngine cannot run {name}: {error}; serve it with SGLang") from error
+        if self.uncached is None:
+            self.uncached = lost_window(self._model.config, self._cache.told, self.max_context)
+            if self.uncached is not None:
+                return self._check_model()
+            self._model.set_attn_implementation("eager")  # the definition; "sdpa" leaves Gemma 2's soft-cap out
         tokens = torch.tensor([[*prompt, *completion.tokens.tolist()]], device=self._device)
         logits = self._model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        self._model.set_attn_implementation(ATTENTION)
+        self._model.set_attn_implementation(attention)
         plain = logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None])[:, 0].cpu()
         gap = (plain - torch.tensor(completion.logprobs)).abs().max().item()
         # In bfloat16 rounding makes a gap of some hundredths; a model with other state is far off.
         if gap > (1e-3 if self._model.dtype == torch.float32 else 0.25):
             raise ValueError(
-                f"LocalEngine cannot run {name}: decoding from cached keys and values differs by {gap:.2g} in "
-                "log-probability from a plain forward pass, so the model keeps other state; serve it with SGLang"
+                f"LocalEngine cannot run {name}: decoding token by token differs by {gap:.2g} in log-probability from a plain forward "
+                "pass, so the model keeps other state; serve it with SGLang"
             )
         self._cache.clear()
         self._stats = EngineStats()
@@ -320,11 +335,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _refuse_model(model: PreTrainedModel) -> None:
-    """Raises ValueError when the configuration already tells that keys and values of single tokens do not suffice."""
-    reason = why_not_shared(model.config, type(model))
+    """Raises ValueError when the configuration already tells that the model cannot be decoded token by token."""
+    reason = why_not_causal(model.config)
     if reason is None and (ropes := ropes_by_length(model.config)):
         reason = f"its rope_type {next(iter(ropes))!r} changes the keys of old tokens when a sequence grows"
-    if reason is None and not getattr(model.config.get_text_config(), "max_position_embeddings", None):
-        reason = "its configuration has no max_position_embeddings"
     if reason is not None:
         raise ValueError(f"LocalEngine cannot run {type(model).__name__}: {reason}; serve it with SGLang")
