@@ -50,7 +50,7 @@ def why_not_shared(model_config: PreTrainedConfig, architecture: type[PreTrained
     if kinds:
         return (
             f"it has layers of kind {', '.join(sorted(kinds))} (recurrent, linear, convolutional and sparse layers need more than "
-            " the keys and values of single tokens)"
+            "the keys and values of single tokens)"
         )
     # a hybrid's class says so of all its models, those that have attention alone included
     if not named and architecture is not None and getattr(architecture, "_is_stateful", False):

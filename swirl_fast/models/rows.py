@@ -2,7 +2,7 @@
 
     packed   Policy over rows that lie one after the other: models whose layers are all full or sliding-window attention
     padded   RowsPolicy: the plain transformers model over a rectangle of rows. Layers that keep a state (Qwen3.5, Mamba), and attention
-             with more to it than keys and values (gpt-oss, Llama 4, DeepSeek), are its own
+             with more to it than keys and values (Llama 4 with scaled queries, DeepSeek V3.2), are its own
 
 The rectangle is one call, so that all ranks gather the same layers as often, whatever rows they have. No mask is given: what is padding
 lies behind every token that predicts, and the model looks backwards only.

@@ -325,7 +325,7 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
             tree_attention(q, k, v, end, scale=scale)
     with pytest.raises(ValueError, match=r"q has shape \(2, 8, 0\): a head dimension of 0"):
         tree_attention(q[..., :0], k[..., :0], v[..., :0], end)
-    with pytest.raises(ValueError, match="depth stays from 0 at token 0 to 0 at its child 1; a window needs"):
+    with pytest.raises(ValueError, match="depth stays from 0 at token 0 to 0 at its child 1; a window or chunk needs"):
         tree_attention(q, k, v, end, window=3, depth=torch.zeros_like(end))
     with pytest.raises(ValueError, match="one-dimensional integer"):
         tree_plan(end.float())

@@ -48,9 +48,7 @@ class Tree:
     run: Tensor  # [T] first token of the longest stretch up to this one in which each is the parent of the next
     depth: Tensor | None  # [T], None when no window cuts
     position: Tensor | None  # [Q], None when every token is a query
-    query_depth: (
-        Tensor | None
-    )  # [Q] from which the window counts: the query's own depth, or that of the start of its chunk
+    query_depth: Tensor | None  # [Q] from which the window counts: the query's own, or that of its chunk's start
     window: int
 
 
