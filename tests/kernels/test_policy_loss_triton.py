@@ -166,7 +166,7 @@ def test_offsets_that_cannot_be_read_back_make_the_loss_nan_when_wrong(offsets: 
     x = torch.zeros(6, device=DEVICE)
     advantage = torch.ones(len(offsets) - 1, device=DEVICE)
     bounds = torch.tensor(offsets, device=DEVICE)
-    loss, slope, sums, _ = policy_loss_triton(x, x, advantage, bounds, None, None, None, PolicyLossSpec(), True)
+    loss, slope, sums, _ = policy_loss_triton(x, x, advantage, bounds, None, None, None, None, PolicyLossSpec(), True)
     assert loss.isnan() and sums.isfinite().all()
     left_out = set(range(6)).difference(
         *(range(a, b) for a, b in zip(offsets, offsets[1:], strict=False) if a <= b <= 6)
