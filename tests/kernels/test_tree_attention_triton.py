@@ -131,7 +131,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"window": 30},
     {"window": 24, "softcap": 5.0},
     {"window": 1000},
-    {"scale": -0.4},
+    {"scale": 0.4},
     {"chunk": 1},
     {"chunk": 7},
     {"chunk": 24, "softcap": 5.0},
