@@ -71,7 +71,7 @@ def test_the_table_covers_every_operation_and_every_word() -> None:
     levels = {(spec.correction, spec.correction_level) for spec in SPECS if spec.correction != "none"}
     assert len(levels) == 9, "every correction at every level"
     assert (
-        sum(case.op == "policy_loss" and any(f" {spec.clip} " in case.name for spec in SPECS) for case in cases) == 12
+        sum(case.op == "policy_loss" and any(f" {spec.clip} " in case.name for spec in SPECS) for case in cases) == 14
     )
     for word in get_args(Operation):
         assert {f"segment_reduce: {word}", f"segment_reduce: {word} index"} <= set(names)
@@ -167,17 +167,17 @@ def test_a_wrong_dk_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tree_attention_triton._run_backward
 
     def lost(*arguments: Any) -> tuple[Tensor, ...]:
-        dq, dk, dv = whole(*arguments)
+        dq, dk, dv, delta = whole(*arguments)
         dk[:, 58:61] = 0
-        return dq, dk, dv
+        return dq, dk, dv, delta
 
     monkeypatch.setattr(tree_attention_triton, "_run_backward", lost)
     row = row_of("tree_attention: a branch at each of 128 offsets", "float16")
     assert not row["passed"] and "dk row" in row["failure"] and "dq" not in row["failure"], row
 
     def scaled(*arguments: Any) -> tuple[Tensor, ...]:
-        dq, dk, dv = whole(*arguments)
-        return dq, dk * 1.02, dv
+        dq, dk, dv, delta = whole(*arguments)
+        return dq, dk * 1.02, dv, delta
 
     monkeypatch.setattr(tree_attention_triton, "_run_backward", scaled)
     row = row_of("tree_attention: D=64", "float16")

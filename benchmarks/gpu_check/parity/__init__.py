@@ -156,6 +156,10 @@ def parity_cases() -> list[Case]:
             add(op, f"D={dim} {flags}".rstrip(), variant, op, flags, dim=dim)
     for dim in (16, 80):  # padded to a power of two, or below the smallest shipped
         add(op, f"D={dim}", variant, op, dim=dim, dtypes=TWO)
+    for flags in ("sinks", "sinks softcap window", "chunk"):
+        add(op, f"D=64 {flags}", variant, op, flags)
+    for keys, values in ((192, 128), (16, 24)):
+        add(op, f"D={keys} and values of {values}", variant, op, dim=keys, values=values, dtypes=TWO)
     add(op, "six query heads a key head", variant, op, heads=(12, 2), dtypes=TWO)
     add(op, "a branch at each of 128 offsets", branch_at_every_offset)
     add(op, "zero-length and one-token segments", small_segments, dtypes=TWO)

@@ -45,26 +45,36 @@ def tree(
     end: Tensor | None = None,
     dim: int = 64,
     heads: tuple[int, int] = (4, 2),
+    values: int | None = None,
     **change: Any,
 ) -> Problem:
-    """flags: words of softcap, window, query_index. Token-major memory seen head-major, as models make it."""
+    """flags: words of softcap, window, chunk, sinks, query_index. values: their width, None for `dim`. Token-major memory seen
+    head-major, as models make it."""
     end = (forest(run) if end is None else end).to(run.device)
     keys = len(end)
     options: dict[str, Any] = {"softcap": 2.0} if "softcap" in flags else {}
     if "window" in flags:
         options["window"] = 9 if run.small else 130
+    if "chunk" in flags:
+        options["chunk"] = 9 if run.small else 130
     if "query_index" in flags:
         options["query_index"] = run.integers(keys, keys // 3, 8)
     queries = len(options.get("query_index", end))
+    values = values or dim
+    shapes = {"q": (queries, heads[0], dim), "k": (keys, heads[1], dim), "v": (keys, heads[1], values)}
     inputs = {
-        name: run.normal(n, h, dim, seed=i).transpose(0, 1).requires_grad_()
-        for i, (name, n, h) in enumerate((("q", queries, heads[0]), ("k", keys, heads[1]), ("v", keys, heads[1])))
+        name: run.normal(*shape, seed=i).transpose(0, 1).requires_grad_()
+        for i, (name, shape) in enumerate(shapes.items())
     } | change
+    if "sinks" in flags:
+        inputs["sinks"] = run.normal(heads[0], seed=3, dtype=torch.float32).requires_grad_()
     rows = torch.rand(heads[0], queries, 1, generator=torch.Generator().manual_seed(9)) + 0.05
-    dout = run.normal(heads[0], queries, dim, seed=10) * rows.to(run.device, run.dtype)
+    dout = run.normal(heads[0], queries, values, seed=10) * rows.to(run.device, run.dtype)
 
     def call(function: Any) -> Callable[[dict], dict[str, Tensor]]:
-        return lambda inputs: {"out": function(inputs["q"], inputs["k"], inputs["v"], end, **options)}
+        return lambda inputs: {
+            "out": function(inputs["q"], inputs["k"], inputs["v"], end, sinks=inputs.get("sinks"), **options)
+        }
 
     return Problem(call(tree_attention), call(naive_tree_attention), inputs, {"out": dout})
 

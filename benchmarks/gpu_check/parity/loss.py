@@ -18,7 +18,8 @@ LENGTHS = (0, 1, 17, 0, 600, 3, 1, 130, 0)  # none, one token, less than a block
 
 
 def every_word() -> list[PolicyLossSpec]:
-    """Each ratio with each clip; every KL estimate and every correction at every level among them, limits tight and away."""
+    """Each ratio with each hard clip, and the soft ones; every KL estimate and every correction at every level among them, limits tight
+    and away."""
     corrections = [("none", "token"), *itertools.product(("tis", "icepop", "mask"), ("token", "step", "step_mean"))]
     specs = []
     for i, (ratio, clip) in enumerate(
@@ -41,7 +42,17 @@ def every_word() -> list[PolicyLossSpec]:
                 correction_high=(1.1, 1.3, math.inf)[i % 3],
             )
         )
-    return specs
+    gated = PolicyLossSpec(
+        clip="sapo",
+        kl="k3",
+        kl_coef=0.3,
+        kl_importance=True,
+        correction="icepop",
+        correction_low=0.9,
+        correction_high=1.1,
+        correction_gate="step_mean",
+    )
+    return [*specs, gated, PolicyLossSpec(ratio="step_sum", clip="vespo", kl="k2", kl_coef=0.3)]
 
 
 SPECS = every_word()
@@ -64,6 +75,7 @@ def policy(run: Run, spec: PolicyLossSpec = SPECS[5], *, lengths: tuple[int, ...
         "rollout_logp": None
         if spec.correction == "none"
         else (old + run.normal(tokens, seed=5, scale=0.1)).to(run.dtype),
+        "importance": run.normal(tokens, seed=8).abs() if spec.clip == "vespo" else None,
     }
     form = WEIGHTS[kind % len(WEIGHTS)]
     if form in weights:
