@@ -63,9 +63,9 @@ def faulty(
     """Under torchrun where ranks are given."""
     script = [str(SUPPORT / "faulty.py"), str(folder), faults, *stage]
     if not ranks:
-        return forks.run(script, environment(), timeout=300, new_session="group" in faults)
+        return forks.run(script, environment(), timeout=1200, new_session="group" in faults)
     line = [*command(ranks=ranks)[:-2], "--max-restarts", str(restarts), *script]
-    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1200)
 
 
 def checkpoints(folder: Path) -> list[str]:

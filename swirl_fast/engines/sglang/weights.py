@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ from transformers import AutoConfig
 
 from swirl_fast.engines.engine import EngineError, whole
 
+T = TypeVar("T")
 Bucket = list[tuple[str, Tensor]]
+
+KEEPER_TRIES = 10  # of a second each
 
 _INDEX = "model.safetensors.index.json"
 
@@ -180,12 +183,27 @@ def pickle_handles(bucket: Bucket, copies: int) -> list[str]:
             _start_keeper()
         payloads = []
         for _ in range(copies):
-            buffer = io.BytesIO()
-            ForkingPickler(buffer).dump(bucket)
-            payloads.append(base64.b64encode(buffer.getvalue()).decode())
+            payloads.append(base64.b64encode(_patiently(lambda: _pickled(bucket))).decode())
         return payloads
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
+
+
+def _pickled(bucket: Bucket) -> bytes:
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(bucket)
+    return buffer.getvalue()
+
+
+def _patiently(share: Callable[[], T]) -> T:
+    """torch gives its keeper of shared files a second to answer, which is not always enough on a busy machine."""
+    for left in reversed(range(KEEPER_TRIES)):
+        try:
+            return share()
+        except RuntimeError as error:
+            if not left or "memory manager" not in str(error):
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 @functools.cache
@@ -196,7 +214,7 @@ def _start_keeper() -> None:
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        torch.zeros(1).share_memory_()
+        _patiently(lambda: torch.zeros(1).share_memory_())
     finally:
         os.dup2(kept, 2)
         os.close(kept)

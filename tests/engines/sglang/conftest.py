@@ -92,7 +92,7 @@ def launch(model: Path, tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]
                     "servers": 2,
                     "port": free_port(),
                     "python": str(interpreter(tmp_path / "python", script)),
-                    "startup_timeout": 20.0,
+                    "startup_timeout": 120.0,
                     **(launch or {}),
                 }
             ),

@@ -186,7 +186,7 @@ def test_a_launched_server_that_fails_in_an_update_that_breaks_off_is_started_ag
 
 
 def test_without_snapshots_a_dead_server_waits_for_the_next_update(launch, model: Path) -> None:
-    engine = launch(sync={"method": "tensor", "snapshot": False, "timeout": 20.0})
+    engine = launch(sync={"method": "tensor", "snapshot": False, "timeout": 120.0})
     new = changed(model, 2.0)
     engine.update_weights(new, 1)
     pids = pids_of(engine)

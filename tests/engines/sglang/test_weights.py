@@ -74,13 +74,13 @@ def test_a_run_that_goes_on_sends_its_weights_to_servers_that_see_no_folder_of_o
 ) -> None:
     """They hold the last version before the stop, and a command begins with the first."""
     with spawned(model) as (url, _):
-        sync = {"method": method, "timeout": 20.0, "snapshot": False, "bucket_mb": 0.02}
-        first = attach(url, timeout=20.0, sync=sync)
+        sync = {"method": method, "timeout": 120.0, "snapshot": False, "bucket_mb": 0.02}
+        first = attach(url, timeout=60.0, sync=sync)
         new = changed(model, 2.0)
         first.update_weights(new, 57)
         first.close()
         ask(url, "/misbehave", {"path": "/update_weights_from_disk", "how": "refuse", "times": -1})
-        again = attach(url, timeout=20.0, sync=sync)
+        again = attach(url, timeout=60.0, sync=sync)
         assert ask(url, "/log")["fingerprint"] == original(model)
         assert_from(again.generate(MANY), MANY, original(model), 0)
         again.update_weights(new, 57)
@@ -370,7 +370,7 @@ def test_a_server_that_does_not_join_the_group(serve, attach, model: Path, how: 
 def test_weights_by_broadcast(attach, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a real group of two processes; when the server refuses in the middle, it reads the folder instead."""
     with spawned(model) as (url, _):
-        engine = attach(url, timeout=20.0, sync={"method": "distributed", "timeout": 20.0, "bucket_mb": 0.02})
+        engine = attach(url, timeout=60.0, sync={"method": "distributed", "timeout": 120.0, "bucket_mb": 0.02})
         for version, factor in ((1, 2.0), (2, 3.0)):
             new = changed(model, factor)
             engine.update_weights(new, version)
