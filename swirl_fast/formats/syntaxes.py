@@ -340,7 +340,12 @@ def schema_syntax(schema: Any, parse: Callable[[str], Any]) -> Syntax:
             rest = str(message.get("content") or "").strip()
         except CallError:
             raise
-        except Exception as error:  # a schema fails in its own ways at what it does not fit
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ) as error:  # what parse_response raises for a turn that does not fit
             raise CallError(f"The turn cannot be read ({str(error)[:200]}).") from None
         if not calls and not text.strip().endswith(rest or "\0"):  # a schema passes over a call that is not closed
             raise CallError("The turn cannot be read.")

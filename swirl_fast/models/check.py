@@ -75,10 +75,11 @@ def compare(
     policy.zero_grad(set_to_none=True)
     whole = _together(of_tree)
     # of a gradient that is nothing but rounding, as that of a key's bias, no share is taken
-    shares = {name: norm / max(of_tree[name], 1e-3 * whole) for name, norm in of_difference.items()} if whole else {}
+    least = max(1e-3 * whole, 1e-30)
+    shares = {name: norm / max(of_tree.get(name, 0.0), least) for name, norm in of_difference.items()}
     worst = max(shares, key=lambda name: shares[name], default="")
     gap = float((found_N - wanted_N).detach().abs().mean())
-    return Agreement(gap, _together(of_difference) / whole if whole else 0.0, shares.get(worst, 0.0), worst)
+    return Agreement(gap, _together(of_difference) / max(whole, 1e-30), shares.get(worst, 0.0), worst)
 
 
 def refuse_disagreement(agreement: Agreement, model_type: str, dtype: torch.dtype, padded: bool = False) -> None:

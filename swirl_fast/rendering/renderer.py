@@ -143,7 +143,10 @@ class Renderer:
         text = self.template.turn(calling([(_TOOL.name, _ARGUMENTS)]))
         schema = getattr(self.tokenizer, "response_schema", None)
         own = [schema_syntax(schema, self.tokenizer.parse_response)] if schema else []
-        syntax = next((syntax for syntax in (*SYNTAXES, *own) if _reads(syntax, text, 1)), None)
+        try:
+            syntax = next((syntax for syntax in (*SYNTAXES, *own) if _reads(syntax, text, 1)), None)
+        except ImportError as error:  # a response_schema may use jmespath, which transformers leaves out
+            raise ConfigError(f"actions.format=native: the response_schema of {self._name}: {error}") from None
         if syntax is None:
             raise ConfigError(f"{refused} writes calls in a way that is not known here: {text[:200]!r}; {remedy}")
         try:

@@ -21,6 +21,7 @@ from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Finish, Step, Trajectory
 
 SHOWN = 3  # conversations that are named where they are skipped
+_MARK = "THOUGHTS-HERE"
 
 
 class LogWriter:
@@ -125,18 +126,25 @@ class LogWriter:
         return trajectory
 
     def _turn(self, message: Message) -> Message:
-        """As the template can write it. One that knows no thoughts drops them: they stay, in the text. One that writes no text beside calls
-        loses that, which is counted."""
+        """As the template can write it. One that knows no thoughts drops them: they stay, in the text. What it writes in no form, thoughts
+        or the text beside calls, is lost, and counted."""
         message = self._with_objects(message)
         thoughts = str(message.get("reasoning_content") or "").strip()
-        if self._writes(message, thoughts):
-            return message
         bare = {key: value for key, value in message.items() if key != "reasoning_content"}
-        told = {**bare, "content": f"<think>\n{thoughts}\n</think>\n\n{bare['content']}"} if thoughts else bare
-        if self._writes(told, thoughts):
-            return told
+
+        def own(thoughts: str) -> Message:
+            return {**bare, "reasoning_content": thoughts} if thoughts else bare
+
+        def in_text(thoughts: str) -> Message:
+            return {**bare, "content": f"<think>\n{thoughts}\n</think>\n\n{bare['content']}"} if thoughts else bare
+
+        for form in (own, in_text):  # the words of a thought may also stand in a call: a mark does not
+            if self._writes(form(thoughts), thoughts) and (not thoughts or self._writes(form(_MARK), _MARK)):
+                return form(thoughts)
+        if not message.get("tool_calls"):
+            self.renderer.template.turn(bare)  # raises where the text is left out
         self._silent += 1
-        return {**message, "content": ""} if message.get("tool_calls") else message
+        return bare if self._writes(bare, "") else {**message, "content": ""}
 
     def _with_objects(self, message: Message) -> Message:
         """Some templates write only arguments that are objects: text that is none becomes the only argument, `arguments`."""
@@ -160,8 +168,6 @@ class LogWriter:
         try:
             return thoughts in self.renderer.template.turn(message)
         except ValueError:  # the text is left out
-            if not message.get("tool_calls"):
-                raise
             return False
 
 

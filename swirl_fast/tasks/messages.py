@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
 
+from swirl_fast.tools.arguments import strict_json
 from swirl_fast.tools.characters import whole_values
 from swirl_fast.tools.tool import ToolSpec
 
@@ -345,7 +346,7 @@ class _Reader:
 
     def _json(self, text: str, place: str) -> Any:
         try:
-            return json.loads(text, parse_constant=_no_constant)
+            return strict_json(text)
         except ValueError as error:
             self._fail(place, f"is not valid JSON ({error}); write it as JSON", text)
 
@@ -435,18 +436,10 @@ def _schema_problem(schema: str) -> str:
     return ""
 
 
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a number in JSON")
-
-
 def _arguments_in(text: str) -> Any:
     """A JSON object; a text that is none stays as the agent wrote it: its call was malformed, and so is the recorded action."""
     try:
-        found = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError):
+        found = strict_json(text)
+    except ValueError:
         return text
     return found if isinstance(found, dict) else text
-
-
-def _no_number(word: str) -> Any:
-    raise ValueError(f"{word} is no number in JSON")

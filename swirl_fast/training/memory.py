@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from swirl_fast.config import Config, ConfigError, TrainingConfig, load
-from swirl_fast.models.exact import why_not_shared
+from swirl_fast.models.exact import context_of, why_not_shared
 from swirl_fast.models.load import DTYPES, load_config
 from swirl_fast.models.lora import frozen_in_compute_type, linear_layers, target_layers
 from swirl_fast.models.policy import head_widths
@@ -157,12 +157,16 @@ def longest_path(model_config: PreTrainedConfig, config: Config, ranks: int, mem
         training = replace(config.training, token_budget=tokens)
         return estimate(model_config, replace(config, training=training), ranks, model)
 
+    if unknown := need(1).unknown:
+        raise ConfigError(
+            f"the longest path is not known: the estimate leaves out {unknown}. Try a step with the longest row that you have"
+        )
     if need(1).peak > memory:
         raise ConfigError(
             f"{memory / GIB:g} GiB: before the first token training needs {need(1)}; share it among more ranks (--ranks), or set "
             "model.dtype=bfloat16, training.reference_offload=true or algorithm.kl_coef=0"
         )
-    context = int(model_config.get_text_config().max_position_embeddings)
+    context = context_of(model_config)
     tokens = bisect.bisect_right(range(1, context + 1), memory, key=lambda length: need(length).peak)
     return tokens, need(tokens)
 

@@ -193,6 +193,17 @@ def test_a_family_that_drops_its_window_is_caught(monkeypatch: pytest.MonkeyPatc
         refuse_disagreement(compare(policy), "llama", torch.bfloat16)
 
 
+def test_a_gradient_that_is_lost_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although every log-prob is right."""
+    policy = Policy(build("llama", torch.float32))
+    forward = policy.forward
+    monkeypatch.setattr(policy, "forward", lambda packed: forward(packed).detach() + 0 * forward(packed))
+    agreement = compare(policy)
+    assert agreement.logprob_gap < 1e-5
+    with pytest.raises(ConfigError, match="its gradient by .* of its norm"):
+        refuse_disagreement(agreement, "llama", torch.float32)
+
+
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_gaps_above_the_limits_are_refused(dtype: torch.dtype) -> None:
     logprob, gradient = LIMITS[dtype]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,6 +173,32 @@ def test_a_call_that_is_no_json_stays(family: str) -> None:
     assert_all_is_there(family_tokenizer(family), one, found)
     assert [step.action.kind for step in found.steps] == ["malformed", "answer"]
     assert broken in found.steps[0].text.replace('\\"', '"')
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5", "lfm2_2_5"])
+def test_short_thoughts_are_not_taken_for_words_of_the_call(family: str) -> None:
+    asked = {"role": "assistant", "content": "<think>we</think>I look.", "tool_calls": [call("weather", "a", town="B")]}
+    answer = {"role": "assistant", "content": "<think>in</think>It rains."}
+    messages = [{"role": "user", "content": "Rain?"}, asked, {"role": "tool", "content": "9"}, answer]
+    one = read_conversation("f:1", {"tools": TOOLS, "messages": messages})
+    looked, told = (step.text for step in written(family_tokenizer(family), one).steps)
+    assert re.search(r"think>\s*we\s*<", looked) and "I look." in looked
+    assert re.search(r"think>\s*in\s*<", told) and "It rains." in told
+
+
+def test_thoughts_that_a_template_writes_in_no_form_are_counted() -> None:
+    """The text stays."""
+    tokenizer = tokenizer_for(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1].strip() }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    one = read_conversation(
+        "f:1", {"messages": [THOUGHT["messages"][0], {"role": "assistant", "content": "<think>o</think>Two."}]}
+    )
+    counting = writer(tokenizer, one, form=TagsFormat("message"))
+    (found,) = counting.write([(Question("q", "log", one.question, ()), one)])
+    assert [step.action.argument for step in found.steps] == ["Two."]
+    assert counting.notes() == ["1 turns lose text that the chat template does not write, such as that beside a call"]
 
 
 def test_text_that_a_template_drops_beside_calls_is_counted() -> None:

@@ -317,7 +317,7 @@ def test_real_logs() -> None:
     assert len(found) == 125 and len({one.opening_key() for one in found if isinstance(one, Conversation)}) == 25
 
 
-@pytest.mark.parametrize("text", ["{", '{"a": NaN}', "[1]", "plain words", '"twice"'])
+@pytest.mark.parametrize("text", ["{", '{"a": NaN}', "[1]", "plain words", '"twice"', '{"a": 1, "a": 2}'])
 def test_what_an_agent_wrote_in_place_of_arguments_stays(text: str) -> None:
     """Its call was malformed, and is learned from as one. A tool that is not there was called, too."""
     row = messages({**CALLED, "tool_calls": [call(text, name="nothing")]})

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from swirl_fast.comb.tree import SampledState, Trunk, pack
-from swirl_fast.config import load
+from swirl_fast.config import ConfigError, load
 from swirl_fast.models.lora import add_adapters, keep_frozen_in
 from swirl_fast.models.policy import DeviceComb, Policy
 from swirl_fast.ranks import Ranks
@@ -328,6 +328,9 @@ def test_the_longest_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     moved = load(None, [*settings, "training.offload_activations=true"])
     assert memory.longest_path(shape, moved, 0, 40 * GIB)[0] > 1.2 * tokens
     assert memory.longest_path(shape, config, 0, 4000 * GIB)[0] == shape.max_position_embeddings
+    for unknown in (transformers.MambaConfig(), transformers.Qwen3_5TextConfig()):  # one without a context, too
+        with pytest.raises(ConfigError, match=f"not known: .* activations, .* for model type {unknown.model_type}"):
+            memory.longest_path(unknown, load(None, ["training.sharing=false"]), 0, 4000 * GIB)
     line = ["--longest-path", "40", f"model.path={tmp_path}", *settings]
     assert memory.main(line) == 0
     assert capsys.readouterr().out.startswith(f"{tokens} tokens in 40 GiB, with training.token_budget={tokens}: 4")

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from support.paths import ROOT
 
+from swirl_fast.engines.sglang import weights
 from swirl_fast.engines.sglang.weights import read_weights, shapes_of, tied_names
 
 TRAINER = """
@@ -50,6 +52,27 @@ def test_weights_in_shared_memory_are_read_and_the_trainers_output_ends_with_it(
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in bucket)
     trainer.communicate("done\n", timeout=120)
     assert trainer.returncode == 0
+
+
+def test_a_keeper_that_answers_late_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other failure is one at once."""
+    late, bucket = "Shared memory manager connection has timed out", [("a", torch.ones(2))]
+    for failures, word, calls in ((3, late, 4), (99, late, weights.KEEPER_TRIES), (1, "no space", 1)):
+        asked = []
+
+        def pickled(bucket: weights.Bucket, failures: int = failures, word: str = word, asked: list = asked) -> bytes:
+            asked.append(bucket)
+            if len(asked) <= failures:
+                raise RuntimeError(word)
+            return b"handles"
+
+        monkeypatch.setattr(weights, "_pickled", pickled)
+        if failures == 3:
+            assert weights.pickle_handles(bucket, 1) == [base64.b64encode(b"handles").decode()]
+        else:
+            with pytest.raises(RuntimeError, match=word):
+                weights.pickle_handles(bucket, 1)
+        assert len(asked) == calls
 
 
 def test_an_output_layer_may_be_left_out_where_it_is_tied_and_only_there(tmp_path: Path) -> None:
