@@ -42,6 +42,19 @@ test-sglang: install .venv-sglang/installed
 	.venv-sglang/bin/pip install --quiet --no-deps sglang==0.5.21 compressed-tensors==0.18.0 torch_memory_saver==0.0.10
 	@touch $@
 
+# verl's own tests with our losses in the place of its own, and ours beside verl's.
+.PHONY: test-verl
+VERL_TESTS := $(addprefix .verl/tests/trainer/ppo/test_,core_algos_on_cpu.py dynamic_policy_losses_on_cpu.py \
+	loss_aggregation_on_cpu.py rollout_corr_integration.py)
+test-verl: install .verl/installed
+	PYTHONPATH=.verl $(BIN)/python -m pytest tests/kernels/test_integrations_losses.py -k verl
+	PYTHONPATH=.verl:tests/verl $(BIN)/python -m pytest --rootdir .verl -c /dev/null -p ours_in_verl $(VERL_TESTS)
+
+.verl/installed: tests/verl/requirements.txt
+	rm -rf .verl
+	$(BIN)/pip install --quiet --no-deps --target .verl -r tests/verl/requirements.txt
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

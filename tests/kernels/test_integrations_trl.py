@@ -43,8 +43,7 @@ EXACT_HEAD = {"bf16": True, "cast_lm_head_to_fp32": True}
 @pytest.mark.parametrize("family, settings", [
     *((family, {}) for family in FAMILIES),
     *((family, EXACT_HEAD) for family in FAMILIES),
-    ("Llama", {"bf16": True}),
-    ("Gemma2", {"bf16": True}),
+    *((family, {"bf16": True}) for family in FAMILIES),
 ])  # fmt: skip
 def test_a_run_equals_trls_own(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """With the head inside the autocast TRL rounds every logit to 8 bits, ours all but the target's: equal to that rounding."""
@@ -53,16 +52,17 @@ def test_a_run_equals_trls_own(family: str, settings: dict[str, Any], tmp_path: 
     assert abs(runs[0][1][0]) > 1e-3 and runs[0][1][2] > 1e-5  # the second step has a loss and a KL
     rel = 2**-8 if settings == {"bf16": True} else 1e-4
     for theirs, ours in zip(*runs, strict=True):
-        assert ours == pytest.approx(theirs, rel=rel, abs=rel / 10)
+        assert ours[:2] == pytest.approx(theirs[:2], rel=rel, abs=rel / 10)
+        assert ours[2] == pytest.approx(theirs[2], rel=2 * rel, abs=rel / 10)  # KL: a small difference of log-probs
 
 
 def test_two_processes_equal_trls_own(tmp_path: Path) -> None:
-    """Through DistributedDataParallel, with tied weights and a soft-cap."""
-    script = [str(SUPPORT / "trl_runs.py"), str(tmp_path), "Gemma2"]
+    """Through DistributedDataParallel, every family."""
+    script = [str(SUPPORT / "trl_runs.py"), str(tmp_path), *FAMILIES]
     done = run_all(script, ranks_of(2, environment(), free_port()), timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
-    assert len(lines) == 2
+    assert len(lines) == 2 * len(FAMILIES)
     for theirs, ours in lines:
         assert [step[0] for step in ours] == pytest.approx([step[0] for step in theirs], rel=1e-4, abs=1e-5)
         assert [step[1] for step in ours] == pytest.approx([step[1] for step in theirs], rel=1e-4)
