@@ -4,6 +4,8 @@ GPUs."""
 from __future__ import annotations
 
 import os
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -46,13 +48,40 @@ class Ranks:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks. Values are pickled, and every rank holds all of them: the largest are the recorded
-        trajectories and sampled actions of a step (training/batch.py), some MB a rank."""
+        """Every rank's value, in the order of ranks. Values are pickled, and every rank holds all of them: keep them small."""
         if not self.distributed:
             return [value]
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def numbers(self, value: float) -> list[float]:
+        """Every rank's number, in the order of ranks; rounded to float32, 4 bytes a rank."""
+        if not self.distributed:
+            return [value]
+        values = torch.empty(self.size)
+        dist.all_gather_into_tensor(values, torch.tensor([value], dtype=torch.float32))
+        return values.tolist()
+
+    def exchange(self, given: Mapping[int, T], givers: Sequence[int]) -> list[T]:
+        """Sends each rank in `given` a value, pickled; returns those of `givers`, in their order. All sides must name each other. What
+        arrives is held twice for a moment."""
+        sent = []
+        for rank, value in given.items():
+            blob = torch.frombuffer(bytearray(pickle.dumps(value, protocol=5)), dtype=torch.uint8)
+            for part in (torch.tensor([len(blob)]), blob):
+                sent.append((part, dist.isend(part, rank)))  # the tensor must live until it is sent
+        found = []
+        for rank in givers:
+            length = torch.zeros(1, dtype=torch.int64)
+            dist.recv(length, rank)
+            blob = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(blob, rank)
+            found.append(pickle.loads(memoryview(blob.numpy())))
+        for _, work in sent:
+            assert work is not None, "this rank is in the group"
+            work.wait()
+        return found
 
     def wait(self) -> None:
         """Until this rank's device has done what it was given, so that what is measured ends with it."""

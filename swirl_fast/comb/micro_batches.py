@@ -1,4 +1,4 @@
-"""Cuts the actions of a batch into micro-batches under a token budget, and deals these out to ranks.
+"""Cuts the actions of a rank into micro-batches under a token budget, and off what it gives to other ranks.
 
     walk through the whole tree   ã11 ã12 │ ã21 ã22 ã23 │ ã31 …      a cut repeats the path that the actions on its two sides share
 
@@ -10,7 +10,7 @@ Legend: A actions, in the order of the walk.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from swirl_fast.comb.flops import ONLY_TOKENS, ModelSize, flops
 from swirl_fast.comb.tree import PlacedAction, SampledState, TreeNode, Trunk, grown_tree, preorder
+
+# A little more than the least that the largest group can be: fewer paths are computed twice (benchmarks/scale.py).
+EVENNESS = 1.06
 
 
 @dataclass(frozen=True)
@@ -34,40 +37,62 @@ def micro_batches(
     trunks: Sequence[Trunk],
     token_budget: int,
     max_path: int | None = None,
-    ranks: int = 1,
     size: ModelSize = ONLY_TOKENS,
+    allowed: Callable[[int], int] | None = None,
 ) -> list[MicroBatchPlan]:
     """Splits the actions into groups whose combs have at most `token_budget` tokens; an action without tokens is left out.
 
     The actions are in the order of the walk through the whole tree, along the trunk and with the teeth of a state together; a cut
     before an action repeats the path that it shares with the one before. Of all ways to cut into the fewest groups the one that
-    repeats least is taken. For several ranks the number of groups may grow to the next multiple of `ranks`, which then is used to
-    make the largest group's estimated work small. Depends neither on the order of `trunks` nor on chance.
+    repeats least is taken. Depends neither on the order of `trunks` nor on chance.
 
-    max_path: longest state with its action, in tokens; None: no limit. Raises ValueError when one is longer, or does not fit into a
-    group of its own.
+    allowed: is told the fewest groups there can be, 0 where there are no actions, and answers how many there may be; where it is
+    given, they are used to make the largest group's estimated work small. max_path: longest state with its action, in tokens; None: no
+    limit. Raises ValueError when one is longer, or does not fit into a group of its own.
     """
-    walk = _Walk.of(trunks, size)
+    walk = Walk.of(trunks, size)
     for action in walk.actions:
         check_path(action.state, len(action.tokens), token_budget, max_path)
-    if not walk.actions:
-        return []
     limit = float("inf")
-    if ranks > 1:
-        wanted = -(-len(walk.greedy(token_budget, limit)) // ranks) * ranks
+    fewest = len(walk.greedy(token_budget, limit))
+    if allowed is not None:
+        wanted = max(fewest, allowed(fewest))
         limit = walk.flops(0, len(walk.actions))
         low = 0.0
-        for _ in range(24):  # to 1e-7 of the total work
+        for _ in range(24 if walk.actions else 0):  # to 1e-7 of the total work
             middle = (low + limit) / 2
             if len(walk.greedy(token_budget, middle)) <= wanted:
                 limit = middle
             else:
                 low = middle
-    cuts = walk.cheapest(token_budget, limit)
+    cuts = walk.cheapest(token_budget, limit * EVENNESS)
     return [
         MicroBatchPlan(walk.trunks(trunks, a, b), walk.tokens(a, b), walk.flops(a, b))
         for a, b in zip(cuts, cuts[1:], strict=False)
     ]
+
+
+def split_off(
+    trunks: Sequence[Trunk], works: Sequence[float], size: ModelSize = ONLY_TOKENS, sharing: bool = True
+) -> tuple[list[Trunk], list[list[Trunk]]]:
+    """(what is kept, what is cut off for each of `works`): the actions from the end of the walk, each part of about so much estimated work.
+
+    A part computes the path again that it shares with what is left. Of all cuts that is taken with which neither what is got nor what is
+    saved is far from the work that was wanted.
+    sharing: False where every action is a row of its own.
+    """
+    walk = Walk.of(trunks, size, sharing)
+    end = len(walk.actions)
+    given = []
+    for work in works:
+        starts = np.arange(end + 1)
+        repeated = np.append(walk.shared_flops_A, 0.0)[: end + 1]
+        repeated[end] = 0.0
+        part = np.where(starts < end, repeated + walk.flops_sum[end] - walk.flops_sum[starts], 0.0)
+        start = int(np.argmin(np.maximum(np.abs(part - work), np.abs(part - repeated - work))))
+        given.append(list(walk.trunks(trunks, start, end)))
+        end = start
+    return list(walk.trunks(trunks, 0, end)), given
 
 
 def check_path(state: int, action: int, token_budget: int, max_path: int | None) -> None:
@@ -84,7 +109,7 @@ def check_path(state: int, action: int, token_budget: int, max_path: int | None)
 
 
 @dataclass(frozen=True)
-class _Walk:
+class Walk:
     """The actions that predict something, in the order of the walk through their tree.
 
     shared_A: computed tokens each has in common with the one before it; a stretch of actions [a, b) therefore computes
@@ -98,8 +123,12 @@ class _Walk:
     flops_sum: NDArray[np.float64]
 
     @classmethod
-    def of(cls, trunks: Sequence[Trunk], size: ModelSize) -> _Walk:
+    def of(cls, trunks: Sequence[Trunk], size: ModelSize, sharing: bool = True) -> Walk:
+        """sharing: False where every action is a row of its own; then they are in the order of their length."""
         root, grown = grown_tree(trunks)
+        if not sharing:
+            rows = sorted((action for action in grown if len(action.tokens)), key=lambda one: (one.length, one.index))
+            return cls._of(rows, [0] * len(rows), size)
         ending: dict[TreeNode, list[PlacedAction]] = {}
         for action in grown:
             if len(action.tokens):
@@ -113,6 +142,10 @@ class _Walk:
                 actions.append(action)
                 shared.append(min(low, before))
                 low = before = action.length
+        return cls._of(actions, shared, size)
+
+    @classmethod
+    def _of(cls, actions: list[PlacedAction], shared: list[int], size: ModelSize) -> Walk:
         length_A = np.array([action.length for action in actions], np.int64)
         shared_A = np.array(shared, np.int64)
         state_A = np.array([action.state for action in actions], np.int64)
@@ -127,6 +160,8 @@ class _Walk:
         return int(self.shared_A[a] + self.token_sum[b] - self.token_sum[a])
 
     def flops(self, a: int, b: int) -> float:
+        if a == b:
+            return 0.0
         return float(self.shared_flops_A[a] + self.flops_sum[b] - self.flops_sum[a])
 
     def reach(self, a: int, token_budget: int, limit: float) -> int:
@@ -139,6 +174,8 @@ class _Walk:
 
     def greedy(self, token_budget: int, limit: float) -> list[int]:
         """Where the groups end that are filled as far as they go: the fewest possible."""
+        if not self.actions:
+            return []
         ends = [self.reach(0, token_budget, limit)]
         while ends[-1] < len(self.actions):
             ends.append(self.reach(ends[-1], token_budget, limit))
@@ -173,7 +210,7 @@ class _Walk:
             kept.setdefault(action.trunk, {}).setdefault(action.state, []).append(action)
         return tuple(
             Trunk(
-                source[number].tokens,
+                source[number].tokens[: max(states)],
                 tuple(
                     SampledState(length, tuple(a.tokens for a in actions), tuple(a.index for a in actions))
                     for length, actions in sorted(states.items())
@@ -195,20 +232,3 @@ def path_flops(length: NDArray[np.int64], size: ModelSize) -> NDArray[np.float64
         return full * (full + 1) / 2 + (length - full) * float(window or 0)
 
     return flops(size, length.astype(np.float64), np.zeros(len(length)), visible_pairs)
-
-
-def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Deals jobs to ranks so that all have equally many, up to one, and sums and rounds are alike; deterministic.
-
-    The k-th jobs of all ranks run at the same time (their collectives wait for each other). So the costliest `ranks` jobs make the
-    first round, the next the second, and so on; in each round the costliest job goes to the rank that has least so far.
-    """
-    order = sorted(range(len(costs)), key=lambda job: (-costs[job], job))
-    jobs: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for first in range(0, len(order), ranks):
-        by_load = sorted(range(ranks), key=lambda rank: (load[rank], rank))
-        for rank, job in zip(by_load, order[first : first + ranks], strict=False):
-            jobs[rank].append(job)
-            load[rank] += costs[job]
-    return jobs

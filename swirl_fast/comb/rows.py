@@ -11,7 +11,7 @@ Legend: A actions, R rows, E edges.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -61,27 +61,25 @@ def row_batches(
     trunks: Sequence[Trunk],
     token_budget: int,
     max_path: int | None = None,
-    ranks: int = 1,
     size: ModelSize = ONLY_TOKENS,
+    allowed: Callable[[int], int] | None = None,
     padded: bool = False,
 ) -> list[MicroBatchPlan]:
     """As `micro_batches.micro_batches`, for separate rows: plans of at most `token_budget` tokens, padding included, each trunk of which
     holds one row. Rows of like length come together; of all ways to cut the rows by length, that with the fewest tokens and micro-batches.
 
-    For several ranks the cuts are as even as the next multiple of `ranks` allows. Depends neither on the order of `trunks` nor on chance.
-    Raises ValueError for an action that is longer than max_path, or than the budget.
+    Where `allowed` is given, the cuts are as even as the number of plans that it answers lets them be. Depends neither on the order of
+    `trunks` nor on chance. Raises ValueError for an action that is longer than max_path, or than the budget.
     """
     actions = [action for action in _actions(trunks) if len(action[1])]
     for state, action, _ in actions:
         check_path(len(state), len(action), token_budget, max_path)
-    if not actions:
-        return []
     actions.sort(key=lambda action: (-len(action[0]) - len(action[1]), action[2]))
     length_A = np.array([len(state) + len(action) - 1 for state, action, _ in actions])
     cuts = _cuts(length_A, token_budget, padded)
-    if ranks > 1:
-        wanted = -(-(len(cuts) - 1) // ranks) * ranks
-        low, high = int(length_A[0]), token_budget
+    if allowed is not None:
+        wanted = max(len(cuts) - 1, allowed(len(cuts) - 1))
+        low, high = int(length_A.max(initial=0)), token_budget
         while low < high:
             middle = (low + high) // 2
             found = _cuts(length_A, middle, padded)

@@ -28,7 +28,7 @@ Legend: T packed tokens, A actions, N predicted tokens (those of all actions, on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,9 +59,9 @@ class Trunk:
     tokens: Ints
     states: tuple[SampledState, ...]
 
-    def renumbered(self, offset: int) -> Trunk:
-        """The same with `offset` added to every action's number."""
-        moved = (replace(state, indices=tuple(index + offset for index in state.indices)) for state in self.states)
+    def renumbered(self, number: Mapping[int, int] | Sequence[int]) -> Trunk:
+        """The same with number[i] in the place of every action's number i."""
+        moved = (replace(state, indices=tuple(number[index] for index in state.indices)) for state in self.states)
         return replace(self, states=tuple(moved))
 
 

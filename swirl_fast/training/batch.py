@@ -1,13 +1,15 @@
 """From sampled actions to packed micro-batches, across ranks.
 
-    every rank: SampledBatch -> Actions -> RankActions ── gather ──> all ranks cut the same micro-batches and deal them out
+    every rank: SampledBatch -> Actions -> RankActions ── some change the rank ──> RankActions -> micro-batches
 
-So that every rank has the same work, whichever rank sampled an action. Legend: A actions, N predicted tokens of a micro-batch.
+Ranks tell each other how much work they have and how many micro-batches they need. Those with more than the mean send the rest, whole
+actions with their states, to those with less: so every rank has the same work, whichever sampled an action, and what a rank
+packs, sends and holds does not grow with the number of ranks. Legend: A actions, N predicted tokens of a micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from swirl_fast.comb.flops import ModelSize
-from swirl_fast.comb.micro_batches import balance, micro_batches
+from swirl_fast.comb.micro_batches import MicroBatchPlan, micro_batches, split_off
 from swirl_fast.comb.rows import pack_rows, row_batches
+from swirl_fast.comb.transfers import transfers
 from swirl_fast.comb.tree import Comb, SampledState, Trunk, pack
 from swirl_fast.config import Config
 from swirl_fast.models.policy import DeviceComb
@@ -29,12 +32,15 @@ from swirl_fast.rollouts.at_states import SampledAction
 from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Judgement
 
+# Actions are not cut, so that a part is never quite what was wanted; a second round evens out most of the rest.
+ROUNDS = 2
+
 
 @dataclass(frozen=True)
 class RankActions:
-    """What one rank contributes to a step: every rank gets it, so that any rank can train on any action.
+    """What one rank trains on in a step, or sends to another.
 
-    trunks: the actions that are trained on, numbered from 0 on every rank. advantage_A, weight_A: float32 [A]. rollout_logp: the engine's
+    trunks: the actions that are trained on, by their number in the lists. advantage_A, weight_A: float32 [A]. rollout_logp: the engine's
     log-probs of each action's tokens, float32. routed: the experts that drew them (Completion.routed_experts), None where not known.
     """
 
@@ -43,6 +49,36 @@ class RankActions:
     weight_A: NDArray[np.float32]
     rollout_logp: list[NDArray[np.float32]]
     routed: list[NDArray[Any] | None]
+
+    def only(self, trunks: Sequence[Trunk]) -> RankActions:
+        """The actions of some of its trunks, numbered anew."""
+        numbers = [index for trunk in trunks for state in trunk.states for index in state.indices]
+        new = {old: number for number, old in enumerate(numbers)}
+        return RankActions(
+            [trunk.renumbered(new) for trunk in trunks],
+            self.advantage_A[numbers],
+            self.weight_A[numbers],
+            [self.rollout_logp[n] for n in numbers],
+            [self.routed[n] for n in numbers],
+        )
+
+    def with_others(self, others: Sequence[RankActions]) -> RankActions:
+        """Its actions, then theirs."""
+        if not others:
+            return self
+        parts = [self, *others]
+        starts = np.cumsum([0, *(len(part.weight_A) for part in parts)]).tolist()
+        return RankActions(
+            [
+                trunk.renumbered(range(start, start + len(part.weight_A)))
+                for part, start in zip(parts, starts, strict=False)
+                for trunk in part.trunks
+            ],
+            np.concatenate([part.advantage_A for part in parts]),
+            np.concatenate([part.weight_A for part in parts]),
+            [logp for part in parts for logp in part.rollout_logp],
+            [routed for part in parts for routed in part.routed],
+        )
 
 
 @dataclass
@@ -112,7 +148,7 @@ def routed_tokens(comb: Comb, routed: Sequence[NDArray[Any] | None]) -> NDArray[
 
 
 class Packer:
-    """Cuts what all ranks sampled into micro-batches of at most `training.token_budget` tokens.
+    """Shares what all ranks sampled out among them, and cuts each one's part into micro-batches of at most `training.token_budget` tokens.
 
     size: of the model, for the estimate of work. max_context: longest state with its action where training.max_path_tokens is 0.
     padded: how rows are laid out with training.sharing=false.
@@ -145,31 +181,50 @@ class Packer:
             [sample.completion.routed_experts for sample in sampled],
         )
 
-    def micro_batches(self, of_ranks: Sequence[RankActions]) -> list[MicroBatch]:
-        """This rank's micro-batches: all ranks cut the same ones and deal them out by estimated work. Every rank gets as many as the
-        busiest one: FSDP's collectives must match, so others run empty ones.
+    def shared_out(self, mine: RankActions) -> RankActions:
+        """What this rank trains on, after ranks with much work gave some to ranks with little. Every rank calls it."""
+        ranks = self._ranks
+        for _ in range(ROUNDS if ranks.size > 1 else 0):
+            planned = transfers(ranks.numbers(self.work(mine)))
+            takers = [one.taker for one in planned if one.giver == ranks.rank]
+            givers = [one.giver for one in planned if one.taker == ranks.rank]
+            kept, given = self.give(mine, [one.work for one in planned if one.giver == ranks.rank])
+            others = ranks.exchange(dict(zip(takers, given, strict=True)), givers)
+            mine = kept.with_others(others)
+        return mine
 
-        of_ranks: of all ranks, in their order. Raises ValueError for an action that fits no micro-batch.
+    def work(self, actions: RankActions) -> float:
+        """Floating-point operations of its micro-batches, estimated, were it alone."""
+        return sum(plan.flops for plan in self._plans(actions))
+
+    def give(self, mine: RankActions, works: Sequence[float]) -> tuple[RankActions, list[RankActions]]:
+        """(what is kept, a part of about so much estimated work for each of `works`)."""
+        if not works:
+            return mine, []
+        kept, given = split_off(mine.trunks, works, self._size, self._training.sharing)
+        return mine.only(kept), [mine.only(trunks) for trunks in given]
+
+    def micro_batches(self, mine: RankActions) -> list[MicroBatch]:
+        """Of what this rank trains on, the costliest first. Every rank calls it and gets as many as the one that needs most: FSDP's
+        collectives must match, so those that have fewer actions run empty ones.
+
+        Raises ValueError for an action that fits no micro-batch.
         """
-        training, ranks = self._training, self._ranks
-        offsets = np.cumsum([0, *(len(actions.weight_A) for actions in of_ranks)])
-        trunks = [
-            trunk.renumbered(int(offset)) if offset else trunk
-            for actions, offset in zip(of_ranks, offsets, strict=False)
-            for trunk in actions.trunks
-        ]
-        everything = RankActions(
-            trunks,
-            np.concatenate([actions.advantage_A for actions in of_ranks]),
-            np.concatenate([actions.weight_A for actions in of_ranks]),
-            [logp for actions in of_ranks for logp in actions.rollout_logp],
-            [routed for actions in of_ranks for routed in actions.routed],
-        )
-        wanted = (trunks, training.token_budget, self._max_path, ranks.size, self._size)
-        plans = micro_batches(*wanted) if training.sharing else row_batches(*wanted, self._padded)
-        jobs = balance([plan.flops for plan in plans], ranks.size)
-        batches = [self._packed(self._comb(plans[job].trunks), everything) for job in jobs[ranks.rank]]
-        return batches + [self._empty() for _ in range(max(map(len, jobs)) - len(batches))]
+        ranks, most = self._ranks, 0
+
+        def allowed(fewest: int) -> int:
+            nonlocal most
+            most = int(ranks.max(torch.tensor([float(fewest)])))
+            return most
+
+        plans = self._plans(mine, allowed if ranks.size > 1 else None)
+        plans.sort(key=lambda plan: -plan.flops)  # the k-th of all ranks run at the same time
+        batches = [self._packed(self._comb(plan.trunks), mine) for plan in plans]
+        return batches + [self._empty() for _ in range(most - len(batches))]
+
+    def _plans(self, actions: RankActions, allowed: Callable[[int], int] | None = None) -> list[MicroBatchPlan]:
+        wanted = (actions.trunks, self._training.token_budget, self._max_path, self._size, allowed)
+        return micro_batches(*wanted) if self._training.sharing else row_batches(*wanted, self._padded)
 
     def _comb(self, trunks: Sequence[Trunk]) -> Comb:
         return pack(trunks) if self._training.sharing else pack_rows(trunks, self._padded)

@@ -278,8 +278,8 @@ class Trainer:
             weight_A = weights(actions, valid_A, self.config.algorithm.weighting, global_counts)
             mine = self.packer.rank_actions(batch.trajectories, batch.sampled, advantage_A, weight_A)
             with timer.phase("gather"):
-                of_ranks = self.ranks.gather(mine)
-            micro_batches = self.packer.micro_batches(of_ranks)
+                mine = self.packer.shared_out(mine)
+            micro_batches = self.packer.micro_batches(mine)
             for micro in micro_batches:
                 sums.add_work(micro.computed_tokens, micro.effective_tokens, micro.flops)
         return micro_batches

@@ -13,6 +13,7 @@ from naive.agreement import TOLERANCE, assert_equal_to_rows, assert_same_gradien
 from naive.rows import all_actions, padded_rows, separate_rows, side_by_side
 from support.random_trees import random_trunks
 from support.small_models import SHAPE, build
+from support.thread_ranks import on_ranks
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,7 +28,7 @@ from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.objective import policy_loss
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction
-from swirl_fast.training.batch import MicroBatch, Packer, RankActions
+from swirl_fast.training.batch import MicroBatch, Packer
 from swirl_fast.training.resume import check_budget
 from swirl_fast.trajectory import Step, StepView, Trajectory
 
@@ -161,18 +162,19 @@ def sampled_at(trajectories: list[Trajectory], draw: np.random.Generator) -> lis
     ]
 
 
-def packer(policy: Policy, rank: int = 0, size: int = 1) -> Packer:
-    config = load(None, ["training.token_budget=90", "algorithm.kl_coef=0"])
-    return Packer(config, Ranks(rank, size, torch.device("cpu")), model_size(policy.model), max_context=512)
+def packer(policy: Policy, ranks: Ranks | None = None, sharing: bool = True) -> Packer:
+    config = load(None, ["training.token_budget=90", "algorithm.kl_coef=0", f"training.sharing={sharing}"])
+    ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+    return Packer(config, ranks, model_size(policy.model), max_context=512)
 
 
 NOBODY = ([], [], torch.zeros(0), torch.zeros(0))
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_ranks_together_compute_what_one_computes(size: int) -> None:
-    """Each rank samples on its own; what they then train on is the same sum, dealt evenly, whoever sampled it."""
-    _, policy = twins("llama", torch.float64)
+@pytest.mark.parametrize(("size", "sharing"), [(2, True), (3, True), (5, True), (3, False)])
+def test_ranks_together_compute_what_one_computes(size: int, sharing: bool) -> None:
+    """Each rank samples on its own, the first more than all others; what they then train on is the same sum, dealt evenly."""
+    policy = Policy(build("llama", torch.float64), temperature=0.8, sharing=sharing)
     draw = np.random.default_rng(0)
     shares = []
     for rank in range(size):
@@ -201,13 +203,15 @@ def test_ranks_together_compute_what_one_computes(size: int) -> None:
             loss.backward()
         return [parameter.grad.clone() for parameter in policy.parameters()]
 
-    alone = packer(policy)
-    whole = alone.micro_batches([alone.rank_actions(*everything)])
+    def dealt(ranks: Ranks) -> list[MicroBatch]:
+        own = packer(policy, ranks, sharing)
+        return own.micro_batches(own.shared_out(own.rank_actions(*shares[ranks.rank])))
+
+    alone = packer(policy, sharing=sharing)
+    whole = alone.micro_batches(alone.shared_out(alone.rank_actions(*everything)))
     wanted = gradients(whole)
-    of_ranks: list[RankActions] = [alone.rank_actions(*data) for data in shares]
     found, work, effective, counts = [], [], 0, set()
-    for rank in range(size):
-        batches = packer(policy, rank, size).micro_batches(of_ranks)
+    for batches in on_ranks(size, dealt):
         found.append(gradients(batches))
         work.append(sum(batch.flops for batch in batches))
         effective += sum(batch.effective_tokens for batch in batches)
@@ -225,8 +229,12 @@ def test_the_plans_are_made_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> No
     draw = np.random.default_rng(0)
     trajectories = [trajectory("a", 2, draw)]
     data = (trajectories, sampled_at(trajectories, draw)[:1], *torch.ones(2, 1))
-    packers = [packer(policy, rank, 2) for rank in range(2)]
-    rows = [one.micro_batches([one.rank_actions(*data)])[0].row for one in packers]
+
+    def first_row(ranks: Ranks) -> DeviceComb:
+        own = packer(policy, ranks)
+        return own.micro_batches(own.rank_actions(*(data if ranks.rank == 0 else NOBODY)))[0].row
+
+    rows = on_ranks(2, first_row)
     assert min(len(row.tokens_1T[0]) for row in rows) == 1, "no rank is idle"
     monkeypatch.setattr(policy_module, "tree_plan", None)
     for row in rows:
@@ -238,11 +246,14 @@ def test_idle_ranks_run_empty_micro_batches() -> None:
     draw = np.random.default_rng(0)
     trajectories = [trajectory("a", 1, draw)]
     sampled = sampled_at(trajectories, draw)[:1]
-    for rank in (0, 1):
-        own = packer(policy, rank, 2)
-        of_ranks = [own.rank_actions(trajectories, sampled, torch.ones(1), torch.ones(1)), own.rank_actions(*NOBODY)]
-        (batch,) = own.micro_batches(of_ranks)
-        assert bool(batch.weight_N.any()) == (rank == 0)
+    data = (trajectories, sampled, torch.ones(1), torch.ones(1))
+
+    def dealt(ranks: Ranks) -> list[MicroBatch]:
+        own = packer(policy, ranks)
+        return own.micro_batches(own.shared_out(own.rank_actions(*(data if ranks.rank == 0 else NOBODY))))
+
+    for rank, (batch,) in enumerate(on_ranks(2, dealt)):
+        assert bool(batch.weight_N.any()) == (rank == 0), "one action is not cut"
         assert (batch.computed_tokens > 0) == (batch.effective_tokens > 0) == (batch.flops > 0) == (rank == 0)
         assert torch.isfinite(policy(batch.row)).all()
 

@@ -51,8 +51,9 @@ def test_a_row_is_a_state_and_its_action(padded: bool, seed: int) -> None:
 def test_cuts_hold_every_row_once_and_keep_to_the_budget(padded: bool, seed: int, budget: int, ranks: int) -> None:
     trunks = random_trunks(seed)
     wanted = {index: both for index, both in all_actions(trunks).items() if both[1]}
-    plans = row_batches(trunks, budget, None, ranks, SIZE, padded)
-    reversed_ = row_batches(trunks[::-1], budget, None, ranks, SIZE, padded)
+    allowed = None if ranks == 1 else lambda fewest: -(-fewest // ranks) * ranks
+    plans = row_batches(trunks, budget, None, SIZE, allowed, padded)
+    reversed_ = row_batches(trunks[::-1], budget, None, SIZE, allowed, padded)
     assert [list(all_actions(list(p.trunks))) for p in plans] == [list(all_actions(list(p.trunks))) for p in reversed_]
     found: dict[int, tuple[list[int], list[int]]] = {}
     for plan in plans:
@@ -75,7 +76,10 @@ def test_rows_of_unlike_lengths_are_not_padded_to_the_longest() -> None:
     assert [plan.tokens for plan in row_batches(trunks, 32_000)] == [8100]
     for padded in (False, True):
         plans = row_batches(
-            [*trunks[1:], *(trunk.renumbered(2) for trunk in trunks[1:])], 32_000, ranks=2, padded=padded
+            [*trunks[1:], *(trunk.renumbered([2, 3, 4]) for trunk in trunks[1:])],
+            32_000,
+            allowed=lambda _: 2,
+            padded=padded,
         )
         assert [plan.tokens for plan in plans] == [100, 100], "no rank is idle"
 
