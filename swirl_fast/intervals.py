@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,15 +44,22 @@ def difference_interval(
 
 
 def bootstrap(
-    groups: Sequence[Sequence[Floats]], statistic: Callable[[Floats], Floats], pairs: Sequence[int] = (0,)
+    groups: Sequence[Sequence[Floats]],
+    statistic: Callable[[Floats], Floats],
+    pairs: Sequence[int] = (0,),
+    crossed: Collection[int] = (),
 ) -> list[float]:
     """95 % percentile interval of a statistic of means, with two levels: seeds are drawn with replacement, then the questions of each.
 
     groups: for each quantity the values of every seed. statistic: [quantities, draws] means -> [draws]. pairs: a number for each
-    quantity; those with the same number have the same questions, and are drawn together."""
+    quantity; those with the same number have the same questions, and are drawn together. crossed: numbers
+    of `pairs` whose questions are the same, in the same order, for every seed: they are drawn once for all seeds of a draw, for asking a
+    question again with another seed does not make it another question."""
     draw = np.random.default_rng(0)
     seeds = len(groups[0])
     means = np.zeros((len(groups), DRAWS))
+    sizes = {pair: len(values[0]) for pair, values in zip(pairs, groups, strict=True) if pair in crossed}
+    once = {pair: draw.multinomial(n, np.full(n, 1 / n), DRAWS) / n for pair, n in sizes.items()}
     for _ in range(seeds):
         chosen = draw.integers(0, seeds, DRAWS)
         for seed in range(seeds):
@@ -60,7 +67,9 @@ def bootstrap(
             shares: dict[tuple[int, int], Floats] = {}  # of each question in a draw
             for quantity, (pair, values) in enumerate(zip(pairs, groups, strict=True)):
                 n = len(values[seed])
-                if (pair, n) not in shares:
+                if pair in once:
+                    shares[pair, n] = once[pair][here]
+                elif (pair, n) not in shares:
                     shares[pair, n] = draw.multinomial(n, np.full(n, 1 / n), len(here)) / n
                 means[quantity, here] += shares[pair, n] @ values[seed] / seeds
     low, high = np.quantile(statistic(means), [0.025, 0.975])

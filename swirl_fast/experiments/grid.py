@@ -14,6 +14,7 @@
       in_domain: {}
       sums: {tasks.dataset: chain_sum}
     compare: [swirl, base]           # whose relative gain the summary states
+    pairs: {longer_or_sft: [longer, sft]}   # what else is compared (optional)
     keep: models                     # of a run's files: results | models | all (checkpoints, too)
     results: ../../docs/filters      # where cells and report go, relative to this file (optional; default: runs/filters)
     summary: ../../docs/filters.json # (optional; default: summary.json there)
@@ -62,6 +63,8 @@ class ExperimentSpec:
     """Name -> settings; one is called in_domain."""
     compare: list[str] = field(default_factory=list)
     """Two arms, whose relative gain the summary states; empty: the last against the first."""
+    pairs: dict[str, list[AsWritten]] = field(default_factory=dict)
+    """Name -> two arms, the first of which the summary compares with the second, in pairs of seeds and questions."""
     keep: Literal["results", "models", "all"] = "models"
     """Of a run's files: only the results, the models too, or all, checkpoints as well."""
     results: str | None = None
@@ -108,6 +111,7 @@ class Experiment:
     cells: tuple[Cell, ...]
     compare: tuple[str, str]
     keep: str
+    pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -170,7 +174,8 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     results = path.parent / Path(spec.results).expanduser() if spec.results else folder / name
     summary = path.parent / Path(spec.summary).expanduser() if spec.summary else results / "summary.json"
     compare = (spec.compare[0], spec.compare[1]) if spec.compare else (list(arms)[-1], next(iter(arms)))
-    return Experiment(name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep)
+    pairs = {key: (str(pair[0]), str(pair[1])) for key, pair in spec.pairs.items()}
+    return Experiment(name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep, pairs)
 
 
 def _read_spec(path: Path) -> ExperimentSpec:
@@ -225,8 +230,10 @@ def _crossed(spec: ExperimentSpec, path: Path) -> dict[str, tuple[bool, str | No
             chosen = dict(zip(spec.grid, values, strict=False))
             label = ",".join([name, *(f"{key.split('.')[-1]}={plain(value)}" for key, value in chosen.items())])
             arms[label] = trained, start and str(start), {**entries, **chosen}
-    if spec.compare and (len(spec.compare) != 2 or not set(spec.compare) <= set(arms)):
-        raise ConfigError(f"{path}: compare={shown(spec.compare)}: must be two of the arms {', '.join(arms)}")
+    for key, pair in {"compare": spec.compare, **{f"pairs.{name}": pair for name, pair in spec.pairs.items()}}.items():
+        two = isinstance(pair, list) and len(pair) == 2 and {str(arm) for arm in pair} <= set(arms)
+        if not two and (pair or key != "compare"):
+            raise ConfigError(f"{path}: {key}={shown(pair)}: must be two of the arms {', '.join(arms)}")
     return arms
 
 

@@ -365,7 +365,8 @@ evaluations: {in_domain: {}, on: {tasks.options: {max_terms: 5}}}
 
 
 def cell(arm: str, seed: int, right: list[int], tasks: tuple[str, ...] = ("in_domain", "far")) -> dict[str, Any]:
-    rows = {f"q{i}": {"accuracy": float(r), "f1": float(r), "process_label": 0.5} for i, r in enumerate(right)}
+    """Every seed has questions of its own."""
+    rows = {f"{seed}-q{i}": {"accuracy": float(r), "f1": float(r), "process_label": 0.5} for i, r in enumerate(right)}
     evaluation = {"accuracy": sum(right) / len(right), "questions": len(right), "by_question": rows}
     evaluation |= {"malformed": 0.0, "repeated": 0.0, "answered": 1.0, "steps": 2.0}
     return {
