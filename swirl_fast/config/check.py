@@ -360,7 +360,9 @@ def _check_training(config: Config, values: _Values) -> None:
             "engine.kind=local generates in the trainer's process, where little of it would run beside the training; set "
             "engine.own_process=true, or engine.kind=sglang",
         )
-    if training.refill and (config.algorithm.name in ("sft", "raft", "reinforce") or config.algorithm.reward == "outcome"):
+    if training.refill and (
+        config.algorithm.name in ("sft", "raft", "reinforce") or config.algorithm.reward == "outcome"
+    ):
         reason = {
             "sft": "algorithm.name=sft draws no actions",
             "raft": "algorithm.name=raft imitates the best of equal rewards, too",

@@ -20,7 +20,18 @@ Outcome = Literal["exact", "judge"]
 Filter = Literal["none", "process", "outcome", "process_and_outcome"]
 Checkpointing = Literal["none", "full", "selective"]
 
-TASKS = ("reasoning_gym", "two_step", "qa", "gsm8k", "svamp", "hotpotqa", "musique", "2wikimultihopqa", "beerqa", "cofca")
+TASKS = (
+    "reasoning_gym",
+    "two_step",
+    "qa",
+    "gsm8k",
+    "svamp",
+    "hotpotqa",
+    "musique",
+    "2wikimultihopqa",
+    "beerqa",
+    "cofca",
+)
 TOOLS = ("calculator", "search")
 JUDGES = ("rules", "model", "reference", "recorded_action")
 SCORES = ("auto", "exact", "number", "f1")

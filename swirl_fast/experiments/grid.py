@@ -19,7 +19,8 @@
     results: ../../docs/filters      # where cells and report go, relative to this file (optional; default: runs/filters)
     summary: ../../docs/filters.json # (optional; default: summary.json there)
 
-A cell is one arm with one seed. Cells whose settings up to the collection agree share one collection.
+A cell is one arm with one seed; they are done arm after arm, so that the first ones listed are there for all seeds first. Cells whose
+settings up to the collection agree share one collection.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     ]
     arms = _crossed(spec, path)
     cells: list[Cell] = []
-    for seed, (arm, (trained, start, entries)) in itertools.product(spec.seeds, arms.items()):
+    for (arm, (trained, start, entries)), seed in itertools.product(arms.items(), spec.seeds):
         layers = [*base, Layer(entries, f"{path}, arms.{arm}", path.parent)]
         layers.append(
             Layer({"run.seed": Word(str(seed)), "run.folder": Word(str(folder / name), quoted=True)}, str(path))

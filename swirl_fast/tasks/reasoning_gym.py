@@ -114,9 +114,7 @@ class ReasoningGym(TaskDefaults):
                 )
             yield entry
 
-    def _draw(
-        self, split: Split, seed: int, key: str, limit: int, shown: set[str], skip: int = 0
-    ) -> list[Question]:
+    def _draw(self, split: Split, seed: int, key: str, limit: int, shown: set[str], skip: int = 0) -> list[Question]:
         if limit < 1:
             raise ConfigError(f"{key}={limit}: a generator has no end; say how many questions")
         questions: dict[str, Question] = {}

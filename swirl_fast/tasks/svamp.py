@@ -63,9 +63,7 @@ class SVAMP(GSM8K):
         try:
             evaluate(expression)
         except CalculationError as error:
-            raise row.error(
-                "Equation", f"must be a calculation of numbers, such as ( 76.0 - 25.0 ): {error}"
-            ) from None
+            raise row.error("Equation", f"must be a calculation of numbers, such as ( 76.0 - 25.0 ): {error}") from None
         return text, f"<<{expression}={answer}>>", answer
 
 

@@ -19,8 +19,12 @@ from swirl_fast.tasks.task import Example, Question, Score, Split, TaskDefaults
 from swirl_fast.tools.arithmetic import evaluate
 from swirl_fast.tools.characters import same_text
 
-NAMES = "Ada Bruno Chloe Dev Elif Farid Greta Hugo Ines Jonas Kofi Lena Mina Noor Oskar Priya Ravi Sofia Tomas Yara".split()
-ITEMS = "apples beads books buttons cards coins cookies flowers marbles pencils photos shells stamps stickers toys".split()
+NAMES = (
+    "Ada Bruno Chloe Dev Elif Farid Greta Hugo Ines Jonas Kofi Lena Mina Noor Oskar Priya Ravi Sofia Tomas Yara".split()
+)
+ITEMS = (
+    "apples beads books buttons cards coins cookies flowers marbles pencils photos shells stamps stickers toys".split()
+)
 _PATIENCE = 10_000  # draws without a new question after which there are no more
 
 
@@ -108,7 +112,7 @@ TEMPLATES = (
         _shared,
     ),
     Template(
-        "{name} had {a} dollars and spent {b} on a ticket. With the rest {name} buys {items} at {c} dollars apiece. How many can {name} buy?",
+        "{name} had {a} dollars and spent {b} on a ticket. With the rest {name} buys {items} at {c} dollars each. How many is that?",
         ("{a} - {b}", "{r} / {c}"),
         _shared,
     ),
@@ -154,7 +158,9 @@ class TwoStep(TaskDefaults):
 
     def __init__(self, config: TasksConfig, seed: int) -> None:
         if config.options:
-            raise ConfigError(f"tasks.options={config.options}: two_step has none; tasks.options={{}} drops those of another task")
+            raise ConfigError(
+                f"tasks.options={config.options}: two_step has none; tasks.options={{}} drops those of another task"
+            )
         self._steps: dict[str, tuple[str, str]] = {}  # question id -> its calculations
         self._questions: dict[Split, list[Question]] = {
             "train": self._draw("train", seed, "tasks.limit", config.limit, config.skip),
@@ -179,7 +185,9 @@ class TwoStep(TaskDefaults):
             self._steps[question.id] = steps
             if len(found) == skip + limit:
                 return list(found.values())[skip:]
-        raise ConfigError(f"{key}={limit}: {self.name} has only {len(found)} different questions for this split; ask for fewer")
+        raise ConfigError(
+            f"{key}={limit}: {self.name} has only {len(found)} different questions for this split; ask for fewer"
+        )
 
     def questions(self, split: Split) -> Sequence[Question]:
         return self._questions[split]

@@ -293,6 +293,8 @@ def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> N
             {"compare": ["all", "nothing"]},
             "compare=[all, nothing]: must be two of the arms base, all, copied, further",
         ),
+        ({"pairs": {"one": ["all"]}}, "pairs.one=[all]: must be two of the arms base, all, copied, further"),
+        ({"pairs": ["all", "base"]}, "pairs=[all, base]: must be a table of lists"),
         (
             {"arms": {"a": {"from": "b"}, "b": {}}, "compare": []},
             "arms.a.from=b: must be a trained arm that is listed before",
@@ -416,6 +418,53 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert ends[0][1] - ends[0][0] > 3 * (ends[1][1] - ends[1][0])
 
 
+def with_ids(one: dict[str, Any], ids: list[str], tasks: dict[str, str] | None = None) -> dict[str, Any]:
+    """The cell with other question ids, and the task of each."""
+    (rows,) = {id(e): e["by_question"] for e in one["evaluations"].values()}.values()
+    rows = dict(zip(ids, rows.values(), strict=True))
+    if tasks:
+        rows = {name: row | {"task": tasks[name]} for name, row in rows.items()}
+    for evaluation in one["evaluations"].values():
+        evaluation["by_question"] = rows
+    return one
+
+
+def test_questions_that_all_seeds_share_are_not_asked_more_by_asking_again() -> None:
+    """Three seeds that answer alike know no more of 100 shared questions than one: ± 1.96 sqrt(.21 / 100)."""
+    base, better, ids = [1] * 20 + [0] * 80, [1] * 50 + [0] * 50, [f"q{i}" for i in range(100)]
+    sides = (("base", base), ("new", better))
+    results = {(arm, seed): with_ids(cell(arm, seed, right), ids) for seed in range(3) for arm, right in sides}
+    summary = summarise(["base", "new"], ["in_domain", "far"], [0, 1, 2], ("new", "base"), results)
+    for name in ("in_domain", "across_tasks"):
+        low, high = summary["comparisons"]["new"][name]["difference_interval"]
+        assert (low, high) == (pytest.approx(0.3 - 0.09, abs=0.01), pytest.approx(0.3 + 0.09, abs=0.01)), name
+    low, high = summary["arms"]["base"]["in_domain"]["interval"]
+    assert (low, high) == (pytest.approx(0.2 - 0.078, abs=0.01), pytest.approx(0.2 + 0.078, abs=0.01))
+    for one in results.values():  # all right: Wilson, of 100 questions and not of 300
+        for row in one["evaluations"]["in_domain"]["by_question"].values():
+            row["accuracy"] = 1.0
+    summary = summarise(["base"], ["in_domain", "far"], [0, 1, 2], ("base", "base"), results)
+    assert summary["arms"]["base"]["in_domain"]["interval"][0] == pytest.approx(0.963, abs=1e-3)
+
+
+def test_a_mixture_is_compared_as_a_whole_and_by_task_and_so_are_further_pairs() -> None:
+    right = {"base": [1] * 4 + [0] * 36, "sft": [1] * 8 + [0] * 32, "both": [1] * 24 + [0] * 16}
+    of_task = {f"q{i}": "easy" if i < 20 else "hard" for i in range(40)}
+    results = {(arm, 0): with_ids(cell(arm, 0, own), list(of_task), of_task) for arm, own in right.items()}
+    pairs = {"sft_then": ("both", "sft"), "missing": ("both", "late")}
+    arms = [*right, "late"]
+    summary = summarise(arms, ["in_domain", "far"], [0], ("both", "base"), results, pairs)
+    by_task = summary["arms"]["both"]["in_domain"]["by_task"]
+    assert [by_task[task]["accuracy"] for task in ("easy", "hard")] == [1.0, pytest.approx(0.2)]
+    assert by_task["hard"]["by_seed"] == [pytest.approx(0.2)] and by_task["hard"]["questions"] == 20
+    gains = summary["comparisons"]["both"]
+    assert [gains[f"in_domain/{task}"]["difference"] for task in ("easy", "hard")] == pytest.approx([0.8, 0.2])
+    assert gains["in_domain"]["difference"] == pytest.approx(0.5) == gains["across_tasks"]["difference"]
+    assert summary["pairs"].keys() == {"sft_then"} and summary["pairs"]["sft_then"]["arms"] == ["both", "sft"]
+    assert summary["pairs"]["sft_then"]["in_domain"]["difference"] == pytest.approx(0.4)
+    assert "sft_then: both against sft, in-domain: +40.0 points [" in results_table(summary)
+
+
 def test_where_no_answer_is_right_there_is_doubt_and_no_relative_gain(tmp_path: Path) -> None:
     results = {(arm, 0): cell(arm, 0, right) for arm, right in (("base", [0] * 50), ("new", [1] * 5 + [0] * 45))}
     summary = summarise(["base", "new"], ["in_domain", "far"], [0, 1], ("new", "base"), results)
@@ -447,8 +496,11 @@ def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
 
 def test_the_numbers_of_the_study_are_those_of_its_cells() -> None:
     docs = ROOT / "docs"
-    study = json.loads((docs / "study.json").read_text(encoding="utf-8"))
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (docs / "study" / "cells").glob("*.json")]
+    study = json.loads((docs / "study_reference_judge.json").read_text(encoding="utf-8"))
+    cells = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (docs / "study_reference_judge" / "cells").glob("*.json")
+    ]
     results = {(cell["arm"], cell["seed"]): cell for cell in cells}
     evaluations = list(cells[0]["evaluations"])
     again = summarise(list(study["arms"]), evaluations, study["seeds"], tuple(study["compare"]), results)  # type: ignore[arg-type]
@@ -457,12 +509,12 @@ def test_the_numbers_of_the_study_are_those_of_its_cells() -> None:
 
 
 def test_the_experiment_of_the_study_finds_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings of today are those that docs/study.md speaks of. Of one seed: reading the settings of three takes long."""
+    """The settings of today are those that docs/study_reference_judge.md speaks of. Of one seed: reading three takes long."""
     (tmp_path / "data").mkdir()
     write_lines(tmp_path / "data" / "hotpotqa.json", [])  # what the settings name must be there
     monkeypatch.chdir(tmp_path)
-    spec = yaml.safe_load((ROOT / "configs" / "experiments" / "study.yaml").read_text(encoding="utf-8"))
-    spec |= {"seeds": [1], "results": str(ROOT / "docs" / "study")}
+    spec = yaml.safe_load((ROOT / "configs" / "experiments" / "study_reference_judge.yaml").read_text(encoding="utf-8"))
+    spec |= {"seeds": [1], "results": str(ROOT / "docs" / "study_reference_judge")}
     Path("study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
     experiment = read_experiment("study.yaml")
     assert len(experiment.cells) == 7 and experiment.done().keys() == {(cell.arm, 1) for cell in experiment.cells}

@@ -53,9 +53,20 @@ def test_svamp_is_read_as_it_is_published(tmp_path: Path) -> None:
     task = svamp(path, path)
     question = task.questions("eval")[0]
     assert question.text == "Ann had 20 red marbles and lost 3 of them in the yard. How many red marbles are left?"
-    assert question.answers == ("17",) and task.demonstration(question) == ("20 - 3",) and task.solution(question) == (17, 17)
-    assert task.score(question, "17 marbles") == RIGHT and task.score(question, "18") == task.score(question, None) == ZERO
-    assert (task.name, task.tools, len(task.questions("eval")), len(task.questions("train"))) == ("svamp", ("calculator",), 20, 0)
+    assert (
+        question.answers == ("17",)
+        and task.demonstration(question) == ("20 - 3",)
+        and task.solution(question) == (17, 17)
+    )
+    assert (
+        task.score(question, "17 marbles") == RIGHT and task.score(question, "18") == task.score(question, None) == ZERO
+    )
+    assert (task.name, task.tools, len(task.questions("eval")), len(task.questions("train"))) == (
+        "svamp",
+        ("calculator",),
+        20,
+        0,
+    )
 
 
 def test_svamp_holds_whole_stories_out_whatever_the_seed_and_the_order(tmp_path: Path) -> None:
@@ -138,7 +149,9 @@ def marked(n: int) -> list[dict[str, str]]:
 def test_the_easier_questions_of_gsm8k_are_those_whose_solutions_are_short(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "train.jsonl", marked(6))
     config = TasksConfig(kind="gsm8k", path=path, eval_path=path, limit=0, eval_limit=0, max_solution_steps=2)
-    config.path = write_lines(tmp_path / "more.jsonl", [*marked(6), {"question": "New?", "answer": "<<1+1=2>>\n#### 2"}])
+    config.path = write_lines(
+        tmp_path / "more.jsonl", [*marked(6), {"question": "New?", "answer": "<<1+1=2>>\n#### 2"}]
+    )
     easier = load_task(config, 0)
     assert texts(easier, "eval") == ["Question 1?", "Question 2?"] and texts(easier, "train") == ["New?"]
     assert len(easier.held_out) == 6, "a harder question that is held out is not trained on either"
@@ -148,7 +161,9 @@ def test_the_easier_questions_of_gsm8k_are_those_whose_solutions_are_short(tmp_p
     config.eval_path = write_lines(tmp_path / "hard.jsonl", marked(6)[4:])
     with pytest.raises(ConfigError, match="tasks.max_solution_steps=2: no solution marks so few"):
         load_task(config, 0)
-    with pytest.raises(ConfigError, match=r"tasks.max_solution_steps=2: only gsm8k's .* leave it out with tasks.kind=svamp"):
+    with pytest.raises(
+        ConfigError, match=r"tasks.max_solution_steps=2: only gsm8k's .* leave it out with tasks.kind=svamp"
+    ):
         load(None, ["tasks.kind=svamp", f"tasks.path={path}", "tasks.max_solution_steps=2"])
 
 
@@ -170,7 +185,12 @@ def test_two_step_problems_are_solved_by_their_calculations_and_need_all_their_n
             assert judged.verdict.name == "GOOD", (question.text, action, judged.reason)
             call = action.removeprefix("<math_exp>").removesuffix("</math_exp>")
             history.append((action, "" if "<" in call else f"{call} -> {render_value(evaluate(call))}"))
-    assert len({question.text.translate(str.maketrans("", "", "0123456789"))[-30:] for question in task.questions("train")}) >= len(TEMPLATES) - 1
+    assert (
+        len(
+            {question.text.translate(str.maketrans("", "", "0123456789"))[-30:] for question in task.questions("train")}
+        )
+        >= len(TEMPLATES) - 1
+    )
 
 
 def test_two_step_splits_are_disjoint_over_seeds_and_the_seed_decides() -> None:
@@ -179,7 +199,10 @@ def test_two_step_splits_are_disjoint_over_seeds_and_the_seed_decides() -> None:
     assert not train & held_out and len(train) > 150
     assert texts(two_step(1), "train") == texts(tasks[1], "train") != texts(tasks[2], "train")
     assert texts(two_step(1, limit=10, skip=50), "train") == texts(tasks[1], "train")[50:]
-    for wrong, message in (({"limit": 0}, "tasks.limit=0: a generator has no end"), ({"options": {"a": 1}}, "two_step has none")):
+    for wrong, message in (
+        ({"limit": 0}, "tasks.limit=0: a generator has no end"),
+        ({"options": {"a": 1}}, "two_step has none"),
+    ):
         with pytest.raises(ConfigError, match=message):
             two_step(0, **wrong)
 
