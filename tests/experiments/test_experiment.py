@@ -494,30 +494,55 @@ def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
     assert "<td>–</td>" in write_experiment_report(tmp_path, "silent", summary, {("new", 0): one}).read_text()
 
 
-def test_the_numbers_of_the_study_are_those_of_its_cells() -> None:
-    docs = ROOT / "docs"
-    study = json.loads((docs / "study_reference_judge.json").read_text(encoding="utf-8"))
-    cells = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in (docs / "study_reference_judge" / "cells").glob("*.json")
-    ]
+@pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("study*.json")), ids=lambda file: file.stem)
+def test_the_numbers_of_a_study_are_those_of_its_cells(file: Path) -> None:
+    study = json.loads(file.read_text(encoding="utf-8"))
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (file.with_suffix("") / "cells").glob("*.json")]
     results = {(cell["arm"], cell["seed"]): cell for cell in cells}
-    evaluations = list(cells[0]["evaluations"])
-    again = summarise(list(study["arms"]), evaluations, study["seeds"], tuple(study["compare"]), results)  # type: ignore[arg-type]
-    assert len(results) == len(cells) == 21 and study["complete"]
+    evaluations, arms = list(cells[0]["evaluations"]), list(study["arms"])
+    pairs = {name: tuple(pair["arms"]) for name, pair in study.get("pairs", {}).items()}
+    again = summarise(arms, evaluations, study["seeds"], tuple(study["compare"]), results, pairs)  # type: ignore[arg-type]
+    assert len(results) == len(cells) == len(arms) * len(study["seeds"]) and study["complete"]
     assert json.loads(json.dumps(again)) == study
 
 
-def test_the_experiment_of_the_study_finds_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings of today are those that docs/study_reference_judge.md speaks of. Of one seed: reading three takes long."""
-    (tmp_path / "data").mkdir()
-    write_lines(tmp_path / "data" / "hotpotqa.json", [])  # what the settings name must be there
+def of_one_seed(name: str, folder: Path) -> Path:
+    """A shipped experiment whose data files are there, of one seed: reading the settings of several takes long."""
+    (folder / "data").mkdir()
+    for file in ("hotpotqa.json", "musique.jsonl", "svamp.json", "gsm8k.jsonl"):
+        write_lines(folder / "data" / file, [])
+    spec = yaml.safe_load((ROOT / "configs" / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
+    spec |= {"seeds": [1], "results": str(ROOT / "docs" / name)}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_the_experiment_of_the_first_study_finds_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of today are those that docs/study_reference_judge.md speaks of."""
     monkeypatch.chdir(tmp_path)
-    spec = yaml.safe_load((ROOT / "configs" / "experiments" / "study_reference_judge.yaml").read_text(encoding="utf-8"))
-    spec |= {"seeds": [1], "results": str(ROOT / "docs" / "study_reference_judge")}
-    Path("study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
-    experiment = read_experiment("study.yaml")
+    experiment = read_experiment(of_one_seed("study_reference_judge", tmp_path))
     assert len(experiment.cells) == 7 and experiment.done().keys() == {(cell.arm, 1) for cell in experiment.cells}
+
+
+def test_the_main_arms_of_the_study_see_no_gold_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = read_experiment(of_one_seed("study", tmp_path))
+    cells = {cell.arm: cell for cell in experiment.cells}
+    for arm in ("process", "none", "raft", "sft", "sft_seconds", "sft_process", "few_process", "few_sft"):
+        config = cells[arm].config
+        assert (config.judge.kind, config.collect.source, config.algorithm.reward) == ("rules", "policy", "process")
+        assert config.filter.kind in ("none", "process")
+    assert {cell.start for cell in cells.values()} == {None, *(cells[arm].name for arm in ("base", "sft", "few"))}
+    learned = [{**entry, "limit": 0} for entry in cells["base"].config.tasks.mix]
+    passed = [entry["limit"] for entry in cells["base"].config.tasks.mix]
+    assert [{**entry, "limit": 0} for entry in cells["process"].config.tasks.mix] == [
+        {**entry, "skip": skip} for entry, skip in zip(learned, passed, strict=True)
+    ], "other questions of the same data than the warm-up"
+    for cell in cells.values():
+        assert {one.judge.kind for one in cell.evaluations.values()} == {"rules"}
+        asked = [one.tasks.mix or [{"eval_limit": one.tasks.eval_limit}] for one in cell.evaluations.values()]
+        assert [sum(entry["eval_limit"] for entry in mix) for mix in asked] == [400, 200, 200, 200]
 
 
 def test_a_changed_reward_of_ones_own_is_another_cell(tmp_path: Path) -> None:
