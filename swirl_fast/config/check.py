@@ -290,6 +290,8 @@ def _check_conversations(config: Config, values: _Values) -> None:
         return
     if not collect.path:
         fail("collect.path", "collect.source=conversations needs the path of a log, such as logs.jsonl")
+    if config.tasks.skip:
+        fail("tasks.skip", "the conversations of a log are taken from the first on; leave it out")
     if config.tasks.mix:
         fail("tasks.mix", "collect.source=conversations has the log in the place of tasks; leave it out")
     without = "a log has neither tools that run nor gold answers"

@@ -92,7 +92,13 @@ def write_outputs(experiment: Experiment) -> None:
             "there is nothing to report; start it without --report"
         )
     summary = summarise(
-        experiment.arms, experiment.evaluations, experiment.seeds, experiment.compare, results, experiment.pairs
+        experiment.arms,
+        experiment.evaluations,
+        experiment.seeds,
+        experiment.compare,
+        results,
+        experiment.pairs,
+        experiment.fewer_seeds,
     )
     write_json(experiment.summary, summary)
     report = write_experiment_report(experiment.results, experiment.name, summary, results)

@@ -293,6 +293,12 @@ def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> N
             {"compare": ["all", "nothing"]},
             "compare=[all, nothing]: must be two of the arms base, all, copied, further",
         ),
+        ({"arms": {"a": {"seeds": [1, 5]}}, "compare": []}, "arms.a.seeds=[1, 5]: must be some of the seeds [0, 1]"),
+        ({"arms": {"a": {"seeds": "1"}}, "compare": []}, "arms.a.seeds=1: must be some of the seeds [0, 1]"),
+        (
+            {"arms": {"a": {"seeds": [1]}, "b": {"from": "a"}}, "compare": []},
+            "arms.b.from=a: must be a trained arm that is listed before it, with its seeds",
+        ),
         ({"pairs": {"one": ["all"]}}, "pairs.one=[all]: must be two of the arms base, all, copied, further"),
         ({"pairs": ["all", "base"]}, "pairs=[all, base]: must be a table of lists"),
         (
@@ -453,6 +459,9 @@ def test_a_mixture_is_compared_as_a_whole_and_by_task_and_so_are_further_pairs()
     results = {(arm, 0): with_ids(cell(arm, 0, own), list(of_task), of_task) for arm, own in right.items()}
     pairs = {"sft_then": ("both", "sft"), "missing": ("both", "late")}
     arms = [*right, "late"]
+    assert not summarise([*right], ["in_domain", "far"], [0, 1], ("both", "base"), results)["complete"]
+    fewer = dict.fromkeys(right, [0])
+    assert summarise([*right], ["in_domain", "far"], [0, 1], ("both", "base"), results, fewer_seeds=fewer)["complete"]
     summary = summarise(arms, ["in_domain", "far"], [0], ("both", "base"), results, pairs)
     by_task = summary["arms"]["both"]["in_domain"]["by_task"]
     assert [by_task[task]["accuracy"] for task in ("easy", "hard")] == [1.0, pytest.approx(0.2)]
@@ -501,8 +510,9 @@ def test_the_numbers_of_a_study_are_those_of_its_cells(file: Path) -> None:
     results = {(cell["arm"], cell["seed"]): cell for cell in cells}
     evaluations, arms = list(cells[0]["evaluations"]), list(study["arms"])
     pairs = {name: tuple(pair["arms"]) for name, pair in study.get("pairs", {}).items()}
-    again = summarise(arms, evaluations, study["seeds"], tuple(study["compare"]), results, pairs)  # type: ignore[arg-type]
-    assert len(results) == len(cells) == len(arms) * len(study["seeds"]) and study["complete"]
+    fewer = study.get("fewer_seeds", {})
+    again = summarise(arms, evaluations, study["seeds"], tuple(study["compare"]), results, pairs, fewer)  # type: ignore[arg-type]
+    assert study["complete"] and len(results) == len(cells) == sum(len(fewer.get(arm, study["seeds"])) for arm in arms)
     assert json.loads(json.dumps(again)) == study
 
 
@@ -512,6 +522,8 @@ def of_one_seed(name: str, folder: Path) -> Path:
     for file in ("hotpotqa.json", "musique.jsonl", "svamp.json", "gsm8k.jsonl"):
         write_lines(folder / "data" / file, [])
     spec = yaml.safe_load((ROOT / "configs" / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
+    for arm in spec["arms"].values():
+        arm.pop("seeds", None)
     spec |= {"seeds": [1], "results": str(ROOT / "docs" / name)}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
