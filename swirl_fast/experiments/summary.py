@@ -35,8 +35,8 @@ def summarise(
     arms: NAME -> in_domain {accuracy, interval, process_label, …}, out_of_domain {EVALUATION: the same}, cost.
     in_domain_relative_gain: of compare[0] over compare[1]; cross_task_relative_gain: the same of the mean accuracy over the other
     evaluations. Null where the second arm has no right answer. comparisons: every arm against compare[1]. lead: compare[0] against
-    every other arm. pairs: NAME -> the first of two arms against the second, of those that are asked for. fewer_seeds: arm -> its seeds, of those that have not all. Arms are
-    compared by the seeds that both have.
+    every other arm. pairs: NAME -> the first of two arms against the second, of those that are asked for.
+    fewer_seeds: arm -> its seeds, of those that have not all. Arms are compared by the seeds that both have.
     """
     done = {arm: [seed for seed in seeds if (arm, seed) in results] for arm in arms}
     fewer = dict(fewer_seeds or {})
