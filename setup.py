@@ -15,7 +15,7 @@ STREAMING = [
 LORA = ["peft>=0.21"]  # model.lora
 DENSE = ["sentence-transformers>=5.0", "faiss-cpu>=1.12"]  # search.kind=dense
 
-# What a wheel carries besides Python, found by swirl_fast/config/shipped.py. Not the study: its results go to docs/ of a checkout.
+# What a wheel carries besides Python, found by swirl_fast/config/shipped.py. Not the studies: their results go to docs/ of a checkout.
 SHIPPED = {
     f"swirl_fast.shipped.{folder.replace('/', '.')}": folder
     for folder in (
@@ -38,7 +38,7 @@ setup(
     packages=[*find_packages(include=["swirl_fast", "swirl_fast.*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={"swirl_fast": ["py.typed"], **dict.fromkeys(SHIPPED, ["*.*"])},
-    exclude_package_data={"swirl_fast.shipped.configs.experiments": ["study.yaml"]},
+    exclude_package_data={"swirl_fast.shipped.configs.experiments": ["study.yaml", "study_reference_judge.yaml"]},
     install_requires=[
         "swirl-kernels",
         "torch>=2.11",

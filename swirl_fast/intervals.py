@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,24 +45,51 @@ def difference_interval(
 
 
 def bootstrap(
-    groups: Sequence[Sequence[Floats]], statistic: Callable[[Floats], Floats], pairs: Sequence[int] = (0,)
+    groups: Sequence[Sequence[Floats]],
+    statistic: Callable[[Floats], Floats],
+    pairs: Sequence[int] = (0,),
+    crossed: Collection[int] = (),
 ) -> list[float]:
     """95 % percentile interval of a statistic of means, with two levels: seeds are drawn with replacement, then the questions of each.
 
     groups: for each quantity the values of every seed. statistic: [quantities, draws] means -> [draws]. pairs: a number for each
-    quantity; those with the same number have the same questions, and are drawn together."""
-    draw = np.random.default_rng(0)
+    quantity; those with the same number have the same questions, and are drawn together. crossed: numbers
+    of `pairs` whose questions are the same, in the same order, for every seed: they are drawn once for all seeds of a draw, for asking a
+    question again with another seed does not make it another question."""
     seeds = len(groups[0])
     means = np.zeros((len(groups), DRAWS))
+    sizes = tuple(tuple(map(len, values)) for values in groups)
+    for seed, here, shares in _draws(sizes, tuple(pairs), frozenset(crossed)):
+        for quantity, (pair, values) in enumerate(zip(pairs, groups, strict=True)):
+            means[quantity, here] += shares[pair, len(values[seed])] @ values[seed] / seeds
+    low, high = np.quantile(statistic(means), [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+@lru_cache(maxsize=8)  # drawing takes far longer than the means, and a summary draws the same for all its arms
+def _draws(
+    sizes: tuple[tuple[int, ...], ...], pairs: tuple[int, ...], crossed: frozenset[int]
+) -> list[tuple[int, NDArray[np.int64], dict[tuple[int, int], Floats]]]:
+    """(a seed, the draws that drew it, share of each of its questions in them by number of `pairs` and number of questions), as often as
+    there are seeds. sizes: questions of every seed, for each quantity."""
+    draw = np.random.default_rng(0)
+    seeds = len(sizes[0])
+    once = {
+        pair: draw.multinomial(own[0], np.full(own[0], 1 / own[0]), DRAWS) / own[0]
+        for pair, own in dict(zip(pairs, sizes, strict=True)).items()
+        if pair in crossed
+    }
+    found = []
     for _ in range(seeds):
         chosen = draw.integers(0, seeds, DRAWS)
         for seed in range(seeds):
             here = np.flatnonzero(chosen == seed)
-            shares: dict[tuple[int, int], Floats] = {}  # of each question in a draw
-            for quantity, (pair, values) in enumerate(zip(pairs, groups, strict=True)):
-                n = len(values[seed])
-                if (pair, n) not in shares:
+            shares: dict[tuple[int, int], Floats] = {}
+            for pair, own in zip(pairs, sizes, strict=True):
+                n = own[seed]
+                if pair in once:
+                    shares[pair, n] = once[pair][here]
+                elif (pair, n) not in shares:
                     shares[pair, n] = draw.multinomial(n, np.full(n, 1 / n), len(here)) / n
-                means[quantity, here] += shares[pair, n] @ values[seed] / seeds
-    low, high = np.quantile(statistic(means), [0.025, 0.975])
-    return [float(low), float(high)]
+            found.append((seed, here, shares))
+    return found

@@ -46,9 +46,14 @@ def advantages(actions: Actions, name: str) -> tuple[Tensor, Tensor]:
 
     reinforce: the reward itself. rloo, ppo: reward minus the mean of the state's other known rewards (unbiased: the state does not
     depend on the policy). grpo: reward minus the state's mean, over its standard deviation + 1e-4 (DeepSeekMath, equation 3).
-    The others need two known rewards at a state; with fewer its actions are not valid.
+    These need two known rewards at a state; with fewer its actions are not valid.
+    raft: 1 for every action with its state's best known reward, which makes the loss cross-entropy on them; the others, and states at which
+    no action is worth anything, are not valid (best-of-G imitation: Dong et al. 2023, arXiv 2304.06767).
     """
     known, rewards = actions.known, known_rewards(actions)
+    if name == "raft":
+        best = known & (rewards > 0) & (rewards >= _largest_by(rewards, actions.states))
+        return best.float(), best
     if name == "reinforce":
         return rewards, known
     count = _sum_by(known.float(), actions.states)
@@ -145,7 +150,7 @@ def policy_loss(
     """Scalar loss (a sum: weights already hold the global normaliser) and its metrics, which add up. Inputs float32 [N], but for
     offsets_A: int64 [A + 1], where the actions begin and end; needed for importance_level=action.
 
-    reinforce, rloo, grpo, sft: -ratio * A with ratio = exp(logp - old_logp); on policy (old = logp detached) its gradient is
+    reinforce, rloo, grpo, raft, sft: -ratio * A with ratio = exp(logp - old_logp); on policy (old = logp detached) its gradient is
     -A * grad logp. ppo: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A).
     KL: k3 = exp(ref - logp) - (ref - logp) - 1 (Schulman, "Approximating KL divergence"), times algorithm.kl_coef.
     algorithm.importance_cap: the policy term of each token is weighed by min(exp(old_logp - rollout_logp), cap), detached: truncated
@@ -204,6 +209,14 @@ def _each_group(values: Tensor, groups: Tensor) -> Tensor:
     """The value of each group that occurs, in the order of their numbers; `values` are the same at all elements of a group."""
     numbers, place = groups.unique(return_inverse=True)
     return torch.zeros(len(numbers), dtype=values.dtype).index_copy(0, place, values)
+
+
+def _largest_by(values: Tensor, groups: Tensor) -> Tensor:
+    """The largest of `values` over each element's group, at every element; 0 where all are negative."""
+    if not len(values):
+        return values
+    largest = torch.zeros(int(groups.max()) + 1, dtype=values.dtype)
+    return largest.index_reduce(0, groups, values, "amax")[groups]
 
 
 def _sum_by(values: Tensor, groups: Tensor) -> Tensor:

@@ -48,7 +48,20 @@ def test_advantages_by_hand() -> None:
     assert advantage.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0] and valid.tolist() == [True, True, True, True, False]
 
 
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo"])
+def test_raft_imitates_the_best_of_each_state() -> None:
+    """State 0: one is best. 1: two are. 2: none is worth anything. 3: the best is not known."""
+    rewards = torch.tensor([0.2, 0.8, 0.5, 1.0, 1.0, 0.0, 0.0, 0.3, 9.0])
+    actions = Actions(
+        rewards, rewards <= 1, torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3]), torch.zeros(9).long(), torch.ones(9).long()
+    )
+    advantage, valid = advantages(actions, "raft")
+    assert valid.tolist() == [False, True, False, True, True, False, False, True, False]
+    assert advantage.tolist() == valid.float().tolist()
+    weight = weights(actions, valid, "state", counts(actions, valid))
+    torch.testing.assert_close(weight, torch.tensor([0, 2, 0, 1, 1, 0, 0, 2, 0]) / 6)  # each state alike
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo", "raft"])
 @pytest.mark.parametrize("weighting", ["state", "token", "trajectory"])
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
@@ -96,7 +109,7 @@ def test_two_ranks_weigh_as_one(weighting: str) -> None:
         torch.testing.assert_close(weights(part, valid[half], weighting, totals), whole[half])
 
 
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo", "raft"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_loss_and_gradient_by_the_formula(name: str, kl_coef: float) -> None:
     torch.manual_seed(0)
@@ -130,7 +143,7 @@ def test_loss_and_gradient_by_the_formula(name: str, kl_coef: float) -> None:
     assert sums.ratio_max == pytest.approx(float((now - old).exp().max()), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "ppo", "raft"])
 @pytest.mark.parametrize("level", ["token", "action"])
 @pytest.mark.parametrize("cap", [0.0, 0.8, 2.0])
 def test_importance_weights_by_the_formula(name: str, cap: float, level: str) -> None:

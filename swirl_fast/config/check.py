@@ -107,11 +107,16 @@ def _check_data(config: Config, values: _Values) -> None:
     if not name or "/" in name or name.startswith(".") or not name.isprintable() or len(name.encode()) > 200:
         fail("run.name", "must be a plain folder name")
     for prefix, tasks in task_configs(config):
-        generated = tasks.kind == "reasoning_gym" or references.is_reference(tasks.kind)
+        generated = tasks.kind in ("reasoning_gym", "two_step") or references.is_reference(tasks.kind)
         if not generated and not tasks.path:
             form = "with your questions" if tasks.kind == "qa" else "in its official format"
             raise ConfigError(
                 f"{prefix}.path={tasks.path}: {prefix}.kind={tasks.kind} needs the path of a data file {form}"
+            )
+        if tasks.max_solution_steps and tasks.kind != "gsm8k":
+            raise ConfigError(
+                f"{prefix}.max_solution_steps={tasks.max_solution_steps}: only gsm8k's solutions mark their calculations; leave it "
+                f"out with {prefix}.kind={tasks.kind}"
             )
         if len(set(tasks.tools)) < len(tasks.tools):
             raise ConfigError(f"{prefix}.tools={tasks.tools}: names a tool twice")
@@ -285,6 +290,8 @@ def _check_conversations(config: Config, values: _Values) -> None:
         return
     if not collect.path:
         fail("collect.path", "collect.source=conversations needs the path of a log, such as logs.jsonl")
+    if config.tasks.skip:
+        fail("tasks.skip", "the conversations of a log are taken from the first on; leave it out")
     if config.tasks.mix:
         fail("tasks.mix", "collect.source=conversations has the log in the place of tasks; leave it out")
     without = "a log has neither tools that run nor gold answers"
@@ -325,7 +332,7 @@ def _check_algorithm(config: Config, values: _Values) -> None:
             "algorithm.importance_cap",
             "algorithm.name=sft imitates recorded actions as they are, there is no sampler to correct for; use 0",
         )
-    if algorithm.name in ("rloo", "grpo", "ppo") and training.group_size < 2:
+    if algorithm.name in ("rloo", "grpo", "ppo", "raft") and training.group_size < 2:
         fail(
             "training.group_size",
             f"algorithm.name={algorithm.name} compares the samples of one state: it needs at least 2 (or algorithm.name=reinforce)",
@@ -355,9 +362,12 @@ def _check_training(config: Config, values: _Values) -> None:
             "engine.kind=local generates in the trainer's process, where little of it would run beside the training; set "
             "engine.own_process=true, or engine.kind=sglang",
         )
-    if training.refill and (config.algorithm.name in ("sft", "reinforce") or config.algorithm.reward == "outcome"):
+    if training.refill and (
+        config.algorithm.name in ("sft", "raft", "reinforce") or config.algorithm.reward == "outcome"
+    ):
         reason = {
             "sft": "algorithm.name=sft draws no actions",
+            "raft": "algorithm.name=raft imitates the best of equal rewards, too",
             "reinforce": "algorithm.name=reinforce has no baseline, so equal rewards have a gradient, too",
         }.get(config.algorithm.name, "algorithm.reward=outcome draws whole trajectories, and no states")
         fail("training.refill", f"{reason}; leave it false")

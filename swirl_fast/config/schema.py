@@ -20,7 +20,18 @@ Outcome = Literal["exact", "judge"]
 Filter = Literal["none", "process", "outcome", "process_and_outcome"]
 Checkpointing = Literal["none", "full", "selective"]
 
-TASKS = ("reasoning_gym", "qa", "gsm8k", "hotpotqa", "musique", "2wikimultihopqa", "beerqa", "cofca")
+TASKS = (
+    "reasoning_gym",
+    "two_step",
+    "qa",
+    "gsm8k",
+    "svamp",
+    "hotpotqa",
+    "musique",
+    "2wikimultihopqa",
+    "beerqa",
+    "cofca",
+)
 TOOLS = ("calculator", "search")
 JUDGES = ("rules", "model", "reference", "recorded_action")
 SCORES = ("auto", "exact", "number", "f1")
@@ -88,7 +99,8 @@ class TasksConfig:
     """The questions, the tools on offer, and how far a trajectory goes."""
 
     kind: str = setting("reasoning_gym", reads="reference", known=TASKS)
-    """Which task: reasoning_gym generates its questions, qa reads rows of your own, the others a data file in their official format."""
+    """Which task: reasoning_gym and two_step generate their questions, qa reads rows of your own, the others a data file in their official
+    format."""
     name: str = ""
     """qa, conversations: what the task is called in ids and results; empty: the name of its file."""
     path: str | None = setting(None, reads="file")
@@ -116,6 +128,11 @@ class TasksConfig:
     """Several tasks in one run, each a table of these settings on top of those here, as [{kind: gsm8k, path: FILE, weight: 2}, …]."""
     weight: float = setting(1.0, above=0)
     """In tasks.mix: the task's share of the questions, relative to the others'."""
+    max_solution_steps: int = setting(0, minimum=0)
+    """gsm8k: only questions whose worked solution marks at most this many calculations, but one at least; 2 gives the easier third, 3 two
+    thirds. 0: all questions."""
+    skip: int = setting(0, minimum=0)
+    """Training questions to pass over before tasks.limit counts, so that two runs do not share any."""
     limit: int = setting(64, minimum=0)
     """Questions to collect trajectories for; 0: all."""
     eval_limit: int = setting(64, minimum=0)
@@ -292,8 +309,9 @@ class FilterConfig:
 class AlgorithmConfig:
     """Stage 3: from rewards to the loss."""
 
-    name: Literal["reinforce", "rloo", "grpo", "ppo", "sft"] = "rloo"
-    """How advantages are made of rewards; ppo also clips the ratio. sft imitates the recorded actions, and nothing is sampled."""
+    name: Literal["reinforce", "rloo", "grpo", "ppo", "raft", "sft"] = "rloo"
+    """How advantages are made of rewards; ppo also clips the ratio. raft imitates the best of the sampled actions of each state. sft
+    imitates the recorded actions, and nothing is sampled."""
     reward: Literal["process", "outcome"] = "process"
     """process: fresh actions at recorded states, each with the process judge's verdict. outcome: training.group_size fresh trajectories
     with tools for each question of the recorded ones, and the score of the answer for every action."""

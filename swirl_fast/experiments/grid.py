@@ -9,16 +9,19 @@
       swirl: {filter.kind: process}
       sft: {filter.kind: process, algorithm.name: sft}
       longer: {from: swirl, filter.kind: process}   # starts from the model that swirl ends with, of the same seed
+      unfiltered: {seeds: [0, 1], filter.kind: none}   # with fewer seeds than the others
     grid: {filter.max_trajectories: [16, 64]}   # optional: every trained arm with every combination
     evaluations:                     # "in_domain" and others; each a few settings
       in_domain: {}
       sums: {tasks.dataset: chain_sum}
     compare: [swirl, base]           # whose relative gain the summary states
+    pairs: {longer_or_sft: [longer, sft]}   # what else is compared (optional)
     keep: models                     # of a run's files: results | models | all (checkpoints, too)
     results: ../../docs/filters      # where cells and report go, relative to this file (optional; default: runs/filters)
     summary: ../../docs/filters.json # (optional; default: summary.json there)
 
-A cell is one arm with one seed. Cells whose settings up to the collection agree share one collection.
+A cell is one arm with one seed; they are done arm after arm, so that the first ones listed are there for all seeds first. Cells whose
+settings up to the collection agree share one collection.
 """
 
 from __future__ import annotations
@@ -55,13 +58,16 @@ class ExperimentSpec:
     seeds: list[int] = setting([0], minimum=0)
     """Every arm is run once with each."""
     arms: dict[str, dict[str, AsWritten]] = field(default_factory=dict)
-    """What is compared: name -> settings; `train: false` for the model as it is, `from: ARM` to start from an arm's model."""
+    """What is compared: name -> settings; `train: false` for the model as it is, `from: ARM` to start from an arm's model, `seeds: […]`
+    for some of the seeds."""
     grid: dict[str, list[AsWritten]] = field(default_factory=dict)
     """Setting -> values: every trained arm is run with every combination."""
     evaluations: dict[str, dict[str, AsWritten]] = field(default_factory=dict)
     """Name -> settings; one is called in_domain."""
     compare: list[str] = field(default_factory=list)
     """Two arms, whose relative gain the summary states; empty: the last against the first."""
+    pairs: dict[str, list[AsWritten]] = field(default_factory=dict)
+    """Name -> two arms, the first of which the summary compares with the second, in pairs of seeds and questions."""
     keep: Literal["results", "models", "all"] = "models"
     """Of a run's files: only the results, the models too, or all, checkpoints as well."""
     results: str | None = None
@@ -108,10 +114,17 @@ class Experiment:
     cells: tuple[Cell, ...]
     compare: tuple[str, str]
     keep: str
+    pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
         return list(dict.fromkeys(cell.arm for cell in self.cells))
+
+    @property
+    def fewer_seeds(self) -> dict[str, list[int]]:
+        """Arm -> its seeds, of those that have not all."""
+        own = {arm: [cell.seed for cell in self.cells if cell.arm == arm] for arm in self.arms}
+        return {arm: seeds for arm, seeds in own.items() if len(seeds) < len(self.seeds)}
 
     @property
     def evaluations(self) -> list[str]:
@@ -141,7 +154,9 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     ]
     arms = _crossed(spec, path)
     cells: list[Cell] = []
-    for seed, (arm, (trained, start, entries)) in itertools.product(spec.seeds, arms.items()):
+    for (arm, (trained, start, entries, seeds)), seed in itertools.product(arms.items(), spec.seeds):
+        if seed not in seeds:
+            continue
         layers = [*base, Layer(entries, f"{path}, arms.{arm}", path.parent)]
         layers.append(
             Layer({"run.seed": Word(str(seed)), "run.folder": Word(str(folder / name), quoted=True)}, str(path))
@@ -150,7 +165,9 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         if start is not None:
             earlier = next((one for one in cells if (one.arm, one.seed) == (start, seed) and one.trained), None)
             if earlier is None:
-                raise ConfigError(f"{path}: arms.{arm}.from={start}: must be a trained arm that is listed before it")
+                raise ConfigError(
+                    f"{path}: arms.{arm}.from={start}: must be a trained arm that is listed before it, with its seeds"
+                )
             layers.append(Layer({"model.path": Word(str(earlier.model), quoted=True)}, str(path)))
         try:
             config = load_layers(layers)
@@ -170,7 +187,8 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     results = path.parent / Path(spec.results).expanduser() if spec.results else folder / name
     summary = path.parent / Path(spec.summary).expanduser() if spec.summary else results / "summary.json"
     compare = (spec.compare[0], spec.compare[1]) if spec.compare else (list(arms)[-1], next(iter(arms)))
-    return Experiment(name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep)
+    pairs = {key: (str(pair[0]), str(pair[1])) for key, pair in spec.pairs.items()}
+    return Experiment(name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep, pairs)
 
 
 def _read_spec(path: Path) -> ExperimentSpec:
@@ -210,13 +228,19 @@ def _read_spec(path: Path) -> ExperimentSpec:
     return spec
 
 
-def _crossed(spec: ExperimentSpec, path: Path) -> dict[str, tuple[bool, str | None, dict[str, Any]]]:
-    """Arm -> whether it is trained, the arm that it starts from, settings. With a grid every trained arm is there once for each
+def _crossed(spec: ExperimentSpec, path: Path) -> dict[str, tuple[bool, str | None, dict[str, Any], list[int]]]:
+    """Arm -> whether it is trained, the arm that it starts from, settings, seeds. With a grid every trained arm is there once for each
     combination, named by its values."""
-    arms: dict[str, tuple[bool, str | None, dict[str, Any]]] = {}
+    arms: dict[str, tuple[bool, str | None, dict[str, Any], list[int]]] = {}
     for name, written in spec.arms.items():
         entries = dict(written)
         train, start = entries.pop("train", Word("true")), entries.pop("from", None)
+        own = entries.pop("seeds", None)
+        seeds = (
+            spec.seeds if own is None else [seed for seed in spec.seeds if isinstance(own, list) and str(seed) in own]
+        )
+        if own is not None and (not isinstance(own, list) or not own or len(seeds) < len(own)):
+            raise ConfigError(f"{path}: arms.{name}.seeds={shown(own)}: must be some of the seeds {spec.seeds}")
         try:
             trained = truth(train)
         except (ValueError, AttributeError):
@@ -224,9 +248,11 @@ def _crossed(spec: ExperimentSpec, path: Path) -> dict[str, tuple[bool, str | No
         for values in itertools.product(*spec.grid.values()) if trained and spec.grid else [()]:
             chosen = dict(zip(spec.grid, values, strict=False))
             label = ",".join([name, *(f"{key.split('.')[-1]}={plain(value)}" for key, value in chosen.items())])
-            arms[label] = trained, start and str(start), {**entries, **chosen}
-    if spec.compare and (len(spec.compare) != 2 or not set(spec.compare) <= set(arms)):
-        raise ConfigError(f"{path}: compare={shown(spec.compare)}: must be two of the arms {', '.join(arms)}")
+            arms[label] = trained, start and str(start), {**entries, **chosen}, seeds
+    for key, pair in {"compare": spec.compare, **{f"pairs.{name}": pair for name, pair in spec.pairs.items()}}.items():
+        two = isinstance(pair, list) and len(pair) == 2 and {str(arm) for arm in pair} <= set(arms)
+        if not two and (pair or key != "compare"):
+            raise ConfigError(f"{path}: {key}={shown(pair)}: must be two of the arms {', '.join(arms)}")
     return arms
 
 

@@ -91,7 +91,15 @@ def write_outputs(experiment: Experiment) -> None:
             f"experiment {experiment.name}: none of its {len(experiment.cells)} cells is done in {experiment.results / 'cells'}, so "
             "there is nothing to report; start it without --report"
         )
-    summary = summarise(experiment.arms, experiment.evaluations, experiment.seeds, experiment.compare, results)
+    summary = summarise(
+        experiment.arms,
+        experiment.evaluations,
+        experiment.seeds,
+        experiment.compare,
+        results,
+        experiment.pairs,
+        experiment.fewer_seeds,
+    )
     write_json(experiment.summary, summary)
     report = write_experiment_report(experiment.results, experiment.name, summary, results)
     print(f"\n{results_table(summary)}\n\n{experiment.summary}  {report}")

@@ -43,8 +43,8 @@ class ReferenceJudge:
     ) -> None:
         if not solutions:
             raise ConfigError(
-                f"judge.kind=reference: the questions of {', '.join(tools_by_task)} have no worked solutions; use gsm8k or reasoning_gym's "
-                "gsm_symbolic, or judge.kind=rules or model"
+                f"judge.kind=reference: the questions of {', '.join(tools_by_task)} have no worked solutions; use gsm8k, "
+                "svamp, two_step or reasoning_gym's gsm_symbolic, or judge.kind=rules or model"
             )
         self._tools = tools_by_task
         self._solutions = solutions

@@ -15,7 +15,7 @@ from swirl_fast.trajectory import Finish, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
 NUMBERS = frozenset(
-    {"reasoning_gym", "gsm8k"}
+    {"reasoning_gym", "two_step", "gsm8k", "svamp"}
 )  # tasks whose answers are numbers, as those of tasks.TEXT_ANSWERS are texts
 
 FINISHES = {

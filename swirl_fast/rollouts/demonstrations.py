@@ -63,6 +63,6 @@ def demonstrations(
         yield trajectory
     if not written:
         raise ConfigError(
-            f"collect.source=solutions: no question of {task.name} has a worked solution of at most {max_steps} actions; use gsm8k or "
-            "reasoning_gym's gsm_symbolic, and raise tasks.max_steps"
+            f"collect.source=solutions: no question of {task.name} has a worked solution of at most {max_steps} actions; use gsm8k, svamp, "
+            "two_step or reasoning_gym's gsm_symbolic, and raise tasks.max_steps"
         )

@@ -23,12 +23,12 @@ PROBE = "Probe: how many of 1,234 naïve “tokens” are 56.78 % of {x}?\n"  # 
 
 
 def fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
-    """What the trajectories of a store depend on, besides the prompt (`prompt_hash`); the number of questions may grow."""
+    """What the trajectories of a store depend on, besides the prompt (`prompt_hash`); which questions, and how many, may change."""
     from swirl_fast.models.load import model_fingerprint
 
     tasks = contents(config.tasks, "tasks")
     for table in (tasks, *tasks["mix"]):
-        for name in ("limit", "eval_limit"):
+        for name in ("skip", "limit", "eval_limit", "max_solution_steps"):
             table.pop(name, None)
     search: dict[str, Any] = {"top_k": config.search.top_k, "passage_chars": config.search.passage_chars}
     if config.search.corpus:

@@ -119,8 +119,10 @@ class EvaluationScores:
             }
         return {"by_task": found}
 
-    def by_question(self) -> dict[str, dict[str, float | None]]:
-        """Question id -> its means: accuracy, f1, process_label (None where no step has a verdict). For comparisons in pairs."""
+    def by_question(self) -> dict[str, dict[str, Any]]:
+        """Question id -> its means: accuracy, f1, process_label (None where no step has a verdict), and its task where there are several.
+        For comparisons in pairs."""
+        several = 1 < len({one.task for one in self._scores}) <= SHOWN_TASKS
         groups: dict[str, list[_TrajectoryScore]] = {}
         for one in self._scores:
             groups.setdefault(one.question_id, []).append(one)
@@ -129,6 +131,7 @@ class EvaluationScores:
                 "accuracy": _mean_over_questions(group, lambda one: one.score.exact_match)[0],
                 "f1": _mean_over_questions(group, lambda one: one.score.f1)[0],
                 "process_label": _mean_over_questions(group, lambda one: one.label)[0],
+                **({"task": group[0].task} if several else {}),
             }
             for id_, group in groups.items()
         }

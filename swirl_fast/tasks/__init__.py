@@ -17,7 +17,9 @@ from swirl_fast.tasks.musique import MuSiQue
 from swirl_fast.tasks.own import OwnTask
 from swirl_fast.tasks.qa import QA
 from swirl_fast.tasks.reasoning_gym import ReasoningGym
+from swirl_fast.tasks.svamp import SVAMP
 from swirl_fast.tasks.task import Task
+from swirl_fast.tasks.two_step import TwoStep
 from swirl_fast.tasks.two_wiki import TwoWikiMultihopQA
 from swirl_fast.tasks.worked_examples import read_examples
 from swirl_fast.tools import describe_tools
@@ -26,8 +28,10 @@ from swirl_fast.tools.tool import ToolSpec
 
 _KINDS: dict[str, Callable[[TasksConfig, int], Task]] = {
     "reasoning_gym": ReasoningGym,
+    "two_step": TwoStep,
     "qa": QA,
     "gsm8k": GSM8K,
+    "svamp": SVAMP,
     "hotpotqa": HotPotQA,
     "musique": MuSiQue,
     "2wikimultihopqa": TwoWikiMultihopQA,
@@ -35,7 +39,7 @@ _KINDS: dict[str, Callable[[TasksConfig, int], Task]] = {
     "cofca": CofCA,
 }
 # Names of the tasks whose answers are texts, whatever they look like, and of those whose answers are numbers.
-TEXT_ANSWERS = frozenset(_KINDS) - {"reasoning_gym", "qa", "gsm8k"}
+TEXT_ANSWERS = frozenset(_KINDS) - {"reasoning_gym", "two_step", "qa", "gsm8k", "svamp"}
 
 ToolsByTask = Mapping[str, Sequence[ToolSpec]]
 
@@ -64,6 +68,8 @@ def load_task(config: TasksConfig, seed: int) -> Task:
         raise ConfigError(
             f"tasks.kind={config.kind}: must be one of {', '.join(_KINDS)}, or FILE.py:NAME or MODULE:NAME"
         )
+    if config.skip and not task.questions("train"):
+        raise ConfigError(f"tasks.skip={config.skip}: {task.name} has no more training questions; pass over fewer")
     if config.tools:
         task.tools = tuple(config.tools)
     if config.worked_examples:

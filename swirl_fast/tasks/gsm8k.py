@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from swirl_fast.config import TasksConfig
+from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.tasks.rows import Row, question_id, read_splits
 from swirl_fast.tasks.scoring import number, score_number
-from swirl_fast.tasks.solutions import step_expressions, step_results
+from swirl_fast.tasks.solutions import marked_steps, step_expressions, step_results
 from swirl_fast.tasks.task import Example, Question, Score, Split, TaskDefaults
 from swirl_fast.tools.characters import same_text
 from swirl_fast.tools.tool import observation
@@ -48,7 +48,7 @@ class GSM8K(TaskDefaults):
     """path, eval_path: files, or Hugging Face names such as `openai/gsm8k` (splits train and test).
 
     Without eval_path the last tenth of `path` is held out. A training question that is also in the held-out split is
-    dropped. limit and eval_limit take the first rows.
+    dropped. limit and eval_limit take the first rows of those that max_solution_steps allows.
     """
 
     name = "gsm8k"
@@ -57,24 +57,45 @@ class GSM8K(TaskDefaults):
 
     def __init__(self, config: TasksConfig, seed: int = 0) -> None:
         self._solutions: dict[str, str] = {}  # question id -> worked solution
-        splits = read_splits(config.path, config.eval_path, hub=("main", "test"))
+        splits = self.splits(config)
         held_out = self._parse(splits["eval"], set())
         self.held_out = frozenset(same_text(question.text) for question in held_out)
         train = self._parse(splits["train"], set(self.held_out))
-        self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
+        train, held_out = self._easier(train, config), self._easier(held_out, config)
+        train = train[config.skip :][: config.limit or None]
+        self._questions = {"train": train, "eval": held_out[: config.eval_limit or None]}
+
+    def splits(self, config: TasksConfig) -> dict[Split, list[Row]]:
+        return read_splits(config.path, config.eval_path, hub=("main", "test"))
+
+    def read(self, row: Row) -> tuple[str, str, str]:
+        """Question, worked solution, answer. Raises ValueError naming file, row and field."""
+        text, solution = row.text("question"), row.text("answer")
+        _, marker, answer = solution.rpartition("####")
+        if not marker or number(answer) is None:
+            raise row.error("answer", "must end in `#### N` with one number N, such as 1200, -0.5 or 3/4")
+        return text, solution, answer.strip()
 
     def _parse(self, rows: list[Row], seen: set[str]) -> list[Question]:
         questions = []
         for row in rows:
-            text, solution = row.text("question"), row.text("answer")
-            _, marker, answer = solution.rpartition("####")
-            if not marker or number(answer) is None:
-                raise row.error("answer", "must end in `#### N` with one number N, such as 1200, -0.5 or 3/4")
+            text, solution, answer = self.read(row)
             if same_text(text) not in seen:
                 seen.add(same_text(text))
-                questions.append(Question(question_id(self.name, text), self.name, text, (answer.strip(),)))
+                questions.append(Question(question_id(self.name, text), self.name, text, (answer,)))
                 self._solutions[questions[-1].id] = solution
         return questions
+
+    def _easier(self, questions: list[Question], config: TasksConfig) -> list[Question]:
+        """Those that tasks.max_solution_steps allows. Raises ConfigError where there is none."""
+        if not (most := config.max_solution_steps):
+            return questions
+        found = [one for one in questions if 0 < marked_steps(self._solutions[one.id]) <= most]
+        if questions and not found:
+            raise ConfigError(
+                f"tasks.max_solution_steps={most}: no solution marks so few calculations (and one at least) as <<48/2=24>>; raise it"
+            )
+        return found
 
     def questions(self, split: Split) -> Sequence[Question]:
         return self._questions[split]

@@ -56,7 +56,7 @@ class OwnTask:
         )
         held_out = self._read("eval", config.eval_limit, set())
         self.held_out = frozenset(same_text(question.text) for question in held_out)
-        train = self._read("train", config.limit, set(self.held_out))
+        train = self._read("train", config.limit and config.skip + config.limit, set(self.held_out))[config.skip :]
         self._questions: dict[Split, list[Question]] = {"train": train, "eval": held_out}
 
     def _made(self, made: type, config: TasksConfig, seed: int) -> Any:

@@ -83,7 +83,8 @@ class ParagraphQA(TaskDefaults):
         held_out = self._parse(asked["eval"], set(), set())
         self.held_out = frozenset(same_text(question.text) for question in held_out)
         train = self._parse(asked["train"], {question.id for question in held_out}, set(self.held_out))
-        self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
+        train = train[config.skip :][: config.limit or None]
+        self._questions = {"train": train, "eval": held_out[: config.eval_limit or None]}
         rows = splits["train"] + splits["eval"]
         self._passages = list(dict.fromkeys(passage for row in rows for passage in self.paragraphs(row)))
 

@@ -43,7 +43,8 @@ class QA(TaskDefaults):
         held_out = self._parse(splits["eval"], set(), config.score)
         self.held_out = frozenset(same_text(question.text) for question in held_out)
         train = self._parse(splits["train"], set(self.held_out), config.score)
-        self._questions = {"train": train[: config.limit or None], "eval": held_out[: config.eval_limit or None]}
+        train = train[config.skip :][: config.limit or None]
+        self._questions = {"train": train, "eval": held_out[: config.eval_limit or None]}
 
     def _parse(self, rows: list[Row], held_out: set[str], score: str) -> list[Question]:
         found: dict[str, Question] = {}

@@ -19,7 +19,7 @@ from typing import Any
 
 from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.tasks.gsm8k import WORD_PROBLEMS, worked
-from swirl_fast.tasks.rows import question_id
+from swirl_fast.tasks.rows import question_id, side_of
 from swirl_fast.tasks.scoring import ZERO, number, score_number
 from swirl_fast.tasks.solutions import step_expressions, step_results
 from swirl_fast.tasks.task import Example, Question, Score, Split, TaskDefaults
@@ -63,7 +63,7 @@ class ReasoningGym(TaskDefaults):
         self.examples = self._worked_examples()
         shown = {example.question for example in self.examples}
         self._questions: dict[Split, list[Question]] = {
-            "train": self._draw("train", seed, "tasks.limit", config.limit, shown),
+            "train": self._draw("train", seed, "tasks.limit", config.limit, shown, config.skip),
             "eval": self._draw("eval", seed, "tasks.eval_limit", config.eval_limit, shown),
         }
         self.held_out = frozenset(same_text(question.text) for question in self._questions["eval"])
@@ -114,7 +114,7 @@ class ReasoningGym(TaskDefaults):
                 )
             yield entry
 
-    def _draw(self, split: Split, seed: int, key: str, limit: int, shown: set[str]) -> list[Question]:
+    def _draw(self, split: Split, seed: int, key: str, limit: int, shown: set[str], skip: int = 0) -> list[Question]:
         if limit < 1:
             raise ConfigError(f"{key}={limit}: a generator has no end; say how many questions")
         questions: dict[str, Question] = {}
@@ -123,7 +123,7 @@ class ReasoningGym(TaskDefaults):
             before = len(questions)
             for entry in self._entries_of(split, seed, chunk):
                 text = entry["question"]
-                if text in questions or text in shown or _side(text) != split:
+                if text in questions or text in shown or side_of(text) != split:
                     continue
                 questions[text] = Question(question_id(self.name, text), self.name, text, (str(entry["answer"]),))
                 worked_out = entry["metadata"].get("answer_cot")
@@ -131,8 +131,8 @@ class ReasoningGym(TaskDefaults):
                     self._solutions[questions[text].id] = worked_out
                 if self.name in _ROUNDED:
                     self._entries[questions[text].id] = entry
-                if len(questions) == limit:
-                    return list(questions.values())
+                if len(questions) == skip + limit:
+                    return list(questions.values())[skip:]
             chunk += 1
             idle = idle + 1 if len(questions) == before else 0
         raise ConfigError(
@@ -176,8 +176,3 @@ class ReasoningGym(TaskDefaults):
             right = self._scorer.score_answer(decimal, self._entries[question.id]) == 1.0
             return Score(1.0, 1.0, 1.0, 1.0) if right else ZERO
         return score
-
-
-def _side(text: str) -> Split:
-    """The one split that may have this question: the last bit of its hash."""
-    return "eval" if hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[-1] & 1 else "train"

@@ -96,6 +96,11 @@ def question_id(task: str, text: str) -> str:
     return f"{task}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
+def side_of(text: str) -> Split:
+    """The one split that may have a generated question: the last bit of its hash."""
+    return "eval" if hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[-1] & 1 else "train"
+
+
 _ENDINGS = (".gz", ".bz2", ".xz", ".json", ".jsonl", ".jsonlines", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 
 

@@ -24,6 +24,11 @@ _CONSTANTS = {
 _UNIT = re.compile(r"(?<=[\d)%])\s*[A-Za-z][A-Za-z/\- ]*?(?=\s*[-+*/×÷=)])")  # `64 pears + 52 pears = `
 
 
+def marked_steps(solution: str) -> int:
+    """How many calculations are marked as `<<48/2=24>>`."""
+    return len(_MARKED.findall(solution))
+
+
 def step_results(solution: str, answer: str) -> tuple[Fraction, ...]:
     """The numbers after the equals signs of a solution, in order, and the answer. answer: one number."""
     found = [number(match[1]) for match in _RESULT.finditer(solution)]

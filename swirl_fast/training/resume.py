@@ -52,11 +52,11 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         del training[name]
     if not training["replay_routing"]:  # a checkpoint from before there was such a thing goes on
         del training["replay_routing"]
-    outcome = {
-        "max_steps": config.tasks.max_steps,
-        "search": asdict(config.search),
-        "tasks": contents(config.tasks, "tasks"),
-    }
+    tasks = contents(config.tasks, "tasks")
+    for name in ("skip", "max_solution_steps"):
+        if not tasks[name]:  # as above
+            del tasks[name]
+    outcome = {"max_steps": config.tasks.max_steps, "search": asdict(config.search), "tasks": tasks}
     return {
         "model": model_settings(config),
         "engine_dtype": config.engine.dtype,

@@ -1,4 +1,4 @@
-"""A grid of real runs on a small model, killed, resumed and shared; and the statistics against numbers known beforehand."""
+"""A grid of real runs on a small model, killed, resumed and shared."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from swirl_fast import cli, stages
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.experiments.grid import read_experiment
 from swirl_fast.experiments.inputs import changed
-from swirl_fast.experiments.summary import results_table, summarise
-from swirl_fast.report.experiment import write_experiment_report
 
 
 def write(folder: Path, model: Path, **more: Any) -> Path:
@@ -293,6 +291,14 @@ def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> N
             {"compare": ["all", "nothing"]},
             "compare=[all, nothing]: must be two of the arms base, all, copied, further",
         ),
+        ({"arms": {"a": {"seeds": [1, 5]}}, "compare": []}, "arms.a.seeds=[1, 5]: must be some of the seeds [0, 1]"),
+        ({"arms": {"a": {"seeds": "1"}}, "compare": []}, "arms.a.seeds=1: must be some of the seeds [0, 1]"),
+        (
+            {"arms": {"a": {"seeds": [1]}, "b": {"from": "a"}}, "compare": []},
+            "arms.b.from=a: must be a trained arm that is listed before it, with its seeds",
+        ),
+        ({"pairs": {"one": ["all"]}}, "pairs.one=[all]: must be two of the arms base, all, copied, further"),
+        ({"pairs": ["all", "base"]}, "pairs=[all, base]: must be a table of lists"),
         (
             {"arms": {"a": {"from": "b"}, "b": {}}, "compare": []},
             "arms.a.from=b: must be a trained arm that is listed before",
@@ -362,109 +368,6 @@ evaluations: {in_domain: {}, on: {tasks.options: {max_terms: 5}}}
     assert config.run.folder == "${nope}/3.10" and config.run.seed == 0
     assert experiment.cells[0].evaluations["on"].tasks.options == {"max_terms": 5}
     assert [cell.trained for cell in experiment.cells] == [True, True, False]
-
-
-def cell(arm: str, seed: int, right: list[int], tasks: tuple[str, ...] = ("in_domain", "far")) -> dict[str, Any]:
-    rows = {f"q{i}": {"accuracy": float(r), "f1": float(r), "process_label": 0.5} for i, r in enumerate(right)}
-    evaluation = {"accuracy": sum(right) / len(right), "questions": len(right), "by_question": rows}
-    evaluation |= {"malformed": 0.0, "repeated": 0.0, "answered": 1.0, "steps": 2.0}
-    return {
-        "arm": arm,
-        "seed": seed,
-        "trained": arm != "base",
-        "training": {
-            "steps": 3,
-            "seconds": 10.0,
-            "generated_tokens": 5.0,
-            "tokens_computed": 7.0,
-            "reward": [0.1, None, 0.3],
-        },
-        "filter": {"kept": 4},
-        "evaluations": dict.fromkeys(tasks, evaluation),
-    }
-
-
-def test_gains_and_their_intervals() -> None:
-    """Base answers 20 of 100, the arm those and 30 more, with every seed: 50 % against 20 %."""
-    base, better = [1] * 20 + [0] * 80, [1] * 50 + [0] * 50
-    results = {
-        (arm, seed): cell(arm, seed, right) for seed in (0, 1, 2) for arm, right in (("base", base), ("new", better))
-    }
-    summary = summarise(["base", "new"], ["in_domain", "far"], [0, 1, 2], ("new", "base"), results)
-    assert summary["in_domain_relative_gain"] == pytest.approx(1.5)
-    assert summary["cross_task_relative_gain"] == pytest.approx(1.5)
-    gain = summary["comparisons"]["new"]["in_domain"]
-    assert gain == summary["lead"]["base"]["in_domain"]
-    # in pairs the difference is a share of 0.3 in 300 questions: 0.3 ± 1.96 sqrt(0.21 / 300); unpaired it would be wider
-    low, high = gain["difference_interval"]
-    assert (low, high) == (pytest.approx(0.3 - 0.052, abs=0.006), pytest.approx(0.3 + 0.052, abs=0.006))
-    assert gain["relative_gain_interval"][0] < 1.5 < gain["relative_gain_interval"][1]
-    low, high = summary["arms"]["base"]["in_domain"]["interval"]
-    assert (low, high) == (pytest.approx(0.2 - 0.045, abs=0.006), pytest.approx(0.2 + 0.045, abs=0.006))
-    assert summary["arms"]["new"]["cost"]["trajectories"] == 4 and summary["arms"]["base"]["cost"] is None
-    assert "new against base, in-domain: +150.0% relative" in results_table(summary)
-
-
-def test_seeds_that_disagree_widen_the_interval() -> None:
-    results = {("new", seed): cell("new", seed, [1] * n + [0] * (100 - n)) for seed, n in enumerate((20, 50, 80))}
-    alike = {("new", seed): cell("new", seed, [1] * 50 + [0] * 50) for seed in range(3)}
-    ends = [
-        summarise(["new"], ["in_domain", "far"], [0, 1, 2], ("new", "new"), r)["arms"]["new"]["in_domain"]["interval"]
-        for r in (results, alike)
-    ]
-    assert ends[0][1] - ends[0][0] > 3 * (ends[1][1] - ends[1][0])
-
-
-def test_where_no_answer_is_right_there_is_doubt_and_no_relative_gain(tmp_path: Path) -> None:
-    results = {(arm, 0): cell(arm, 0, right) for arm, right in (("base", [0] * 50), ("new", [1] * 5 + [0] * 45))}
-    summary = summarise(["base", "new"], ["in_domain", "far"], [0, 1], ("new", "base"), results)
-    base = summary["arms"]["base"]["in_domain"]
-    assert base["accuracy"] == 0 and base["interval"] == pytest.approx([0, 0.0713], abs=1e-3)  # Wilson, 0 of 50
-    assert summary["in_domain_relative_gain"] is None and not summary["complete"]
-    assert summary["comparisons"]["new"]["in_domain"]["difference"] == pytest.approx(0.1)
-    page = write_experiment_report(tmp_path, "a <b>", summary, results).read_text()
-    assert "a &lt;b&gt;" in page and "Some cells are not done yet" in page
-
-
-def test_accuracy_is_drawn_over_trajectories_where_arms_differ_in_their_number(tmp_path: Path) -> None:
-    arms = ["base", *(f"swirl,max_trajectories={n}" for n in (16, 64))]
-    results = {(arm, 0): cell(arm, 0, [1] * (5 + i) + [0] * 45) for i, arm in enumerate(arms)}
-    summary = summarise(arms, ["in_domain", "far"], [0], (arms[-1], "base"), results)
-    page = write_experiment_report(tmp_path, "sizes", summary, results).read_text()
-    assert "Accuracy, in_domain by trajectories: swirl" in page
-
-
-def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
-    one = cell("new", 0, [1, 0])
-    for row in one["evaluations"]["in_domain"]["by_question"].values():
-        row["process_label"] = None
-    summary = summarise(["new"], ["in_domain", "far"], [0], ("new", "new"), {("new", 0): one})
-    assert summary["arms"]["new"]["in_domain"]["process_label"] is None
-    assert "label –" in results_table(summary)
-    assert "<td>–</td>" in write_experiment_report(tmp_path, "silent", summary, {("new", 0): one}).read_text()
-
-
-def test_the_numbers_of_the_study_are_those_of_its_cells() -> None:
-    docs = ROOT / "docs"
-    study = json.loads((docs / "study.json").read_text(encoding="utf-8"))
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (docs / "study" / "cells").glob("*.json")]
-    results = {(cell["arm"], cell["seed"]): cell for cell in cells}
-    evaluations = list(cells[0]["evaluations"])
-    again = summarise(list(study["arms"]), evaluations, study["seeds"], tuple(study["compare"]), results)  # type: ignore[arg-type]
-    assert len(results) == len(cells) == 21 and study["complete"]
-    assert json.loads(json.dumps(again)) == study
-
-
-def test_the_experiment_of_the_study_finds_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings of today are those that docs/study.md speaks of. Of one seed: reading the settings of three takes long."""
-    (tmp_path / "data").mkdir()
-    write_lines(tmp_path / "data" / "hotpotqa.json", [])  # what the settings name must be there
-    monkeypatch.chdir(tmp_path)
-    spec = yaml.safe_load((ROOT / "configs" / "experiments" / "study.yaml").read_text(encoding="utf-8"))
-    spec |= {"seeds": [1], "results": str(ROOT / "docs" / "study")}
-    Path("study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
-    experiment = read_experiment("study.yaml")
-    assert len(experiment.cells) == 7 and experiment.done().keys() == {(cell.arm, 1) for cell in experiment.cells}
 
 
 def test_a_changed_reward_of_ones_own_is_another_cell(tmp_path: Path) -> None:

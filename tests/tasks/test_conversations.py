@@ -181,6 +181,7 @@ def test_with_tags_calls_stand_in_the_text(tmp_path: Path) -> None:
         ("evaluate.outcome=judge", "evaluate.outcome=judge: a log has neither"),
         ("judge.kind=rules", "judge.kind=rules: cannot judge the actions of a log"),
         ("tasks.mix=[{kind: reasoning_gym}]", "tasks.mix="),
+        ("tasks.skip=3", "tasks.skip=3: the conversations of a log are taken from the first on"),
         ("collect.source=policy", "is read by collect.source=conversations"),
     ],
 )

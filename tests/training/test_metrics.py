@@ -331,7 +331,7 @@ def test_settings() -> None:
 
 @pytest.mark.parametrize(
     ("algorithm", "without"),
-    [("rloo", 2), ("grpo", 2), ("ppo", 2), ("reinforce", 1)],
+    [("rloo", 2), ("grpo", 2), ("ppo", 2), ("reinforce", 1), ("raft", 1)],
 )
 def test_states_at_which_nothing_is_learned_are_counted(algorithm: str, without: int) -> None:
     """State 0: all right. 1: all wrong. 2: they differ. 3: no verdict. With reinforce an action that is right is learned from anyway."""

@@ -162,6 +162,7 @@ def test_states_with_a_signal_come_first_and_never_more_than_wanted() -> None:
     [
         (["algorithm.name=sft"], "draws no actions"),
         (["algorithm.name=reinforce"], "has no baseline"),
+        (["algorithm.name=raft"], "imitates the best of equal rewards"),
         (["algorithm.reward=outcome"], "draws whole trajectories"),
     ],
 )
