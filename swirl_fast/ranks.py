@@ -77,7 +77,7 @@ class Ranks:
             dist.recv(length, rank)
             blob = torch.empty(int(length), dtype=torch.uint8)
             dist.recv(blob, rank)
-            found.append(pickle.loads(memoryview(blob.numpy())))
+            found.append(pickle.loads(blob.numpy().tobytes()))
         for _, work in sent:
             assert work is not None, "this rank is in the group"
             work.wait()
