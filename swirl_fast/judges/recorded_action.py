@@ -7,6 +7,7 @@ trajectory, by whomever.
     numbers     by value: 5, 5.0 and "$5" are one number; what is given to the calculator by the value of its calculation
     texts       by token F1 of their words, as answers are scored; by their symbols, case and all, where they hold operators or brackets:
                 `a < 5` and `a > 5` are different calls. Equal texts are 1
+    lists of texts   such as several queries, of at most 64: matched so that they agree best, F1; below 1 in another order
     other JSON  equal or not
 
 An answer is compared as a text or a number. The paper asks for functional equivalence, by a verifier of each domain, and leaves its form
@@ -27,7 +28,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeGuard
 
 from swirl_fast.config import RecordedActionConfig
 from swirl_fast.formats.format import Call, Format
@@ -42,7 +43,8 @@ from swirl_fast.tools.tool import CALCULATOR, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
-VERSION = 1  # of the comparison: part of the judge's id, under which verdicts are cached
+VERSION = 2  # of the comparison: part of the judge's id, under which verdicts are cached
+MOST_TEXTS = 64  # of a list that is matched: the work grows with their square
 OWN = "judge.recorded_action.turns_without_a_call"
 NONE = "unknown"  # its value where there is no function
 
@@ -131,10 +133,19 @@ class RecordedActionJudge:
                 return float(same)
         if isinstance(one, str) and isinstance(other, str):
             return self._texts(one, other)
+        if _is_texts(one) and _is_texts(other) and not self._exact:
+            return self._lists(one, other)
         numbers = _number(one), _number(other)
         if None not in numbers:
             return float(numbers[0] == numbers[1])
         return float(_same_json(one, other))
+
+    def _lists(self, fresh: Sequence[str], recorded: Sequence[str]) -> float:
+        if fresh == recorded:
+            return 1.0
+        whole = len(fresh) + len(recorded)
+        agreement = best_matching([[self._texts(one, other) for other in recorded] for one in fresh])
+        return min(2 * agreement, whole - 1) / whole
 
     def _texts(self, fresh: str, recorded: str) -> float:
         agreement = text_agreement(fresh, recorded)
@@ -202,6 +213,10 @@ def _same_calculation(one: str, other: str) -> bool | None:
     except CalculationError:
         return False
     return fresh.value == recorded.value and (len(fresh.literals) < 2) == (len(recorded.literals) < 2)
+
+
+def _is_texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and 0 < len(value) <= MOST_TEXTS and all(isinstance(one, str) for one in value)
 
 
 def _number(value: Any) -> Fraction | None:

@@ -76,6 +76,13 @@ CASES = [
     (convert('{"more": {"a": [1, {"b": null}]}}'), convert('{"more": {"a": [1.0, {"b": null}]}}'), 1.0, 1.0),
     (convert('{"more": {"a": [1, 2]}}'), convert('{"more": {"a": [2, 1]}}'), 0.0, 0.0),
     (convert('{"more": [true]}'), convert('{"more": [1]}'), 0.0, 0.0),
+    # lists of texts: matched, and not quite the same in another order
+    (convert('{"more": ["red car", "sky"]}'), convert('{"more": ["red car", "sky"]}'), 1.0, 1.0),
+    (convert('{"more": ["sky", "red car"]}'), convert('{"more": ["red car", "sky"]}'), 3 / 4, 0.0),
+    (convert('{"more": ["sky"]}'), convert('{"more": ["red car", "sky"]}'), 2 / 3, 0.0),
+    (convert('{"more": ["red bus"]}'), convert('{"more": ["red car"]}'), 1 / 2, 0.0),
+    (convert('{"more": []}'), convert('{"more": ["sky"]}'), 0.0, 0.0),
+    (convert('{"more": [' + ", ".join(['"sky"'] * 65) + "]}"), convert('{"more": ["sky"]}'), 0.0, 0.0),
     (convert('{"more": true}'), convert('{"more": 1}'), 0.0, 0.0),
     (
         convert('{"more": ' + "[" * 400 + "]" * 400 + "}"),
@@ -257,4 +264,4 @@ def test_the_judge_stage_says_where_there_is_something_to_compare_with(
         keys = [key for one in store.trajectories() for key in one.content_hashes()]
         found = store.verdicts(store.main_judge(), keys)
     assert {one.reward for one in found.values()} == {1.0} and len(found) == 4
-    assert json.loads((tmp_path / "r" / "filter.json").read_text())["judge"].startswith("recorded_action-v1-fuzzy")
+    assert json.loads((tmp_path / "r" / "filter.json").read_text())["judge"].startswith("recorded_action-v2-fuzzy")
