@@ -58,7 +58,7 @@ def test_a_key_prints_itself_with_what_it_accepts_its_default_and_its_value(
     )
     assert text.count("=") == 1
     text = shown(capsys, "algorithm.name", "algorithm.name=GRPO")
-    assert text.startswith("algorithm.name=grpo\n    one of reinforce, rloo, grpo, ppo, sft; default rloo\n")
+    assert text.startswith("algorithm.name=grpo\n    one of reinforce, rloo, grpo, ppo, raft, sft; default rloo\n")
     assert shown(capsys, "run.name", "run.name=${nope}").startswith('run.name="${nope}"\n')
     # data files are not asked for
     text = shown(capsys, "tasks.path", "--config", str(ROOT / "configs" / "gsm8k.yaml"))
