@@ -108,9 +108,10 @@ def write(kind: str, path: Path, n: int, start: int = 0, **fields) -> Path | str
 
 
 def test_every_kind_of_the_configuration_can_be_loaded(tmp_path: Path) -> None:
-    assert set(TASKS) == {"reasoning_gym", "qa", "gsm8k"} | FORMATS.keys() and FORMATS.keys() == TEXT_ANSWERS
+    generated, others = {"reasoning_gym", "two_step"}, {"qa", "gsm8k", "svamp"}
+    assert set(TASKS) == generated | others | FORMATS.keys() and FORMATS.keys() == TEXT_ANSWERS
     gsm = write_lines(tmp_path / "gsm", [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(3)])
-    for kind in sorted(set(TASKS) - {"qa"}):
+    for kind in sorted(set(TASKS) - {"qa", "svamp"}):  # svamp: test_word_problems.py
         task = load(kind, write(kind, tmp_path / kind, 3) if kind in FORMATS else gsm, limit=2, eval_limit=1)
         assert task.questions("train") and task.questions("eval") and task.tools and len(task.examples) >= 2
 

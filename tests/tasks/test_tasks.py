@@ -247,7 +247,8 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="latin.jsonl: not UTF-8 at byte 14"):
         gsm8k(str(tmp_path / "latin.jsonl"))
     with pytest.raises(
-        ConfigError, match="tasks.kind=squad: must be one of reasoning_gym, qa, gsm8k, hotpotqa, musique"
+        ConfigError,
+        match="tasks.kind=squad: must be one of reasoning_gym, two_step, qa, gsm8k, svamp, hotpotqa, musique",
     ):
         load_task(TasksConfig(kind="squad"), 0)
 
