@@ -97,10 +97,10 @@ def test_llama_cpp_gives_every_verdict_as_a_probability(llama: str) -> None:
     judge = asking(llama, **ALONE)
     judge.check()
     judgements = judge.judge(STEPS)
-    model, folder = load_model(ModelConfig(), "float32"), embedded_folder()
-    for step, judgement in zip(STEPS, judgements, strict=True):
-        expected = read_probability("", (by_transformers(model, folder, step),), WORDS, explained=False)
-        assert judgement.reward == pytest.approx(expected.reward, abs=0.1)
+    assert None not in {judgement.reward for judgement in judgements}
+    token = by_transformers(load_model(ModelConfig(), "float32"), embedded_folder(), STEPS[0])
+    expected = read_probability(token.text, (token,), WORDS, explained=False)
+    assert judgements[0].reward == pytest.approx(expected.reward, abs=0.1)
     right, wrong, missing = judge.judge_answers(
         [GivenAnswer("How much is 1 + 2 + 4?", ("7",), answer) for answer in ("7", "9", None)]
     )
@@ -110,14 +110,17 @@ def test_llama_cpp_gives_every_verdict_as_a_probability(llama: str) -> None:
     judge.close()
 
 
-def test_the_place_of_a_verdict_is_found_in_an_explained_reply_of_llama_cpp(llama: str) -> None:
-    judge = asking(llama, read="logprobs")
-    prompt = "Repeat these two lines and write nothing else:\n\nThe step is fine.\nVERDICT: GOOD\n"
-    reply = judge._endpoints.complete(prompt, Call(), 40)
+def test_the_place_of_the_last_verdict_is_found_in_a_longer_reply_of_llama_cpp(llama: str) -> None:
+    """The small model says both, one on each line, and stops in the middle of nothing: " B" and "AD" are two tokens."""
+    judge = asking(llama, **ALONE)
+    step = StepView("chain_sum", "What is 1 + 2 + 4?", TURNS[:1], "<math_exp>3 + 4</math_exp>")
+    prompt = step_prompt(step, criteria=Criteria(explain=False))
+    reply = judge._endpoints.complete(prompt, Call(), 8, beginning="VERDICT:")
     judge.close()
-    judgement = read_probability(reply.text, reply.tokens, WORDS, explained=True)
-    assert judgement.reward is not None and judgement.reward > 0.9, reply.text
-    assert "fine" in judgement.reason
+    assert reply.text == "VERDICT: GOOD\nVERDICT: BAD"
+    first = read_probability(reply.text, reply.tokens, WORDS, explained=False)
+    last = read_probability(reply.text, reply.tokens, WORDS, explained=True)
+    assert first.verdict is Verdict.GOOD and last.verdict is Verdict.BAD and last.reason == "VERDICT: GOOD"
 
 
 def test_the_text_of_a_reply_of_llama_cpp_is_read_as_ever(llama: str) -> None:

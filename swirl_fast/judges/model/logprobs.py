@@ -3,8 +3,8 @@
     P(GOOD) = p(GOOD) / (p(GOOD) + p(BAD))
 
 where p(WORD) is the sum over the listed alternatives that say the word or begin it, in whatever case, after blanks and marks: " GOOD",
-"Good", "**GOOD" and " G" are all GOOD, "Goods" is none. So a word that is split into several tokens has the probability of its first one. An
-alternative that could begin two of the words counts for neither. A word that is not listed has at most the probability of the least one
+"Good", "**GOOD" and " G" are all GOOD, "Goods" is none. So a word that is split into several tokens has the probability of its first one.
+An alternative that could begin two of the words counts for neither. A word that is not listed has at most the probability of the least one
 that is, and at most what the listed ones leave; it is taken to have that, so that an endpoint that lists few alternatives gives no more
 certainty than it has.
 
