@@ -28,6 +28,7 @@ def main() -> None:
     params.n_parallel = options.parallel
     params.n_ctx = options.context * options.parallel
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as exact as the weights may be
     params.cache_prompt = not options.no_prefix_cache
     server = xllamacpp.Server(params)
     print(json.dumps({"url": server.listening_address, "version": xllamacpp.__version__}), flush=True)
