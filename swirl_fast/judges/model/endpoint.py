@@ -210,7 +210,7 @@ class Endpoint:
 
     def _post(self, form: _Form, prompt: str, max_tokens: int, beginning: str, end: float) -> Answer:
         """The answer, whatever its status. Raises Failed without one until `end`, of time.monotonic."""
-        request = {"model": self._config.model, "temperature": self._config.temperature}
+        request: dict[str, Any] = {"model": self._config.model, "temperature": self._config.temperature}
         request |= form.request(prompt, max_tokens, beginning)
         most = MAX_BODY + (TOKEN_BYTES * max_tokens if form.alternatives else 0)
         try:

@@ -26,6 +26,7 @@ from swirl_fast.judges.model.prompts import MAX_REASON_CHARS
 from swirl_fast.verdict import Judgement, Verdict
 
 LEAST_MASS = 0.01  # of all words together; with less the model says something else there
+LINE = 100  # characters of a line with a verdict at most
 
 _MARKS = r"[\W_ĠĊ]*"  # blanks and Markdown; Ġ and Ċ: how byte-level vocabularies write a blank and a line break
 
@@ -81,7 +82,8 @@ def read_probability(text: str, tokens: Sequence[Token], words: Words, explained
     """
     before, _, last = text.rstrip().rpartition("\n")
     place = _place(tokens, words.mark, explained)
-    one_word = re.fullmatch(rf"{_MARKS}{words.mark}{_MARKS}\w+{_MARKS}", last, re.IGNORECASE) is not None
+    line = last if len(last) <= LINE else ""
+    one_word = re.fullmatch(rf"{_MARKS}{words.mark}{_MARKS}\w+{_MARKS}", line, re.IGNORECASE) is not None
     if place is None or (explained and not one_word):
         what = f"with {words.mark} and one word" if explained else "where a verdict could be read"
         ends = f"the reply does not end {what}, but with {last[-200:]!r}"
