@@ -145,9 +145,10 @@ class BlockingHttp(Http):
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._thread.start()
 
-    def post(self, url: str, body: Any, timeout: float) -> Answer:
+    def post(self, url: str, body: Any, timeout: float, most: int = MAX_BODY) -> Answer:
         """As `ask`."""
-        future: Future[Answer] = asyncio.run_coroutine_threadsafe(self.ask("POST", url, body, timeout), self._loop)
+        asked = self.ask("POST", url, body, timeout, most)
+        future: Future[Answer] = asyncio.run_coroutine_threadsafe(asked, self._loop)
         try:
             return future.result()
         except BaseException:  # an interrupt, for one

@@ -246,6 +246,11 @@ def _check_stages(config: Config, values: _Values) -> None:
         )
     if config.judge.model.scale == 1:
         fail("judge.model.scale", "must be 0, for GOOD or BAD, or the best grade of at least 2, such as 5")
+    if config.judge.model.read == "logprobs" and config.judge.model.scale > 9:
+        fail(
+            "judge.model.scale",
+            "judge.model.read=logprobs reads scores of one digit; use a scale up to 9, or read=text",
+        )
     example = "the URL of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:30000/v1"
     if config.judge.kind == "model" and not config.judge.model.url.startswith(HTTP):
         fail("judge.model.url", f"judge.kind=model needs {example}")

@@ -48,6 +48,7 @@ _SYNONYMS = {
     "learning_rate lr step_size": "training.learning_rate",
     "limit max_samples num_prompts num_questions num_samples": "tasks.limit",
     "log_dir logging_dir out_dir output output_dir save_dir save_path": "run.folder",
+    "logprobs top_logprobs": "judge.model.read",
     "loss_agg_mode loss_aggregation loss_type": "algorithm.weighting",
     "lr_schedule lr_scheduler lr_scheduler_type scheduler": "training.schedule",
     "max_completion_length max_gen_len max_new_tokens max_response_length max_tokens response_length": (

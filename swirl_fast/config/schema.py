@@ -234,6 +234,13 @@ class EndpointConfig:
     """A text file of criteria in plain words, in place of the built-in ones."""
     scale: int = setting(0, minimum=0)
     """Steps are graded from 1 to this number, which become rewards in [0, 1]; 0: GOOD or BAD."""
+    explain: bool = True
+    """The judge explains itself before its verdict. false: it gives the verdict alone, in a few tokens."""
+    read: Literal["text", "logprobs"] = "text"
+    """text: the reply's last line. logprobs: a graded reward, the probability of GOOD against BAD in its place (with a scale, the mean of
+    the scores by their probabilities); of endpoints that give log-probs, as SGLang, vLLM and llama.cpp do."""
+    margin: float = setting(0.02, minimum=0, below=0.5)
+    """logprobs: a probability nearer to 1/2 than this is no verdict (UNKNOWN)."""
     model: str = "default"
     """The name of the model, as the endpoint knows it."""
     api_key_env: str = "OPENAI_API_KEY"

@@ -14,7 +14,7 @@ from swirl_fast.judges.cached import judge_missing
 from swirl_fast.judges.model import GivenAnswer, ModelJudge, model_answer_judge_id
 from swirl_fast.tasks.task import Question
 from swirl_fast.trajectory import Trajectory
-from swirl_fast.verdict import Judgement, Verdict
+from swirl_fast.verdict import GOOD_FROM, Judgement
 
 
 def judge_outcomes(
@@ -45,14 +45,18 @@ def outcome_judge_id(config: EndpointConfig) -> str:
 
 
 def read_outcomes(
-    judge_id: str, store: Store, trajectories: Iterable[Trajectory], questions: Mapping[str, Question]
+    judge_id: str,
+    store: Store,
+    trajectories: Iterable[Trajectory],
+    questions: Mapping[str, Question],
+    min_reward: float = GOOD_FROM,
 ) -> dict[str, bool | None]:
     """Trajectory id -> is its answer right; None where the judge gave no verdict or was not asked. Only trajectories with an answer.
-    judge_id: of `outcome_judge_id`."""
+    judge_id: of `outcome_judge_id`. min_reward: the least probability of an answer that is right, where probabilities are read."""
     keys = {id_: answer.content_hash() for id_, answer in _given_answers(trajectories, questions)}
     stored = store.verdicts(judge_id, keys.values())
-    right = {Verdict.GOOD: True, Verdict.BAD: False, Verdict.UNKNOWN: None}
-    return {id_: right[stored[key].verdict] if key in stored else None for id_, key in keys.items()}
+    rewards = {id_: stored[key].reward if key in stored else None for id_, key in keys.items()}
+    return {id_: None if reward is None else reward >= min_reward for id_, reward in rewards.items()}
 
 
 def _given_answers(

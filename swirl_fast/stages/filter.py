@@ -60,16 +60,17 @@ def _candidates(config: Config, task: Task, store: Store, judge_id: str) -> tupl
     """What is known of the collected trajectories; how many of their steps have no verdict; how many are well-formed."""
     questions = questions_by_id(task.questions("train"))
     outcome_id = outcome_judge_id(config.judge.model) if config.filter.outcome == "judge" else None
+    least = config.filter.min_reward
     candidates, silent, asked = [], 0, 0
     for trajectory, judgements in judged_trajectories(store, judge_id, collected_ids(config, task, store, "filter")):
         right: bool | None = None
         if trajectory.answer is not None:
             if outcome_id is not None:
-                right = read_outcomes(outcome_id, store, [trajectory], questions)[trajectory.id]
+                right = read_outcomes(outcome_id, store, [trajectory], questions, least)[trajectory.id]
             else:
                 question = questions[trajectory.question_id]
-                right = task.score(question, trajectory.answer).reward >= config.filter.min_reward
-        candidates.append(Candidate.of(trajectory, judgements, right, config.filter.min_reward))
+                right = task.score(question, trajectory.answer).reward >= least
+        candidates.append(Candidate.of(trajectory, judgements, right, least))
         silent += sum(judgement is NOT_JUDGED for judgement in judgements)
         asked += sum(step.action.kind != "malformed" for step in trajectory.steps)
     return candidates, silent, asked

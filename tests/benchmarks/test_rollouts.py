@@ -135,3 +135,33 @@ def test_the_kind_of_a_file_of_questions_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "gsm.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for name, kind in (("hotpot.json", "hotpotqa"), ("gsm.jsonl", "gsm8k")):
         assert make_task(tmp_path / name, 2, 1).name == kind
+
+
+def test_engines_of_others_serve_the_same_rows_and_those_that_are_not_here_are_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers' own continuous batching; llama.cpp has no GGUF file of the tiny model."""
+    small = ["--trajectories", "1", "--samples", "2"]
+    result = run(tmp_path, model, "--engine", "local,transformers,llamacpp", *small)
+    assert list(result["results"]) == list(result["summary"]) == ["local", "transformers"]
+    assert "give one of the same weights as --gguf FILE" in result["absent"]["llamacpp"]
+    peer = result["engines"]["transformers"]
+    assert peer["version"] and any("not counted" in lack for lack in peer["lacks"])
+    beside = peer["beside_the_first"]
+    assert beside["rows"] == K * 2 and beside["compared_tokens"] >= 0.5 * K * 2 * NEW
+    assert 0 < beside["largest_logprob_difference"] < 1e-3, "the same model, cut alike, at the same prompts"
+    for ways in result["results"].values():
+        assert [way["prompt_tokens"] for way in ways.values()] == [
+            2 * sum(*result["settings"]["tokens_of_each_state"])
+        ] * 3
+    assert result["results"]["transformers"]["cached"]["cached_share"] is None
+    assert " ? of the prompt tokens cached" in capsys.readouterr().out
+
+
+def test_unknown_engines_are_refused_and_none_at_all_is_an_error(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="llamacpp: --model .* has no GGUF file here"):
+        run(tmp_path, model, "--engine", "llamacpp")
+    for names in ("vllm", "local,local", ""):
+        with pytest.raises(SystemExit):
+            run(tmp_path, model, "--engine", names)
+    assert not list(tmp_path.iterdir())

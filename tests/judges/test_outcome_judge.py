@@ -65,6 +65,16 @@ def test_verdicts_are_kept_by_content_and_unknown_ones_asked_anew(tmp_path: Path
     assert "run judge again" in select(candidates[2:3], "outcome").remedy()
 
 
+def test_where_probabilities_are_read_an_answer_is_right_from_the_least_one_on(tmp_path: Path) -> None:
+    question = Question("q", "sums", "How much are 5 and 5?", ("10", "ten"))
+    trajectories = [trajectory(name, question, name) for name in ("0.4", "0.5", "0.8")]
+    keys = {one.id: GivenAnswer(question.text, question.answers, one.answer).content_hash() for one in trajectories}
+    with Store(tmp_path / "t.db") as store:
+        store.add_verdicts("o", {key: Judgement.graded(float(name), "") for name, key in keys.items()})
+        for least, right in ((0.5, [False, True, True]), (0.7, [False, False, True])):
+            assert list(read_outcomes("o", store, trajectories, {"q": question}, least).values()) == right
+
+
 def test_what_was_answered_before_the_key_was_refused_is_kept(tmp_path: Path) -> None:
     question = Question("q", "sums", "How much are 5 and 5?", ("10", "ten"))
     trajectories = [trajectory(str(number), question, f"${number}") for number in range(6)]

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import partial
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -22,12 +22,14 @@ from swirl_fast.config import EndpointConfig
 from swirl_fast.formats.format import Format
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import Refusal, tool_identities
-from swirl_fast.judges.model.endpoint import Call, Failed, Refused, completions_url, describe_refusal
+from swirl_fast.judges.model.endpoint import Call, Failed, Refused, Reply, completions_url, describe_refusal
+from swirl_fast.judges.model.logprobs import Words, read_probability
 from swirl_fast.judges.model.prompts import (
     ANSWER_PROMPT_VERSION,
     ANSWER_VERDICTS,
     PROMPT_VERSION,
     STEP_VERDICTS,
+    UNEXPLAINED,
     Criteria,
     GivenAnswer,
     answer_prompt,
@@ -41,9 +43,10 @@ from swirl_fast.judges.model.replicas import Endpoints
 from swirl_fast.prefixes import WarmGroup, warm_order
 from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
-from swirl_fast.verdict import Judgement, JudgeStats, Verdict
+from swirl_fast.verdict import REWARDS, Judgement, JudgeStats, Verdict
 
 __all__ = ["GivenAnswer", "ModelJudge", "model_answer_judge_id", "model_step_judge_id"]
+VERDICT_TOKENS = 8  # of a reply that is the verdict alone and read by its log-probs; what follows is not read
 SHARED_CHARS = 1500  # prompts that share less, beside the preface, are not worth waiting for each other
 
 T = TypeVar("T")
@@ -66,18 +69,29 @@ def _step_judge_id(config: EndpointConfig, criteria: Criteria, tools_by_task: To
 
 
 def model_answer_judge_id(config: EndpointConfig) -> str:
-    return f"outcome-{config.model}-v{ANSWER_PROMPT_VERSION}{_model_suffix(config)}"
+    return (
+        f"outcome-{config.model}-v{ANSWER_PROMPT_VERSION}{'' if config.explain else UNEXPLAINED}{_model_suffix(config)}"
+    )
 
 
 def _model_suffix(config: EndpointConfig) -> str:
     # The default names no model: it is whatever this address serves. The replicas serve the same, by what they are declared to be, and
     # check() warns where they say otherwise; so adding one to a run loses no verdict.
     address = f"-{_hash_text(completions_url(config.url))}" if config.model == EndpointConfig().model else ""
-    return address + (f"-t{config.temperature:g}" if config.temperature else "")
+    read = f"-logprobs{config.margin:g}" if config.read == "logprobs" else ""
+    return address + (f"-t{config.temperature:g}" if config.temperature else "") + read
 
 
 def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """beginning: of the replies, which the judge goes on with."""
+
+    read: Callable[[Reply], Judgement]
+    beginning: str = ""
 
 
 class ModelJudge:
@@ -104,9 +118,12 @@ class ModelJudge:
         self.id = _step_judge_id(config, self._criteria, self._tools, form)
         self.outcome_id = model_answer_judge_id(config)
         self._endpoints = Endpoints(config, clock)
+        self._verdict_alone = config.read == "logprobs" and not config.explain
+        self._max_tokens = min(config.max_tokens, VERDICT_TOKENS) if self._verdict_alone else config.max_tokens
 
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
-        """One judgement a step, in order; equal steps are asked about once. With a scale the rewards are (score - 1) / (scale - 1).
+        """One judgement a step, in order; equal steps are asked about once. With a scale the rewards are (score - 1) / (scale - 1);
+        with judge.model.read=logprobs they are probabilities, or the mean of the scores (logprobs.py).
 
         UNKNOWN, with the reason, where the endpoint fails `config.retries` times more, cuts the reply off or ends it
         without a verdict; and for all that are left when GIVE_UP_AFTER prompts failed and none was answered. Raises Refusal, which
@@ -115,23 +132,37 @@ class ModelJudge:
         criteria = self._criteria
         prompts = [step_prompt(step, self._tools.get(step.task, ()), criteria, self._form) for step in steps]
         groups = {prompt: f"{step.task}\n{step.question}" for prompt, step in zip(prompts, steps, strict=True)}
-        read = (
-            partial(read_score, scale=criteria.scale)
-            if criteria.scale
-            else partial(read_verdict, verdicts=STEP_VERDICTS)
-        )
-        return self._ask_all(prompts, groups, read, len(opening(criteria)))
+        reading = self._score_reading() if criteria.scale else self._verdict_reading(STEP_VERDICTS)
+        return self._ask_all(prompts, groups, reading, len(opening(criteria)))
 
     def judge_answers(self, given: Sequence[GivenAnswer]) -> list[Judgement]:
         """Outcome judge: GOOD where an answer agrees with the key, BAD where not or none was given. Otherwise as `judge`."""
         asked = [answer for answer in given if answer.answer is not None]
-        prompts = [answer_prompt(answer) for answer in asked]
+        prompts = [answer_prompt(answer, self._config.explain) for answer in asked]
         groups = {prompt: answer.question for prompt, answer in zip(prompts, asked, strict=True)}
         try:
-            judged = self._ask_all(prompts, groups, partial(read_verdict, verdicts=ANSWER_VERDICTS))
+            judged = self._ask_all(prompts, groups, self._verdict_reading(ANSWER_VERDICTS))
             return _with_missing_answers(given, judged)
         except Refusal as error:
             raise Refusal(str(error), _with_missing_answers(given, error.answered)) from None
+
+    def _verdict_reading(self, verdicts: dict[str, Verdict]) -> _Reading:
+        if self._config.read == "text":
+            return _Reading(lambda reply: read_verdict(reply.text, verdicts))
+        rewards = {line.removeprefix("VERDICT: "): float(REWARDS[verdict] or 0) for line, verdict in verdicts.items()}
+        return self._logprob_reading(Words("VERDICT:", rewards, self._config.margin))
+
+    def _score_reading(self) -> _Reading:
+        scale = self._criteria.scale
+        if self._config.read == "text":
+            return _Reading(lambda reply: read_score(reply.text, scale))
+        return self._logprob_reading(Words("SCORE:", {f"{k}": (k - 1) / (scale - 1) for k in range(1, scale + 1)}))
+
+    def _logprob_reading(self, words: Words) -> _Reading:
+        explained = self._config.explain
+        return _Reading(
+            lambda reply: read_probability(reply.text, reply.tokens, words, explained), "" if explained else words.mark
+        )
 
     def check(self) -> None:
         """Asks every endpoint for a few tokens. Raises ConfigError with the remedy when none answers, or one refuses; warns of one that
@@ -146,13 +177,13 @@ class ModelJudge:
         self._endpoints.close()
 
     def _ask_all(
-        self, prompts: Sequence[str], groups: Mapping[str, str], read: Callable[[str], Judgement], opening: int = 0
+        self, prompts: Sequence[str], groups: Mapping[str, str], reading: _Reading, opening: int = 0
     ) -> list[Judgement]:
-        """groups: prompt -> what it shares its beginning by. read: of a reply. opening: characters that all prompts share."""
+        """groups: prompt -> what it shares its beginning by. opening: characters that all prompts share."""
         call = Call()
         requests = _NestedRequests(
             list(groups),
-            lambda prompt: self._ask(prompt, groups[prompt], read, call),
+            lambda prompt: self._ask(prompt, groups[prompt], reading, call),
             self._config.concurrency,
             opening,
         )
@@ -168,10 +199,10 @@ class ModelJudge:
             requests.close()
         return [judged[prompt] for prompt in prompts]
 
-    def _ask(self, prompt: str, group: str, read: Callable[[str], Judgement], call: Call) -> Judgement:
+    def _ask(self, prompt: str, group: str, reading: _Reading, call: Call) -> Judgement:
         """Raises Refused for what is not about the prompt."""
         try:
-            reply, finish = self._endpoints.complete(prompt, call, self._config.max_tokens, group)
+            reply = self._endpoints.complete(prompt, call, self._max_tokens, group, reading.beginning)
         except Failed as error:
             call.failed(str(error))
             return Judgement(Verdict.UNKNOWN, str(error))
@@ -182,11 +213,11 @@ class ModelJudge:
             call.stop("stopped after the endpoint refused another request")
             raise
         call.answered()
-        if finish == "length":
+        if reply.finish == "length" and not self._verdict_alone:
             return Judgement(
                 Verdict.UNKNOWN, f"the reply was cut off at {self._config.max_tokens} tokens (judge.model.max_tokens)"
             )
-        return read(reply)
+        return reading.read(reply)
 
 
 def _with_missing_answers(given: Sequence[GivenAnswer], judged: Sequence[T]) -> list[T | Judgement]:

@@ -3,6 +3,8 @@
 A failure is of one of two kinds. `Failed`: another try may succeed, here or at another endpoint (replicas.py). `Refused`: no try would
 change it. An endpoint that refuses the key, the path or the model (401, 403, 404) refuses everything, which the caller must
 say aloud: otherwise a whole run would silently have no verdicts. One that refuses this prompt (400, 413, 422) answers others.
+
+Endpoints differ in what a request may say; `_Form` is what this one was found to take.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import random
 import threading
 import time
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -19,17 +22,31 @@ from typing import Any
 import httpx
 
 from swirl_fast.config import ConfigError, EndpointConfig, refuse_secrets
-from swirl_fast.http_client import Answer, BlockingHttp, NoAnswer, TooLate, is_loopback, read_json, warn_of_plain_http
+from swirl_fast.http_client import (
+    MAX_BODY,
+    Answer,
+    BlockingHttp,
+    NoAnswer,
+    TooLate,
+    is_loopback,
+    read_json,
+    warn_of_plain_http,
+)
 from swirl_fast.judges.judge import GIVEN_UP
+from swirl_fast.judges.model.logprobs import Token, read_tokens
 from swirl_fast.verdict import JudgeStats
 
 BACKOFF = 0.5  # seconds before the second try, doubled for each further one, times a random factor in [0.5, 1.5)
 GIVE_UP_AFTER = 4  # prompts that fail all their tries, none being answered, after which a call asks about no more
 MAX_WAIT = 30.0  # seconds between two tries, also where the server's Retry-After asks for more
 MAX_TOKENS = 2**24  # that a reply's `usage` may name; no model reads as many
+ALTERNATIVES = 20  # log-probs of so many are asked for at each token: the most that OpenAI gives
+FEW_ALTERNATIVES = 5  # where an endpoint refuses these
+TOKEN_BYTES = 8192  # of an answer's JSON for each token with its alternatives, at most; 2 kB were seen
 
 _RETRIED = {408, 409, 429}  # and every 5xx
 _ABOUT_CONTENT = {400, 413, 422}  # e.g. a prompt longer than the model's context
+_NOT_UNDERSTOOD = {400, 422}
 
 
 class Refused(Exception):
@@ -40,6 +57,14 @@ class Refused(Exception):
         self.status = status
         self.url = url
         self.about_prompt = status in _ABOUT_CONTENT
+
+
+class NoLogprobs(Refused):
+    """It has no log-probs to give, or not in this way."""
+
+    def __init__(self, status: int, body: str, url: str) -> None:
+        super().__init__(status, body, url)
+        self.about_prompt = False
 
 
 class Failed(Exception):
@@ -87,6 +112,43 @@ def back_off(failed: int, wait: float | None) -> float:
     return min(MAX_WAIT, max(BACKOFF * 2**failed * random.uniform(0.5, 1.5), wait or 0.0))
 
 
+@dataclass(frozen=True)
+class Reply:
+    """finish: why it ends, as the endpoint says it; empty where it does not. tokens: with their log-probs, where judge.model.read asks
+    for these."""
+
+    text: str
+    finish: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What an endpoint takes. limit: the name of the token limit. alternatives: log-probs of so many tokens; 0: none are asked for.
+    begins: a reply can be given a beginning."""
+
+    limit: str = "max_tokens"
+    alternatives: int = 0
+    begins: bool = True
+
+    def after(self, refusal: str, beginning: str) -> _Form | None:
+        """What to try next, given what the endpoint said to this one; None: nothing is left."""
+        if self.limit == "max_tokens" and "max_completion_tokens" in refusal:
+            return replace(self, limit="max_completion_tokens")  # the newer name, which some vendors insist on
+        if self.alternatives > FEW_ALTERNATIVES and "logprob" in refusal.lower():
+            return replace(self, alternatives=FEW_ALTERNATIVES)
+        return replace(self, begins=False) if beginning and self.begins else None
+
+    def request(self, prompt: str, max_tokens: int, beginning: str) -> dict[str, Any]:
+        request: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], self.limit: max_tokens}
+        if self.alternatives:
+            request |= {"logprobs": True, "top_logprobs": self.alternatives}
+        if beginning and self.begins:
+            request["messages"].append({"role": "assistant", "content": beginning})
+            request |= {"continue_final_message": True, "add_generation_prompt": False}  # of SGLang, vLLM, llama.cpp
+        return request
+
+
 class Endpoint:
     """One address. setting: which one names it, for messages. model: what the endpoint last said it serves, empty where it did not.
 
@@ -107,28 +169,35 @@ class Endpoint:
         self.url = completions_url(url)
         self.model = ""
         self._config = config
-        self._limit_name = "max_tokens"
+        self._form = _Form(alternatives=ALTERNATIVES if config.read == "logprobs" else 0)
         self._lock = threading.Lock()
         self._http = BlockingHttp(key, config.concurrency, direct=is_loopback(url))
 
-    def complete(self, prompt: str, max_tokens: int) -> tuple[str, str]:
-        """(text, finish reason) of one completion. Raises Failed, Refused."""
+    def complete(self, prompt: str, max_tokens: int, beginning: str = "") -> Reply:
+        """One completion. beginning: the judge goes on with this, where the endpoint can have it do so. Raises Failed, Refused."""
         end = time.monotonic() + self._config.timeout
-        answer = self._post(prompt, max_tokens, end)
-        if answer.status == 400 and self._limit_name == "max_tokens" and "max_completion_tokens" in answer.text:
-            self._limit_name = "max_completion_tokens"  # the newer name, which some vendors insist on
-            answer = self._post(prompt, max_tokens, end)
+        form = self._form
+        answer = self._post(form, prompt, max_tokens, beginning, end)
+        while answer.status in _NOT_UNDERSTOOD and (other := form.after(answer.text, beginning)) is not None:
+            form = other
+            answer = self._post(form, prompt, max_tokens, beginning, end)
+        if answer.status == 200:
+            self._form = form
         status, shown = answer.status, self._http.shown(answer.text)
         if status in _RETRIED or status >= 500:
             raise Failed(f"HTTP {status}: {shown}", _retry_after(answer.headers.get("retry-after")))
         if status != 200:
-            raise Refused(status, shown, self.url)
+            wanted = form.alternatives and status in _NOT_UNDERSTOOD and "logprob" in answer.text.lower()
+            raise (NoLogprobs if wanted else Refused)(status, shown, self.url)
         try:
-            return self._read(read_json(answer.text))
+            reply = self._read(read_json(answer.text))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise Failed(f"the body is not a chat completion ({type(error).__name__}): {shown}") from None
+        if form.alternatives and not reply.tokens and reply.text.removeprefix(beginning).strip():
+            raise NoLogprobs(status, shown, self.url)
+        return reply
 
-    def _read(self, answer: Any) -> tuple[str, str]:
+    def _read(self, answer: Any) -> Reply:
         """Raises ValueError, LookupError, TypeError or AttributeError for what is no chat completion."""
         choice = answer["choices"][0]
         text, finish, model = choice["message"]["content"], choice.get("finish_reason"), answer.get("model")
@@ -136,18 +205,16 @@ class Endpoint:
             raise TypeError("the content is no text")
         self._count(answer.get("usage"))
         self.model = self._http.shown(model) if isinstance(model, str) else ""
-        return self._http.shown(text or "", most=None), finish if isinstance(finish, str) else ""
+        tokens = read_tokens(choice) if self._form.alternatives else ()
+        return Reply(self._http.shown(text or "", most=None), finish if isinstance(finish, str) else "", tokens)
 
-    def _post(self, prompt: str, max_tokens: int, end: float) -> Answer:
+    def _post(self, form: _Form, prompt: str, max_tokens: int, beginning: str, end: float) -> Answer:
         """The answer, whatever its status. Raises Failed without one until `end`, of time.monotonic."""
-        request: dict[str, Any] = {
-            "model": self._config.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": self._config.temperature,
-            self._limit_name: max_tokens,
-        }
+        request: dict[str, Any] = {"model": self._config.model, "temperature": self._config.temperature}
+        request |= form.request(prompt, max_tokens, beginning)
+        most = MAX_BODY + (TOKEN_BYTES * max_tokens if form.alternatives else 0)
         try:
-            return self._http.post(self.url, request, end - time.monotonic())
+            return self._http.post(self.url, request, end - time.monotonic(), most)
         except TooLate:
             raise Failed(f"time-out after {self._config.timeout:g} s") from None
         except NoAnswer as error:
@@ -171,6 +238,13 @@ def _bounded(count: object, most: int) -> int:
 
 
 def describe_refusal(config: EndpointConfig, error: Refused) -> str:
+    if isinstance(error, NoLogprobs):
+        said = "answers without log-probs" if error.status == 200 else f"refuses: {error}"
+        return (
+            f"the judge's endpoint {error.url} {said}; judge.model.read=logprobs needs those of the {FEW_ALTERNATIVES} to {ALTERNATIVES} "
+            "likeliest tokens (logprobs, top_logprobs), as SGLang, vLLM and llama.cpp give them. Remedy: an endpoint that does, or "
+            "judge.model.read=text"
+        )
     setting = "judge.model.url" if error.url == completions_url(config.url) else "judge.model.replicas"
     if 300 <= error.status < 400:
         return f"the judge's endpoint {error.url} refuses: {error}. Remedy: no redirect is followed; give the final address in {setting}"

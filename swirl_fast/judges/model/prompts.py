@@ -10,7 +10,8 @@ so the prompts of one trajectory nest. Preface and instruction are our own wordi
 (arXiv 2504.04736): no gold answer, the last turn only.
 
 A user's own criteria (judge.model.rubric) come before the preface, where the prompts of all questions share them, and the instruction
-refers to them in place of the built-in ones. With judge.model.scale the reply ends with a score in place of a verdict.
+refers to them in place of the built-in ones. With judge.model.scale the reply ends with a score in place of a verdict. With
+judge.model.explain=false it is the verdict or the score alone.
 
 The judged text is hostile by assumption: the policy is paid for a GOOD. It stands between fences that it cannot write,
 because they carry a digest and the digest is removed from the text; control tokens of chat templates are broken; a
@@ -110,6 +111,11 @@ Explain your judgement in a few sentences. Then write {what}. It is a last line 
 
 {lines}
 """
+_EXPLAINED = {  # what asks for an explanation, and what stands there without one
+    "Explain your judgement in a few sentences. Then write the verdict on a last line of its own": "Write the verdict and nothing else",
+    "Explain your judgement in a few sentences. Then write ": "Write nothing but ",
+    "It is a last line of its own": "It is one line",
+}
 
 _ANSWER_PROMPT = """\
 An answer to a question is compared with the answer key. Each piece stands between a BEGIN line and an END line with \
@@ -131,14 +137,17 @@ ANSWER_VERDICTS = {"VERDICT: YES": Verdict.GOOD, "VERDICT: NO": Verdict.BAD}
 # Tags that models read as control tokens, also where a tool is called so
 _NEVER_A_TAG = {"s", "bos", "eos", "pad", "unk", "mask", "start_of_turn", "end_of_turn"}
 LISTED_SCORES = 10  # of a longer scale the prompt shows the ends
+UNEXPLAINED = "-unexplained"  # of the ids of judges
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """rubric: the text of a user's own criteria; empty: the built-in ones. scale: the best score, 0 where the reply ends with a verdict."""
+    """rubric: the text of a user's own criteria; empty: the built-in ones. scale: the best score, 0 where the reply ends with a verdict.
+    explain: whether an explanation comes before it."""
 
     rubric: str = ""
     scale: int = 0
+    explain: bool = True
 
     @classmethod
     def of(cls, config: EndpointConfig) -> Criteria:
@@ -147,7 +156,11 @@ class Criteria:
             raise ConfigError(
                 f"judge.model.scale={config.scale}: must be 0, for GOOD or BAD, or the best grade of at least 2, such as 5"
             )
-        return cls(read_rubric(config.rubric), config.scale)
+        if config.read == "logprobs" and config.scale > 9:
+            raise ConfigError(
+                f"judge.model.scale={config.scale}: judge.model.read=logprobs reads scores of one digit; use a scale up to 9, or read=text"
+            )
+        return cls(read_rubric(config.rubric), config.scale, config.explain)
 
     @property
     def code(self) -> str:
@@ -156,9 +169,9 @@ class Criteria:
 
     @property
     def suffix(self) -> str:
-        """Of the judge's id: names the contents of the rubric and the scale; empty for built-in criteria and verdicts."""
+        """Of the judge's id: names the contents of the rubric, the scale and a missing explanation; empty for what is built in."""
         rubric = f"-rubric.{rubric_hash(self.rubric)}" if self.rubric else ""
-        return rubric + (f"-scale{self.scale}" if self.scale else "")
+        return rubric + (f"-scale{self.scale}" if self.scale else "") + ("" if self.explain else UNEXPLAINED)
 
 
 BUILT_IN_CRITERIA = Criteria()
@@ -229,8 +242,15 @@ def step_prompt(
         judge_trunk(step, tools, criteria, form)
         + _TURN.format(turn=len(step.history) + 1)
         + judged_by
-        + (_score_form(criteria) if criteria.scale else _VERDICT)
+        + _asked(_score_form(criteria) if criteria.scale else _VERDICT, criteria.explain)
     )
+
+
+def _asked(form: str, explain: bool) -> str:
+    """How the reply is asked for."""
+    for explained, alone in () if explain else _EXPLAINED.items():
+        form = form.replace(explained, alone)
+    return form
 
 
 def said_of(spec: ToolSpec, form: Format = TAGS) -> str:
@@ -271,11 +291,12 @@ def _in_order(tools: Collection[ToolSpec]) -> list[ToolSpec]:
     )
 
 
-def answer_prompt(given: GivenAnswer) -> str:
-    """The whole prompt of the outcome judge."""
+def answer_prompt(given: GivenAnswer, explain: bool = True) -> str:
+    """The whole prompt of the outcome judge. explain: whether an explanation comes before the verdict."""
     fence = _fence("outcome", given.question)
     pieces = _piece("QUESTION", given.question, (fence,)) + _piece("ANSWER KEY", "\n".join(given.answers), (fence,))
-    return _ANSWER_PROMPT.format(fence=fence, pieces=pieces + _piece("GIVEN ANSWER", given.answer or "", (fence,)))
+    pieces += _piece("GIVEN ANSWER", given.answer or "", (fence,))
+    return _asked(_ANSWER_PROMPT, explain).format(fence=fence, pieces=pieces)
 
 
 def read_verdict(reply: str, verdicts: dict[str, Verdict]) -> Judgement:

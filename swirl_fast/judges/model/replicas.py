@@ -25,6 +25,7 @@ from swirl_fast.judges.model.endpoint import (
     Endpoint,
     Failed,
     Refused,
+    Reply,
     back_off,
     completions_url,
     describe_refusal,
@@ -134,8 +135,8 @@ class Endpoints:
                 stacklevel=3,
             )
 
-    def complete(self, prompt: str, call: Call, max_tokens: int, group: str = "") -> tuple[str, str]:
-        """(text, finish reason) of one completion. group: the same for prompts that share a long beginning. Raises Failed when all tries
+    def complete(self, prompt: str, call: Call, max_tokens: int, group: str = "", beginning: str = "") -> Reply:
+        """One completion. group: the same for prompts that share a long beginning. beginning: of the reply. Raises Failed when all tries
         failed or the call is stopped, Refused."""
         rounds = 1 + max(0, self._config.retries)
         tries, last, wait = 0, "", None
@@ -147,7 +148,7 @@ class Endpoints:
                     raise Failed(call.reason)
                 tries += 1
                 try:
-                    return self._ask(replica, prompt, max_tokens)
+                    return self._ask(replica, prompt, max_tokens, beginning)
                 except Failed as error:
                     self._warn(replica, error)
                     last, wait = self._named(replica, error), error.wait
@@ -190,10 +191,10 @@ class Endpoints:
         with self._lock:
             replica.under_way -= 1
 
-    def _ask(self, replica: _Replica, prompt: str, max_tokens: int) -> tuple[str, str]:
+    def _ask(self, replica: _Replica, prompt: str, max_tokens: int, beginning: str = "") -> Reply:
         """One try, which was counted. An answer, also a refusal, ends the time of being left out."""
         try:
-            reply = replica.endpoint.complete(prompt, max_tokens)
+            reply = replica.endpoint.complete(prompt, max_tokens, beginning)
         except Failed as error:
             self._leave_out(replica, error)
             raise
