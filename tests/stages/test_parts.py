@@ -1,0 +1,159 @@
+"""Stages on several ranks whose machines share no disk: what comes out is what one process gives, also after a kill and on other ranks.
+
+The ranks are forks with the environment that torchrun gives its processes; a machine is a folder (tests/multinode has networks too).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import forks
+from support.runs import environment, free_port, overrides, start
+
+from swirl_fast.data.merge import merge
+from swirl_fast.data.store import Store
+from swirl_fast.outputs.run import OpenRun
+
+# A command in the folder of its node; rank DIES kills itself after so many rounds of actions as AFTER says.
+PROGRAM = """
+import os, signal, sys
+os.chdir(os.environ["NODE"])
+from swirl_fast import cli
+from swirl_fast.rollouts.collector import Collector
+left, real = int(os.environ["AFTER"]), Collector._round
+def dying(self, active):
+    global left
+    if left == 0 and os.environ["RANK"] == os.environ["DIES"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return real(self, active)
+Collector._round = dying
+sys.exit(cli.main(sys.argv[1:]))
+"""
+NODES = (0, 0, 1, 1)  # rank -> its machine
+
+
+def on_nodes(
+    base: Path, arguments: list[str], nodes: tuple[int, ...] = NODES, dies: int = -1, after: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """nodes: of every rank."""
+    envs = forks.ranks_of(len(nodes), environment(), free_port())
+    for rank, (env, node) in enumerate(zip(envs, nodes, strict=True)):
+        folder = base / f"node{node}"
+        folder.mkdir(exist_ok=True)
+        env |= {"NODE": str(folder), "GROUP_RANK": str(node), "LOCAL_RANK": str(nodes[:rank].count(node))}
+        env |= {"LOCAL_WORLD_SIZE": str(nodes.count(node)), "DIES": str(dies), "AFTER": str(after)}
+    return forks.run_all(["-c", PROGRAM, *arguments], envs, timeout=600)
+
+
+def stages(folder: Path, model: Path, judged: str, *more: str) -> list[list[str]]:
+    settings = overrides(folder, model, judged, "filter.kind=outcome", "filter.outcome=judge", *more)
+    return [["collect", *settings], ["judge", *settings], ["evaluate", *settings, "--of", "base"]]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, judged: str) -> Path:
+    """What one process makes."""
+    base = tmp_path_factory.mktemp("one")
+    for stage in stages(base, tiny_model, judged):
+        start(stage)
+    return base / "r"
+
+
+def rows(path: Path, table: str) -> list[tuple[Any, ...]]:
+    db = sqlite3.connect(path)
+    try:
+        return db.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()
+    finally:
+        db.close()
+
+
+def assert_same_store(found: Path, wanted: Path) -> None:
+    """Row for row; log-probs, which sums over other batches round otherwise, as closely as float32 allows."""
+    for table in ("questions", "trajectories", "steps", "verdicts"):
+        ours, theirs = rows(found, table), rows(wanted, table)
+        if table == "steps":
+            given, expected = (
+                np.concatenate([np.frombuffer(row[-2], "<f4") for row in each]) for each in (ours, theirs)
+            )
+            np.testing.assert_allclose(given, expected, atol=1e-4)
+        cut = {"steps": -2, "trajectories": -1}.get(table)  # their hashes cover the log-probs
+        assert [row[:cut] for row in ours] == [row[:cut] for row in theirs], table
+    with Store(found, writable=False) as one, Store(wanted, writable=False) as other:
+        assert {**one.meta(), "seconds": 0} == {**other.meta(), "seconds": 0}
+
+
+def parts(base: Path) -> list[Path]:
+    return sorted(base.glob("node*/r/**/*.parts"))
+
+
+def test_four_ranks_on_two_disks_make_what_one_process_makes(
+    one: Path, tiny_model: Path, judged: str, tmp_path: Path
+) -> None:
+    for stage in stages(Path(), tiny_model, judged):
+        done = on_nodes(tmp_path, stage)
+        assert done.returncode == 0, done.stderr
+        if stage[0] == "collect":
+            assert done.stdout.count("collect: 18 trajectories of 6 questions") == 1, "one rank speaks"
+    found = tmp_path / "node0" / "r"
+    for name in ("trajectories.db", "evaluations/base.db"):
+        assert_same_store(found / name, one / name)
+    ours, theirs = (
+        json.loads((folder / "evaluations" / "base.json").read_text(encoding="utf-8")) for folder in (found, one)
+    )
+    assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+    assert parts(tmp_path) == [] and not [path for path in (tmp_path / "node1").rglob("*") if path.is_file()]
+
+
+def test_a_rank_dies_and_other_ranks_go_on(one: Path, tiny_model: Path, judged: str, tmp_path: Path) -> None:
+    """Four ranks on two machines, then three with another one on the second, then one process: nothing is drawn twice."""
+    collect = stages(Path(), tiny_model, judged, "collect.batch=2")[0]
+    sampled = "SELECT sum(length(logprobs)) / 4 FROM steps"
+
+    def count(*files: Path) -> int:
+        return sum(rows(file, f"({sampled})")[0][0] or 0 for file in files)
+
+    assert on_nodes(tmp_path, collect, dies=3, after=2).returncode != 0
+    left = sorted(tmp_path.glob("node*/r/trajectories.parts/*.db"))
+    assert [file.parents[2].name for file in left] == ["node0", "node0", "node1", "node1"]
+    kept = count(*left)
+    assert count(left[-1]) > 0, "of the rank that died"
+
+    assert on_nodes(tmp_path, collect, (0, 1, 1), dies=1, after=1).returncode != 0
+    main = tmp_path / "node0" / "r" / "trajectories.db"
+    assert count(main) == kept, "all parts were merged"
+    kept = count(main, *(Path(file) for file in tmp_path.glob("node0/r/trajectories.parts/*.db")))
+
+    done = on_nodes(tmp_path, collect, (0, 1))
+    assert done.returncode == 0, done.stderr
+    total = count(one / "trajectories.db")
+    drawn = int(re.search(r"collect: (\d+) tokens generated", done.stdout)[1])  # type: ignore[index]
+    assert 0 < drawn <= total - kept
+    assert parts(tmp_path) == []
+    with Store(main, writable=False) as ours, Store(one / "trajectories.db", writable=False) as theirs:
+        for found, wanted in zip(ours.trajectories(), theirs.trajectories(), strict=True):
+            assert (found.id, found.finish, found.tokens.tolist()) == (wanted.id, wanted.finish, wanted.tokens.tolist())
+            assert [(s.text, s.observation) for s in found.steps] == [(s.text, s.observation) for s in wanted.steps]
+
+
+def test_one_process_goes_on_with_parts_on_its_disk(one: Path, tiny_model: Path, judged: str, tmp_path: Path) -> None:
+    """And a whole run on two ranks of one machine; settings that differ are named."""
+    whole = ["run", *overrides(Path(), tiny_model, judged, "training.steps=1")]
+    killed = on_nodes(tmp_path, ["collect", *whole[1:]], (0, 0), dies=1, after=1)
+    assert killed.returncode != 0 and parts(tmp_path)
+    start(["collect", *overrides(tmp_path / "node0", tiny_model, judged)])
+    assert parts(tmp_path) == []
+    with Store(tmp_path / "node0/r/trajectories.db", writable=False) as ours:
+        with Store(one / "trajectories.db", writable=False) as theirs:
+            assert [t.tokens.tolist() for t in ours.trajectories()] == [t.tokens.tolist() for t in theirs.trajectories()]
+    done = on_nodes(tmp_path, whole, (0, 0))
+    assert done.returncode == 0, done.stderr
+    with OpenRun(tmp_path / "node0" / "r") as run:
+        assert {stage.name: stage.state for stage in run.status().stages}["report"] == "done"
