@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
@@ -180,8 +181,8 @@ def by_rank_0(stage: Callable[P, None]) -> Callable[P, None]:
 
 
 class Liveness:
-    """Two threads of this rank. One says in the store that the ranks share that this rank is there, and reads what the others say; the other
-    ends the process, with a message, when nothing was heard from a rank, or from the store itself, for `silence` seconds. It
+    """Two threads of this rank. One says in the store that the ranks share that this rank is there, and reads what the others say. The
+    second ends the process, with a message, when nothing was heard from a rank, or from the store itself, for `silence` seconds. It
     reads clocks alone: where the network is gone a question to the store may never come back.
 
     Slow is not silent: only a process that stands still, or a machine that cannot be reached, says nothing.
@@ -227,27 +228,33 @@ class Liveness:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._silence / 20):
-            reason = self._reason(time.monotonic())
+            now = time.monotonic()
+            reason = self._reason(now)
             if reason and not self._stopped.is_set():
                 print(
-                    f"rank {self._rank}: {reason} for {self._silence:g} seconds, so this rank ends. Start the command again, with the nodes "
-                    "that are left or when all can be reached; it goes on from what is stored",
+                    f"rank {self._rank}: {reason} for {self._silence:g} seconds, so this rank ends. Start the command again, with the "
+                    "nodes that are left or when all can be reached; it goes on from what is stored",
                     file=sys.stderr,
                     flush=True,
                 )
+                if self._lost(now) and "TORCHELASTIC_RUN_ID" in os.environ:
+                    # torchrun asks the store too, and would not notice for many minutes that its ranks have ended
+                    with suppress(OSError):
+                        os.kill(os.getppid(), signal.SIGTERM)
                 self._end(1)
                 return
+
+    def _lost(self, now: float) -> bool:
+        return now - self._answered > self._silence
 
     def _reason(self, now: float) -> str:
         """Why to end; empty: not at all."""
         if self._said.get(0) == "left":  # the store may have gone with it
             return ""
-        if now - self._answered > self._silence:
+        if self._lost(now):
             return "the store that the ranks share, on the node of --rdzv-endpoint, has not answered"
         silent = [
-            other
-            for other, heard in self._heard.items()
-            if now - heard > self._silence and self._said[other] != "left"
+            other for other, heard in self._heard.items() if now - heard > self._silence and self._said[other] != "left"
         ]
         if not silent:
             return ""

@@ -27,7 +27,9 @@ def merge(target: Store, parts: Sequence[Store], order: Sequence[str]) -> int:
     for copies in _copies(target, parts, order):
         recorded = {one.id: one for one in target.trajectories([one.id for one in copies if one.id in known])}
         target.record(one for one in copies if one.id not in known or _goes_on(one, recorded[one.id]))
-        dropped += sum(not _goes_on(one, copy) and not _goes_on(copy, one) for copy in copies if (one := recorded.get(copy.id)))
+        dropped += sum(
+            not _goes_on(one, copy) and not _goes_on(copy, one) for copy in copies if (one := recorded.get(copy.id))
+        )
     for part in parts:
         _add_verdicts(target, part)
     return dropped

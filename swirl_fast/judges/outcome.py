@@ -46,7 +46,10 @@ def outcome_judge_id(config: EndpointConfig) -> str:
 
 def lacks_outcome(judge_id: str, store: Store, trajectory: Trajectory, questions: Mapping[str, Question]) -> bool:
     """Whether the judge would be asked about its answer."""
-    return trajectory.answer is not None and read_outcomes(judge_id, store, [trajectory], questions).get(trajectory.id) is None
+    return (
+        trajectory.answer is not None
+        and read_outcomes(judge_id, store, [trajectory], questions).get(trajectory.id) is None
+    )
 
 
 def read_outcomes(

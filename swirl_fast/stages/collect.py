@@ -69,9 +69,7 @@ def _draw(
 
     def fill(into: Store, mine: Sequence[Question], elsewhere: AbstractSet[str]) -> None:
         offered = offered_tools(task)
-        roll_out(
-            config, task, offered, mine, count, sampling, into, seed, "collect", ranks=ranks, elsewhere=elsewhere
-        )
+        roll_out(config, task, offered, mine, count, sampling, into, seed, "collect", ranks=ranks, elsewhere=elsewhere)
 
     parts.fill(store, questions, count, lambda one: one.finish is None, fill)
 

@@ -96,8 +96,8 @@ def evaluate_trained(config: Config, name: str = "trained") -> dict[str, Any]:
     folder = config.folder / "model"
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"run.name={config.run.name}: {folder} holds no trained model yet; run train first, or, where it was trained on another machine, "
-            "copy the folder here"
+            f"run.name={config.run.name}: {folder} holds no trained model yet; run train first, or copy the folder here where "
+            "it was trained on another machine"
         )
     return evaluate(config, name, str(folder))
 

@@ -41,10 +41,18 @@ def agree(ranks: Ranks, settings: Mapping[str, Any]) -> None:
     said = ranks.gather((socket.gethostname(), dict(_leaves(settings))))
     first = said[0][1]
     for rank, (host, other) in enumerate(said):
-        keys = [key for key in sorted({*first, *other}) if first.get(key) != other.get(key) and not key.startswith(OF_A_NODE)]
+        keys = [
+            key
+            for key in sorted({*first, *other})
+            if first.get(key) != other.get(key) and not key.startswith(OF_A_NODE)
+        ]
         if keys:
-            differ = "; ".join(f"{key} is {first.get(key)!r} on rank 0 and {other.get(key)!r} on rank {rank}" for key in keys)
-            raise ConfigError(f"rank {rank}, on {host}, does not do what rank 0 does: {differ}. Give all nodes the same command and files")
+            differ = "; ".join(
+                f"{key} is {first.get(key)!r} on rank 0 and {other.get(key)!r} on rank {rank}" for key in keys
+            )
+            raise ConfigError(
+                f"rank {rank}, on {host}, does not do what rank 0 does: {differ}. Give all nodes the same command and files"
+            )
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -173,7 +181,11 @@ class Parts:
         for batch in store.batches([id_ for id_ in trajectory_ids(questions, count) if id_ in there]):
             needed.update(one.id for one in batch if lacks(one))
         wanted = [(question, trajectory_ids([question], count)) for question in questions]
-        left = [(question, ids) for question, ids in wanted if any(id_ in needed or (absent and id_ not in there) for id_ in ids)]
+        left = [
+            (question, ids)
+            for question, ids in wanted
+            if any(id_ in needed or (absent and id_ not in there) for id_ in ids)
+        ]
         for rank in range(self._ranks.size if left else 0):
             mine = left[rank :: self._ranks.size]
             ids = [id_ for _, of_question in mine for id_ in of_question if id_ in there]

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
-import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support import forks
 from support.runs import environment, free_port, overrides, start
+from support.stores import assert_same_store, rows
 
-from swirl_fast.data.merge import merge
+from swirl_fast.config import ConfigError
 from swirl_fast.data.store import Store
 from swirl_fast.outputs.run import OpenRun
+from swirl_fast.stages import parts as parts_module
+from swirl_fast.stages.parts import agree, receive_file, send_file
 
 # A command in the folder of its node; rank DIES kills itself after so many rounds of actions as AFTER says.
 PROGRAM = """
@@ -65,29 +71,6 @@ def one(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, judged: str)
     for stage in stages(base, tiny_model, judged):
         start(stage)
     return base / "r"
-
-
-def rows(path: Path, table: str) -> list[tuple[Any, ...]]:
-    db = sqlite3.connect(path)
-    try:
-        return db.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()
-    finally:
-        db.close()
-
-
-def assert_same_store(found: Path, wanted: Path) -> None:
-    """Row for row; log-probs, which sums over other batches round otherwise, as closely as float32 allows."""
-    for table in ("questions", "trajectories", "steps", "verdicts"):
-        ours, theirs = rows(found, table), rows(wanted, table)
-        if table == "steps":
-            given, expected = (
-                np.concatenate([np.frombuffer(row[-2], "<f4") for row in each]) for each in (ours, theirs)
-            )
-            np.testing.assert_allclose(given, expected, atol=1e-4)
-        cut = {"steps": -2, "trajectories": -1}.get(table)  # their hashes cover the log-probs
-        assert [row[:cut] for row in ours] == [row[:cut] for row in theirs], table
-    with Store(found, writable=False) as one, Store(wanted, writable=False) as other:
-        assert {**one.meta(), "seconds": 0} == {**other.meta(), "seconds": 0}
 
 
 def parts(base: Path) -> list[Path]:
@@ -152,8 +135,33 @@ def test_one_process_goes_on_with_parts_on_its_disk(one: Path, tiny_model: Path,
     assert parts(tmp_path) == []
     with Store(tmp_path / "node0/r/trajectories.db", writable=False) as ours:
         with Store(one / "trajectories.db", writable=False) as theirs:
-            assert [t.tokens.tolist() for t in ours.trajectories()] == [t.tokens.tolist() for t in theirs.trajectories()]
+            assert [t.tokens.tolist() for t in ours.trajectories()] == [
+                t.tokens.tolist() for t in theirs.trajectories()
+            ]
     done = on_nodes(tmp_path, whole, (0, 0))
     assert done.returncode == 0, done.stderr
     with OpenRun(tmp_path / "node0" / "r") as run:
         assert {stage.name: stage.state for stage in run.status().stages}["report"] == "done"
+
+
+def test_ranks_that_do_not_agree_are_told_what_differs() -> None:
+    def second(settings: dict[str, Any]) -> Any:
+        return SimpleNamespace(gather=lambda mine: [mine, ("host-b", {**mine[1], **settings})])
+
+    mine = {"run": {"folder": "a"}, "collect": {"batch": 8, "top_p": 1.0}, "tools": []}
+    agree(second({"run.folder": "b"}), mine)
+    with pytest.raises(ConfigError, match="rank 1, on host-b, .* collect.batch is 8 on rank 0 and 4 on rank 1. Give all"):
+        agree(second({"collect.batch": 4}), mine)
+
+
+@given(st.binary(max_size=100))
+def test_a_file_travels_in_pieces(data: bytes) -> None:
+    pieces: list[bytes] = []
+    ranks: Any = SimpleNamespace(send=lambda piece, to: pieces.append(piece), receive=lambda source: pieces.pop(0))
+    with TemporaryDirectory() as folder, patch.object(parts_module, "PIECE", 7):
+        sent, received = Path(folder) / "sent.db", Path(folder) / "deep" / "received.db"
+        sent.write_bytes(data)
+        send_file(ranks, 1, sent)
+        assert max(map(len, pieces)) <= 7
+        receive_file(ranks, 0, received)
+        assert received.read_bytes() == data and not pieces and len(list(received.parent.iterdir())) == 1
