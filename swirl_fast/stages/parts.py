@@ -106,10 +106,12 @@ class Parts:
                     send_file(ranks, 0, theirs[i])
         if store is not None:
             self._merge(store, order)
-        ranks.barrier()
+        ranks.barrier()  # they are in the store
         for path in theirs:
             _remove(path)
-        self._leave_folder()
+        if self._speaks and (ranks.main or not sees):
+            self._leave_folder()
+        ranks.barrier()  # whoever needs the folder next makes it again
 
     def fill(
         self,

@@ -27,11 +27,11 @@ from swirl_fast.outputs.run import OpenRun
 from swirl_fast.stages import parts as parts_module
 from swirl_fast.stages.parts import agree, receive_file, send_file
 
-# A command in the folder of its node; rank DIES kills itself after so many rounds of actions as AFTER says.
+# Commands in the folder of a node, in one group; rank DIES kills itself after so many rounds of actions as AFTER says.
 PROGRAM = """
-import os, signal, sys
+import json, os, signal, sys
 os.chdir(os.environ["NODE"])
-from swirl_fast import cli
+from swirl_fast import cli, ranks
 from swirl_fast.rollouts.collector import Collector
 left, real = int(os.environ["AFTER"]), Collector._round
 def dying(self, active):
@@ -41,13 +41,16 @@ def dying(self, active):
     left -= 1
     return real(self, active)
 Collector._round = dying
-sys.exit(cli.main(sys.argv[1:]))
+with ranks.joined():
+    for stage in sys.argv[1:]:
+        if code := cli.main(json.loads(stage)):
+            sys.exit(code)
 """
 NODES = (0, 0, 1, 1)  # rank -> its machine
 
 
 def on_nodes(
-    base: Path, arguments: list[str], nodes: tuple[int, ...] = NODES, dies: int = -1, after: int = 0
+    base: Path, stages: list[list[str]], nodes: tuple[int, ...] = NODES, dies: int = -1, after: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """nodes: of every rank."""
     envs = forks.ranks_of(len(nodes), environment(), free_port())
@@ -56,7 +59,7 @@ def on_nodes(
         folder.mkdir(exist_ok=True)
         env |= {"NODE": str(folder), "GROUP_RANK": str(node), "LOCAL_RANK": str(nodes[:rank].count(node))}
         env |= {"LOCAL_WORLD_SIZE": str(nodes.count(node)), "DIES": str(dies), "AFTER": str(after)}
-    return forks.run_all(["-c", PROGRAM, *arguments], envs, timeout=600)
+    return forks.run_all(["-c", PROGRAM, *map(json.dumps, stages)], envs, timeout=600)
 
 
 def stages(folder: Path, model: Path, judged: str, *more: str) -> list[list[str]]:
@@ -80,11 +83,9 @@ def parts(base: Path) -> list[Path]:
 def test_four_ranks_on_two_disks_make_what_one_process_makes(
     one: Path, tiny_model: Path, judged: str, tmp_path: Path
 ) -> None:
-    for stage in stages(Path(), tiny_model, judged):
-        done = on_nodes(tmp_path, stage)
-        assert done.returncode == 0, done.stderr
-        if stage[0] == "collect":
-            assert done.stdout.count("collect: 18 trajectories of 6 questions") == 1, "one rank speaks"
+    done = on_nodes(tmp_path, stages(Path(), tiny_model, judged))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("collect: 18 trajectories of 6 questions") == 1, "one rank speaks"
     found = tmp_path / "node0" / "r"
     for name in ("trajectories.db", "evaluations/base.db"):
         assert_same_store(found / name, one / name)
@@ -97,7 +98,7 @@ def test_four_ranks_on_two_disks_make_what_one_process_makes(
 
 def test_a_rank_dies_and_other_ranks_go_on(one: Path, tiny_model: Path, judged: str, tmp_path: Path) -> None:
     """Four ranks on two machines, then three with another one on the second, then one process: nothing is drawn twice."""
-    collect = stages(Path(), tiny_model, judged, "collect.batch=2")[0]
+    collect = stages(Path(), tiny_model, judged, "collect.batch=2")[:1]
     sampled = "SELECT sum(length(logprobs)) / 4 FROM steps"
 
     def count(*files: Path) -> int:
@@ -129,7 +130,7 @@ def test_a_rank_dies_and_other_ranks_go_on(one: Path, tiny_model: Path, judged: 
 def test_one_process_goes_on_with_parts_on_its_disk(one: Path, tiny_model: Path, judged: str, tmp_path: Path) -> None:
     """And a whole run on two ranks of one machine; settings that differ are named."""
     whole = ["run", *overrides(Path(), tiny_model, judged, "training.steps=1")]
-    killed = on_nodes(tmp_path, ["collect", *whole[1:]], (0, 0), dies=1, after=1)
+    killed = on_nodes(tmp_path, [["collect", *whole[1:]]], (0, 0), dies=1, after=1)
     assert killed.returncode != 0 and parts(tmp_path)
     start(["collect", *overrides(tmp_path / "node0", tiny_model, judged)])
     assert parts(tmp_path) == []
@@ -138,7 +139,7 @@ def test_one_process_goes_on_with_parts_on_its_disk(one: Path, tiny_model: Path,
             assert [t.tokens.tolist() for t in ours.trajectories()] == [
                 t.tokens.tolist() for t in theirs.trajectories()
             ]
-    done = on_nodes(tmp_path, whole, (0, 0))
+    done = on_nodes(tmp_path, [whole], (0, 0))
     assert done.returncode == 0, done.stderr
     with OpenRun(tmp_path / "node0" / "r") as run:
         assert {stage.name: stage.state for stage in run.status().stages}["report"] == "done"
@@ -150,7 +151,9 @@ def test_ranks_that_do_not_agree_are_told_what_differs() -> None:
 
     mine = {"run": {"folder": "a"}, "collect": {"batch": 8, "top_p": 1.0}, "tools": []}
     agree(second({"run.folder": "b"}), mine)
-    with pytest.raises(ConfigError, match="rank 1, on host-b, .* collect.batch is 8 on rank 0 and 4 on rank 1. Give all"):
+    with pytest.raises(
+        ConfigError, match="rank 1, on host-b, .* collect.batch is 8 on rank 0 and 4 on rank 1. Give all"
+    ):
         agree(second({"collect.batch": 4}), mine)
 
 
