@@ -98,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     )
     types = ("source", "float32", "bfloat16", "float16")
     export.add_argument("--dtype", choices=types, help="of the weights (default: training.export_dtype)")
-    evaluate = add("evaluate", "held-out questions, by the base or the trained model; may be started by torchrun", _evaluate)
+    evaluate = add(
+        "evaluate", "held-out questions, by the base or the trained model; may be started by torchrun", _evaluate
+    )
     evaluate.add_argument(
         "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
     )
