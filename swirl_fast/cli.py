@@ -68,10 +68,10 @@ def parser() -> argparse.ArgumentParser:
 
     add(
         "collect",
-        "questions -> trajectories, with the real tools",
+        "questions -> trajectories, with the real tools; may be started by torchrun",
         lambda stages, config, options: stages.collect(config),
     )
-    _add_judge_options(add("judge", "a process verdict on every step", _judge))
+    _add_judge_options(add("judge", "a process verdict on every step; may be started by torchrun", _judge))
     add(
         "filter",
         "keep trajectories, write MosaicML shards",
@@ -98,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     )
     types = ("source", "float32", "bfloat16", "float16")
     export.add_argument("--dtype", choices=types, help="of the weights (default: training.export_dtype)")
-    evaluate = add("evaluate", "held-out questions, by the base or the trained model", _evaluate)
+    evaluate = add(
+        "evaluate", "held-out questions, by the base or the trained model; may be started by torchrun", _evaluate
+    )
     evaluate.add_argument(
         "--of", default="trained", metavar="base|trained|FOLDER", help="whose weights (default: trained)"
     )

@@ -1,27 +1,41 @@
 """This process among those that torchrun started, and what they send each other beside gradients and weights: gloo on CPUs, nccl on
-GPUs."""
+GPUs.
+
+A rank that dies is torchrun's matter. One whose machine is cut off from the others, or stands still, would leave them waiting in a
+collective for hours: `Liveness` ends them.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 # Ranks wait so long for one whose server hangs and is started again, or whose disk is slow. nccl's own 10 minutes are less than a request
 # may take (engine.timeout). A rank that dies does not take that long: torchrun ends the others.
 TIMEOUT = timedelta(hours=2)
-
+# Seconds without a sign of life from a rank. A thread gives them, which a long call that keeps Python's lock holds up.
+SILENCE = 300.0
 
 _store: dist.Store | None = None
+_liveness: Liveness | None = None
+_meetings = _groups = 0
 
 
 @dataclass(frozen=True)
@@ -71,13 +85,7 @@ class Ranks:
             blob = torch.frombuffer(bytearray(pickle.dumps(value, protocol=5)), dtype=torch.uint8)
             for part in (torch.tensor([len(blob)]), blob):
                 sent.append((part, dist.isend(part, rank)))  # the tensor must live until it is sent
-        found = []
-        for rank in givers:
-            length = torch.zeros(1, dtype=torch.int64)
-            dist.recv(length, rank)
-            blob = torch.empty(int(length), dtype=torch.uint8)
-            dist.recv(blob, rank)
-            found.append(pickle.loads(blob.numpy().tobytes()))
+        found = [pickle.loads(self.receive(rank)) for rank in givers]
         for _, work in sent:
             assert work is not None, "this rank is in the group"
             work.wait()
@@ -91,6 +99,33 @@ class Ranks:
     def barrier(self) -> None:
         if self.distributed:
             dist.barrier()
+
+    def meet(self) -> None:
+        """As `barrier`, without a limit of time: where the work of a rank may take hours longer than that of another."""
+        global _meetings
+        if self.size > 1 and _store is not None:
+            _meetings += 1
+            key, pause = f"swirl_fast/meeting/{_meetings}", 0.01
+            _store.add(key, 1)
+            while _store.add(key, 0) < self.size:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.5)
+        self.barrier()  # nobody leaves, and takes the store along, before all have seen it
+
+    def send(self, data: bytes, to: int) -> None:
+        """To a rank that is in `receive`."""
+        dist.send(torch.tensor([len(data)]), to)
+        if data:
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), to)
+
+    def receive(self, source: int) -> bytes:
+        """What the rank `source` sends."""
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, source)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        if len(data):
+            dist.recv(data, source)
+        return data.numpy().tobytes()
 
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if not self.distributed:
@@ -114,9 +149,15 @@ def start() -> Ranks:
             # prefix they would find the addresses of dead ones. On several machines the numbers of restarts may differ.
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        global _store
+        global _store, _liveness, _groups, _meetings
+        _groups += 1
+        _meetings = 0
+        if _groups > 1:  # this process was in a group before, whose addresses are still in the store
+            store = dist.PrefixStore(f"group_{_groups}", store)
         _store = store
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        if size > 1:
+            _liveness = Liveness(store, rank, size, SILENCE)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
@@ -127,5 +168,116 @@ def shared_store() -> dist.Store | None:
 
 
 def stop() -> None:
+    global _store, _liveness
+    if _liveness is not None:
+        _liveness.stop()
+        _liveness = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of a command, from its start to its end; within another `joined` its group."""
+    inner = dist.is_initialized()
+    ranks = start()
+    try:
+        yield ranks
+    finally:
+        if not inner:
+            stop()
+
+
+def by_rank_0(stage: Callable[P, None]) -> Callable[P, None]:
+    """A stage that one process does; under torchrun the other ranks wait for it."""
+
+    @functools.wraps(stage)
+    def done_by_rank_0(*arguments: P.args, **named: P.kwargs) -> None:
+        with joined() as ranks:
+            if ranks.main:
+                stage(*arguments, **named)
+            ranks.meet()
+
+    return done_by_rank_0
+
+
+class Liveness:
+    """Two threads of this rank. One says in the store that the ranks share that this rank is there, and reads what the others say. The
+    second ends the process, with a message, when nothing was heard from a rank, or from the store itself, for `silence` seconds. It
+    reads clocks alone: where the network is gone a question to the store may never come back.
+
+    Slow is not silent: only a process that stands still, or a machine that cannot be reached, says nothing.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, silence: float, end: Callable[[int], Any] = os._exit
+    ) -> None:
+        self._store, self._rank, self._silence, self._end = store.clone(), rank, silence, end
+        self._store.set_timeout(timedelta(seconds=max(silence, 10.0)))
+        self._stopped = threading.Event()
+        now = time.monotonic()
+        self._said = dict.fromkeys((other for other in range(size) if other != rank), "")
+        self._heard = dict.fromkeys(self._said, now)
+        self._answered = now  # by the store
+        self._talking = threading.Thread(target=self._talk, name="liveness", daemon=True)
+        self._talking.start()
+        threading.Thread(target=self._watch, name="liveness", daemon=True).start()
+
+    def stop(self) -> None:
+        """This rank leaves in order, and says so where the store still answers."""
+        self._stopped.set()
+        self._talking.join(5.0)
+
+    def _talk(self) -> None:
+        count = 0
+        while True:
+            leaving = self._stopped.is_set()
+            count += 1
+            try:
+                self._store.set(f"swirl_fast/alive/{self._rank}", "left" if leaving else str(count))
+                if leaving:
+                    return
+                for other, before in self._said.items():
+                    said = self._store.get(f"swirl_fast/alive/{other}").decode()
+                    if said != before:
+                        self._said[other], self._heard[other] = said, time.monotonic()
+                self._answered = time.monotonic()
+            except (RuntimeError, ValueError):
+                if leaving:
+                    return
+            self._stopped.wait(self._silence / 20)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._silence / 20):
+            now = time.monotonic()
+            reason = self._reason(now)
+            if reason and not self._stopped.is_set():
+                print(
+                    f"rank {self._rank}: {reason} for {self._silence:g} seconds, so this rank ends. Start the command again, with the "
+                    "nodes that are left or when all can be reached; it goes on from what is stored",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                if self._lost(now) and "TORCHELASTIC_RUN_ID" in os.environ:
+                    # torchrun asks the store too, and would not notice for many minutes that its ranks have ended
+                    with suppress(OSError):
+                        os.kill(os.getppid(), signal.SIGTERM)
+                self._end(1)
+                return
+
+    def _lost(self, now: float) -> bool:
+        return now - self._answered > self._silence
+
+    def _reason(self, now: float) -> str:
+        """Why to end; empty: not at all."""
+        if self._said.get(0) == "left":  # the store may have gone with it
+            return ""
+        if self._lost(now):
+            return "the store that the ranks share, on the node of --rdzv-endpoint, has not answered"
+        silent = [
+            other for other, heard in self._heard.items() if now - heard > self._silence and self._said[other] != "left"
+        ]
+        if not silent:
+            return ""
+        return f"rank {', '.join(map(str, silent))} {'has' if len(silent) == 1 else 'have'} given no sign of life"

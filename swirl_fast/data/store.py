@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from swirl_fast.data.store_tables import (
     further_calls,
     further_text,
     json_of,
+    natural,
     row_hash,
     text_of,
 )
@@ -172,8 +172,8 @@ class Store:
         self.questions()
         for _ in self.trajectories():
             pass
-        for row in self._db.execute(f"SELECT {columns('verdicts')} FROM verdicts"):
-            self._judgement(row)
+        for _ in self.judged():
+            pass
 
     # ---- meta
 
@@ -330,7 +330,7 @@ class Store:
         for id_ in found:
             if not isinstance(id_, str):
                 raise damaged(self.path, "trajectories", ("?", id_), "id is not a text")
-        return sorted(found, key=_natural)
+        return sorted(found, key=natural)
 
     def trajectories(self, ids: Sequence[str] | None = None) -> Iterator[Trajectory]:
         """Those with these ids, in this order; None: all, in natural order. See `batches`."""
@@ -420,6 +420,11 @@ class Store:
         )
         return {row[1]: self._judgement(row) for row in rows}
 
+    def judged(self) -> Iterator[tuple[str, str, Judgement]]:
+        """(judge id, content hash, judgement) of all verdicts."""
+        for row in self._db.execute(f"SELECT {columns('verdicts')} FROM verdicts"):
+            yield row[0], row[1], self._judgement(row)
+
     def _judgement(self, row: Sequence[Any]) -> Judgement:
         check_row(self.path, "verdicts", row)
         try:
@@ -477,12 +482,6 @@ class Store:
 
     def _value(self, sql: str) -> Any:
         return self._row(sql)[0]
-
-
-def _natural(id_: str) -> tuple[list[str | int], str]:
-    parts: list[str | int] = list(re.split(r"([0-9]+)", id_))
-    parts[1::2] = [int(digits) for digits in parts[1::2]]
-    return parts, id_
 
 
 def _end(steps: int, last: bytes) -> bytes:

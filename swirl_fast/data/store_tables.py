@@ -8,6 +8,7 @@ accidents; whoever writes a row on purpose can make one that fits, so what comes
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Sequence
 from functools import cache
@@ -111,6 +112,13 @@ def text_of(data: bytes) -> str | bytes:
         return data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         return data
+
+
+def natural(id_: str) -> tuple[list[str | int], str]:
+    """For sorting: 2 before 10."""
+    parts: list[str | int] = list(re.split(r"([0-9]+)", id_))
+    parts[1::2] = [int(digits) for digits in parts[1::2]]
+    return parts, id_
 
 
 def columns(table: str, prefix: str = "") -> str:

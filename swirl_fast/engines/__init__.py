@@ -40,6 +40,8 @@ def load_engine(
     # only of this run and these weights, so that servers that somebody else uses too are noticed, not mixed up
     label = f"{config.run.name}-{seed_of(config.folder.absolute(), weights_hash(folder)) % 16**8:08x}"
     logs = config.folder / "engine"
+    if ranks is not None:
+        label = ranks.gather(label)[0]  # a node may have its folders elsewhere
     if ranks is None or not ranks.distributed:
         return SGLangEngine(e, folder.absolute(), logs, label=label, seed=config.run.seed)
     node = os.environ.get("GROUP_RANK", "0")

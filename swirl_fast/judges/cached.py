@@ -82,12 +82,20 @@ def _store_answers(store: Store, judge_id: str, keys: Sequence[str], judgements:
     store.add_verdicts(judge_id, asked)
 
 
-def judge_steps(judge: Judge, store: Store, ids: Sequence[str], what: str, recorded: bool = False) -> None:
+def lacks_verdict(store: Store, judge_id: str, trajectory: Trajectory) -> bool:
+    """Whether the judge would be asked about a step of it."""
+    pairs = zip(trajectory.steps, trajectory.content_hashes(), strict=True)
+    return bool(store.missing(judge_id, [key for step, key in pairs if step.action.kind != "malformed"]))
+
+
+def judge_steps(
+    judge: Judge, store: Store, ids: Sequence[str], what: str, recorded: bool = False, shown: bool = True
+) -> None:
     """Asks the judge about every well-formed step of these trajectories without a verdict, and keeps the answers chunk by chunk. recorded:
-    whether each step counts as the recorded one of its state, as `Trajectory.views`."""
+    whether each step counts as the recorded one of its state, as `Trajectory.views`. shown: whether a bar tells how far it is."""
 
     def steps() -> Iterator[tuple[str, StepView]]:
-        with tqdm(desc=what, total=len(ids), unit="trajectory", disable=None, leave=False) as bar:
+        with tqdm(desc=what, total=len(ids), unit="trajectory", disable=None if shown else True, leave=False) as bar:
             for trajectory in store.trajectories(ids):
                 keys, views = trajectory.content_hashes(), trajectory.views(recorded)
                 for step, key, view in zip(trajectory.steps, keys, views, strict=True):

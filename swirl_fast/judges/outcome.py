@@ -44,6 +44,14 @@ def outcome_judge_id(config: EndpointConfig) -> str:
     return model_answer_judge_id(config)
 
 
+def lacks_outcome(judge_id: str, store: Store, trajectory: Trajectory, questions: Mapping[str, Question]) -> bool:
+    """Whether the judge would be asked about its answer."""
+    return (
+        trajectory.answer is not None
+        and read_outcomes(judge_id, store, [trajectory], questions).get(trajectory.id) is None
+    )
+
+
 def read_outcomes(
     judge_id: str,
     store: Store,

@@ -6,6 +6,7 @@ Used by `collect` (sampled, several trajectories a question) and `evaluate` (the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,11 +77,13 @@ class Collector:
         questions: Sequence[Question],
         trajectories_per_question: int,
         progress: Callable[[int, int], None] = lambda trajectories, steps: None,
+        elsewhere: AbstractSet[str] = frozenset(),
     ) -> None:
         """Fills the store up to `trajectories_per_question` finished trajectories of every question; those that are there are
-        continued or left alone. progress: called with the numbers of trajectories finished and steps taken in each round."""
+        continued or left alone. progress: called with the numbers of trajectories finished and steps taken in each round. elsewhere: ids
+        that are in another store."""
         store.add_questions(questions)
-        waiting = self._waiting(store, questions, trajectories_per_question)
+        waiting = self._waiting(store, questions, trajectories_per_question, elsewhere)
         asked = {question.id: question for question in questions}
         active: list[Trajectory] = []
         while True:
@@ -109,9 +112,11 @@ class Collector:
         seed, tokens = seed_of(self.seed, id_), np.asarray(prompt, np.int32)
         return Trajectory(id_, question.id, question.task, question.text, seed, len(tokens), tokens)
 
-    def _waiting(self, store: Store, questions: Sequence[Question], count: int) -> Iterator[Trajectory]:
+    def _waiting(
+        self, store: Store, questions: Sequence[Question], count: int, elsewhere: AbstractSet[str]
+    ) -> Iterator[Trajectory]:
         """Those that are not finished, from where they are."""
-        begun, done = set(store.ids(finished=False)), set(store.ids(finished=True))
+        begun, done = set(store.ids(finished=False)), elsewhere | set(store.ids(finished=True))
         for question in questions:
             prompt: list[int] | None = None
             for id_ in trajectory_ids([question], count):

@@ -11,6 +11,7 @@ from swirl_fast.engines.engine import Engine
 from swirl_fast.files import write_text
 from swirl_fast.judges import close_judge, load_judge
 from swirl_fast.judges.judge import Judge
+from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import open_format
 from swirl_fast.tasks import ToolsByTask, offered_tools, open_task, parts_of
 from swirl_fast.tasks.corpus import passages_of
@@ -75,15 +76,18 @@ def closing_judge(judge: Judge) -> Iterator[Judge]:
 
 
 @contextlib.contextmanager
-def built_engine(config: Config, weights: str | None) -> Iterator[Engine]:
-    """weights: a Hugging Face folder; None: those of model.path."""
+def built_engine(config: Config, weights: str | None, ranks: Ranks | None = None) -> Iterator[Engine]:
+    """weights: a Hugging Face folder; None: those of model.path. ranks: those that call this together; the servers that one of them started
+    are there until all are done."""
     import torch
 
     from swirl_fast.engines import load_engine
 
-    engine = load_engine(config, "cuda" if torch.cuda.is_available() else "cpu", weights)
+    engine = load_engine(config, "cuda" if torch.cuda.is_available() else "cpu", weights, ranks)
     try:
         yield engine
+        if ranks is not None:
+            ranks.meet()
     finally:
         engine.close()
 

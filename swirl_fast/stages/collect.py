@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict
 from typing import Any
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.store import Store
 from swirl_fast.engines.engine import Sampling
+from swirl_fast.ranks import Ranks, joined
 from swirl_fast.rollouts.collector import trajectory_ids
 from swirl_fast.rollouts.provenance import provenance
 from swirl_fast.seeds import seed_of
 from swirl_fast.stages.build import build_task, save_config
+from swirl_fast.stages.parts import Parts, agree, main_store
 from swirl_fast.stages.roll_out import finished_ids, roll_out, write_conversations, write_demonstrations
 from swirl_fast.tasks import offered_tools
 from swirl_fast.tasks.conversations import Conversations
@@ -21,24 +25,53 @@ COLLECTION = "collection"  # key of the fingerprint in the store
 
 
 def collect(config: Config) -> None:
-    task = build_task(config)
-    questions, sampling, fingerprint = _collection(config, task)
-    count = config.collect.trajectories_per_question
-    with Store(config.store) as store:
-        store.check_meta(COLLECTION, fingerprint)
-        store.add_questions(questions)
-        # With a checkpoint there it is train's, which may refuse these settings.
-        if not any((config.folder / "checkpoints").glob("step_*")):
-            save_config(config)
-        seed = seed_of(config.run.seed, "collect")
-        if isinstance(task, Conversations):
-            ids = write_conversations(config, task, store)
-        elif config.collect.source == "solutions":
-            ids = write_demonstrations(config, task, questions, store)
-        else:
-            ids = roll_out(config, task, offered_tools(task), questions, count, sampling, store, seed, "collect")
-        steps, tokens = store.count(ids)
-    print(f"collect: {len(ids)} trajectories of {len(questions)} questions, {steps} steps, {tokens} tokens")
+    """Under torchrun, one call a rank: the questions are dealt over the ranks. What is written from solutions or a log is rank 0's work."""
+    with joined() as ranks:
+        task = build_task(config)
+        questions, sampling, fingerprint = _collection(config, task)
+        agree(ranks, {**asdict(config), COLLECTION: fingerprint})
+        count = config.collect.trajectories_per_question
+        parts = Parts(ranks, config.store, COLLECTION, fingerprint)
+        with main_store(ranks, config.store) as store:
+            if store is not None:
+                store.check_meta(COLLECTION, fingerprint)
+                store.add_questions(questions)
+                # With a checkpoint there it is train's, which may refuse these settings.
+                if not any((config.folder / "checkpoints").glob("step_*")):
+                    save_config(config)
+            order = trajectory_ids(questions, count)
+            parts.gather(store, order)
+            ids = []
+            if config.collect.source == "policy" and not isinstance(task, Conversations):
+                _draw(config, task, questions, sampling, ranks, parts, store)
+                ids = finished_ids(store, order) if store is not None else []
+            elif store is not None and isinstance(task, Conversations):
+                ids = write_conversations(config, task, store)
+            elif store is not None:
+                ids = write_demonstrations(config, task, questions, store)
+            if store is not None:
+                steps, tokens = store.count(ids)
+                print(f"collect: {len(ids)} trajectories of {len(questions)} questions, {steps} steps, {tokens} tokens")
+            ranks.meet()
+
+
+def _draw(
+    config: Config,
+    task: Task,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    ranks: Ranks,
+    parts: Parts,
+    store: Store | None,
+) -> None:
+    """What is missing, from the policy. Whoever draws it, the random numbers of a trajectory come from the seed and its id."""
+    count, seed = config.collect.trajectories_per_question, seed_of(config.run.seed, "collect")
+
+    def fill(into: Store, mine: Sequence[Question], elsewhere: AbstractSet[str]) -> None:
+        offered = offered_tools(task)
+        roll_out(config, task, offered, mine, count, sampling, into, seed, "collect", ranks=ranks, elsewhere=elsewhere)
+
+    parts.fill(store, questions, count, lambda one: one.finish is None, fill)
 
 
 def check_collection(config: Config) -> None:

@@ -5,29 +5,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import Config, ConfigError
-from swirl_fast.data.store import Store
+from swirl_fast.data.store import Store, trajectory_ids
 from swirl_fast.data.store_tables import REMEDY
 from swirl_fast.engines.engine import Sampling
 from swirl_fast.files import read_json, write_json
-from swirl_fast.judges.cached import judge_steps, judged_trajectories
+from swirl_fast.judges.cached import judge_steps, judged_trajectories, lacks_verdict
 from swirl_fast.judges.judge import Judge
-from swirl_fast.judges.outcome import judge_outcomes, outcome_judge_id, read_outcomes
+from swirl_fast.judges.outcome import judge_outcomes, lacks_outcome, outcome_judge_id, read_outcomes
+from swirl_fast.ranks import Ranks, joined
 from swirl_fast.rendering import open_format
 from swirl_fast.rollouts.provenance import provenance
 from swirl_fast.seeds import seed_of
 from swirl_fast.stages.build import build_task, questions_by_id, save_config, task_judge
 from swirl_fast.stages.evaluation_files import check_evaluation_name, make_room
 from swirl_fast.stages.held_out import score_states
-from swirl_fast.stages.roll_out import roll_out
+from swirl_fast.stages.parts import Parts, agree, main_store
+from swirl_fast.stages.roll_out import finished_ids, roll_out
 from swirl_fast.stages.scores import EvaluationScores, accuracy_table
 from swirl_fast.tasks import ToolsByTask, offered_tools
 from swirl_fast.tasks.conversations import Conversations
 from swirl_fast.tasks.task import Question, Task
+from swirl_fast.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -51,33 +55,50 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
 
     The task need not be the run's: the run's config.yaml stays, that of the evaluation lies beside its results. Raises
     ConfigError for a name that an evaluation of another task has or that is none, and for a folder whose weights cannot be asked with
-    model.path's tokenizer.
+    model.path's tokenizer. Under torchrun, one call a rank: the questions are dealt over the ranks, and all of them get the summary;
+    fresh actions at held-out states are rank 0's work.
     """
-    plan = _plan(config, name, weights)
-    start = time.perf_counter()
-    with task_judge(config, plan.task) as judge:
-        make_room(plan.folder, name, plan.fingerprint)  # not before the judge is there: it may fail
-        with Store(plan.folder / f"{name}.db") as store:
-            store.check_meta("evaluation", plan.fingerprint)
-            save_config(config, plan.folder / f"{name}.yaml")
-            if not (config.folder / "config.yaml").is_file():
-                save_config(config)
-            spent = store.meta().get("seconds", 0.0)
-            if type(spent) not in (int, float):
-                raise ValueError(f"{store.path}, table meta, key 'seconds': is not a number: {REMEDY}")
-            scores = _score(config, plan, judge, store)
-            seconds = spent + time.perf_counter() - start
-            store.set_meta("seconds", seconds)
-    summary = _summary(config, plan, judge.id, scores, seconds)
-    write_json(plan.folder / f"{name}.json", summary)
-    print(accuracy_table({name: summary}))
-    return summary
+    with joined() as ranks:
+        plan = _plan(config, name, weights)
+        agree(ranks, {**asdict(config), "--name": name, "evaluation": plan.fingerprint})
+        start, summary = time.perf_counter(), None
+        with task_judge(config, plan.task) as judge:
+            if ranks.main:
+                make_room(plan.folder, name, plan.fingerprint)  # not before the judge is there: it may fail
+            with main_store(ranks, plan.folder / f"{name}.db") as store:
+                spent = _begin(config, plan, store) if store is not None else 0.0
+                _answer(config, plan, judge, ranks, store)
+                if store is not None:
+                    scores = _score(config, plan, judge, store)
+                    seconds = spent + time.perf_counter() - start
+                    store.set_meta("seconds", seconds)
+                    summary = _summary(config, plan, judge.id, scores, seconds)
+        if summary is not None:
+            write_json(plan.folder / f"{name}.json", summary)
+            print(accuracy_table({name: summary}))
+        ranks.meet()
+        return ranks.gather(summary)[0] or {}
+
+
+def _begin(config: Config, plan: _Plan, store: Store) -> float:
+    """Notes down what is evaluated, and how. Returns the seconds that it took before it was interrupted."""
+    store.check_meta("evaluation", plan.fingerprint)
+    save_config(config, plan.folder / f"{plan.name}.yaml")
+    if not (config.folder / "config.yaml").is_file():
+        save_config(config)
+    spent = store.meta().get("seconds", 0.0)
+    if type(spent) not in (int, float):
+        raise ValueError(f"{store.path}, table meta, key 'seconds': is not a number: {REMEDY}")
+    return spent
 
 
 def evaluate_trained(config: Config, name: str = "trained") -> dict[str, Any]:
     folder = config.folder / "model"
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"run.name={config.run.name}: {folder} holds no trained model yet; run train first")
+        raise ConfigError(
+            f"run.name={config.run.name}: {folder} holds no trained model yet; run train first, or copy the folder here where "
+            "it was trained on another machine"
+        )
     return evaluate(config, name, str(folder))
 
 
@@ -109,29 +130,53 @@ def _plan(config: Config, name: str, weights: str | None) -> _Plan:
     return _Plan(name, folder, task, task.questions("eval"), sampling, offered, weights, hashed, fingerprint)
 
 
-def _score(config: Config, plan: _Plan, judge: Judge, store: Store) -> EvaluationScores:
-    """Answers, judges and scores the questions; what is in the store already is not done again."""
-    settings, seed, what = config.evaluate, seed_of(config.run.seed, "evaluate"), f"evaluate {plan.name}"
+def _answer(config: Config, plan: _Plan, judge: Judge, ranks: Ranks, store: Store | None) -> None:
+    """Answers the questions and judges the answers; what is in the store already is not done again."""
     if isinstance(plan.task, Conversations):
+        return
+    settings, questions = config.evaluate, questions_by_id(plan.questions)
+    outcome_id = outcome_judge_id(config.judge.model) if settings.outcome == "judge" else None
+
+    def lacks(one: Trajectory) -> bool:
+        assert store is not None
+        return (
+            one.finish is None
+            or lacks_verdict(store, judge.id, one)
+            or (outcome_id is not None and lacks_outcome(outcome_id, store, one, questions))
+        )
+
+    def work(into: Store, mine: Sequence[Question], elsewhere: AbstractSet[str]) -> None:
+        ids = roll_out(
+            config,
+            plan.task,
+            plan.offered,
+            mine,
+            settings.samples,
+            plan.sampling,
+            into,
+            seed_of(config.run.seed, "evaluate"),
+            f"evaluate {plan.name}",
+            plan.weights,
+            ranks,
+            elsewhere,
+        )
+        judge_steps(judge, into, ids, f"judge {plan.name}", shown=ranks.main)
+        if outcome_id is not None:
+            judge_outcomes(config.judge.model, into, into.trajectories(ids), questions)
+
+    parts = Parts(ranks, plan.folder / f"{plan.name}.db", "evaluation", plan.fingerprint)
+    parts.gather(store, trajectory_ids(plan.questions, settings.samples))
+    parts.fill(store, plan.questions, settings.samples, lacks, work)
+
+
+def _score(config: Config, plan: _Plan, judge: Judge, store: Store) -> EvaluationScores:
+    """Of the answers, or of fresh actions at held-out states, which are drawn here."""
+    if isinstance(plan.task, Conversations):
+        what = f"evaluate {plan.name}"
         return score_states(config, plan.task, plan.sampling, judge, store, what, plan.weights)
-    ids = roll_out(
-        config,
-        plan.task,
-        plan.offered,
-        plan.questions,
-        settings.samples,
-        plan.sampling,
-        store,
-        seed,
-        what,
-        plan.weights,
-    )
-    judge_steps(judge, store, ids, f"judge {plan.name}")
     questions = questions_by_id(plan.questions)
-    outcome_id = None
-    if settings.outcome == "judge":
-        judge_outcomes(config.judge.model, store, store.trajectories(ids), questions)
-        outcome_id = outcome_judge_id(config.judge.model)
+    ids = finished_ids(store, trajectory_ids(plan.questions, config.evaluate.samples))
+    outcome_id = outcome_judge_id(config.judge.model) if config.evaluate.outcome == "judge" else None
     scores = EvaluationScores(plan.task, plan.questions, open_format(config.actions, config.model))
     for trajectory, judgements in judged_trajectories(store, judge.id, ids):
         outcomes = {} if outcome_id is None else read_outcomes(outcome_id, store, [trajectory], questions)

@@ -19,6 +19,7 @@ from swirl_fast.files import write_json
 from swirl_fast.judges import judge_id as id_of_judge
 from swirl_fast.judges.cached import NOT_JUDGED, judged_trajectories
 from swirl_fast.judges.outcome import outcome_judge_id, read_outcomes
+from swirl_fast.ranks import by_rank_0
 from swirl_fast.rendering import open_format
 from swirl_fast.stages.build import build_task, questions_by_id
 from swirl_fast.stages.collect import COLLECTION, collected_ids
@@ -29,6 +30,7 @@ from swirl_fast.tasks.task import SHOWN_TASKS, Task
 SAME_JUDGE = "run judge with the same judge.* settings"
 
 
+@by_rank_0
 def filter(config: Config) -> None:
     check_libraries(config.filter.upload)
     task = build_task(config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +13,81 @@ from swirl_fast.config.rubric import read_rubric, rubric_hash
 from swirl_fast.data.store import Store
 from swirl_fast.files import write_json
 from swirl_fast.judges.agreement import agreement, describe
-from swirl_fast.judges.cached import judge_missing, judge_steps, judged_trajectories
+from swirl_fast.judges.cached import judge_missing, judge_steps, judged_trajectories, lacks_verdict
+from swirl_fast.judges.judge import Judge
 from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
-from swirl_fast.judges.outcome import judge_outcomes
+from swirl_fast.judges.outcome import judge_outcomes, lacks_outcome, outcome_judge_id
+from swirl_fast.ranks import Ranks, joined
 from swirl_fast.stages.build import build_task, labels_judge, questions_by_id, task_judge
 from swirl_fast.stages.collect import collected_ids
+from swirl_fast.stages.parts import Parts, agree, main_store
 from swirl_fast.tasks import offered_tools
+from swirl_fast.tasks.task import Task
 from swirl_fast.tools import describe_tools
 from swirl_fast.tools.tool import BUILT_IN
-from swirl_fast.verdict import Verdict
+from swirl_fast.trajectory import Trajectory
+from swirl_fast.verdict import JudgeStats, Verdict
 
 
 def judge(config: Config) -> None:
-    task = build_task(config)
-    Store(config.store, writable=False).close()  # says so when nothing was collected yet
-    with task_judge(config, task) as process_judge, Store(config.store) as store:
-        ids = collected_ids(config, task, store, "judge")
-        judge_steps(process_judge, store, ids, "judge", recorded=True)
-        stats = process_judge.stats()
-        counts: Counter[Verdict] = Counter()
-        total, graded = 0.0, False
-        for _, judgements in judged_trajectories(store, process_judge.id, ids):
-            counts.update(judgement.verdict for judgement in judgements)
-            rewards = [judgement.reward for judgement in judgements if judgement.reward is not None]
-            total += sum(rewards)
-            graded |= not {0.0, 1.0}.issuperset(rewards)
-        if config.filter.outcome == "judge" and "outcome" in config.filter.kind:
-            questions = questions_by_id(task.questions("train"))
-            judge_outcomes(config.judge.model, store, store.trajectories(ids), questions)
+    """Under torchrun, one call a rank: the trajectories are dealt over the ranks, by their questions."""
+    with joined() as ranks:
+        task = build_task(config)
+        if ranks.main:
+            Store(config.store, writable=False).close()  # says so when nothing was collected yet
+        with task_judge(config, task) as process_judge, main_store(ranks, config.store) as store:
+            agree(ranks, {**asdict(config), "judge id": process_judge.id})
+            ids = collected_ids(config, task, store, "judge") if store is not None else []
+            _judge(config, task, process_judge, ranks, store, ids)
+            stats = ranks.gather(process_judge.stats())
+            if store is not None:
+                _say(process_judge, store, ids, stats)
+            ranks.meet()
+
+
+def _judge(
+    config: Config, task: Task, process_judge: Judge, ranks: Ranks, store: Store | None, ids: Sequence[str]
+) -> None:
+    """What has no verdict yet. ids: of all trajectories, on rank 0."""
+    questions = questions_by_id(task.questions("train"))
+    asks_outcome = config.filter.outcome == "judge" and "outcome" in config.filter.kind
+    outcome_id = outcome_judge_id(config.judge.model) if asks_outcome else ""
+
+    def lacks(one: Trajectory) -> bool:
+        assert store is not None
+        return one.finish is not None and (
+            lacks_verdict(store, process_judge.id, one)
+            or (asks_outcome and lacks_outcome(outcome_id, store, one, questions))
+        )
+
+    def work(into: Store, *_: object) -> None:
+        own = ids if into is store else into.ids(finished=True)
+        judge_steps(process_judge, into, own, "judge", recorded=True, shown=ranks.main)
+        if asks_outcome:
+            judge_outcomes(config.judge.model, into, into.trajectories(own), questions)
+
+    parts = Parts(ranks, config.store, "verdicts", [process_judge.id, outcome_id])
+    parts.gather(store, ())
+    count = config.collect.trajectories_per_question
+    parts.fill(store, list(questions.values()), count, lacks, work, absent=False)
+
+
+def _say(process_judge: Judge, store: Store, ids: Sequence[str], stats: Sequence[JudgeStats]) -> None:
+    """stats: of every rank's judge."""
+    counts: Counter[Verdict] = Counter()
+    total, graded = 0.0, False
+    for _, judgements in judged_trajectories(store, process_judge.id, ids):
+        counts.update(judgement.verdict for judgement in judgements)
+        rewards = [judgement.reward for judgement in judgements if judgement.reward is not None]
+        total += sum(rewards)
+        graded |= not {0.0, 1.0}.issuperset(rewards)
     shares = ", ".join(f"{counts[kind]} {kind.value}" for kind in Verdict)
     known = counts.total() - counts[Verdict.UNKNOWN]
     mean = f"; mean reward {total / known:.3f}" if graded else ""
     print(f"judge: {counts.total()} steps by {process_judge.id}: {shares}{mean}")
-    if stats.prompt_tokens:
-        share = stats.cached_tokens / stats.prompt_tokens
-        print(f"judge: {share:.0%} of {stats.prompt_tokens} prompt tokens came from a prefix cache")
+    if prompt_tokens := sum(one.prompt_tokens for one in stats):
+        share = sum(one.cached_tokens for one in stats) / prompt_tokens
+        print(f"judge: {share:.0%} of {prompt_tokens} prompt tokens came from a prefix cache")
 
 
 def judge_against(config: Config, labels: str, out: str | None = None) -> dict[str, Any]:

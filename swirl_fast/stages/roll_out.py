@@ -4,13 +4,16 @@ solutions or from the conversations of a log."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import fields, replace
 from itertools import islice
 
 from tqdm import tqdm
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.store import BATCH, Store
-from swirl_fast.engines.engine import Sampling
+from swirl_fast.engines.engine import EngineStats, Sampling
+from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import open_format, open_renderer
 from swirl_fast.rollouts.collector import Collector, prompt_of, trajectory_ids
 from swirl_fast.rollouts.demonstrations import demonstrations
@@ -38,35 +41,63 @@ def roll_out(
     seed: int,
     what: str,
     weights: str | None = None,
+    ranks: Ranks | None = None,
+    elsewhere: AbstractSet[str] = frozenset(),
 ) -> list[str]:
     """Fills the store up to `count` trajectories a question. Returns the ids of those asked for, in the order of the questions.
 
     offered: the tools, by the name of a question's task; without any, the worked examples, which call tools, are left out of the prompt.
-    what: of messages.
+    what: of messages. ranks: those that call this together, each with its own questions and store. elsewhere: ids that are in
+    another store.
     """
     store.add_questions(questions)
-    wanted = trajectory_ids(questions, count)
+    wanted = [id_ for id_ in trajectory_ids(questions, count) if id_ not in elsewhere]
     finished = finished_ids(store, wanted)
-    if len(finished) == len(wanted):
+    missing = len(finished) < len(wanted)
+    if not any([missing] if ranks is None else ranks.gather(missing)):  # the engine takes all ranks or none
         return finished
+    speaks = ranks is None or ranks.main
     renderer, form = open_renderer(config.model), open_format(config.actions, config.model)
-    with opened_tools(config, task, offered) as tools, built_engine(config, weights) as engine:
+    with opened_tools(config, task, offered) as tools, built_engine(config, weights, ranks) as engine:
         prompt = prompt_of(config, task, renderer, offered, form)
         collector = Collector(
             engine, renderer, tools, prompt, sampling, config.tasks.max_steps, config.collect.batch, seed, form=form
         )
         with tqdm(
-            desc=what, total=len(wanted), initial=len(finished), unit="trajectory", disable=None, leave=False
+            desc=what if ranks is None or ranks.size == 1 else f"{what}, rank 0 of {ranks.size}",
+            total=len(wanted),
+            initial=len(finished),
+            unit="trajectory",
+            disable=None if speaks else True,
+            leave=False,
         ) as bar:
-            collector.collect(store, questions, count, lambda trajectories, steps: bar.update(trajectories))
+
+            def progress(trajectories: int, steps: int) -> None:
+                bar.update(trajectories)
+
+            collector.collect(store, questions, count, progress, elsewhere)
         stats = engine.stats()
+    if ranks is not None:
+        stats = _all_of(ranks.gather(stats))
+    if speaks:
+        _say(what, stats)
+    return finished_ids(store, wanted)
+
+
+def _all_of(found: Sequence[EngineStats]) -> EngineStats:
+    """The sums of several engines that worked side by side, in the time of the slowest."""
+    sums = EngineStats(**{each.name: sum(getattr(one, each.name) for one in found) for each in fields(EngineStats)})
+    slowest = max(found, key=lambda one: one.prefill_seconds + one.decode_seconds)
+    return replace(sums, prefill_seconds=slowest.prefill_seconds, decode_seconds=slowest.decode_seconds)
+
+
+def _say(what: str, stats: EngineStats) -> None:
     seconds = max(stats.prefill_seconds + stats.decode_seconds, 1e-9)
     print(
         f"{what}: {stats.generated_tokens} tokens generated at {stats.generated_tokens / seconds:.0f} a second, "
         f"{stats.cached_tokens / max(stats.prompt_tokens, 1):.0%} of the prompt tokens came from the prefix cache "
         f"({stats.cached_tokens / max(stats.cacheable_tokens, 1):.0%} of what an ideal cache would give)"
     )
-    return finished_ids(store, wanted)
 
 
 def write_demonstrations(config: Config, task: Task, questions: Sequence[Question], store: Store) -> list[str]:

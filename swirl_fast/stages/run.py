@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from swirl_fast.config import Config
 from swirl_fast.data.shard_source import check_libraries
 from swirl_fast.files import read_json, write_json
 from swirl_fast.metrics import read_metrics, without_gradient
-from swirl_fast.ranks import start
+from swirl_fast.ranks import Ranks, joined
 from swirl_fast.stages.collect import check_collection, collect
 from swirl_fast.stages.evaluate import evaluate, evaluate_trained
 from swirl_fast.stages.filter import filter
@@ -30,11 +31,16 @@ SHOWN = (
 
 
 def run(config: Config) -> None:
-    """Every stage in order, then the table base -> trained and summary.json."""
+    """Every stage in order, then the table base -> trained and summary.json. Under torchrun, one call a rank."""
+    with joined() as ranks:
+        _run(config, ranks)
+
+
+def _run(config: Config, ranks: Ranks) -> None:
     started = time.perf_counter()
     previous = read_json(config.folder / "summary.json")
     check_libraries(config.filter.upload)
-    check_machine(config, start())  # hours before training would say so
+    check_machine(config, ranks)  # hours before training would say so
     check_collection(config)  # before the evaluation sets an earlier one aside
     base = evaluate(config, "base")
     collect(config)
@@ -42,13 +48,21 @@ def run(config: Config) -> None:
     filter(config)
     train(config)
     trained = evaluate_trained(config)
+    if ranks.main:
+        _write_summary(config, base, trained, previous, time.perf_counter() - started)
+    report(config)
+    if ranks.main:
+        table = accuracy_table({"base": base, "trained": trained})
+        if nothing := without_gradient(read_metrics(config.folder)):
+            table += f"\n\n{nothing}"
+        seconds = read_json(config.folder / "summary.json")["seconds"]
+        print(f"\n{table}\n\n{config.folder / 'summary.json'}  ({seconds:.0f} s)")
+
+
+def _write_summary(
+    config: Config, base: dict[str, Any], trained: dict[str, Any], previous: dict[str, Any] | None, seconds: float
+) -> None:
     rows = {"base": {key: base.get(key) for key in SHOWN}, "trained": {key: trained.get(key) for key in SHOWN}}
-    seconds = time.perf_counter() - started
     if previous is not None and {name: previous.get(name) for name in rows} == rows:
         seconds = previous["seconds"]  # everything was there already: keep the time that it took to make
     write_json(config.folder / "summary.json", {**rows, "seconds": seconds})
-    report(config)
-    table = accuracy_table({"base": base, "trained": trained})
-    if nothing := without_gradient(read_metrics(config.folder)):
-        table += f"\n\n{nothing}"
-    print(f"\n{table}\n\n{config.folder / 'summary.json'}  ({seconds:.0f} s)")

@@ -8,15 +8,11 @@ from swirl_fast.stages.build import save_config
 
 def train(config: Config) -> None:
     """Under torchrun, one call a rank."""
-    from swirl_fast.ranks import start, stop
+    from swirl_fast.ranks import joined
     from swirl_fast.training.build import open_training
 
-    ranks = start()
-    try:
-        with open_training(config, ranks) as training:
-            # not before the settings are accepted: what lies there may have been made with others
-            if ranks.main:
-                save_config(config)
-            training.run()
-    finally:
-        stop()
+    with joined() as ranks, open_training(config, ranks) as training:
+        # not before the settings are accepted: what lies there may have been made with others
+        if ranks.main:
+            save_config(config)
+        training.run()

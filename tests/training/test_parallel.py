@@ -19,7 +19,7 @@ from support import small_models
 from support.model_families import COMMON, FAMILIES, build, build_unshared, trees
 from support.parallel_variants import train
 from support.runs import free_port
-from support.torchrun import CPU, Run, read, torchrun
+from support.torchrun import CPU, Run, assert_same_run, read, torchrun
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swirl_fast import cli
@@ -119,29 +119,6 @@ def test_padded_rows_are_the_same_on_two_ranks_and_resumed(
     assert_same_run(one, two, hybrid, micro_batches=True, rel=3e-5)
     for seen, _ in (one, two):
         assert seen["checked"]["model_check_logprob"] < 1e-5
-
-
-def assert_same_run(
-    of: Run, run: Run, before: Path, micro_batches: bool, lora: bool = False, rel: float = 1e-6
-) -> None:
-    """before: the folder that both began with."""
-    (wanted, reference), (found, parameters) = of, run
-    for one, other in zip(wanted["metrics"], found["metrics"], strict=True):
-        assert one["grad_norm"] > 0.5, "clipping is to be at work"
-        assert other["reward"] == one["reward"]
-        for key in ("loss", "grad_norm", "kl"):
-            assert other[key] == pytest.approx(one[key], abs=1e-5, rel=rel), key
-    assert wanted["metrics"][-1]["kl"] > 1e-5, "nothing was learned"
-    weights = load_file(before / "model.safetensors")
-    assert parameters.keys() == reference.keys() == weights.keys()
-    for name, tensor in reference.items():
-        frozen = lora and not name.endswith("_proj.weight")
-        assert (tensor - weights[name]).abs().max() > 2e-4 or frozen, f"{name} has not moved"
-        assert torch.equal(tensor, weights[name]) or not frozen, f"{name} has moved"
-        torch.testing.assert_close(
-            parameters[name], tensor, rtol=0, atol=1e-5 if lora else 1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    assert found["micro_batches"] >= 4 if micro_batches else found["micro_batches"] == 1
 
 
 def test_ranks_wait_longer_than_a_servers_restart_takes(monkeypatch: pytest.MonkeyPatch) -> None:
