@@ -9,7 +9,7 @@ micro-batches.
 Questions come from a pool that grows with the ranks, two trajectories a question on average, so that some prefixes are shared.
 
 seconds: on one rank for sharing out and cutting, without the network, mean and longest of all ranks. bytes: sent by a rank, mean, and
-most of any: pickled actions, and 4 bytes for every rank, which all tell each other. imbalance: work of the busiest rank over the
+most of any: pickled actions, and 4 bytes for every rank that it tells its work. imbalance: work of the busiest rank over the
 mean's, less 1, before and after. padding: share of the tokens' budget in the micro-batches that all ranks run which holds no token.
 repeated_by_budget: tokens computed more than once since a micro-batch holds so many only; repeated_by_moves: those that come on top
 since a rank gave actions whose path it needs itself; shared_lost: share of all tokens that one tree over the whole batch would not
@@ -35,7 +35,7 @@ import torch
 from benchmarks.environment import environment
 from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.micro_batches import MicroBatchPlan, Walk, micro_batches
-from swirl_fast.comb.transfers import Transfer, transfers
+from swirl_fast.comb.transfers import Transfer, rank_groups, transfers
 from swirl_fast.comb.tree import SampledState, Trunk
 from swirl_fast.config import load
 from swirl_fast.files import write_json
@@ -85,8 +85,9 @@ class World:
         works = [self.packer.work(part) for part in parts]
         tokens, cut = sum(map(_tokens, parts)), sum(sum(plan.tokens for plan in self._plans(part)) for part in parts)
         seconds, sent, moved = np.zeros(self.ranks), np.zeros(self.ranks), 0.0
-        for _ in range(ROUNDS):
-            moved += self._round(parts, seconds, sent) / sum(works)
+        for turn in range(ROUNDS):
+            groups = rank_groups(self.ranks)
+            moved += self._round(parts, groups[turn % len(groups)], seconds, sent) / sum(works)
         plans = []
         for rank, part in enumerate(parts):
             started = time.perf_counter()
@@ -111,17 +112,21 @@ class World:
             "shared_lost": 1 - self._whole_tree() / tokens if self.ranks <= self.options.whole else None,
         }
 
-    def _round(self, parts: list[RankActions], seconds: np.ndarray, sent: np.ndarray) -> float:
+    def _round(
+        self, parts: list[RankActions], groups: Sequence[Sequence[int]], seconds: np.ndarray, sent: np.ndarray
+    ) -> float:
         """One round of Packer.shared_out for all ranks; returns the work that was to be moved."""
         told = np.zeros(self.ranks, np.float32)
         for rank, part in enumerate(parts):
             started = time.perf_counter()
             told[rank] = self.packer.work(part)
             seconds[rank] += time.perf_counter() - started
-        started = time.perf_counter()
-        planned = transfers(told.tolist())
-        seconds += time.perf_counter() - started
-        sent += 4 * self.ranks
+        planned = []
+        for group in groups:
+            started = time.perf_counter()
+            planned += transfers(told[group].tolist(), group)
+            seconds[group] += time.perf_counter() - started
+            sent[group] += 4 * len(group)
         taken: dict[int, list[RankActions]] = defaultdict(list)
         of_giver: dict[int, list[Transfer]] = defaultdict(list)
         for one in planned:

@@ -39,6 +39,14 @@ _meetings = _groups = 0
 
 
 @dataclass(frozen=True)
+class Group:
+    """Ranks that tell each other something. handle: of torch.distributed; None: all ranks."""
+
+    members: Sequence[int]
+    handle: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
 class Ranks:
     """This process among those that torchrun started; rank 0 of 1 without torchrun."""
 
@@ -69,12 +77,19 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def numbers(self, value: float) -> list[float]:
-        """Every rank's number, in the order of ranks; rounded to float32, 4 bytes a rank."""
+    def group(self, partition: Sequence[Sequence[int]]) -> Group:
+        """That part of all ranks which this one belongs to. Every rank calls it, with the same partition."""
+        members = next(part for part in partition if self.rank in part)
+        if not self.distributed or len(partition) == 1:
+            return Group(members)
+        return Group(members, dist.new_subgroups_by_enumeration([list(part) for part in partition])[0])
+
+    def numbers(self, value: float, group: Group) -> list[float]:
+        """The number of every rank of a group, in its order; rounded to float32, 4 bytes a rank."""
         if not self.distributed:
             return [value]
-        values = torch.empty(self.size)
-        dist.all_gather_into_tensor(values, torch.tensor([value], dtype=torch.float32))
+        values = torch.empty(len(group.members))
+        dist.all_gather_into_tensor(values, torch.tensor([value], dtype=torch.float32), group=group.handle)
         return values.tolist()
 
     def exchange(self, given: Mapping[int, T], givers: Sequence[int]) -> list[T]:

@@ -75,24 +75,19 @@ def micro_batches(
 def split_off(
     trunks: Sequence[Trunk], works: Sequence[float], size: ModelSize = ONLY_TOKENS, sharing: bool = True
 ) -> tuple[list[Trunk], list[list[Trunk]]]:
-    """(what is kept, what is cut off for each of `works`): the actions from the end of the walk, each part of about so much estimated work.
+    """(what is kept, what is cut off for each of `works`): a stretch of the walk for each, of about so much estimated work.
 
-    A part computes the path again that it shares with what is left. Of all cuts that is taken with which neither what is got nor what is
-    saved is far from the work that was wanted.
+    A part computes the path again that it shares with what is left. Of all stretches that is taken with which neither what is got nor what
+    is saved is far from the work that was wanted.
     sharing: False where every action is a row of its own.
     """
     walk = Walk.of(trunks, size, sharing)
-    end = len(walk.actions)
     given = []
     for work in works:
-        starts = np.arange(end + 1)
-        repeated = np.append(walk.shared_flops_A, 0.0)[: end + 1]
-        repeated[end] = 0.0
-        part = np.where(starts < end, repeated + walk.flops_sum[end] - walk.flops_sum[starts], 0.0)
-        start = int(np.argmin(np.maximum(np.abs(part - work), np.abs(part - repeated - work))))
-        given.append(list(walk.trunks(trunks, start, end)))
-        end = start
-    return list(walk.trunks(trunks, 0, end)), given
+        a, b = walk.stretch(work, size)
+        given.append(list(walk.trunks(trunks, a, b)))
+        walk = walk.without(a, b, size)
+    return list(walk.trunks(trunks, 0, len(walk.actions))), given
 
 
 def check_path(state: int, action: int, token_budget: int, max_path: int | None) -> None:
@@ -171,6 +166,34 @@ class Walk:
         by_tokens = int(np.searchsorted(self.token_sum, tokens, "right")) - 1
         by_work = int(np.searchsorted(self.flops_sum, work, "right")) - 1
         return min(by_tokens, max(by_work, a + 1))
+
+    def stretch(self, work: float, size: ModelSize) -> tuple[int, int]:
+        """The actions [a, b) that are worth so much work to whoever gets them, and save whoever gives them as much, as nearly as can be;
+        none where that is nearer."""
+        end, sums = len(self.actions), self.flops_sum
+        by_part = np.searchsorted(sums, sums[:end] + work - self.shared_flops_A)
+        by_saved = np.searchsorted(sums, sums[:end] + work)
+        b_S = np.concatenate([by_part - 1, by_part, by_saved - 1, by_saved, by_saved + 1])
+        a_S = np.tile(np.arange(end), 5)
+        fits = (a_S < b_S) & (b_S <= end)
+        a_S, b_S = a_S[fits], b_S[fits]
+        if not len(a_S):
+            return 0, 0
+        part_S = self.shared_flops_A[a_S] + sums[b_S] - sums[a_S]
+        # what follows must compute again what it shared with the stretch, but not with what lies before it
+        shared_A = np.append(self.shared_A, 0)
+        least_S = np.minimum.reduceat(np.append(shared_A, 0), np.column_stack([a_S, b_S + 1]).ravel())[::2]
+        saved_S = sums[b_S] - sums[a_S] - path_flops(shared_A[b_S], size) + path_flops(least_S, size)
+        error_S = np.maximum(np.abs(part_S - work), np.abs(saved_S - work))
+        best = int(np.argmin(error_S))
+        return (int(a_S[best]), int(b_S[best])) if error_S[best] < work else (0, 0)
+
+    def without(self, a: int, b: int, size: ModelSize) -> Walk:
+        """Of the actions but for [a, b)."""
+        shared = self.shared_A.tolist()
+        if a < b < len(self.actions):
+            shared[b] = min(shared[a : b + 1])
+        return Walk._of(self.actions[:a] + self.actions[b:], shared[:a] + shared[b:], size)
 
     def greedy(self, token_budget: int, limit: float) -> list[int]:
         """Where the groups end that are filled as far as they go: the fewest possible."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# Up to so many ranks tell each other their work; of more, those of a row and then those of a column.
+TOGETHER = 256
+
 
 class Transfer(NamedTuple):
     """Rank `giver` gives `work` to rank `taker`."""
@@ -14,13 +17,15 @@ class Transfer(NamedTuple):
     work: float
 
 
-def transfers(work: Sequence[float], slack: float = 0.01) -> list[Transfer]:
-    """work: of every rank. What ranks above the mean give to those below it, in the order of ranks; every rank that calls this with the
-    same numbers gets the same list. At most one transfer fewer than there are ranks; those below `slack` of the mean are left out.
+def transfers(work: Sequence[float], ranks: Sequence[int] | None = None, slack: float = 0.02) -> list[Transfer]:
+    """work: of every one of `ranks` (None: 0, 1, …). What those above the mean give to those below it, in their order; every rank that
+    calls this with the same numbers gets the same list. At most one transfer fewer than there are ranks; those below `slack` of the mean
+    are left out.
     """
     mean = sum(work) / max(1, len(work))
-    given = [(rank, own - mean) for rank, own in enumerate(work) if own > mean]
-    taken = [(rank, mean - own) for rank, own in enumerate(work) if own < mean]
+    numbered = list(zip(range(len(work)) if ranks is None else ranks, work, strict=True))
+    given = [(rank, own - mean) for rank, own in numbered if own > mean]
+    taken = [(rank, mean - own) for rank, own in numbered if own < mean]
     found = []
     g = t = 0
     giver, surplus = given[0] if given else (0, 0.0)
@@ -37,3 +42,17 @@ def transfers(work: Sequence[float], slack: float = 0.01) -> list[Transfer]:
             t += 1
             taker, gap = taken[t] if t < len(taken) else (0, 0.0)
     return found
+
+
+def rank_groups(ranks: int) -> list[list[list[int]]]:
+    """The groups within which work is shared out, one partition of all ranks after the other: everybody together, or where they are too
+    many the rows and then the columns of a rectangle. So a rank tells a few hundred others of its work and not all, and the rows, as long
+    as they may be, leave little to do for the columns.
+    """
+    columns = next(c for c in range(TOGETHER, 0, -1) if ranks % c == 0)
+    if ranks <= TOGETHER or columns < TOGETHER // 16:
+        return [[list(range(ranks))]]
+    return [
+        [list(range(start, start + columns)) for start in range(0, ranks, columns)],
+        [list(range(column, ranks, columns)) for column in range(columns)],
+    ]

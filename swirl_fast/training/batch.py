@@ -4,7 +4,7 @@
 
 Ranks tell each other how much work they have and how many micro-batches they need. Those with more than the mean send the rest, whole
 actions with their states, to those with less: so every rank has the same work, whichever sampled an action, and what a rank
-packs, sends and holds does not grow with the number of ranks, but for 4 bytes a rank in each round. Legend: A actions, N predicted
+packs, sends and holds does not grow with the number of ranks (comb/transfers.py). Legend: A actions, N predicted
 tokens of a micro-batch.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.micro_batches import MicroBatchPlan, micro_batches, split_off
 from swirl_fast.comb.rows import pack_rows, row_batches
-from swirl_fast.comb.transfers import transfers
+from swirl_fast.comb.transfers import rank_groups, transfers
 from swirl_fast.comb.tree import Comb, SampledState, Trunk, pack
 from swirl_fast.config import Config
 from swirl_fast.models.policy import DeviceComb
@@ -33,8 +33,9 @@ from swirl_fast.rollouts.at_states import SampledAction
 from swirl_fast.trajectory import Trajectory
 from swirl_fast.verdict import Judgement
 
-# Actions are not cut, so that a part is never quite what was wanted; a second round evens out most of the rest.
-ROUNDS = 2
+# Actions are not cut, and how micro-batches can be cut changes with them, so that a part is never quite what was wanted; every further
+# round evens out some of the rest.
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Packer:
         self._skip_zero = config.algorithm.kl_coef == 0
         self._padded = padded
         self._windows = {} if padded else dict.fromkeys(window for _, window in size.attention)
+        self._groups = [ranks.group(partition) for partition in rank_groups(ranks.size)]
 
     def rank_actions(
         self,
@@ -185,8 +187,9 @@ class Packer:
     def shared_out(self, mine: RankActions) -> RankActions:
         """What this rank trains on, after ranks with much work gave some to ranks with little. Every rank calls it."""
         ranks = self._ranks
-        for _ in range(ROUNDS if ranks.size > 1 else 0):
-            planned = transfers(ranks.numbers(self.work(mine)))
+        for turn in range(ROUNDS if ranks.size > 1 else 0):
+            group = self._groups[turn % len(self._groups)]
+            planned = transfers(ranks.numbers(self.work(mine), group), group.members)
             takers = [one.taker for one in planned if one.giver == ranks.rank]
             givers = [one.giver for one in planned if one.taker == ranks.rank]
             kept, given = self.give(mine, [one.work for one in planned if one.giver == ranks.rank])
@@ -195,8 +198,8 @@ class Packer:
         return mine
 
     def work(self, actions: RankActions) -> float:
-        """Floating-point operations of its micro-batches, estimated, were it alone."""
-        return sum(plan.flops for plan in self._plans(actions))
+        """Floating-point operations of its micro-batches, estimated, if no other rank needs more of them."""
+        return sum(plan.flops for plan in self._plans(actions, lambda fewest: fewest))
 
     def give(self, mine: RankActions, works: Sequence[float]) -> tuple[RankActions, list[RankActions]]:
         """(what is kept, a part of about so much estimated work for each of `works`)."""

@@ -14,7 +14,7 @@ from support.random_trees import random_trunks
 from swirl_fast.comb import tree as module
 from swirl_fast.comb.flops import ModelSize, flops
 from swirl_fast.comb.micro_batches import MicroBatchPlan, Walk, micro_batches, split_off
-from swirl_fast.comb.transfers import transfers
+from swirl_fast.comb.transfers import rank_groups, transfers
 from swirl_fast.comb.tree import Comb, SampledState, Trunk, pack
 
 SIZE = ModelSize(linear=1000.0, attention=((8, None), (8, 5), (4, 5)), output=300)
@@ -320,9 +320,32 @@ def test_transfers_even_out(work: list[float]) -> None:
 
 
 def test_small_transfers_are_left_out() -> None:
-    assert transfers([100.0, 100.5, 99.5]) == []
+    assert transfers([100.0, 101.5, 98.5]) == []
+    assert transfers([1.0, 3.0], [5, 9]) == [(9, 5, 1.0)]
     assert transfers([110.0, 100.0, 90.0]) == [(0, 2, pytest.approx(10.0))]
     assert transfers([]) == transfers([0.0, 0.0]) == []
+
+
+@pytest.mark.parametrize(("ranks", "sizes"), [(1, [1]), (256, [256]), (384, [192, 2]), (4096, [256, 16]), (509, [509])])
+def test_rank_groups(ranks: int, sizes: list[int]) -> None:
+    """Every rank is in one group of each partition, and a number reaches everybody over the groups."""
+    found = rank_groups(ranks)
+    assert [len(groups[0]) for groups in found] == sizes
+    reached = {0}
+    for groups in found:
+        assert sorted(rank for group in groups for rank in group) == list(range(ranks))
+        reached |= {rank for group in groups if reached & set(group) for rank in group}
+    assert len(reached) == ranks
+
+
+def test_a_stretch_from_the_middle_costs_nothing_twice() -> None:
+    """Of three trajectories without a common beginning the second is a third of the work: it leaves whole."""
+    branches = [one_state(f"{prompt}bcde", *(f"{prompt}{tooth}xy" for tooth in "pqr")) for prompt in "klm"]
+    numbered = [branch.renumbered(range(3 * i, 3 * i + 3)) for i, branch in enumerate(branches)]
+    total = sum(group.flops for group in micro_batches(numbered, 1000, None, SIZE))
+    kept, (given,) = split_off(numbered, [total / 3], SIZE)
+    assert len(given) == 1 and len(kept) == 2
+    assert sum(works([kept, given])) == pytest.approx(total)
 
 
 def test_packing_reads_every_token_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from swirl_fast.ranks import Ranks
+from swirl_fast.ranks import Group, Ranks
 
 T = TypeVar("T")
 
@@ -26,8 +26,9 @@ class _Board:
 class ThreadRanks(Ranks):
     board: _Board = field(default_factory=lambda: _Board(threading.Barrier(1)))
 
-    def numbers(self, value: float) -> list[float]:
-        return self._all(value)
+    def numbers(self, value: float, group: Group) -> list[float]:
+        values = self._all(value)
+        return [values[member] for member in group.members]
 
     def max(self, values: Tensor) -> Tensor:
         return torch.stack(self._all(values)).amax(0)
