@@ -8,7 +8,7 @@ One process plays every rank in turn with the trainer's own code (swirl_fast/tra
 micro-batches.
 Questions come from a pool that grows with the ranks, two trajectories a question on average, so that some prefixes are shared.
 
-seconds: on one rank for sharing out and cutting, without the network, mean and longest of all ranks. bytes: sent by a rank, mean, and
+seconds: of a CPU, on one rank for sharing out and cutting, without the network, mean and longest of all ranks. bytes: sent by a rank, mean, and
 most of any: pickled actions, and 4 bytes for every rank that it tells its work. imbalance: work of the busiest rank over the
 mean's, less 1, before and after. padding: share of the tokens' budget in the micro-batches that all ranks run which holds no token.
 repeated_by_budget: tokens computed more than once since a micro-batch holds so many only; repeated_by_moves: those that come on top
@@ -90,9 +90,9 @@ class World:
             moved += self._round(parts, groups[turn % len(groups)], seconds, sent) / sum(works)
         plans = []
         for rank, part in enumerate(parts):
-            started = time.perf_counter()
+            started = time.process_time()
             plans.append(self._plans(part))
-            seconds[rank] += time.perf_counter() - started
+            seconds[rank] += time.process_time() - started
         after = [sum(plan.flops for plan in of_rank) for of_rank in plans]
         tokens_after = sum(plan.tokens for of_rank in plans for plan in of_rank)
         most = max(map(len, plans))
@@ -118,31 +118,31 @@ class World:
         """One round of Packer.shared_out for all ranks; returns the work that was to be moved."""
         told = np.zeros(self.ranks, np.float32)
         for rank, part in enumerate(parts):
-            started = time.perf_counter()
+            started = time.process_time()
             told[rank] = self.packer.work(part)
-            seconds[rank] += time.perf_counter() - started
+            seconds[rank] += time.process_time() - started
         planned = []
         for group in groups:
-            started = time.perf_counter()
+            started = time.process_time()
             planned += transfers(told[group].tolist(), group)
-            seconds[group] += time.perf_counter() - started
+            seconds[group] += time.process_time() - started
             sent[group] += 4 * len(group)
         taken: dict[int, list[RankActions]] = defaultdict(list)
         of_giver: dict[int, list[Transfer]] = defaultdict(list)
         for one in planned:
             of_giver[one.giver].append(one)
         for giver, own in of_giver.items():
-            started = time.perf_counter()
+            started = time.process_time()
             parts[giver], given = self.packer.give(parts[giver], [one.work for one in own])
             blobs = [pickle.dumps(part, protocol=5) for part in given]
-            seconds[giver] += time.perf_counter() - started
+            seconds[giver] += time.process_time() - started
             sent[giver] += sum(map(len, blobs))
             for one, blob in zip(own, blobs, strict=True):
                 taken[one.taker].append(pickle.loads(blob))
         for taker, others in taken.items():
-            started = time.perf_counter()
+            started = time.process_time()
             parts[taker] = parts[taker].with_others(others)
-            seconds[taker] += time.perf_counter() - started
+            seconds[taker] += time.process_time() - started
         return sum(one.work for one in planned)
 
     def _plans(self, part: RankActions) -> list[MicroBatchPlan]:
