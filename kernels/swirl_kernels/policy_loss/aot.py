@@ -13,8 +13,8 @@ from swirl_kernels.segment_reduce.stretches import levels
 
 SCALARS = ("scale", "low", "high", "dual_clip", "kl_coef", "kl_limit", "correction_low", "correction_high")
 K3 = PolicyLossSpec(kl="k3", kl_coef=0.1)
-# Instructions a token and lane of the kernel that goes through stretches: without and with metrics, KL, bounds.
-LIMIT = 125
+# Instructions a token of a lane, by layout; with everything on.
+LIMITS, HEAVY_LIMIT = {"segments": 100, "units": 115, "tokens": 90}, 140
 
 
 def aot_cases() -> list[AotCase]:
@@ -99,7 +99,9 @@ def _case(
         constants |= {"KL_ACTS": spec.kl_coef != 0, "KL_LIMITED": False, "ADVANTAGE": advantage, "METRICS": metrics, "LAYOUT": layout}
         block = stretches.BLOCK if layout == "segments" else stretches.DENSE_BLOCK
         constants |= {"LEVELS": levels(2**17), "BLOCK": block}
-        stream = Stream(apart=True, elements=block // 32, limit=LIMIT)
+        plain = spec.clip in ("none", "ppo") and spec.correction == "none" and importance is None
+        limit = LIMITS[layout] if plain else HEAVY_LIMIT
+        stream = Stream("kernel", apart=True, elements=block // 32, limit=limit)
     else:
         kernel, warps = _policy_loss_kernel, WARPS
         constants |= {"RATIO": spec.ratio, "LEVEL": spec.correction_level, "GATE": spec.gate}

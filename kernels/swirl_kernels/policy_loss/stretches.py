@@ -160,6 +160,10 @@ def stretch_kernel(
                     segment += 1
                     begin = end
                     end = ahead
+                while (cursor >= end) & (segment < segments) & (cursor < stop):  # empty ones
+                    segment += 1
+                    begin = end
+                    end = tl.load(offsets + tl.minimum(segment + 1, segments)).to(tokens.dtype)
                 until, owned = piece(begin, end, segment, cursor, stop, tokens, segments)
     else:
         for cursor in range(start, stop, BLOCK):

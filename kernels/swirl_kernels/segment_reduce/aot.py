@@ -22,7 +22,7 @@ def aot_cases() -> list[AotCase]:
     signature |= dict.fromkeys(("positions", "segments", "blocks"), "i32")
     signature |= dict.fromkeys(("LEVELS", "BLOCK"), "constexpr")
     constants = {"LEVELS": levels(2**17), "BLOCK": SPREAD_BLOCK}
-    cases.append(AotCase("segment_reduce spread fp32", _spread_kernel, signature, constants, 1, 3, stream=APART))
+    cases.append(AotCase("segment_reduce spread fp32", _spread_kernel, signature, constants, 1, 3, stream=Stream("kernel", apart=True)))
     return cases
 
 

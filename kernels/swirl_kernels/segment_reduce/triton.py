@@ -117,6 +117,10 @@ def _spread_kernel(values, offsets, out, positions, segments, blocks, LEVELS: tl
                 segment += 1
                 begin = end
                 end = ahead
+            while (cursor >= end) & (segment < segments) & (cursor < stop):  # empty ones
+                segment += 1
+                begin = end
+                end = tl.load(offsets + tl.minimum(segment + 1, segments)).to(positions.dtype)
             until, owned = piece(begin, end, segment, cursor, stop, positions, segments)
 
 
