@@ -99,7 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--targets", nargs="+", type=int, default=TARGETS, choices=TARGETS, help="compute capabilities")
     parser.add_argument(
-        "--also", nargs="+", default=[], type=Path, metavar="FOLDER", help="where another triton lies, to be used after this one"
+        "--also",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FOLDER",
+        help="where another triton lies, to be used after this one",
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
@@ -109,7 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--only {words!r} matches none of: {', '.join(case.name for case in cases)}")
     for folder in options.also:
         if not (folder / "triton" / "__init__.py").is_file():
-            parser.error(f"--also {folder}: no triton lies there; pip install --no-deps --target {folder} triton==3.6.0")
+            parser.error(
+                f"--also {folder}: no triton lies there; pip install --no-deps --target {folder} triton==3.6.0"
+            )
     results = _compile(options, modules, cases)
     text = case_table(results)
     print(text)

@@ -16,7 +16,6 @@ from swirl_kernels.linear_logprob.triton import (
     configuration,
 )
 
-
 LIMIT = 14  # instructions a logit of the forward's epilogue
 
 

@@ -254,16 +254,43 @@ def naive_policy_loss(
             sums[name] += float(values.detach().double().sum())
         ratio_max = max(ratio_max, float(value.max()))
     as_tensor = torch.tensor([sums[name] for name in SUMS], dtype=torch.float64, device=logp.device)
-    return loss * loss_scale, PolicyLossMetrics(as_tensor, torch.tensor(ratio_max, dtype=torch.float64, device=logp.device))
+    return loss * loss_scale, PolicyLossMetrics(
+        as_tensor, torch.tensor(ratio_max, dtype=torch.float64, device=logp.device)
+    )
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, scale, metrics, backend
+        ctx,
+        logp,
+        old,
+        advantage,
+        offsets,
+        weight,
+        ref,
+        behaviour,
+        importance,
+        spec,
+        differentiable,
+        scale,
+        metrics,
+        backend,
     ):
         loss, slope, sums, ratio_max = _compute(
-            logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, scale, metrics, backend
+            logp,
+            old,
+            advantage,
+            offsets,
+            weight,
+            ref,
+            behaviour,
+            importance,
+            spec,
+            differentiable,
+            scale,
+            metrics,
+            backend,
         )
         ctx.dtype, ctx.backend = logp.dtype, backend
         ctx.save_for_backward(slope)

@@ -14,7 +14,7 @@ from swirl_kernels.segment_reduce.stretches import levels
 SCALARS = ("scale", "low", "high", "dual_clip", "kl_coef", "kl_limit", "correction_low", "correction_high")
 K3 = PolicyLossSpec(kl="k3", kl_coef=0.1)
 # Instructions a token of a lane, by layout; with everything on.
-LIMITS, HEAVY_LIMIT = {"segments": 100, "units": 115, "tokens": 90}, 140
+LIMITS, HEAVY_LIMIT = {"segments": 100, "units": 115, "tokens": 95}, 140
 
 
 def aot_cases() -> list[AotCase]:
@@ -92,11 +92,17 @@ def _case(
         "IMPORTANCE": importance or "none",
         "HAS_SLOPE": slope,
     }
-    sizes = ("tokens", "segments")
+    sizes: tuple[str, ...] = ("tokens", "segments")
     if spec.by_token:
         kernel, warps, sizes = stretches.stretch_kernel, 1, (*sizes, "blocks")
         advantage = "segment" if layout == "segments" else "token"
-        constants |= {"KL_ACTS": spec.kl_coef != 0, "KL_LIMITED": False, "ADVANTAGE": advantage, "METRICS": metrics, "LAYOUT": layout}
+        constants |= {
+            "KL_ACTS": spec.kl_coef != 0,
+            "KL_LIMITED": False,
+            "ADVANTAGE": advantage,
+            "METRICS": metrics,
+            "LAYOUT": layout,
+        }
         block = stretches.BLOCK if layout == "segments" else stretches.DENSE_BLOCK
         constants |= {"LEVELS": levels(2**17), "BLOCK": block}
         plain = spec.clip in ("none", "ppo") and spec.correction == "none" and importance is None

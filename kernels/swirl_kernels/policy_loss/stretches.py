@@ -101,7 +101,19 @@ def _block(
             importances += v
         squares += v * v
         top = tl.maximum(top, r)
-    return losses, used_tokens, below_tokens, above_tokens, dual_tokens, kls, ratios, importances, squares, truncated, top
+    return (
+        losses,
+        used_tokens,
+        below_tokens,
+        above_tokens,
+        dual_tokens,
+        kls,
+        ratios,
+        importances,
+        squares,
+        truncated,
+        top,
+    )
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "blocks"])

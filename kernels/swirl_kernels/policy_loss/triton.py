@@ -19,7 +19,16 @@ from torch import Tensor
 
 from swirl_kernels.policy_loss.spec import SUMS, PolicyLossSpec
 from swirl_kernels.policy_loss.stretches import stretch_loss
-from swirl_kernels.policy_loss.terms import LOG_LEAST, clip, correction, kind, kl_terms, log_weight, soft_numbers, surrogate
+from swirl_kernels.policy_loss.terms import (
+    LOG_LEAST,
+    clip,
+    correction,
+    kind,
+    kl_terms,
+    log_weight,
+    soft_numbers,
+    surrogate,
+)
 from swirl_kernels.segment_reduce.stretches import is_right
 
 BLOCK = 256  # one token a lane: with two some specs spill (8 to 24 B)
@@ -278,15 +287,22 @@ def policy_loss_triton(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """loss [] and d loss / d logp [N] (None unless differentiable) in fp32, sums [9] and ratio_max [] in float64."""
     tokens, segments = len(logp), 1 if offsets is None else len(offsets) - 1
-    inputs = (logp, old, advantage, weight, ref, behaviour, importance, offsets)
-    inputs = tuple(None if x is None else x.contiguous() for x in inputs)  # type: ignore[misc]
+    logp, old, advantage = logp.contiguous(), old.contiguous(), advantage.contiguous()
+    optional = (weight, ref, behaviour, importance, offsets)
+    weight, ref, behaviour, importance, offsets = (None if x is None else x.contiguous() for x in optional)
     if not segments:
         zeros = torch.zeros(len(SUMS), dtype=torch.float64, device=logp.device)
         slope = torch.full((tokens,), math.nan, device=logp.device) if differentiable else None
         return zeros.new_full((), math.nan if tokens else 0.0).float(), slope, zeros, zeros[0].clone()
-    run = stretch_loss if spec.by_token else _segment_loss
+    options = (spec, differentiable, scale)
     with torch.cuda.device_of(logp):
-        partial, slope = run(*inputs, spec, differentiable, scale, metrics)  # type: ignore[operator]
+        if spec.by_token:
+            partial, slope = stretch_loss(
+                logp, old, advantage, weight, ref, behaviour, importance, offsets, *options, metrics
+            )
+        else:
+            assert offsets is not None, "what is computed by step needs to know the steps"
+            partial, slope = _segment_loss(logp, old, advantage, weight, ref, behaviour, importance, offsets, *options)
     if not metrics:
         zeros = partial.new_zeros(len(SUMS), dtype=torch.float64)
         return partial[0].sum(dtype=torch.float64).float(), slope, zeros, zeros[0].clone()
@@ -316,9 +332,8 @@ def _segment_loss(
     spec: PolicyLossSpec,
     differentiable: bool,
     scale: float,
-    metrics: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """partial [11, A] and the slope; the metrics come with it whether they are wanted or not."""
+    """partial [11, A] and the slope; the metrics are made whether they are wanted or not."""
     tokens, segments = len(logp), len(offsets) - 1
     # Tokens that wrong offsets leave out keep the NaN.
     slope = torch.full((tokens,), math.nan, dtype=torch.float32, device=logp.device) if differentiable else None

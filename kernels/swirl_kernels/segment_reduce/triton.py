@@ -43,7 +43,9 @@ def _reduce_kernel(
     BLOCK: tl.constexpr,
 ):
     """PARTIAL: offsets need not start at 0 nor end at `positions`."""
-    nowhere = tl.zeros((ROWS, BLOCK), dtype=positions.dtype) + 2147483647  # no lane is that far from its segment's beginning
+    nowhere = (
+        tl.zeros((ROWS, BLOCK), dtype=positions.dtype) + 2147483647
+    )  # no lane is that far from its segment's beginning
     segment = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = segment < segments
     begin = tl.load(offsets + segment, mask=there, other=0).to(tl.int64)

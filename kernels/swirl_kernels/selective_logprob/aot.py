@@ -12,6 +12,7 @@ from swirl_kernels.selective_logprob.triton import (
 )
 
 LIMITS = {False: 9, True: 13}  # instructions a logit of the forward, without and with entropy
+ODD_LIMIT = 15  # 2 bytes at a time
 STATISTICS = ("inverse_temperature", "tops", "others", "weighted", "target_logits")
 ROWS = ("inverse_temperature", "largest", "log_total", "entropy", "at_target", "g")
 
@@ -24,16 +25,21 @@ def aot_cases() -> list[AotCase]:
             for entropy in (False, True):
                 if not rows or (dtype == "bf16" and not entropy):
                     words = [dtype, *(["entropy"] if entropy else []), *filter(None, [rows])]
-                    cases += [_forward(dtype, entropy, rows, " ".join(words)), _backward(dtype, entropy, rows, " ".join(words))]
+                    cases += [
+                        _forward(dtype, entropy, rows, " ".join(words)),
+                        _backward(dtype, entropy, rows, " ".join(words)),
+                    ]
     return cases
 
 
 def _forward(dtype: str, entropy: bool, rows: str, words: str) -> AotCase:
-    width = 8 if dtype == "bf16" else 4
+    width = 1 if rows == "odd stride" else 8 if dtype == "bf16" else 4
     constants = {"ENTROPY": entropy, "WIDTH": width, "BLOCK": FORWARD_BLOCK}
     signature = {"logits": f"*{dtype}", "targets": "*i64", "live": "*u8", **dict.fromkeys(STATISTICS, "*fp32")}
     signature |= {"V": "i32", "stride": "i32"} | dict.fromkeys(constants, "constexpr")
-    stream = Stream(bits=128, apart=True, elements=FORWARD_BLOCK // (32 * WARPS), limit=LIMITS[entropy])
+    each = FORWARD_BLOCK // (32 * WARPS)
+    wide = Stream(bits=128, apart=True, elements=each, limit=LIMITS[entropy])
+    stream = Stream(apart=True, elements=each, limit=ODD_LIMIT) if rows == "odd stride" else wide
     return AotCase(
         f"selective_logprob forward {words}",
         _statistics_kernel,
@@ -42,7 +48,7 @@ def _forward(dtype: str, entropy: bool, rows: str, words: str) -> AotCase:
         WARPS,
         3,
         aligned=_aligned(("logits", "targets", "live", *STATISTICS), ("stride",), ("V",), rows),
-        stream=None if rows == "odd stride" else stream,
+        stream=stream,
     )
 
 
