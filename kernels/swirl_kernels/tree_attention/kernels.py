@@ -156,7 +156,7 @@ def forward(
         top = tl.maximum(top, sink)
         total = tl.exp2(sink - top)
     for part in tl.static_range(1 if depth is None else 2):  # behind the full tiles a window has masked ones again
-        for _ in tl.range(tl.load(counts + 3 * block + 2 * part), num_stages=1, disable_licm=True):
+        for _ in tl.range(tl.load(counts + 3 * block + 2 * part), disable_licm=True):
             low = tl.maximum(high - BLOCK_N + 1, 0)
             at_n = low + tl.arange(0, BLOCK_N)
             inside = at_n <= high
@@ -257,7 +257,7 @@ def backward_q(
     tl.store(delta + head * num_queries + rows, delta_m, mask=real)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for part in tl.static_range(1 if depth is None else 2):  # behind the full tiles a window has masked ones again
-        for _ in tl.range(tl.load(counts + 3 * block + 2 * part), num_stages=1, disable_licm=True):
+        for _ in tl.range(tl.load(counts + 3 * block + 2 * part), disable_licm=True):
             low = tl.maximum(high - BLOCK_N + 1, 0)
             at_n = low + tl.arange(0, BLOCK_N)
             inside = at_n <= high
@@ -286,7 +286,7 @@ def backward_q(
     _put_rows(dq + head * dq_head, acc * scale, first_row, dq_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "group", "window"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "parts", "window"])
 def backward_kv(
     dout,
     q,
@@ -316,10 +316,11 @@ def backward_kv(
     dv_row,
     num_queries,
     num_keys,
-    group,
+    parts,
     scale,
     softcap,
     window,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -330,12 +331,14 @@ def backward_kv(
 ):
     """Scores and their gradients are transposed here, [N, M]: both products sum over queries."""
     block = tl.program_id(0)  # the first blocks are read by most queries: they go first
-    key_head = tl.program_id(1).to(tl.int64)
+    share = tl.program_id(1).to(tl.int64)
+    k += share // parts * k_head
+    v += share // parts * v_head
     first_key = block * BLOCK_N
     at_n = first_key + tl.arange(0, BLOCK_N)
     real = at_n < num_keys
-    k_tile = _rows(k + key_head * k_head, first_key, k_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
-    v_tile = _rows(v + key_head * v_head, first_key, v_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
+    k_tile = _rows(k, first_key, k_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v_tile = _rows(v, first_key, v_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
     begin = tl.load(ranges + 4 * block)
     near = tl.load(ranges + 4 * block + 1)
     full = tl.load(ranges + 4 * block + 2)
@@ -345,13 +348,13 @@ def backward_kv(
         deepest = tl.max(tl.load(depth + at_n, mask=real, other=-FAR), 0)
     dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_acc = tl.zeros((BLOCK_N, VALUE_PADDED), tl.float32)
-    for h in tl.range(group, disable_licm=True):
-        head = key_head * group + h
+    for h in tl.range(HEADS, disable_licm=True):
+        head = share * HEADS + h
         q_of = q + head * q_head
         dout_of = dout + head * dout_head
         lse_of = lse + head * num_queries
         delta_of = delta + head * num_queries
-        for t in tl.range(near + far, num_stages=1, disable_licm=True):
+        for t in tl.range(near + far, disable_licm=True):
             first_row = begin + t * EDGE_M + tl.where(t < near, 0, full * BLOCK_M)
             meets = True
             if depth is not None:
@@ -376,8 +379,8 @@ def backward_kv(
                 dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
                 ds = tl.where(weight != 0.0, weight * (dp - delta_m[None, :]), 0.0)
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
-    for h in tl.range(group, disable_licm=True):
-        head = key_head * group + h
+    for h in tl.range(HEADS, disable_licm=True):
+        head = share * HEADS + h
         q_of = q + head * q_head
         dout_of = dout + head * dout_head
         lse_of = lse + head * num_queries
@@ -397,5 +400,31 @@ def backward_kv(
             ds = weight * (dp - delta_m[None, :])
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
             first_row += BLOCK_M
-    _put_rows(dk + key_head * dk_head, dk_acc * scale, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
-    _put_rows(dv + key_head * dv_head, dv_acc, first_key, dv_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
+    _put_rows(dk + share * dk_head, dk_acc * scale, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
+    _put_rows(dv + share * dv_head, dv_acc, first_key, dv_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
+
+
+@triton.jit(do_not_specialize=["parts", "num_rows"])
+def sum_parts(
+    shares,
+    total,
+    share_head,
+    share_row,
+    total_head,
+    total_row,
+    parts,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """total[h] = sum of shares[h * parts + i] over i, in this order."""
+    first_row = tl.program_id(0) * BLOCK_M
+    key_head = tl.program_id(1).to(tl.int64)
+    shares += key_head * parts * share_head
+    real = first_row + tl.arange(0, BLOCK_M) < num_rows
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for _ in tl.range(parts):
+        acc += _rows(shares, first_row, share_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
+        shares += share_head
+    _put_rows(total + key_head * total_head, acc, first_row, total_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
