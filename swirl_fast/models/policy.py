@@ -19,6 +19,7 @@ from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.tree import Comb
 from swirl_fast.config import ConfigError
 from swirl_fast.models.exact import (
+    CHUNKED,
     WITHOUT_ATTENTION,
     attention_chunk,
     layer_kinds,
@@ -223,6 +224,7 @@ class Policy(nn.Module):
         self.logit_scale = logit_scale(model.config)
         self.softcap = next((cap for key in _SOFTCAPS if (cap := getattr(text, key, None))), None)
         self.longest_path = longest_exact_path(model.config)
+        self._reaches = attention_reaches(text)
 
     def forward(self, packed: DeviceComb) -> Tensor:
         """Log-probs [N] float32 of the comb's predicted tokens, action after action; float64 for a float64 model.
@@ -259,6 +261,9 @@ class Policy(nn.Module):
         """[T, H], of the last layer, normed."""
         packed.told.clear()
         packed.compiled = False
+        if packed.row_ends is None:
+            for window, chunk in self._reaches:  # not inside of a compiled layer, which they would break
+                packed.plan(window, chunk)
         hidden_1TH = decoder_of(self.model)(
             input_ids=packed.tokens_1T,
             position_ids=packed.depth_1T,
@@ -300,10 +305,20 @@ def attention_windows(text: PreTrainedConfig) -> list[int | None]:
         return []
     layers = zip(layer_kinds(text), layer_windows(text), strict=True)
     return [
-        text.attention_chunk_size if kind == "chunked_attention" else window
+        text.attention_chunk_size if kind == CHUNKED else window
         for kind, window in layers
         if kind not in WITHOUT_ATTENTION
     ]
+
+
+def attention_reaches(text: PreTrainedConfig) -> dict[tuple[int | None, int | None], None]:
+    """The windows and chunks of the layers with attention, each once: what plans there must be."""
+    layers = zip(layer_kinds(text), layer_windows(text), strict=True)
+    return dict.fromkeys(
+        (None, text.attention_chunk_size) if kind == CHUNKED else (window, None)
+        for kind, window in layers
+        if kind not in WITHOUT_ATTENTION
+    )
 
 
 def head_widths(text: PreTrainedConfig) -> tuple[int, int]:

@@ -134,6 +134,7 @@ class TreePlan:
         return seen
 
 
+@torch.compiler.disable  # a graph breaks here: what is found out is Python
 def tree_plan(
     subtree_end: Tensor,
     *,
