@@ -44,6 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def use_tiles(monkeypatch: pytest.MonkeyPatch, *sizes: tuple[int, int], edge: int = 16) -> None:
     """Tiles of forward, dQ and dK/dV."""
     tiles = dict(zip(("forward", "backward_q", "backward_kv"), sizes, strict=True))
+    tiles["backward_kv_few"] = tiles["backward_kv"]
     monkeypatch.setattr(implementation, "configuration", lambda kernel, *_: Tiles(*tiles[kernel], 4, 1))
     monkeypatch.setattr(implementation, "EDGE", edge)
 
@@ -227,6 +228,49 @@ def test_grouped_queries(small, heads, key_heads, dtype) -> None:
     check(end, *inputs(end, heads=heads, key_heads=key_heads, dtype=dtype))
 
 
+@pytest.mark.parametrize(("limit", "parts"), [(None, 6), (3, 3), (2, 2), (0, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_memory_for_shares_of_query_heads_is_bounded(small, monkeypatch, limit, parts, dtype) -> None:
+    """Where not all six query heads of a key head get a share of their own, several take turns; the same bits every time."""
+    end = pack(comb(9, 2, 2, 9))
+    q, k, v = inputs(end, heads=12, key_heads=2, dtype=dtype)
+    share_bytes = 4 * 2 * len(end) * (16 + 16)
+    if limit is not None:
+        monkeypatch.setattr(implementation, "SHARES_BYTES", limit * share_bytes)
+    assert implementation.shares_of_a_key_head(6, share_bytes) == parts
+    got = results(q, k, v, end)
+    assert_close(got, reference(q, k, v, end), TOLERANCE[dtype])
+    assert all(torch.equal(a, b) for a, b in zip(results(q, k, v, end), got, strict=True))
+
+
+def test_few_programs_take_smaller_blocks_of_keys(monkeypatch) -> None:
+    """Of 132 processors four programs each: 64 query heads over nine blocks of 128 keys are enough, over eight they are not."""
+    asked: list[str] = []
+
+    def tiles(kernel: str, *_: Any) -> Tiles:
+        asked.append(kernel)
+        return Tiles(32, 128, 4, 1)
+
+    monkeypatch.setattr(implementation, "configuration", tiles)
+    monkeypatch.setattr(implementation.kernels, "backward_kv", NoKernel())
+    monkeypatch.setattr(implementation.kernels, "sum_parts", NoKernel())
+    monkeypatch.setattr(implementation, "_processors", lambda _: 132)
+    for length, few in ((1152, False), (1024, True)):
+        asked.clear()
+        k = torch.empty(1, length, 16, device=DEVICE)
+        q, lse = k.expand(64, -1, -1), torch.empty(64, length, device=DEVICE)
+        plan = tree_plan(torch.full((length,), length, device=DEVICE))
+        implementation._run_backward_kv(q, q, k, k, lse, lse, k, k, plan, 1.0, None)
+        assert ("backward_kv_few" in asked) == few
+
+
+class NoKernel:
+    """Launched, it does nothing."""
+
+    def __getitem__(self, _: Any) -> Any:
+        return lambda *_, **__: None
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"window": 9, "softcap": 2.0}, {"query_index": torch.tensor([41, 3, 20, 3])}], ids=str
 )
@@ -394,7 +438,7 @@ def test_gradients_are_differentiable_once(small) -> None:
     end = pack((5, (3,)))
     q, k, v = inputs(end)
     (dq,) = torch.autograd.grad(tree_attention(q, k, v, end.to(DEVICE)).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         dq.sum().backward()
 
 
@@ -423,13 +467,19 @@ def test_one_plan_serves_every_layer_without_parts_and_without_waiting(small, mo
     gradient = upstream(q).to(q)
 
     def layer() -> tuple[Tensor, ...]:
-        out = tree_attention(q, k, v, None, plan=plan, **options)
-        return (out, *torch.autograd.grad(out, (q, k, v), gradient))
+        """What the operators call: a dispatch mode does not see into them."""
+        found = planning.plan_of(plan.handle)
+        out, lse = implementation.forward(q, k, v, None, found, 0.25, None)
+        return (out, *implementation.backward(gradient, q, k, v, None, out, lse, found, 0.25, None)[:3])
 
-    with waiting_refused(), Calls() as calls:
+    with waiting_refused(), torch.no_grad(), Calls() as calls:
         got = layer()
         first = len(calls.names)
         again = layer()
+    with waiting_refused():
+        whole = tree_attention(q, k, v, None, plan=plan, **options)
+        whole = (whole, *torch.autograd.grad(whole, (q, k, v), gradient))
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
     assert not {"aten._local_scalar_dense", "aten.nonzero", "aten.equal"} & set(calls.names)
     assert "aten.sort" in calls.names[:first] and "aten.sort" not in calls.names[first:]
     assert_close(got, reference(q, k, v, end, **options), 1e-5)
@@ -437,6 +487,28 @@ def test_one_plan_serves_every_layer_without_parts_and_without_waiting(small, mo
     assert calls.largest <= max(q.nbytes, 5 * 8 * len(end)) < 4 * len(end) ** 2, (
         "something of size queries times keys exists"
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"window": 200}, {"chunk": 9}], ids=str)
+def test_a_trusted_plan_is_made_without_waiting(small, options) -> None:
+    """The same plan, and out of order queries too; where nothing says how long the paths are, a window is taken to cut."""
+    end = pack(comb(30, 2, 3, 9), (20,)).to(DEVICE)
+    index = torch.randperm(len(end), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for given in ({}, {"depth": tree_plan(end).depth}, {"query_index": index}):
+        expected = tree_plan(end, **options, **given)
+        with waiting_refused(), Calls() as calls:
+            plan = tree_plan(end, **options, **given, trusted=True, longest_path=48)
+            unknown = tree_plan(end, **options, **given, trusted=True)
+        assert not {"aten._local_scalar_dense", "aten.nonzero", "aten.equal"} & set(calls.names)
+        assert plan.window_cuts == expected.window_cuts and unknown.window_cuts == bool(options)
+        for name in ("subtree_end", "depth", "origin", "position"):
+            assert torch.equal(getattr(plan, name), getattr(expected, name)), name
+    q, k, v = inputs(end)
+    expected = results(q, k, v, end, plan=tree_plan(end, **options), **options)
+    got = results(q, k, v, end, plan=tree_plan(end, **options, trusted=True), **options)
+    assert_close(got, tuple(x.double() for x in expected), 1e-5)
+    with pytest.raises(ValueError, match="depth has 3 entries"):
+        tree_plan(end, depth=torch.arange(3), trusted=True)
 
 
 @contextmanager
@@ -539,8 +611,8 @@ def test_what_the_kernels_cannot_compute_is_refused(monkeypatch) -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
 def test_there_is_a_configuration_for_everything(capability) -> None:
-    for kernel in ("forward", "backward_q", "backward_kv"):
+    for kernel, windowed in itertools.product(("forward", "backward_q", "backward_kv", "backward_kv_few"), (False, True)):
         for block_d in (16, 32, 64, 128, 256):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                tiles = configuration(kernel, block_d, dtype, capability)
+                tiles = configuration(kernel, block_d, dtype, capability, windowed)
                 assert tiles.block_m >= 16 and tiles.block_n >= 16 and tiles.block_m % min(32, tiles.block_m) == 0

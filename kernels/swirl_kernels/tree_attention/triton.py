@@ -32,20 +32,24 @@ class Tiles:
     num_stages: int
 
 
-def configuration(kernel: str, block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """Tiles of `kernel` ("forward", "backward_q", "backward_kv") for head dimensions padded to at most block_d.
+def configuration(
+    kernel: str, block_d: int, dtype: torch.dtype, capability: tuple[int, int], windowed: bool = False
+) -> Tiles:
+    """Tiles of `kernel` ("forward", "backward_q", "backward_kv", "backward_kv_few") for head dimensions padded to at most block_d.
 
-    A plain function of these, so that the bits of a result do not depend on a timing. Chosen for what compiles without
-    spills (`python -m swirl_kernels.aot`) within 227 KB of shared memory on compute capability 9.0 and 10.0 and within
-    99 KB on all others. 64 keys in the walk rather than 128: runs of ancestors are short, and a tile is cut where one
-    begins.
+    _few: where wider blocks of keys would be too few programs. A plain function of these, so that the bits of a result do not depend on
+    a timing. Chosen for what compiles without spills, on 9.0 without products that wait for each other (`python -m swirl_kernels.aot`),
+    within 227 KB of shared memory on compute capability 9.0 and 10.0 and within 99 KB on all others. 64 keys in the walk rather than
+    128: runs of ancestors are short, and a tile is cut where one begins.
     """
-    size = 64 if block_d <= 64 else block_d
+    size, plain = 64 if block_d <= 64 else block_d, kernel.removesuffix("_few")
     if dtype == torch.float32:
-        return _FP32[kernel, size]
+        return _FP32[plain, size]
     if capability not in ((9, 0), (10, 0)):
-        return _SMALL[kernel, size]
-    return _BLACKWELL.get((kernel, size), _LARGE[kernel, size]) if capability == (10, 0) else _LARGE[kernel, size]
+        return _SMALL[plain, size]
+    special = _HOPPER if capability == (9, 0) else _BLACKWELL
+    names = (*((kernel + "_windowed",) if windowed else ()), kernel, plain)
+    return next((special[name, size] for name in names if (name, size) in special), _LARGE[plain, size])
 
 
 _LARGE = {
@@ -58,6 +62,16 @@ _LARGE = {
     ("backward_kv", 64): Tiles(64, 128, 8, 2),
     ("backward_kv", 128): Tiles(64, 128, 8, 2),
     ("backward_kv", 256): Tiles(64, 64, 8, 2),
+}
+_HOPPER = {
+    ("forward", 128): Tiles(64, 64, 4, 2),  # two programs a processor, as for dQ
+    ("forward", 256): Tiles(64, 32, 4, 2),
+    ("backward_q", 128): Tiles(64, 64, 4, 2),
+    ("backward_q", 256): Tiles(64, 32, 4, 2),
+    ("backward_kv_few", 64): Tiles(64, 64, 4, 2),
+    ("backward_kv_few", 128): Tiles(64, 64, 4, 2),
+    ("backward_kv_windowed", 128): Tiles(64, 128, 8, 1),  # what a window may skip cannot be loaded ahead
+    ("backward_kv_few_windowed", 128): Tiles(64, 64, 4, 1),
 }
 _BLACKWELL = {("backward_kv", 128): Tiles(64, 64, 8, 2), ("backward_kv", 256): Tiles(64, 64, 8, 1)}
 _SMALL = {
@@ -139,7 +153,7 @@ def _run_forward(
     lse = torch.empty(heads, num_queries, dtype=torch.float32, device=q.device)
     if num_queries == 0:
         return out, lse
-    tree, (tiles, dims) = tree_of(plan), _tiles("forward", q, v)
+    tree, (tiles, dims) = tree_of(plan), _tiles("forward", q, v, plan)
     counts = query_blocks(plan, tiles.block_m, tiles.block_n)
     logits = None if sinks is None else sinks.float().contiguous()
     kernels.forward[(len(counts), heads)](
@@ -167,7 +181,7 @@ def _run_backward(
     delta = torch.empty_like(lse)
     if num_queries == 0:
         return dq, dk.zero_(), dv.zero_(), delta
-    tree, (tiles, dims) = tree_of(plan), _tiles("backward_q", q, v)
+    tree, (tiles, dims) = tree_of(plan), _tiles("backward_q", q, v, plan)
     counts = query_blocks(plan, tiles.block_m, tiles.block_n)
     kernels.backward_q[(len(counts), heads)](
         dout, q, k, v, out, lse, delta, dq,
@@ -192,35 +206,37 @@ def _run_backward_kv(
     scale: float,
     softcap: float | None,
 ) -> None:
-    """Fills dk and dv. A program per query head writes its share in fp32, and they are added up in the order of heads."""
+    """Fills dk and dv, by way of fp32 shares where a key head has several query heads."""
     (key_heads, num_keys, _), group = k.shape, q.shape[0] // k.shape[0]
     parts = shares_of_a_key_head(group, key_heads * num_keys * (k.shape[2] + v.shape[2]) * 4)
-    tiles, dims = _tiles("backward_kv", q, v)
+    tiles, dims = _tiles("backward_kv", q, v, plan)
     if triton.cdiv(num_keys, tiles.block_n) * key_heads * parts < 4 * _processors(q):
-        tiles, dims = _tiles("backward_kv_few", q, v)
+        tiles, dims = _tiles("backward_kv_few", q, v, plan)
     edge_m = min(EDGE, tiles.block_m)
     ranges, shallowest = key_blocks(plan, tiles.block_m, edge_m, tiles.block_n)
-    tree, (dk_, dv_) = tree_of(plan), (dk, dv)
-    if parts > 1:
-        dk_, dv_ = (x.new_empty(key_heads * parts, num_keys, x.shape[2], dtype=torch.float32) for x in (dk, dv))
-    kernels.backward_kv[(len(ranges), key_heads * parts)](
-        dout, q, k, v, lse, delta, dk_, dv_,
-        ranges, shallowest, tree.end, tree.depth, tree.position, tree.query_depth,
-        *_strides(dout, q, k, v, dk_, dv_), plan.num_queries, num_keys, parts, scale, softcap, tree.window,
-        group // parts, *dims, tiles.block_m, edge_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
-    for shares, total in ((dk_, dk), (dv_, dv)) if parts > 1 else ():
+    tree, shares = tree_of(plan), (dk, dv)
+    if group > 1:
+        shares = tuple(x.new_empty(key_heads * parts, num_keys, x.shape[2], dtype=torch.float32) for x in (dk, dv))
+    for turn in range(group // parts):
+        kernels.backward_kv[(len(ranges), key_heads * parts)](
+            dout, q, k, v, lse, delta, *shares,
+            ranges, shallowest, tree.end, tree.depth, tree.position, tree.query_depth,
+            *_strides(dout, q, k, v, *shares), plan.num_queries, num_keys, parts, group // parts, turn, scale, softcap, tree.window,
+            turn > 0, *dims, tiles.block_m, edge_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    for share, total in zip(shares, (dk, dv), strict=True) if group > 1 else ():
         width = total.shape[2]
         kernels.sum_parts[(triton.cdiv(num_keys, SUMMED), key_heads)](
-            shares, total, *_strides(shares, total), parts, num_keys, width, triton.next_power_of_2(width), SUMMED
+            share, total, *_strides(share, total), parts, num_keys, width, triton.next_power_of_2(width), SUMMED
         )
 
 
 def shares_of_a_key_head(group: int, share_bytes: int) -> int:
-    """Programs that the query heads of a key head are dealt to, a divisor of their number. share_bytes: of one share of all key heads.
+    """Among how many shares of dK and dV the `group` query heads of a key head are dealt, a divisor of their number. share_bytes: of one
+    share of every key head.
 
-    As many as there are heads, where their shares fit into SHARES_BYTES: a program per key head would be too few programs, the longest
-    of which are several times the mean (a comb of 8,040 tokens and 2 key heads: 126 on 132 processors, 3.5 times).
+    One a query head, where they fit into SHARES_BYTES. A program per key head would be too few, the longest of which are several times
+    the mean: a comb of 8,040 tokens and 2 key heads has 126 on an H200's 132 processors, 3.5 times.
     """
     return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * share_bytes <= SHARES_BYTES))
 
@@ -235,9 +251,9 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [x.stride(i) for x in tensors for i in (0, 1)]
 
 
-def _tiles(kernel: str, q: Tensor, v: Tensor) -> tuple[Tiles, tuple[int, int, int, int]]:
+def _tiles(kernel: str, q: Tensor, v: Tensor, plan: TreePlan) -> tuple[Tiles, tuple[int, int, int, int]]:
     """And D, V, each followed by what it is padded to."""
     dims = [n for x in (q, v) for n in (x.shape[2], max(16, triton.next_power_of_2(x.shape[2])))]
     # The interpreter takes the tiles of an H100.
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    return configuration(kernel, max(dims), q.dtype, capability), (dims[0], dims[1], dims[2], dims[3])
+    return configuration(kernel, max(dims), q.dtype, capability, plan.window_cuts), (dims[0], dims[1], dims[2], dims[3])
