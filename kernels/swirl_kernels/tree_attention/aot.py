@@ -52,7 +52,7 @@ def _cases(
     targets: dict[Tiles, list[int]] = {}
     name = kernel.fn.__name__ + "_few" * (variant == "few")
     for target in (80, 90, 100):
-        tiles = configuration(name, next_power_of_2(dim), dtype, divmod(target, 10), "window" in option)
+        tiles = configuration(name, next_power_of_2(dim), dtype, divmod(target, 10))
         targets.setdefault(tiles, []).append(target)
     for tiles, shared_by in targets.items():
         yield _case(kernel, dtype, dim, tiles, option, tuple(shared_by), values, variant)

@@ -32,9 +32,7 @@ class Tiles:
     num_stages: int
 
 
-def configuration(
-    kernel: str, block_d: int, dtype: torch.dtype, capability: tuple[int, int], windowed: bool = False
-) -> Tiles:
+def configuration(kernel: str, block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """Tiles of `kernel` ("forward", "backward_q", "backward_kv", "backward_kv_few") for head dimensions padded to at most block_d.
 
     _few: where wider blocks of keys would be too few programs. A plain function of these, so that the bits of a result do not depend on
@@ -48,8 +46,7 @@ def configuration(
     if capability not in ((9, 0), (10, 0)):
         return _SMALL[plain, size]
     special = _HOPPER if capability == (9, 0) else _BLACKWELL
-    names = (*((kernel + "_windowed",) if windowed else ()), kernel, plain)
-    return next((special[name, size] for name in names if (name, size) in special), _LARGE[plain, size])
+    return special.get((kernel, size)) or special.get((plain, size)) or _LARGE[plain, size]
 
 
 _LARGE = {
@@ -70,8 +67,6 @@ _HOPPER = {
     ("backward_q", 256): Tiles(64, 32, 4, 2),
     ("backward_kv_few", 64): Tiles(64, 64, 4, 2),
     ("backward_kv_few", 128): Tiles(64, 64, 4, 2),
-    ("backward_kv_windowed", 128): Tiles(64, 128, 8, 1),  # what a window may skip cannot be loaded ahead
-    ("backward_kv_few_windowed", 128): Tiles(64, 64, 4, 1),
 }
 _BLACKWELL = {("backward_kv", 128): Tiles(64, 64, 8, 2), ("backward_kv", 256): Tiles(64, 64, 8, 1)}
 _SMALL = {
@@ -153,7 +148,7 @@ def _run_forward(
     lse = torch.empty(heads, num_queries, dtype=torch.float32, device=q.device)
     if num_queries == 0:
         return out, lse
-    tree, (tiles, dims) = tree_of(plan), _tiles("forward", q, v, plan)
+    tree, (tiles, dims) = tree_of(plan), _tiles("forward", q, v)
     counts = query_blocks(plan, tiles.block_m, tiles.block_n)
     logits = None if sinks is None else sinks.float().contiguous()
     kernels.forward[(len(counts), heads)](
@@ -181,7 +176,7 @@ def _run_backward(
     delta = torch.empty_like(lse)
     if num_queries == 0:
         return dq, dk.zero_(), dv.zero_(), delta
-    tree, (tiles, dims) = tree_of(plan), _tiles("backward_q", q, v, plan)
+    tree, (tiles, dims) = tree_of(plan), _tiles("backward_q", q, v)
     counts = query_blocks(plan, tiles.block_m, tiles.block_n)
     kernels.backward_q[(len(counts), heads)](
         dout, q, k, v, out, lse, delta, dq,
@@ -209,9 +204,9 @@ def _run_backward_kv(
     """Fills dk and dv, by way of fp32 shares where a key head has several query heads."""
     (key_heads, num_keys, _), group = k.shape, q.shape[0] // k.shape[0]
     parts = shares_of_a_key_head(group, key_heads * num_keys * (k.shape[2] + v.shape[2]) * 4)
-    tiles, dims = _tiles("backward_kv", q, v, plan)
+    tiles, dims = _tiles("backward_kv", q, v)
     if triton.cdiv(num_keys, tiles.block_n) * key_heads * parts < 4 * _processors(q):
-        tiles, dims = _tiles("backward_kv_few", q, v, plan)
+        tiles, dims = _tiles("backward_kv_few", q, v)
     edge_m = min(EDGE, tiles.block_m)
     ranges, shallowest = key_blocks(plan, tiles.block_m, edge_m, tiles.block_n)
     tree, shares = tree_of(plan), (dk, dv)
@@ -251,9 +246,9 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [x.stride(i) for x in tensors for i in (0, 1)]
 
 
-def _tiles(kernel: str, q: Tensor, v: Tensor, plan: TreePlan) -> tuple[Tiles, tuple[int, int, int, int]]:
+def _tiles(kernel: str, q: Tensor, v: Tensor) -> tuple[Tiles, tuple[int, int, int, int]]:
     """And D, V, each followed by what it is padded to."""
     dims = [n for x in (q, v) for n in (x.shape[2], max(16, triton.next_power_of_2(x.shape[2])))]
     # The interpreter takes the tiles of an H100.
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    return configuration(kernel, max(dims), q.dtype, capability, plan.window_cuts), (dims[0], dims[1], dims[2], dims[3])
+    return configuration(kernel, max(dims), q.dtype, capability), (dims[0], dims[1], dims[2], dims[3])
