@@ -230,16 +230,15 @@ def test_grouped_queries(small, heads, key_heads, dtype) -> None:
     check(end, *inputs(end, heads=heads, key_heads=key_heads, dtype=dtype))
 
 
-@pytest.mark.parametrize(("limit", "parts"), [(None, 6), (3, 3), (2, 2), (0, 1)])
+@pytest.mark.parametrize(("limit", "parts"), [(4, 4), (3, 2), (0, 1)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_memory_for_shares_of_query_heads_is_bounded(small, monkeypatch, limit, parts, dtype) -> None:
-    """Where not all six query heads of a key head get a share of their own, several take turns; the same bits every time."""
-    end = pack(comb(9, 2, 2, 9))
-    q, k, v = inputs(end, heads=12, key_heads=2, dtype=dtype)
-    share_bytes = 4 * 2 * len(end) * (16 + 16)
-    if limit is not None:
-        monkeypatch.setattr(implementation, "SHARES_BYTES", limit * share_bytes)
-    assert implementation.shares_of_a_key_head(6, share_bytes) == parts
+    """Where not all four query heads of a key head get a share of their own, several take turns; the same bits every time."""
+    end = pack((9, (5,), (4, (6,))))
+    q, k, v = inputs(end, heads=4, key_heads=1, dtype=dtype)
+    share_bytes = 4 * len(end) * (16 + 16)
+    monkeypatch.setattr(implementation, "SHARES_BYTES", limit * share_bytes)
+    assert implementation.shares_of_a_key_head(4, share_bytes) == parts
     got = results(q, k, v, end)
     assert_close(got, reference(q, k, v, end), TOLERANCE[dtype])
     assert all(torch.equal(a, b) for a, b in zip(results(q, k, v, end), got, strict=True))
@@ -466,11 +465,10 @@ def test_one_plan_serves_every_layer_without_parts_and_without_waiting(small, mo
     end = pack(comb(30, 2, 3, 9), (20,))
     q, k, v = inputs(end)
     plan = tree_plan(end.to(DEVICE), **options)
-    gradient = upstream(q).to(q)
+    gradient, found = upstream(q).to(q), planning.plan_of(plan.handle)
 
     def layer() -> tuple[Tensor, ...]:
         """What the operators call: a dispatch mode does not see into them."""
-        found = planning.plan_of(plan.handle)
         out, lse = implementation.forward(q, k, v, None, found, 0.25, None)
         return (out, *implementation.backward(gradient, q, k, v, None, out, lse, found, 0.25, None)[:3])
 
@@ -505,10 +503,10 @@ def test_a_trusted_plan_is_made_without_waiting(small, options) -> None:
         assert plan.window_cuts == expected.window_cuts and unknown.window_cuts == bool(options)
         for name in ("subtree_end", "depth", "origin", "position"):
             assert torch.equal(getattr(plan, name), getattr(expected, name)), name
-    q, k, v = inputs(end)
-    expected = results(q, k, v, end, plan=tree_plan(end, **options), **options)
-    got = results(q, k, v, end, plan=tree_plan(end, **options, trusted=True), **options)
-    assert_close(got, tuple(x.double() for x in expected), 1e-5)
+    if unknown.window_cuts and not expected.window_cuts:  # the kernels take another way
+        q, k, v = inputs(end)
+        plan = tree_plan(end, **options, trusted=True)
+        assert_close(results(q, k, v, end, plan=plan, **options), reference(q, k, v, end, **options), 1e-5)
     with pytest.raises(ValueError, match="depth has 3 entries"):
         tree_plan(end, depth=torch.arange(3), trusted=True)
 
