@@ -82,6 +82,15 @@ def compare(
     return Agreement(gap, _together(of_difference) / max(whole, 1e-30), shares.get(worst, 0.0), worst)
 
 
+def refuse_untold_windows(policy: Policy, device: torch.device | str = "cpu", longest_path: int = 0) -> None:
+    """What a compiled policy cannot see of itself: raises ConfigError for a window shorter than longest_path (0: no path) that a layer's
+    attention is not told. One small forward, not compiled; collective for a sharded policy."""
+    packed = DeviceComb.of(pack([small_tree(policy)]), device)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        policy(packed)
+    refuse_lost_window(policy.model.config, packed.told, longest_path)
+
+
 def refuse_disagreement(agreement: Agreement, model_type: str, dtype: torch.dtype, padded: bool = False) -> None:
     """Raises ConfigError, with the numbers, for gaps above the limits of matrix products in `dtype`. padded: the policy's kind of rows."""
     logprob, gradient = LIMITS[dtype]

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from swirl_fast.config import ConfigError
 
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # one thing, by model type
-_CHUNKED = "chunked_attention"
-_ATTENTION = {"full_attention", "sliding_attention", _CHUNKED, "attention"}
+CHUNKED = "chunked_attention"
+_ATTENTION = {"full_attention", "sliding_attention", CHUNKED, "attention"}
 WITHOUT_ATTENTION = {"linear_attention", "mamba", "conv", "recurrent", "mlp", "moe"}
 _LOGIT_SCALES = ("logit_scale", "logits_scaling")  # one thing, by model type
 _MULTIPLIED_BY = {
@@ -77,14 +77,14 @@ def attention_chunk(attention: nn.Module) -> int | None:
     alone, so it is read from the configuration."""
     layer: Any = attention
     kinds = getattr(getattr(layer, "config", None), "layer_types", None) or ()
-    if _CHUNKED not in kinds or kinds[layer.layer_idx] != _CHUNKED:
+    if CHUNKED not in kinds or kinds[layer.layer_idx] != CHUNKED:
         return None
     return int(layer.config.attention_chunk_size)
 
 
 def why_not_flash(model_config: PreTrainedConfig) -> str | None:
     """What flash-attn lacks for this model, as half a sentence; None when it has all."""
-    if _CHUNKED in (getattr(model_config.get_text_config(), "layer_types", None) or ()):
+    if CHUNKED in (getattr(model_config.get_text_config(), "layer_types", None) or ()):
         return "flash-attn has no chunks"
     return "flash-attn has no attention sinks" if model_config.model_type == "gpt_oss" else None
 

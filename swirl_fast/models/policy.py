@@ -19,6 +19,7 @@ from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.tree import Comb
 from swirl_fast.config import ConfigError
 from swirl_fast.models.exact import (
+    CHUNKED,
     WITHOUT_ATTENTION,
     attention_chunk,
     layer_kinds,
@@ -50,7 +51,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 class DeviceComb:
     """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64; longest_path: tokens
     of the longest path from the root. row_ends: int32 [R + 1], `cu_seqlens` of a forest of R rows for flash-attn; None: tree attention.
-    told: layer -> the sliding window that its attention was told in the last forward.
+    told: layer -> the sliding window that its attention was told in the last forward; compiled: some layer was, which tells nothing.
 
     What tree attention derives from the packing is made once for each window (or chunk) and kept for all layers. No dataclass: FSDP copies
     those before every layer, and the copies would keep it for themselves.
@@ -71,6 +72,7 @@ class DeviceComb:
         self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
         self.longest_path, self.row_ends = longest_path, row_ends
         self.told: dict[int, int | None] = {}
+        self.compiled = False
         self.routing: Routing | None = None  # by the rollout engine
         self._plans: dict[tuple[int | None, int | None], TreePlan] = {}  # by sliding window and chunk
 
@@ -78,9 +80,12 @@ class DeviceComb:
     def of(
         cls, comb: Comb, device: torch.device | str = "cpu", windows: Iterable[int | None] = (), flash: bool = False
     ) -> DeviceComb:
-        """windows: of the model's layers. Their plans are made here, where the host may wait for the device; that of any other window
-        when a layer first asks. flash: use flash-attn where nothing branches."""
+        """windows: of the model's layers. Their plans are made here, that of any other window when a layer first asks, and none waits for
+        the device: the comb is checked here, on the CPU. flash: use flash-attn where nothing branches.
+
+        Raises ValueError for a comb that is no preorder walk."""
         ends = comb.row_ends() if flash else None
+        tree_plan(torch.from_numpy(comb.subtree_end_T), depth=torch.from_numpy(comb.depth_T), window=1)
         row = cls(
             tokens_1T=torch.from_numpy(comb.tokens_T).long().to(device)[None],
             depth_1T=torch.from_numpy(comb.depth_T).long().to(device)[None],
@@ -98,12 +103,16 @@ class DeviceComb:
     def plan(self, window: int | None, chunk: int | None = None) -> TreePlan:
         if (window, chunk) not in self._plans:
             self._plans[window, chunk] = tree_plan(
-                self.subtree_end_T, depth=self.depth_1T[0], window=window, chunk=chunk
+                self.subtree_end_T,
+                depth=self.depth_1T[0],
+                window=window,
+                chunk=chunk,
+                trusted=True,
+                longest_path=self.longest_path,
             )
         return self._plans[window, chunk]
 
 
-@torch.compiler.disable  # a compiled layer breaks its graph here: the plan is Python, and the kernels are compiled already
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -132,7 +141,10 @@ def _attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which tree attention does not know: training over "
             "shared prefixes would not be exact; use another model"
         )
-    packed.told[getattr(module, "layer_idx", len(packed.told))] = sliding_window
+    if torch.compiler.is_compiling():  # a graph that knew the number of its layer would be the graph of that layer alone
+        packed.compiled = True
+    else:
+        packed.told[getattr(module, "layer_idx", len(packed.told))] = sliding_window
     chunk = attention_chunk(module)
     if packed.row_ends is not None:
         assert s_aux is None and chunk is None, "flash-attn has neither sinks nor chunks"
@@ -143,6 +155,7 @@ def _attention(
     return out.transpose(0, 1).contiguous()[None], None
 
 
+@torch.compiler.disable  # a compiled layer breaks its graph here
 def _flash_attention(
     q: Tensor, k: Tensor, v: Tensor, packed: DeviceComb, scale: float | None, softcap: float | None, window: int | None
 ) -> Tensor:
@@ -211,6 +224,7 @@ class Policy(nn.Module):
         self.logit_scale = logit_scale(model.config)
         self.softcap = next((cap for key in _SOFTCAPS if (cap := getattr(text, key, None))), None)
         self.longest_path = longest_exact_path(model.config)
+        self._reaches = attention_reaches(text)
 
     def forward(self, packed: DeviceComb) -> Tensor:
         """Log-probs [N] float32 of the comb's predicted tokens, action after action; float64 for a float64 model.
@@ -246,13 +260,18 @@ class Policy(nn.Module):
     def _hidden(self, packed: DeviceComb) -> Tensor:
         """[T, H], of the last layer, normed."""
         packed.told.clear()
+        packed.compiled = False
+        if packed.row_ends is None:
+            for window, chunk in self._reaches:  # not inside of a compiled layer, which they would break
+                packed.plan(window, chunk)
         hidden_1TH = decoder_of(self.model)(
             input_ids=packed.tokens_1T,
             position_ids=packed.depth_1T,
             use_cache=False,
             packed=packed,
         ).last_hidden_state
-        refuse_lost_window(self.model.config, packed.told, packed.longest_path)
+        if not packed.compiled:
+            refuse_lost_window(self.model.config, packed.told, packed.longest_path)
         return hidden_1TH[0]
 
     def plain(self, tokens_RT: Tensor) -> Tensor:
@@ -286,10 +305,20 @@ def attention_windows(text: PreTrainedConfig) -> list[int | None]:
         return []
     layers = zip(layer_kinds(text), layer_windows(text), strict=True)
     return [
-        text.attention_chunk_size if kind == "chunked_attention" else window
+        text.attention_chunk_size if kind == CHUNKED else window
         for kind, window in layers
         if kind not in WITHOUT_ATTENTION
     ]
+
+
+def attention_reaches(text: PreTrainedConfig) -> dict[tuple[int | None, int | None], None]:
+    """The windows and chunks of the layers with attention, each once: what plans there must be."""
+    layers = zip(layer_kinds(text), layer_windows(text), strict=True)
+    return dict.fromkeys(
+        (None, text.attention_chunk_size) if kind == CHUNKED else (window, None)
+        for kind, window in layers
+        if kind not in WITHOUT_ATTENTION
+    )
 
 
 def head_widths(text: PreTrainedConfig) -> tuple[int, int]:

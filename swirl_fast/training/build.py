@@ -21,7 +21,7 @@ from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
-from swirl_fast.models.check import compare, refuse_disagreement, stored_alike
+from swirl_fast.models.check import compare, refuse_disagreement, refuse_untold_windows, stored_alike
 from swirl_fast.models.exact import context_of, refuse_inexact
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, resolve, stored_dtype
 from swirl_fast.models.lora import (
@@ -169,12 +169,14 @@ def _with_adapters(model: PreTrainedModel, config: Config) -> PreTrainedModel:
 
 
 def check_model(config: Config, ranks: Ranks, policy: Policy, longest_path: int) -> dict[str, float]:
-    """The metrics of training.check_model; none where it is false. Collective: all ranks compute the same tree, so that a sharded policy
+    """The metrics of training.check_model; none where it is false, but for what compiled layers do not tell. Collective: all ranks compute the same tree, so that a sharded policy
     is checked as it will be trained, with nothing held twice, and before reference and optimizer are there.
 
     longest_path: tokens of the longest path that there may be. Raises ConfigError for a model over which training would not be exact.
     """
     if not config.training.check_model:
+        if config.training.compile and not policy.padded:
+            refuse_untold_windows(policy, ranks.device, longest_path)
         return {}
     found = compare(policy, ranks.device, longest_path)
     in_float32 = not ranks.distributed and stored_alike(policy)

@@ -75,8 +75,11 @@ def prepare(policy: Policy, training: TrainingConfig) -> None:
         if training.offload_activations:
             _offload(policy)
     if training.compile:
+        # One graph for all layers alike and for rows of any length: lengths are unknown in it, and the numbers of the configuration
+        # (scales, epsilons), which would be unknown too, are not.
+        torch._dynamo.config.specialize_float = True
         for layer in decoder_layers(policy):
-            layer.compile()
+            layer.compile(dynamic=True)
 
 
 def _offload(policy: Policy) -> None:

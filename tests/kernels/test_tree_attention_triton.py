@@ -44,6 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def use_tiles(monkeypatch: pytest.MonkeyPatch, *sizes: tuple[int, int], edge: int = 16) -> None:
     """Tiles of forward, dQ and dK/dV."""
     tiles = dict(zip(("forward", "backward_q", "backward_kv"), sizes, strict=True))
+    tiles["backward_kv_few"] = tiles["backward_kv"]
     monkeypatch.setattr(implementation, "configuration", lambda kernel, *_: Tiles(*tiles[kernel], 4, 1))
     monkeypatch.setattr(implementation, "EDGE", edge)
 
@@ -173,8 +174,10 @@ def branches_every(gap: int, count: int, first: int) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("first", range(0, 32, 8))
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_branch_at_every_offset_of_the_shipped_tiles(first, dtype, options) -> None:
-    """Four offsets a tree: the 128 of a tile are o, o + 32, o + 64 and o + 96."""
+def test_branch_at_every_offset_of_the_shipped_tiles(monkeypatch, first, dtype, options) -> None:
+    """Four offsets a tree: the 128 of a tile are o, o + 32, o + 64 and o + 96. With a window in the tiles for few programs."""
+    if not options:
+        monkeypatch.setattr(implementation, "_processors", lambda _: 0)
     tiles = [configuration(kernel, 16, dtype, (9, 0)) for kernel in ("forward", "backward_q", "backward_kv")]
     assert max(max(t.block_m, t.block_n) for t in tiles) == 128, "the offsets below no longer cover a tile"
     for offset in range(first, first + 8):
@@ -225,6 +228,48 @@ def test_an_empty_packing_and_no_queries(small) -> None:
 def test_grouped_queries(small, heads, key_heads, dtype) -> None:
     end = pack(comb(20, 2, 2, 9))
     check(end, *inputs(end, heads=heads, key_heads=key_heads, dtype=dtype))
+
+
+@pytest.mark.parametrize(("limit", "parts"), [(4, 4), (3, 2), (0, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_memory_for_shares_of_query_heads_is_bounded(small, monkeypatch, limit, parts, dtype) -> None:
+    """Where not all four query heads of a key head get a share of their own, several take turns; the same bits every time."""
+    end = pack((9, (5,), (4, (6,))))
+    q, k, v = inputs(end, heads=4, key_heads=1, dtype=dtype)
+    share_bytes = 4 * len(end) * (16 + 16)
+    monkeypatch.setattr(implementation, "SHARES_BYTES", limit * share_bytes)
+    assert implementation.shares_of_a_key_head(4, share_bytes) == parts
+    got = results(q, k, v, end)
+    assert_close(got, reference(q, k, v, end), TOLERANCE[dtype])
+    assert all(torch.equal(a, b) for a, b in zip(results(q, k, v, end), got, strict=True))
+
+
+def test_few_programs_take_smaller_blocks_of_keys(monkeypatch) -> None:
+    """Of 132 processors four programs each: 64 query heads over nine blocks of 128 keys are enough, over eight they are not."""
+    asked: list[str] = []
+
+    def tiles(kernel: str, *_: Any) -> Tiles:
+        asked.append(kernel)
+        return Tiles(32, 128, 4, 1)
+
+    monkeypatch.setattr(implementation, "configuration", tiles)
+    monkeypatch.setattr(implementation.kernels, "backward_kv", NoKernel())
+    monkeypatch.setattr(implementation.kernels, "sum_parts", NoKernel())
+    monkeypatch.setattr(implementation, "_processors", lambda _: 132)
+    for length, few in ((1152, False), (1024, True)):
+        asked.clear()
+        k = torch.empty(1, length, 16, device=DEVICE)
+        q, lse = k.expand(64, -1, -1), torch.empty(64, length, device=DEVICE)
+        plan = tree_plan(torch.full((length,), length, device=DEVICE))
+        implementation._run_backward_kv(q, q, k, k, lse, lse, k, k, plan, 1.0, None)
+        assert ("backward_kv_few" in asked) == few
+
+
+class NoKernel:
+    """Launched, it does nothing."""
+
+    def __getitem__(self, _: Any) -> Any:
+        return lambda *_, **__: None
 
 
 @pytest.mark.parametrize(
@@ -394,7 +439,7 @@ def test_gradients_are_differentiable_once(small) -> None:
     end = pack((5, (3,)))
     q, k, v = inputs(end)
     (dq,) = torch.autograd.grad(tree_attention(q, k, v, end.to(DEVICE)).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         dq.sum().backward()
 
 
@@ -420,16 +465,21 @@ def test_one_plan_serves_every_layer_without_parts_and_without_waiting(small, mo
     end = pack(comb(30, 2, 3, 9), (20,))
     q, k, v = inputs(end)
     plan = tree_plan(end.to(DEVICE), **options)
-    gradient = upstream(q).to(q)
+    gradient, found = upstream(q).to(q), planning.plan_of(plan.handle)
 
     def layer() -> tuple[Tensor, ...]:
-        out = tree_attention(q, k, v, None, plan=plan, **options)
-        return (out, *torch.autograd.grad(out, (q, k, v), gradient))
+        """What the operators call: a dispatch mode does not see into them."""
+        out, lse = implementation.forward(q, k, v, None, found, 0.25, None)
+        return (out, *implementation.backward(gradient, q, k, v, None, out, lse, found, 0.25, None)[:3])
 
-    with waiting_refused(), Calls() as calls:
+    with waiting_refused(), torch.no_grad(), Calls() as calls:
         got = layer()
         first = len(calls.names)
         again = layer()
+    with waiting_refused():
+        whole = tree_attention(q, k, v, None, plan=plan, **options)
+        whole = (whole, *torch.autograd.grad(whole, (q, k, v), gradient))
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
     assert not {"aten._local_scalar_dense", "aten.nonzero", "aten.equal"} & set(calls.names)
     assert "aten.sort" in calls.names[:first] and "aten.sort" not in calls.names[first:]
     assert_close(got, reference(q, k, v, end, **options), 1e-5)
@@ -437,6 +487,28 @@ def test_one_plan_serves_every_layer_without_parts_and_without_waiting(small, mo
     assert calls.largest <= max(q.nbytes, 5 * 8 * len(end)) < 4 * len(end) ** 2, (
         "something of size queries times keys exists"
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"window": 200}, {"chunk": 9}], ids=str)
+def test_a_trusted_plan_is_made_without_waiting(small, options) -> None:
+    """The same plan, and out of order queries too; where nothing says how long the paths are, a window is taken to cut."""
+    end = pack(comb(30, 2, 3, 9), (20,)).to(DEVICE)
+    index = torch.randperm(len(end), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for given in ({}, {"depth": tree_plan(end).depth}, {"query_index": index}):
+        expected = tree_plan(end, **options, **given)
+        with waiting_refused(), Calls() as calls:
+            plan = tree_plan(end, **options, **given, trusted=True, longest_path=48)
+            unknown = tree_plan(end, **options, **given, trusted=True)
+        assert not {"aten._local_scalar_dense", "aten.nonzero", "aten.equal"} & set(calls.names)
+        assert plan.window_cuts == expected.window_cuts and unknown.window_cuts == bool(options)
+        for name in ("subtree_end", "depth", "origin", "position"):
+            assert torch.equal(getattr(plan, name), getattr(expected, name)), name
+    if unknown.window_cuts and not expected.window_cuts:  # the kernels take another way
+        q, k, v = inputs(end)
+        plan = tree_plan(end, **options, trusted=True)
+        assert_close(results(q, k, v, end, plan=plan, **options), reference(q, k, v, end, **options), 1e-5)
+    with pytest.raises(ValueError, match="depth has 3 entries"):
+        tree_plan(end, depth=torch.arange(3), trusted=True)
 
 
 @contextmanager
@@ -539,7 +611,7 @@ def test_what_the_kernels_cannot_compute_is_refused(monkeypatch) -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
 def test_there_is_a_configuration_for_everything(capability) -> None:
-    for kernel in ("forward", "backward_q", "backward_kv"):
+    for kernel in ("forward", "backward_q", "backward_kv", "backward_kv_few"):
         for block_d in (16, 32, 64, 128, 256):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 tiles = configuration(kernel, block_d, dtype, capability)

@@ -20,7 +20,7 @@ from swirl_fast.config import ConfigError
 from swirl_fast.config.schema import LoraConfig
 from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.engines.local.engine import LocalEngine
-from swirl_fast.models.check import LIMITS, Agreement, compare, refuse_disagreement, small_tree
+from swirl_fast.models.check import LIMITS, Agreement, compare, refuse_disagreement, refuse_untold_windows, small_tree
 from swirl_fast.models.exact import refuse_inexact
 from swirl_fast.models.lora import add_adapters, keep_frozen_in
 from swirl_fast.models.policy import ATTENTION, DeviceComb, Policy
@@ -70,8 +70,9 @@ def test_a_window_that_attention_is_not_told_is_refused(what: str) -> None:
         engine = LocalEngine(model(name, **settings), max_sequences=2, cache_tokens=64)
         assert re.search(message, engine.uncached or ""), "decoded by its own generate"
     policy = Policy(model(name, **settings))
-    with pytest.raises(ConfigError, match=f"model type .*{message}.*training.sharing=false"):
-        policy(DeviceComb.of(pack([small_tree(policy)])))
+    for call in (lambda: policy(DeviceComb.of(pack([small_tree(policy)]))), lambda: refuse_untold_windows(policy)):
+        with pytest.raises(ConfigError, match=f"model type .*{message}.*training.sharing=false"):
+            call()
 
 
 def test_what_only_the_check_sees_is_refused() -> None:
@@ -86,10 +87,13 @@ def test_a_window_beyond_every_path_is_accepted() -> None:
     policy = Policy(model("Phimoe", **PHIMOE, sliding_window=1000))
     assert compare(policy).logprob_gap < 1e-5
     assert compare(policy, longest_path=1000).logprob_gap < 1e-5
+    refuse_untold_windows(policy, longest_path=1000)
     with pytest.raises(
         ConfigError, match="window of 1000 tokens.*may have 1001 tokens.*sharing=false .*max_path_tokens"
     ):
         compare(policy, longest_path=1001)
+    with pytest.raises(ConfigError, match="window of 1000 tokens.*may have 1001 tokens"):
+        refuse_untold_windows(policy, longest_path=1001)
 
 
 @pytest.mark.parametrize(

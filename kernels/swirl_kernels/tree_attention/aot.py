@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from triton import next_power_of_2
 
-from swirl_kernels.aot.case import AotCase
+from swirl_kernels.aot.case import AotCase, Stream
 from swirl_kernels.tree_attention.blocks import count_tiles
-from swirl_kernels.tree_attention.kernels import backward_kv, backward_q, forward
-from swirl_kernels.tree_attention.triton import EDGE, Tiles, configuration
+from swirl_kernels.tree_attention.kernels import backward_kv, backward_q, forward, sum_parts
+from swirl_kernels.tree_attention.triton import EDGE, SUMMED, Tiles, configuration
 
 OPTIONS = ("", "softcap", "window", "softcap window", "query_index")  # what a kernel is compiled for separately
 _OUTSIDE = "none of it inside a loop over tiles"
@@ -36,17 +36,26 @@ def aot_cases() -> list[AotCase]:
                     cases += [case for option in options for case in _cases(kernel, dtype, dim, option)]
         cases += _cases(kernel, torch.bfloat16, 192, "", values=128)
     cases += [case for dim in (64, 128) for case in _cases(forward, torch.bfloat16, dim, "window sinks")]
+    for dim in (64, 128, 256):
+        for variant in ("added", "direct"):
+            cases += _cases(backward_kv, torch.bfloat16, dim, "", variant=variant)
+        cases.append(_case(sum_parts, torch.bfloat16, dim, Tiles(SUMMED, 1, 4, 3), ""))
+    cases += [case for dim in (64, 128) for o in OPTIONS for case in _cases(backward_kv, torch.bfloat16, dim, o, variant="few")]
     return cases
 
 
-def _cases(kernel: Any, dtype: torch.dtype, dim: int, option: str, values: int | None = None) -> Iterator[AotCase]:
-    """One for all targets that share a configuration. values: their head dimension, where it is not dim."""
+def _cases(
+    kernel: Any, dtype: torch.dtype, dim: int, option: str, values: int | None = None, variant: str = ""
+) -> Iterator[AotCase]:
+    """One for all targets that share a configuration. values: their head dimension, where it is not dim. variant, of backward_kv: ""
+    writes fp32 shares, "few" in smaller blocks of keys, "added" adds to them, "direct" writes dK and dV themselves."""
     targets: dict[Tiles, list[int]] = {}
+    name = kernel.fn.__name__ + "_few" * (variant == "few")
     for target in (80, 90, 100):
-        tiles = configuration(kernel.fn.__name__, next_power_of_2(dim), dtype, divmod(target, 10))
+        tiles = configuration(name, next_power_of_2(dim), dtype, divmod(target, 10))
         targets.setdefault(tiles, []).append(target)
     for tiles, shared_by in targets.items():
-        yield _case(kernel, dtype, dim, tiles, option, tuple(shared_by), values)
+        yield _case(kernel, dtype, dim, tiles, option, tuple(shared_by), values, variant)
 
 
 def _case(
@@ -57,16 +66,21 @@ def _case(
     option: str,
     targets: tuple[int, ...] = (80, 90, 100),
     values: int | None = None,
+    variant: str = "",
 ) -> AotCase:
     tensors = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", None: ""}[dtype]
     kinds = dict.fromkeys(("dout", "q", "k", "v", "out", "dq", "dk", "dv"), tensors)
     kinds |= {"lse": "*fp32", "delta": "*fp32", "sinks": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    kinds |= {"shares": "*fp32", "total": tensors}
+    if variant != "direct":
+        kinds |= {"dk": "*fp32", "dv": "*fp32"}
     lists = ("counts", "ranges", "end", "parent", "run", "depth", "position", "query_depth", "shallowest")
     kinds |= dict.fromkeys(lists, "*i32")
     present = {"softcap": {"softcap"}, "window": {"depth", "query_depth", "shallowest"}, "query_index": {"position"}}
     present |= {"sinks": {"sinks"}}
     optional: set[str] = set().union(*present.values())
     sizes = {
+        "ADDED": variant == "added",
         "HEAD_DIM": dim,
         "BLOCK_D": next_power_of_2(dim),
         "VALUE_DIM": dim if values is None else values,
@@ -78,7 +92,7 @@ def _case(
     names = list(kernel.arg_names)
     constants = dict.fromkeys(optional.difference(*(present[word] for word in option.split()))) | sizes
     operation = kernel.fn.__name__
-    words = ["tree_attention", operation, option, *([f"D={dim}", str(dtype)[6:]] if dtype else [])]
+    words = ["tree_attention", operation, variant, option, *([f"D={dim}", str(dtype)[6:]] if dtype else [])]
     if values is not None:
         words.append(f"V={values}")
     spill_bytes, spill_reason = _SPILLS.get((operation, option, dim, dtype == torch.float32), (0, ""))
@@ -90,7 +104,7 @@ def _case(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         targets=targets,
-        tensor_cores=dtype in (torch.bfloat16, torch.float16),
+        tensor_cores=dtype in (torch.bfloat16, torch.float16) and kernel is not sum_parts,
         aligned=tuple(
             name
             for name in names
@@ -98,4 +112,5 @@ def _case(
         ),
         spill_bytes=spill_bytes,
         spill_reason=spill_reason,
+        stream=None if dtype is None else Stream("loops", bits=128),
     )

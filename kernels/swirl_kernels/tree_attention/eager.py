@@ -15,48 +15,60 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from swirl_kernels.tree_attention.plan import Part, Rows, TreePlan
+from swirl_kernels.tree_attention.plan import Part, Rows, TreePlan, token_major
 
 SCORE_ELEMENTS = 1 << 24  # scores held at once where they are computed explicitly (64 MB in fp32)
 SPLIT_QUERIES = 256  # a query block is split over threads only into pieces at least this long
 
 
-def tree_attention_torch(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: TreePlan, scale: float, softcap: float | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """q [Hq, Q, D] in ascending preorder, k [Hkv, T, D], v [Hkv, T, V], sinks [Hq] or None; everything checked by the caller.
-    Returns [Hq, Q, V].
+    Returns [Hq, Q, V] and the log-sum-exp [Hq, Q].
 
     Where D and V differ, the narrower is filled up with zeros, which changes no score and no output: the flash kernel wants
     them alike.
     """
-    values, width = v.shape[2], max(q.shape[2], v.shape[2])
-    q, k, v = (x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2])) for x in (q, k, v))
-    out: Tensor = _TreeAttention.apply(q, k, v, sinks, plan, scale, softcap)
-    return out if values == width else out[..., :values]
+    width = max(q.shape[2], v.shape[2])
+    q_, k_, v_ = (_wide(x, width) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = _Calls(plan, scale, softcap, q, k).forward(q_, k_, v_, sinks)
+    return _narrow(out, v.shape[2]), lse
 
 
-class _TreeAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, sinks, plan, scale, softcap):  # type: ignore[no-untyped-def]
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        ctx.calls = _Calls(plan, scale, softcap, q, k)
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = ctx.calls.forward(q, k, v, sinks)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
-        return out
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    plan: TreePlan,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and sinks, that of absent sinks [0]."""
+    width = max(q.shape[2], v.shape[2])
+    dout_, q_, k_, v_, out_ = (_wide(x, width) for x in (dout, q, k, v, out))
+    with torch.autocast(q.device.type, enabled=False):
+        grads = _Calls(plan, scale, softcap, q, k).backward(dout_, q_, k_, v_, out_, lse)
+        dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, dout, out, lse)
+    dq, dk, dv = (_narrow(grad, x.shape[2]) for grad, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv, dsinks
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = ctx.calls.backward(dout, q, k, v, out, lse)
-            dsinks = _sink_gradient(sinks, dout, out, lse) if ctx.needs_input_grad[3] else None
-        return dq, dk, dv, dsinks, None, None, None
+
+def _wide(x: Tensor, width: int) -> Tensor:
+    """Its last dimension contiguous and filled up to `width` with zeros."""
+    if x.shape[2] != width:
+        return F.pad(x, (0, width - x.shape[2]))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _narrow(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[2] == width else token_major(x, width).copy_(x[..., :width])
 
 
 class _Calls:
@@ -71,8 +83,8 @@ class _Calls:
         self.accumulator = torch.promote_types(q.dtype, torch.float32)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """out [Hq, Q, D] in q's dtype and layout, lse [Hq, Q], of the sinks too: with it the backward is right as it is."""
-        out = torch.empty_like(q, dtype=self.accumulator)
+        """out [Hq, Q, D] in q's dtype, lse [Hq, Q], of the sinks too: with it the backward is right as it is."""
+        out = token_major(q, q.shape[2], self.accumulator)
         lse = torch.empty(q.shape[:2], dtype=self.accumulator, device=q.device)
         for part in self.plan.own:  # together they hold every query once
             o, s = self._forward_part(part, q, k, v)
@@ -92,8 +104,8 @@ class _Calls:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq = torch.empty_like(q, dtype=self.accumulator)
-        dk, dv = (torch.zeros_like(x, dtype=self.accumulator) for x in (k, v))
+        dq, dk, dv = (token_major(x, x.shape[2], self.accumulator) for x in (q, k, v))
+        dk.zero_(), dv.zero_()
         for part in self.plan.own:
             dq_part = self._backward_part(part, dout, q, k, v, out, lse, dk, dv)
             _put(dq, part.queries.index, dq_part)

@@ -5,9 +5,9 @@ masked tile of dK/dV, N keys of a tile.
 
 Forward: program (query block, query head) walks up the tree with an online softmax and saves the log-sum-exp of every row.
 dQ: the same walk; p = exp(score - lse) again, dscore = p (dp - delta) with delta = sum(dout * out), which it saves.
-dK/dV: program (key block, key head) sums over its query heads and their query tiles. (FlashAttention-2, arXiv 2307.08691,
-section 3.1.) An attention sink is part of the log-sum-exp, so that the backward kernels need not know of it. Nothing is atomic:
-every output has one writer and a fixed order of summation.
+dK/dV: program (key block, query head) sums over its query tiles; what the query heads of a key head give is added up afterwards.
+(FlashAttention-2, arXiv 2307.08691, section 3.1.) An attention sink is part of the log-sum-exp, so that the backward kernels need
+not know of it. Nothing is atomic: every output has one writer and a fixed order of summation.
 
 disable_licm: the descriptors of a tile that stays in shared memory (K and V for dK/dV) are one per 16 columns, cheap to compute and
 the same in every turn. Moved out of a loop they are kept in registers that the accumulators need, and spill: at D = 256 on sm_90
@@ -156,7 +156,7 @@ def forward(
         top = tl.maximum(top, sink)
         total = tl.exp2(sink - top)
     for part in tl.static_range(1 if depth is None else 2):  # behind the full tiles a window has masked ones again
-        for _ in tl.range(tl.load(counts + 3 * block + 2 * part), num_stages=1, disable_licm=True):
+        for _ in tl.range(tl.load(counts + 3 * block + 2 * part), disable_licm=True):
             low = tl.maximum(high - BLOCK_N + 1, 0)
             at_n = low + tl.arange(0, BLOCK_N)
             inside = at_n <= high
@@ -257,7 +257,7 @@ def backward_q(
     tl.store(delta + head * num_queries + rows, delta_m, mask=real)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for part in tl.static_range(1 if depth is None else 2):  # behind the full tiles a window has masked ones again
-        for _ in tl.range(tl.load(counts + 3 * block + 2 * part), num_stages=1, disable_licm=True):
+        for _ in tl.range(tl.load(counts + 3 * block + 2 * part), disable_licm=True):
             low = tl.maximum(high - BLOCK_N + 1, 0)
             at_n = low + tl.arange(0, BLOCK_N)
             inside = at_n <= high
@@ -286,7 +286,7 @@ def backward_q(
     _put_rows(dq + head * dq_head, acc * scale, first_row, dq_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "group", "window"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "parts", "heads", "turn", "window"])
 def backward_kv(
     dout,
     q,
@@ -316,10 +316,13 @@ def backward_kv(
     dv_row,
     num_queries,
     num_keys,
-    group,
+    parts,
+    heads,
+    turn,
     scale,
     softcap,
     window,
+    ADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -328,14 +331,25 @@ def backward_kv(
     EDGE_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Scores and their gradients are transposed here, [N, M]: both products sum over queries."""
+    """One query head's share of dK and dV. The query heads of a key head are dealt to `parts` shares, `heads` to each; the one that
+    has its `turn` is added to those before it, unless it is the first (ADDED).
+
+    Scores and their gradients are transposed here, [N, M]: both products sum over queries.
+    """
     block = tl.program_id(0)  # the first blocks are read by most queries: they go first
-    key_head = tl.program_id(1).to(tl.int64)
+    share = tl.program_id(1).to(tl.int64)
+    k += share // parts * k_head
+    v += share // parts * v_head
+    head = share * heads + turn
+    q += head * q_head
+    dout += head * dout_head
+    lse += head * num_queries
+    delta += head * num_queries
     first_key = block * BLOCK_N
     at_n = first_key + tl.arange(0, BLOCK_N)
     real = at_n < num_keys
-    k_tile = _rows(k + key_head * k_head, first_key, k_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
-    v_tile = _rows(v + key_head * v_head, first_key, v_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
+    k_tile = _rows(k, first_key, k_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v_tile = _rows(v, first_key, v_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
     begin = tl.load(ranges + 4 * block)
     near = tl.load(ranges + 4 * block + 1)
     full = tl.load(ranges + 4 * block + 2)
@@ -345,57 +359,78 @@ def backward_kv(
         deepest = tl.max(tl.load(depth + at_n, mask=real, other=-FAR), 0)
     dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_acc = tl.zeros((BLOCK_N, VALUE_PADDED), tl.float32)
-    for h in tl.range(group, disable_licm=True):
-        head = key_head * group + h
-        q_of = q + head * q_head
-        dout_of = dout + head * dout_head
-        lse_of = lse + head * num_queries
-        delta_of = delta + head * num_queries
-        for t in tl.range(near + far, num_stages=1, disable_licm=True):
-            first_row = begin + t * EDGE_M + tl.where(t < near, 0, full * BLOCK_M)
-            meets = True
+    for t in tl.range(near + far, disable_licm=True):
+        first_row = begin + t * EDGE_M + tl.where(t < near, 0, full * BLOCK_M)
+        meets = True
+        if depth is not None:
+            meets = tl.load(shallowest + first_row // EDGE_M) - deepest < window
+        if meets:
+            rows = first_row + tl.arange(0, EDGE_M)
+            inside = rows < num_queries
+            at_m = block_positions(position, first_row, num_queries, EDGE_M)
+            depth_m = at_m
             if depth is not None:
-                meets = tl.load(shallowest + first_row // EDGE_M) - deepest < window
-            if meets:
-                rows = first_row + tl.arange(0, EDGE_M)
-                inside = rows < num_queries
-                at_m = block_positions(position, first_row, num_queries, EDGE_M)
-                depth_m = at_m
-                if depth is not None:
-                    depth_m = tl.load(query_depth + rows, mask=inside, other=0)
-                visible = tl.trans(_visible(at_m, at_n, real, depth_m, end, depth, window))
-                lse_m = tl.load(lse_of + rows, mask=inside, other=0.0)
-                delta_m = tl.load(delta_of + rows, mask=inside, other=0.0)
-                sound = inside & (tl.abs(delta_m) < INF)
-                q_tile = _rows(q_of, first_row, q_row, sound, EDGE_M, HEAD_DIM, BLOCK_D)
-                s, slope = _scores(k_tile, q_tile, scale, softcap)
-                p = tl.where(visible, tl.exp2(s - lse_m[None, :]) + (delta_m - delta_m)[None, :], 0.0)
-                weight = p * slope
-                dout_tile = _rows(dout_of, first_row, dout_row, sound, EDGE_M, VALUE_DIM, VALUE_PADDED)
-                dv_acc = tl.dot(p.to(q_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
-                dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-                ds = tl.where(weight != 0.0, weight * (dp - delta_m[None, :]), 0.0)
-                dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
-    for h in tl.range(group, disable_licm=True):
-        head = key_head * group + h
-        q_of = q + head * q_head
-        dout_of = dout + head * dout_head
-        lse_of = lse + head * num_queries
-        delta_of = delta + head * num_queries
+                depth_m = tl.load(query_depth + rows, mask=inside, other=0)
+            visible = tl.trans(_visible(at_m, at_n, real, depth_m, end, depth, window))
+            lse_m = tl.load(lse + rows, mask=inside, other=0.0)
+            delta_m = tl.load(delta + rows, mask=inside, other=0.0)
+            sound = inside & (tl.abs(delta_m) < INF)
+            q_tile = _rows(q, first_row, q_row, sound, EDGE_M, HEAD_DIM, BLOCK_D)
+            s, slope = _scores(k_tile, q_tile, scale, softcap)
+            p = tl.where(visible, tl.exp2(s - lse_m[None, :]) + (delta_m - delta_m)[None, :], 0.0)
+            weight = p * slope
+            dout_tile = _rows(dout, first_row, dout_row, sound, EDGE_M, VALUE_DIM, VALUE_PADDED)
+            dv_acc = tl.dot(p.to(q_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+            ds = tl.where(weight != 0.0, weight * (dp - delta_m[None, :]), 0.0)
+            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+    if depth is None:  # a window leaves no full tiles; their loop beside the tiles that it skips makes ptxas serialise all products
         first_row = begin + near * EDGE_M
         for _ in tl.range(full, disable_licm=BLOCK_D + VALUE_PADDED > 256):
             rows = first_row + tl.arange(0, BLOCK_M)
-            q_tile = _rows(q_of, first_row, q_row, None, BLOCK_M, HEAD_DIM, BLOCK_D)
-            lse_m = tl.load(lse_of + rows)
+            q_tile = _rows(q, first_row, q_row, None, BLOCK_M, HEAD_DIM, BLOCK_D)
+            lse_m = tl.load(lse + rows)
             s, slope = _scores(k_tile, q_tile, scale, softcap)
             p = tl.exp2(s - lse_m[None, :])
             weight = p * slope
-            dout_tile = _rows(dout_of, first_row, dout_row, None, BLOCK_M, VALUE_DIM, VALUE_PADDED)
+            dout_tile = _rows(dout, first_row, dout_row, None, BLOCK_M, VALUE_DIM, VALUE_PADDED)
             dv_acc = tl.dot(p.to(q_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-            delta_m = tl.load(delta_of + rows)
+            delta_m = tl.load(delta + rows)
             ds = weight * (dp - delta_m[None, :])
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
             first_row += BLOCK_M
-    _put_rows(dk + key_head * dk_head, dk_acc * scale, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
-    _put_rows(dv + key_head * dv_head, dv_acc, first_key, dv_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
+    dk_acc *= scale
+    dk += share * dk_head
+    dv += share * dv_head
+    if ADDED:
+        dk_acc += _rows(dk, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
+        dv_acc += _rows(dv, first_key, dv_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
+    _put_rows(dk, dk_acc, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
+    _put_rows(dv, dv_acc, first_key, dv_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
+
+
+@triton.jit(do_not_specialize=["parts", "num_rows"])
+def sum_parts(
+    shares,
+    total,
+    share_head,
+    share_row,
+    total_head,
+    total_row,
+    parts,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """total[h] = sum of shares[h * parts + i] over i, in this order."""
+    first_row = tl.program_id(0) * BLOCK_M
+    key_head = tl.program_id(1).to(tl.int64)
+    shares += key_head * parts * share_head
+    real = first_row + tl.arange(0, BLOCK_M) < num_rows
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for _ in tl.range(parts):
+        acc += _rows(shares, first_row, share_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
+        shares += share_head
+    _put_rows(total + key_head * total_head, acc, first_row, total_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)

@@ -18,11 +18,13 @@ every visible pair exactly once, and none of them needs a mask unless a window c
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -96,6 +98,7 @@ class TreePlan:
     order: Tensor | None  # int64 [Q] puts the caller's queries into ascending order; None when they are
     sparse: bool  # whether a query_index was given; False: every token is a query
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    handle: Tensor | None = field(default=None, repr=False, compare=False)  # what operators are given: `plan_of`
 
     @property
     def span(self) -> int | None:
@@ -131,6 +134,7 @@ class TreePlan:
         return seen
 
 
+@torch.compiler.disable  # a graph breaks here: what is found out is Python
 def tree_plan(
     subtree_end: Tensor,
     *,
@@ -138,6 +142,8 @@ def tree_plan(
     window: int | None = None,
     chunk: int | None = None,
     query_index: Tensor | None = None,
+    trusted: bool = False,
+    longest_path: int | None = None,
 ) -> TreePlan:
     """Checks a packing and derives what every layer needs. Do it once per packing (and window or chunk), not once per layer.
 
@@ -146,8 +152,12 @@ def tree_plan(
     window: a query sees keys whose depth is less than `window` below its own; None: all.
     chunk: a query sees keys of its own chunk, depths [n chunk, (n + 1) chunk); None: all. Not with a window.
     query_index: integer [Q], preorder index of each query, any order; None: every token is a query.
+    trusted: nothing is checked but shapes and dtypes, and the host does not wait for the device. For a packing that is known to be
+    right, as one that was checked where it was made, on the CPU. Wrong ones then give wrong numbers, or reads outside of the tensors.
+    longest_path: read with trusted alone: all depths are below it, so that a longer window or chunk is known to cut nothing. None: each
+    is taken to cut, which costs time where it does not.
 
-    Cost: a few sorts and passes over T integers on subtree_end's device, and one wait for that device, for the verdict.
+    Cost: a few sorts and passes over T integers on subtree_end's device, and unless trusted one wait for that device, for the verdict.
     The torch path adds one Python step per segment when it first uses the plan.
 
     Raises ValueError when subtree_end is no preorder (`j < end[j] <= T`, intervals nested), a shape or dtype is wrong,
@@ -162,7 +172,7 @@ def tree_plan(
         raise ValueError(
             f"chunk is {chunk} and window {window}; give a chunk of at least 1 token or a window, not both"
         )
-    natural = count_ancestors(end)
+    natural = count_ancestors(end) if depth is None or not trusted else end
     given = natural if depth is None else _integers(depth, "depth", device)
     if len(given) != num_keys:
         raise ValueError(f"depth has {len(given)} entries, subtree_end {num_keys}; give one per packed token")
@@ -172,12 +182,72 @@ def tree_plan(
         index = _integers(query_index, "query_index", device)
         position, order = index.sort(stable=True)
     origin, span = (given, window) if chunk is None else (given - given % chunk, 1)
-    none = torch.zeros((), dtype=torch.bool, device=device)
+    limit = window if chunk is None else chunk
+    unsorted, window_cuts = index is not None, limit is not None and (longest_path is None or longest_path > limit)
+    if not trusted:
+        unsorted, window_cuts = _checked(end, natural, given, origin, span, index, counted=depth is None)
+    plan = TreePlan(
+        num_keys=num_keys,
+        num_queries=len(position),
+        window=window,
+        chunk=chunk,
+        window_cuts=window_cuts,
+        subtree_end=end,
+        depth=given,
+        origin=origin,
+        position=position,
+        order=order if unsorted else None,
+        sparse=index is not None,
+    )
+    return _with_handle(plan)
+
+
+def token_major(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised [heads, tokens, width] with the heads and tokens of x [heads, tokens, …], in memory [tokens, heads, width]."""
+    return x.new_empty(x.shape[1], x.shape[0], width, dtype=dtype).transpose(0, 1)
+
+
+_PLANS: WeakValueDictionary[int, TreePlan] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def plan_of(handle: Tensor) -> TreePlan:
+    """The plan that `plan.handle` stands for. Raises ValueError when it is gone."""
+    plan = _PLANS.get(int(handle))
+    if plan is None:
+        raise ValueError("the plan of this attention is gone; keep what tree_plan returned until the backward has run")
+    return plan
+
+
+def _with_handle(plan: TreePlan) -> TreePlan:
+    """The handle keeps a copy of the plan without a handle alive: so does autograd, which keeps the handle, and nothing is a circle."""
+    number = next(_numbers)
+    handle = torch.tensor([number], device="cpu")
+    handle.plan = plan  # type: ignore[attr-defined]
+    _PLANS[number] = plan
+    return replace(plan, handle=handle)
+
+
+def _checked(
+    end: Tensor,
+    natural: Tensor,
+    given: Tensor,
+    origin: Tensor,
+    span: int | None,
+    index: Tensor | None,
+    counted: bool,
+) -> tuple[bool, bool]:
+    """Whether the queries are out of order, and whether a token does not see all of its ancestors. Waits for the device.
+
+    counted: the given depths are the natural ones. Raises ValueError as tree_plan does.
+    """
+    num_keys = len(end)
+    none = torch.zeros((), dtype=torch.bool, device=end.device)
     verdict = [
         _malformed(end, natural),
         none if index is None else ((index < 0) | (index >= num_keys)).any(),
         none if index is None else (index.diff() < 0).any(),
-        none if span is None or depth is None else _does_not_rise(given, natural).any(),
+        none if span is None or counted else _does_not_rise(given, natural).any(),
         none if span is None or num_keys == 0 else origin.max() - given.min() >= span,
     ]
     malformed, outside, unsorted, contradicts, window_cuts = torch.stack(verdict).tolist()
@@ -197,19 +267,7 @@ def tree_plan(
             f"depth {word} from {int(given[up])} at token {up} to {int(given[j])} at its child {j}; a window or chunk needs depths "
             "that rise along a path (leave depth out to count ancestors)"
         )
-    return TreePlan(
-        num_keys=num_keys,
-        num_queries=len(position),
-        window=window,
-        chunk=chunk,
-        window_cuts=window_cuts,
-        subtree_end=end,
-        depth=given,
-        origin=origin,
-        position=position,
-        order=order if unsorted else None,
-        sparse=index is not None,
-    )
+    return unsorted, window_cuts
 
 
 def parents(ancestors: Tensor) -> Tensor:

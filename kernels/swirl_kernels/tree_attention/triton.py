@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from swirl_kernels.tree_attention.blocks import key_blocks, query_blocks, tree_of
-from swirl_kernels.tree_attention.kernels import backward_kv, backward_q, forward
-from swirl_kernels.tree_attention.plan import TreePlan
+from swirl_kernels.tree_attention import kernels
+from swirl_kernels.tree_attention.plan import TreePlan, token_major
 
 EDGE = 32  # queries of a masked tile of dK/dV: 64 spill inside it (D = 256 on sm_90: 168 B, 37 loads, 28 stores)
+
+SHARES_BYTES = 256 << 20  # of what the query heads of a key head give dK and dV, before they are added up
+SUMMED = 16  # tokens a program of sum_parts
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,20 @@ class Tiles:
 
 
 def configuration(kernel: str, block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """Tiles of `kernel` ("forward", "backward_q", "backward_kv") for head dimensions padded to at most block_d.
+    """Tiles of `kernel` ("forward", "backward_q", "backward_kv", "backward_kv_few") for head dimensions padded to at most block_d.
 
-    A plain function of these, so that the bits of a result do not depend on a timing. Chosen for what compiles without
-    spills (`python -m swirl_kernels.aot`) within 227 KB of shared memory on compute capability 9.0 and 10.0 and within
-    99 KB on all others. 64 keys in the walk rather than 128: runs of ancestors are short, and a tile is cut where one
-    begins.
+    _few: where wider blocks of keys would be too few programs. A plain function of these, so that the bits of a result do not depend on
+    a timing. Chosen for what compiles without spills, on 9.0 without products that wait for each other (`python -m swirl_kernels.aot`),
+    within 227 KB of shared memory on compute capability 9.0 and 10.0 and within 99 KB on all others. 64 keys in the walk rather than
+    128: runs of ancestors are short, and a tile is cut where one begins.
     """
-    size = 64 if block_d <= 64 else block_d
+    size, plain = 64 if block_d <= 64 else block_d, kernel.removesuffix("_few")
     if dtype == torch.float32:
-        return _FP32[kernel, size]
+        return _FP32[plain, size]
     if capability not in ((9, 0), (10, 0)):
-        return _SMALL[kernel, size]
-    return _BLACKWELL.get((kernel, size), _LARGE[kernel, size]) if capability == (10, 0) else _LARGE[kernel, size]
+        return _SMALL[plain, size]
+    special = _HOPPER if capability == (9, 0) else _BLACKWELL
+    return special.get((kernel, size)) or special.get((plain, size)) or _LARGE[plain, size]
 
 
 _LARGE = {
@@ -56,6 +59,14 @@ _LARGE = {
     ("backward_kv", 64): Tiles(64, 128, 8, 2),
     ("backward_kv", 128): Tiles(64, 128, 8, 2),
     ("backward_kv", 256): Tiles(64, 64, 8, 2),
+}
+_HOPPER = {
+    ("forward", 128): Tiles(64, 64, 4, 2),  # two programs a processor, as for dQ
+    ("forward", 256): Tiles(64, 32, 4, 2),
+    ("backward_q", 128): Tiles(64, 64, 4, 2),
+    ("backward_q", 256): Tiles(64, 32, 4, 2),
+    ("backward_kv_few", 64): Tiles(64, 64, 4, 2),
+    ("backward_kv_few", 128): Tiles(64, 64, 4, 2),
 }
 _BLACKWELL = {("backward_kv", 128): Tiles(64, 64, 8, 2), ("backward_kv", 256): Tiles(64, 64, 8, 1)}
 _SMALL = {
@@ -82,11 +93,11 @@ _FP32 = {  # products on CUDA cores: operands go through registers
 }
 
 
-def tree_attention_triton(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: TreePlan, scale: float, softcap: float | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """q [Hq, Q, D] in ascending preorder, k [Hkv, T, D], v [Hkv, T, V], sinks [Hq] or None; everything checked by the caller.
-    Returns [Hq, Q, V].
+    Returns [Hq, Q, V] and the log-sum-exp [Hq, Q] in units of log 2.
 
     Raises ValueError for D or V > 256.
     """
@@ -94,30 +105,33 @@ def tree_attention_triton(
         raise ValueError(
             f"the head dimension is {dim}, Triton's kernels take up to 256; set SWIRL_KERNELS_BACKEND=torch"
         )
-    cap = None if softcap is None else float(softcap)  # an int would be a compilation of its own
-    out: Tensor = _TreeAttention.apply(q, k, v, sinks, plan, scale, cap)
-    return out
+    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    with torch.cuda.device_of(q):
+        return _run_forward(q, k, v, sinks, plan, scale, softcap)
 
 
-class _TreeAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, sinks, plan, scale, softcap):  # type: ignore[no-untyped-def]
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
-        with torch.cuda.device_of(q):
-            out, lse = _run_forward(q, k, v, sinks, plan, scale, softcap)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
-        return out
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    plan: TreePlan,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and sinks, that of absent sinks [0]."""
+    dout, q, k, v = (_rows_contiguous(x) for x in (dout, q, k, v))
+    with torch.cuda.device_of(q):
+        dq, dk, dv, delta = _run_backward(dout, q, k, v, out, lse, plan, scale, softcap)
+        dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, lse, delta)
+    return dq, dk, dv, dsinks
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        with torch.cuda.device_of(q):
-            dq, dk, dv, delta = _run_backward(dout, q, k, v, out, lse, ctx.plan, ctx.scale, ctx.softcap)
-        dsinks = _sink_gradient(sinks, lse, delta) if ctx.needs_input_grad[3] else None
-        return dq, dk, dv, dsinks, None, None, None
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -129,17 +143,15 @@ def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: TreePlan, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """out [Hq, Q, V] in q's dtype and (where V = D) layout, lse [Hq, Q] in units of log 2."""
     heads, num_queries, _ = q.shape
-    same = q.shape[2] == v.shape[2]
-    out = torch.empty_like(q) if same else q.new_empty(num_queries, heads, v.shape[2]).transpose(0, 1)
+    out = token_major(q, v.shape[2])
     lse = torch.empty(heads, num_queries, dtype=torch.float32, device=q.device)
     if num_queries == 0:
         return out, lse
     tree, (tiles, dims) = tree_of(plan), _tiles("forward", q, v)
     counts = query_blocks(plan, tiles.block_m, tiles.block_n)
     logits = None if sinks is None else sinks.float().contiguous()
-    forward[(len(counts), heads)](
+    kernels.forward[(len(counts), heads)](
         q, k, v, logits, out, lse, counts, tree.end, tree.parent, tree.run, tree.depth, tree.position, tree.query_depth,
         *_strides(q, k, v, out), num_queries, heads // k.shape[0], scale, softcap, tree.window,
         *dims, tiles.block_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -158,31 +170,75 @@ def _run_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes and layouts of q, k, v; delta [Hq, Q]."""
-    (heads, num_queries, _), (key_heads, num_keys, _) = q.shape, k.shape
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    """dq, dk, dv in the dtypes of q, k, v; delta [Hq, Q]."""
+    (heads, num_queries, _), key_heads = q.shape, k.shape[0]
+    dq, dk, dv = (token_major(x, x.shape[2]) for x in (q, k, v))
     delta = torch.empty_like(lse)
     if num_queries == 0:
         return dq, dk.zero_(), dv.zero_(), delta
-    group = heads // key_heads
     tree, (tiles, dims) = tree_of(plan), _tiles("backward_q", q, v)
     counts = query_blocks(plan, tiles.block_m, tiles.block_n)
-    backward_q[(len(counts), heads)](
+    kernels.backward_q[(len(counts), heads)](
         dout, q, k, v, out, lse, delta, dq,
         counts, tree.end, tree.parent, tree.run, tree.depth, tree.position, tree.query_depth,
-        *_strides(dout, q, k, v, out, dq), num_queries, group, scale, softcap, tree.window,
+        *_strides(dout, q, k, v, out, dq), num_queries, heads // key_heads, scale, softcap, tree.window,
         *dims, tiles.block_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+    _run_backward_kv(dout, q, k, v, lse, delta, dk, dv, plan, scale, softcap)
+    return dq, dk, dv, delta
+
+
+def _run_backward_kv(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    plan: TreePlan,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Fills dk and dv, by way of fp32 shares where a key head has several query heads."""
+    (key_heads, num_keys, _), group = k.shape, q.shape[0] // k.shape[0]
+    parts = shares_of_a_key_head(group, key_heads * num_keys * (k.shape[2] + v.shape[2]) * 4)
     tiles, dims = _tiles("backward_kv", q, v)
+    if triton.cdiv(num_keys, tiles.block_n) * key_heads * parts < 4 * _processors(q):
+        tiles, dims = _tiles("backward_kv_few", q, v)
     edge_m = min(EDGE, tiles.block_m)
     ranges, shallowest = key_blocks(plan, tiles.block_m, edge_m, tiles.block_n)
-    backward_kv[(len(ranges), key_heads)](
-        dout, q, k, v, lse, delta, dk, dv,
-        ranges, shallowest, tree.end, tree.depth, tree.position, tree.query_depth,
-        *_strides(dout, q, k, v, dk, dv), num_queries, num_keys, group, scale, softcap, tree.window,
-        *dims, tiles.block_m, edge_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
-    return dq, dk, dv, delta
+    tree, shares = tree_of(plan), (dk, dv)
+    if group > 1:
+        shares = tuple(x.new_empty(key_heads * parts, num_keys, x.shape[2], dtype=torch.float32) for x in (dk, dv))
+    for turn in range(group // parts):
+        kernels.backward_kv[(len(ranges), key_heads * parts)](
+            dout, q, k, v, lse, delta, *shares,
+            ranges, shallowest, tree.end, tree.depth, tree.position, tree.query_depth,
+            *_strides(dout, q, k, v, *shares), plan.num_queries, num_keys, parts, group // parts, turn, scale, softcap, tree.window,
+            turn > 0, *dims, tiles.block_m, edge_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    for share, total in zip(shares, (dk, dv), strict=True) if group > 1 else ():
+        width = total.shape[2]
+        kernels.sum_parts[(triton.cdiv(num_keys, SUMMED), key_heads)](
+            share, total, *_strides(share, total), parts, num_keys, width, triton.next_power_of_2(width), SUMMED
+        )
+
+
+def shares_of_a_key_head(group: int, share_bytes: int) -> int:
+    """Among how many shares of dK and dV the `group` query heads of a key head are dealt, a divisor of their number. share_bytes: of one
+    share of every key head.
+
+    One a query head, where they fit into SHARES_BYTES. A program per key head would be too few, the longest of which are several times
+    the mean: a comb of 8,040 tokens and 2 key heads has 126 on an H200's 132 processors, 3.5 times.
+    """
+    return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * share_bytes <= SHARES_BYTES))
+
+
+def _processors(x: Tensor) -> int:
+    """Streaming multiprocessors; those of an H100 for the interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
 def _strides(*tensors: Tensor) -> list[int]:
