@@ -25,7 +25,7 @@ import json
 import pickle
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,11 @@ class World:
         works = [self.packer.work(part) for part in parts]
         tokens, cut = sum(map(_tokens, parts)), sum(sum(plan.tokens for plan in self._plans(part)) for part in parts)
         seconds, sent, moved = np.zeros(self.ranks), np.zeros(self.ranks), 0.0
+        told = np.zeros(self.ranks, np.float32)
+        self._tell(parts, range(self.ranks), told, seconds)
         for turn in range(ROUNDS):
             groups = rank_groups(self.ranks)
-            moved += self._round(parts, groups[turn % len(groups)], seconds, sent) / sum(works)
+            moved += self._round(parts, groups[turn % len(groups)], told, seconds, sent) / sum(works)
         plans = []
         for rank, part in enumerate(parts):
             started = time.process_time()
@@ -112,15 +114,23 @@ class World:
             "shared_lost": 1 - self._whole_tree() / tokens if self.ranks <= self.options.whole else None,
         }
 
-    def _round(
-        self, parts: list[RankActions], groups: Sequence[Sequence[int]], seconds: np.ndarray, sent: np.ndarray
-    ) -> float:
-        """One round of Packer.shared_out for all ranks; returns the work that was to be moved."""
-        told = np.zeros(self.ranks, np.float32)
-        for rank, part in enumerate(parts):
+    def _tell(
+        self, parts: list[RankActions], ranks: Iterable[int], told: np.ndarray, seconds: np.ndarray
+    ) -> None:
+        for rank in ranks:
             started = time.process_time()
-            told[rank] = self.packer.work(part)
+            told[rank] = self.packer.work(parts[rank])
             seconds[rank] += time.process_time() - started
+
+    def _round(
+        self,
+        parts: list[RankActions],
+        groups: Sequence[Sequence[int]],
+        told: np.ndarray,
+        seconds: np.ndarray,
+        sent: np.ndarray,
+    ) -> float:
+        """One round of Packer.shared_out for all ranks, told: their work, before and after; returns the work that was to be moved."""
         planned = []
         for group in groups:
             started = time.process_time()
@@ -143,6 +153,7 @@ class World:
             started = time.process_time()
             parts[taker] = parts[taker].with_others(others)
             seconds[taker] += time.process_time() - started
+        self._tell(parts, sorted({*of_giver, *taken}), told, seconds)
         return sum(one.work for one in planned)
 
     def _plans(self, part: RankActions) -> list[MicroBatchPlan]:

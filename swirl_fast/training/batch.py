@@ -35,7 +35,7 @@ from swirl_fast.verdict import Judgement
 
 # Actions are not cut, and how micro-batches can be cut changes with them, so that a part is never quite what was wanted; every further
 # round evens out some of the rest.
-ROUNDS = 3
+ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -187,14 +187,16 @@ class Packer:
     def shared_out(self, mine: RankActions) -> RankActions:
         """What this rank trains on, after ranks with much work gave some to ranks with little. Every rank calls it."""
         ranks = self._ranks
+        work = self.work(mine) if ranks.size > 1 else 0.0
         for turn in range(ROUNDS if ranks.size > 1 else 0):
             group = self._groups[turn % len(self._groups)]
-            planned = transfers(ranks.numbers(self.work(mine), group), group.members)
+            planned = transfers(ranks.numbers(work, group), group.members)
             takers = [one.taker for one in planned if one.giver == ranks.rank]
             givers = [one.giver for one in planned if one.taker == ranks.rank]
-            kept, given = self.give(mine, [one.work for one in planned if one.giver == ranks.rank])
-            others = ranks.exchange(dict(zip(takers, given, strict=True)), givers)
-            mine = kept.with_others(others)
+            if takers or givers:
+                kept, given = self.give(mine, [one.work for one in planned if one.giver == ranks.rank])
+                mine = kept.with_others(ranks.exchange(dict(zip(takers, given, strict=True)), givers))
+                work = self.work(mine)
         return mine
 
     def work(self, actions: RankActions) -> float:
