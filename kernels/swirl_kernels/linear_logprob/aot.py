@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from swirl_kernels.aot.case import AotCase
+from swirl_kernels.aot.case import AotCase, Stream
 from swirl_kernels.linear_logprob.triton import (
     GROUP,
     SPLIT,
@@ -13,6 +15,9 @@ from swirl_kernels.linear_logprob.triton import (
     _merge_kernel,
     configuration,
 )
+
+
+LIMIT = 14  # instructions a logit of the forward's epilogue
 
 
 def aot_cases() -> list[AotCase]:
@@ -73,11 +78,21 @@ def _cases(
                 spill_reason="around the vocabulary loop, none inside the product's" if direction == "forward" else "",
                 aligned=(
                     *operands,
+                    "V",
                     "H",
                     "hidden_stride",
                     "weight_stride",
                     *(() if direction == "forward" else ("dz", "dz_stride")),
                 ),
+                stream=_stream(direction, values, warps, plain=label == name),
             )
         )
     return cases
+
+
+def _stream(direction: str, sizes: dict[str, Any], warps: int, *, plain: bool) -> Stream:
+    """Operands and dz move 16 bytes at a time; without entropy, soft-cap and bias a logit costs at most LIMIT instructions."""
+    if direction == "dlogits":
+        return Stream("kernel", bits=128)
+    logits = sizes["BLOCK_N"] * sizes["BLOCK_V"] // (32 * warps)
+    return Stream("loops", bits=128, elements=logits, limit=LIMIT if plain else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swirl_kernels.aot.case import AotCase
+from swirl_kernels.aot.case import AotCase, Stream
 from swirl_kernels.policy_loss.spec import PolicyLossSpec
 from swirl_kernels.policy_loss.triton import BLOCK, WARPS, _policy_loss_kernel, soft_numbers
 
@@ -82,4 +82,4 @@ def _case(
         *((f"importance={importance}",) if importance else ()),
     )
     name = f"policy_loss {' '.join(words)}"
-    return AotCase(name, _policy_loss_kernel, signature, constants | dict.fromkeys(absent), WARPS, 3)
+    return AotCase(name, _policy_loss_kernel, signature, constants | dict.fromkeys(absent), WARPS, 3, stream=Stream(apart=True))

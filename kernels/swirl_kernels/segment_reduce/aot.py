@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swirl_kernels.aot.case import AotCase
+from swirl_kernels.aot.case import AotCase, Stream
 from swirl_kernels.segment_reduce.triton import BLOCK, WARPS, _reduce_kernel, _spread_kernel
 
 
@@ -15,7 +15,7 @@ def aot_cases() -> list[AotCase]:
     cases.append(_reduce_case("fp32", "sum", has_index=True, partial=True))
     signature = {"values": "*fp32", "offsets": "*i64", "out": "*fp32", "positions": "i32", "segments": "i32"}
     signature["BLOCK"] = "constexpr"
-    cases.append(AotCase("segment_reduce spread fp32", _spread_kernel, signature, {"BLOCK": BLOCK}, WARPS, 3))
+    cases.append(AotCase("segment_reduce spread fp32", _spread_kernel, signature, {"BLOCK": BLOCK}, WARPS, 3, stream=Stream(apart=True)))
     return cases
 
 
@@ -33,4 +33,4 @@ def _reduce_case(dtype: str, op: str, has_index: bool, partial: bool) -> AotCase
         **dict.fromkeys(constants, "constexpr"),
     }
     name = f"segment_reduce {op} {dtype}{' index' if has_index else ''}{' partial' if partial else ''}"
-    return AotCase(name, _reduce_kernel, signature, constants | ({} if has_index else {"index": None}), WARPS, 3)
+    return AotCase(name, _reduce_kernel, signature, constants | ({} if has_index else {"index": None}), WARPS, 3, stream=Stream(apart=True))

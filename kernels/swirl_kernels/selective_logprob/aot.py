@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swirl_kernels.aot.case import AotCase
+from swirl_kernels.aot.case import AotCase, Stream
 from swirl_kernels.selective_logprob.triton import (
     BACKWARD_BLOCK,
     FORWARD_BLOCK,
@@ -22,15 +22,20 @@ def aot_cases() -> list[AotCase]:
             statistics = ("inverse_temperature", "tops", "others", "weighted", "target_logits")
             signature = {"logits": f"*{dtype}", "targets": "*i64", "live": "*u8", **dict.fromkeys(statistics, "*fp32")}
             signature |= {"V": "i32", "stride": "i32"} | options
-            aligned = ("logits", "stride")
+            aligned = ("logits", "stride", "V")
             name = f"selective_logprob forward {suffix}"
-            cases.append(AotCase(name, _statistics_kernel, signature, constants, WARPS, 3, aligned=aligned))
+            each = FORWARD_BLOCK // (32 * WARPS)
+            stream = Stream("loops", bits=128, apart=True, elements=each, limit=None if entropy else 10)
+            cases.append(
+                AotCase(name, _statistics_kernel, signature, constants, WARPS, 3, aligned=aligned, stream=stream)
+            )
             rows = ("inverse_temperature", "largest", "log_total", "entropy", "at_target", "g")
             signature = {"out": f"*{dtype}", "logits": f"*{dtype}", "targets": "*i64", "flows": "*u8"}
             signature |= {**dict.fromkeys(rows, "*fp32"), "h": "*fp32" if entropy else "constexpr"}
             signature |= dict.fromkeys(("V", "W", "blocks", "out_stride", "stride"), "i32") | options
             gradient = {"ENTROPY": entropy, "BLOCK": BACKWARD_BLOCK} | ({} if entropy else {"h": None})
-            pointers = ("out", "logits", "out_stride", "stride")
+            pointers = ("out", "logits", "out_stride", "stride", "V", "W")
             name = f"selective_logprob backward {suffix}"
-            cases.append(AotCase(name, _dlogits_kernel, signature, gradient, WARPS, 3, aligned=pointers))
+            stream = Stream("kernel", bits=128, narrow=1)  # one byte a row says whether a gradient flows
+            cases.append(AotCase(name, _dlogits_kernel, signature, gradient, WARPS, 3, aligned=pointers, stream=stream))
     return cases

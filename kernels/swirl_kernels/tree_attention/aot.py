@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from triton import next_power_of_2
 
-from swirl_kernels.aot.case import AotCase
+from swirl_kernels.aot.case import AotCase, Stream
 from swirl_kernels.tree_attention.blocks import count_tiles
 from swirl_kernels.tree_attention.kernels import backward_kv, backward_q, forward
 from swirl_kernels.tree_attention.triton import EDGE, Tiles, configuration
@@ -98,4 +98,5 @@ def _case(
         ),
         spill_bytes=spill_bytes,
         spill_reason=spill_reason,
+        stream=None if dtype is None else Stream("loops", bits=128),
     )
