@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -54,7 +55,6 @@ class ChunkTiles:
         self.settings, self.dtype = settings, settings.compute_dtype
         self.hidden, self.weight = hidden.to(self.dtype), weight
         self.targets = targets.to(torch.int32)
-        self.bias = None if bias is None else bias.contiguous()
         if temperature is None:
             self.inverse_temperature = hidden.new_full((len(targets),), 1.0 / settings.temperature, dtype=torch.float32)
         else:
@@ -63,6 +63,8 @@ class ChunkTiles:
         self.places: Tensor | None = None
         self.num_kept_rows = len(targets)
         self.segment, self.chunk = self._cut(len(targets))
+        # with as many entries as the last segment has columns
+        self.bias = None if bias is None else F.pad(bias, (0, self._padded(settings.valid_vocab) - len(bias)))
 
     @staticmethod
     def keepable(num_rows: int, weight: Tensor, settings: Settings) -> tuple[int, torch.dtype, int]:
@@ -110,7 +112,7 @@ class ChunkTiles:
         dweight = self.weight.new_empty(self.weight.shape) if need_weight else None
         if dweight is not None:
             dweight[vocab:] = 0
-        dbias = None if self.bias is None or not need_bias else torch.zeros_like(self.bias)
+        dbias = self.bias.new_zeros(len(self.weight)) if need_bias and self.bias is not None else None
         held = self._kept_tiles() if upstream.dentropy is None else None
         width = min(self.chunk, self._padded(vocab))
         again = held is None or held.shape[1] < vocab or (dbias is not None and dtype != torch.float32)
@@ -257,7 +259,6 @@ class ChunkTiles:
             upstream.entropy,
             dz,
             len(z),
-            z.shape[1],
             segments,
             first,
             z.stride(0),

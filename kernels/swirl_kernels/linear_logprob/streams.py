@@ -52,15 +52,11 @@ def _any(found):
 
 
 @triton.jit
-def _logits(z, bias, columns, start, width, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """A segment before the temperature, with its slope. z: pointers."""
+def _logits(z, bias, columns, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """A segment before the temperature, with its slope. z: pointers. bias: of as many columns as the segments have."""
     y = tl.load(z)
     if HAS_BIAS:
-        if start + columns.shape[0] <= width:
-            b = tl.load(bias + start + columns).to(tl.float32)
-        else:
-            b = tl.load(bias + start + columns, mask=start + columns < width, other=0.0).to(tl.float32)
-        y += b[None, :]
+        y += tl.load(bias + columns).to(tl.float32)[None, :]
     return capped(y, softcap, HAS_SOFTCAP)
 
 
@@ -101,7 +97,7 @@ def chunk_stats(
     rows, segment = _place(N, segments, ROWS)
     columns, start = tl.arange(0, SEGMENT), segment * SEGMENT
     places = _in_rows(start, columns, stride, rows)
-    y, slope = _logits(z + places, bias, columns, start, width, softcap, HAS_BIAS, HAS_SOFTCAP)
+    y, slope = _logits(z + places, bias, start + columns, softcap, HAS_BIAS, HAS_SOFTCAP)
     inverse = tl.load(inverse_temperature + rows)
     target = tl.load(targets + rows) - first - start
     if start + SEGMENT > width:
@@ -154,7 +150,7 @@ def merge_segments(
         tl.store(weighted_N + rows, total_weighted * LN2, mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["N", "width", "segments", "first"])
+@triton.jit(do_not_specialize=["N", "segments", "first"])
 def chunk_dz(
     z,
     bias,
@@ -169,7 +165,6 @@ def chunk_dz(
     entropy,
     dz,
     N,
-    width,
     segments,
     first,
     stride,
@@ -187,7 +182,7 @@ def chunk_dz(
     places = _in_rows(start, columns, stride, rows)
     flows = tl.load(factor + rows) != 0.0
     if _any(flows):
-        y, slope = _logits(z + places, bias, columns, start, width, softcap, HAS_BIAS, HAS_SOFTCAP)
+        y, slope = _logits(z + places, bias, start + columns, softcap, HAS_BIAS, HAS_SOFTCAP)
         inverse = tl.load(inverse_temperature + rows)
         grad = tl.exp2(y * (inverse * LOG2E)[:, None] - tl.load(exponent + rows)[:, None])
         if ENTROPY:
