@@ -5,8 +5,8 @@ Legend: N rows, H hidden size, V vocabulary, S splits of the vocabulary.
 Program (row block, split) walks the vocabulary tiles of its split and keeps, for every row, a bound on x = log2(e) z, the sum of
 2^(x - bound) over all but the target, and for the entropy the sum of (x - bound) 2^(x - bound); splits are merged in order
 (streams.py). A split has a fixed width and a row's numbers never meet those of another row, so its bits depend neither on N, nor on its
-place, nor on its neighbours. Operands are read by tensor descriptors (TMA on 9.0 and later): masks of pointers cost a third of the
-product's loop there. The backward is that of chunks.py.
+place, nor on its neighbours. From compute capability 9.0 on, operands are read by tensor descriptors (TMA): the masks of pointers would
+be half of the product's loop. The backward is that of chunks.py.
 """
 
 from __future__ import annotations
@@ -100,7 +100,6 @@ def _forward_kernel(
                 a_pointers += BLOCK_H
                 b_pointers += BLOCK_H
         y, _ = capped(y, softcap, HAS_SOFTCAP)
-        y *= scale[:, None]
         here = target - start
         if tl.max(((here >= 0) & (here < BLOCK_V)).to(tl.int32), axis=0) > 0:  # a fifth of the tiles at V = 152k
             at_target = at_v[None, :] == here[:, None]
@@ -108,9 +107,9 @@ def _forward_kernel(
             y = tl.where(at_target, float("-inf"), y)
         if start + BLOCK_V > V:
             y = tl.where((start + at_v < V)[None, :], y, float("-inf"))
-        new_top = tl.maximum(top, tl.max(y, axis=1))
+        new_top = tl.maximum(top, tl.max(y, axis=1) * scale)
         rescale = tl.exp2(top - new_top)
-        shifted = y - new_top[:, None]
+        shifted = y * scale[:, None] - new_top[:, None]
         p = tl.exp2(shifted)
         if ENTROPY:
             moved = total_weighted + total * tl.maximum(top - new_top, LEAST)
@@ -122,7 +121,7 @@ def _forward_kernel(
     tl.store(others + place, total, mask=in_rows)
     if ENTROPY:
         tl.store(weighted + place, total_weighted, mask=in_rows)
-    tl.store(target_logits + rows, target_logit / LOG2E, mask=in_rows & (target >= first) & (target < last))
+    tl.store(target_logits + rows, target_logit * inverse, mask=in_rows & (target >= first) & (target < last))
 
 
 def configuration(dtype: torch.dtype, capability: tuple[int, int], *, softcap: bool) -> dict[str, int]:
@@ -163,10 +162,11 @@ class InvariantTiles(ChunkTiles):
     def _forward(self, first: int, weight: Tensor, stats: list[Tensor | None], target: Tensor) -> None:
         capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else (9, 0)
         options = configuration(self.dtype, capability, softcap=self.settings.softcap is not None)
-        num_rows, width = len(self.targets), len(weight)
+        num_rows, width, tma = len(self.targets), len(weight), capability >= (9, 0)
+        operands = [_whole_rows(x) for x in (self.hidden, weight)]
+        blocks = [[options[rows], options["BLOCK_H"]] for rows in ("BLOCK_N", "BLOCK_V")]
         _forward_kernel[(triton.cdiv(num_rows, options["BLOCK_N"]) * triton.cdiv(width, SPLIT),)](
-            _described(self.hidden, [options["BLOCK_N"], options["BLOCK_H"]]),
-            _described(weight, [options["BLOCK_V"], options["BLOCK_H"]]),
+            *(TensorDescriptor.from_tensor(x, b) if tma else x for x, b in zip(operands, blocks, strict=True)),
             None if self.bias is None else self.bias[first:],
             self.targets,
             self.inverse_temperature,
@@ -174,20 +174,23 @@ class InvariantTiles(ChunkTiles):
             target,
             num_rows,
             width,
-            self.hidden.shape[1],
+            operands[0].shape[1],
+            *(x.stride(0) for x in operands),
             first,
             self.settings.softcap or 1.0,
             **self._flags,
             ENTROPY=self.settings.entropy,
+            TMA=tma,
             SPLIT=SPLIT,
             GROUP=GROUP,
             **options,
         )
 
 
-def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """A matrix as TMA reads it: rows whose bytes are whole and lie multiples of 16 apart. One that is not so is copied."""
+def _whole_rows(x: Tensor) -> Tensor:
+    """As TMA reads a matrix: rows of whole 16 bytes that lie multiples of 16 bytes apart. One that is not so is copied, with zeros behind its
+    rows."""
     whole = 16 // x.itemsize
-    if x.stride(1) != 1 or x.stride(0) % whole or x.data_ptr() % 16:
+    if x.stride(1) != 1 or x.stride(0) % whole or x.shape[1] % whole or x.data_ptr() % 16:
         x = F.pad(x, (0, -x.shape[1] % whole)).contiguous()
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+    return x
