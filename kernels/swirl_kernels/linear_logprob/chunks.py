@@ -30,6 +30,7 @@ from torch import Tensor
 from swirl_kernels.linear_logprob import streams
 from swirl_kernels.linear_logprob.autograd import Kept, Settings, Upstream, merge_statistics
 
+SPLIT = 4096  # a multiple of every segment, and of every tile of triton.py
 # What cuBLAS cuts a product's result into on Hopper; a product is at its best where the number of its tiles is a multiple of that of
 # multiprocessors, or just below one.
 TILE_N, TILE_V = 128, 256
@@ -63,8 +64,8 @@ class ChunkTiles:
         self.places: Tensor | None = None
         self.num_kept_rows = len(targets)
         self.segment, self.chunk = self._cut(len(targets))
-        # with as many entries as the last segment has columns
-        self.bias = None if bias is None else F.pad(bias, (0, self._padded(settings.valid_vocab) - len(bias)))
+        # with as many entries as the last segment, or the last split, has columns
+        self.bias = None if bias is None else F.pad(bias, (0, -(-settings.valid_vocab // SPLIT) * SPLIT - len(bias)))
 
     @staticmethod
     def keepable(num_rows: int, weight: Tensor, settings: Settings) -> tuple[int, torch.dtype, int]:

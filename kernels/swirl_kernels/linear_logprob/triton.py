@@ -4,7 +4,7 @@ Legend: N rows, H hidden size, V vocabulary, S splits of the vocabulary.
 
 Program (row block, split) walks the vocabulary tiles of its split and keeps, for every row, a bound on x = log2(e) z, the sum of
 2^(x - bound) over all but the target, and for the entropy the sum of (x - bound) 2^(x - bound); splits are merged in order
-(streams.py). A split has a fixed width and a row's numbers never meet those of another row, so its bits depend neither on N, nor on its
+(streams.py). A split has a fixed width, SPLIT (38 of them at V = 152k), and a row's numbers never meet those of another row, so its bits depend neither on N, nor on its
 place, nor on its neighbours. From compute capability 9.0 on, operands are read by tensor descriptors (TMA): the masks of pointers would
 be half of the product's loop. The backward is that of chunks.py.
 """
@@ -19,10 +19,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from swirl_kernels.linear_logprob.autograd import Kept, Settings
-from swirl_kernels.linear_logprob.chunks import ChunkTiles
+from swirl_kernels.linear_logprob.chunks import SPLIT, ChunkTiles
 from swirl_kernels.linear_logprob.streams import LEAST, LOG2E, LOWEST, capped
 
-SPLIT = 4096  # vocabulary entries of one program, a multiple of every tile: 38 splits at V = 152k
 GROUP = 16  # row blocks that walk the vocabulary together, so that both operands of their tiles stay in L2
 
 
@@ -82,7 +81,7 @@ def _forward_kernel(
     for start in range(first, last, BLOCK_V):
         y = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
         if HAS_BIAS:  # before the product: beside its result the bias would cost registers
-            y += tl.load(bias + start + at_v, mask=start + at_v < V, other=0.0).to(tl.float32)[None, :]
+            y += tl.load(bias + start + at_v).to(tl.float32)[None, :]
         if TMA:
             for at_h in range(0, H, BLOCK_H):
                 a = hidden.load([row_block * BLOCK_N, at_h])
