@@ -21,9 +21,6 @@ import swirl_kernels
 from swirl_fast.config import AlgorithmConfig
 from swirl_kernels import PolicyLossMetrics, PolicyLossSpec
 
-# With token-level weights a segment need not be an action, so long inputs are cut into pieces of this size to fill a GPU.
-SEGMENT = 256
-
 
 @dataclass(frozen=True)
 class Actions:
@@ -170,17 +167,13 @@ def policy_loss(
         correction_level="step" if algorithm.importance_level == "action" else "token",
         correction_high=algorithm.importance_cap or 2.0,
     )
-    if algorithm.importance_level == "action":
-        assert offsets_A is not None, "the weight of an action needs to know where it begins and ends"
-        offsets = offsets_A
-    else:
-        tokens = len(logp_N)
-        offsets = torch.arange(0, tokens + SEGMENT, SEGMENT, device=logp_N.device).clamp(max=tokens)
+    by_action = algorithm.importance_level == "action"
+    assert offsets_A is not None or not by_action, "the weight of an action needs to know where it begins and ends"
     return swirl_kernels.policy_loss(
         logp_N,
         old_logp_N,
         advantage_N,
-        offsets,
+        offsets_A if by_action else None,
         spec,
         ref_logp=ref_logp_N,
         rollout_logp=rollout_logp_N if algorithm.importance_cap else None,

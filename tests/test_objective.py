@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swirl_fast.config import AlgorithmConfig
-from swirl_fast.objective import SEGMENT, Actions, LossSums, advantages, counts, policy_loss, weights
+from swirl_fast.objective import Actions, LossSums, advantages, counts, policy_loss, weights
 
 
 def actions_of(seed: int, states: int = 6, unknown: float = 0.3) -> Actions:
@@ -113,7 +113,7 @@ def test_two_ranks_weigh_as_one(weighting: str) -> None:
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_loss_and_gradient_by_the_formula(name: str, kl_coef: float) -> None:
     torch.manual_seed(0)
-    n = 2 * SEGMENT + 40
+    n = 552
     logp = torch.randn(n, dtype=torch.float64).sub(2).requires_grad_()
     old, ref = (logp.detach() + 0.3 * torch.randn(n, dtype=torch.float64) for _ in range(2))
     advantage, weight = torch.randn(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_importance_weights_by_the_formula(name: str, cap: float, level: str) ->
     """min(trainer's / engine's probability, cap), of the token or its action, on the policy term alone, and no gradient through it;
     cap 0: all 1."""
     torch.manual_seed(0)
-    n = SEGMENT + 40
+    n = 296
     logp = torch.randn(n, dtype=torch.float64).sub(2).requires_grad_()
     old, ref, engine = (logp.detach() + 0.6 * torch.randn(n, dtype=torch.float64) for _ in range(3))
     advantage, weight = torch.randn(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_loss_and_sums_add_up_over_micro_batches(name: str) -> None:
     weight = torch.rand(700) * (torch.rand(700) > 0.3)
     algorithm = AlgorithmConfig(name=name, kl_coef=0.1)
     whole, metrics = policy_loss(logp, old, advantage, weight, algorithm, ref)
-    for cut in (0, 1, SEGMENT, 300, 699):
+    for cut in (0, 1, 256, 300, 699):
         halves = [
             policy_loss(*(x[part] for x in (logp, old, advantage, weight)), algorithm, ref[part])
             for part in (slice(cut), slice(cut, None))

@@ -280,6 +280,11 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
     refused("ref_logp is given with kl='none'", x, x, advantage, offsets, ref_logp=x)
     refused("rollout_logp is missing", x, x, advantage, offsets, spec=PolicyLossSpec(correction="tis"))
     refused("rollout_logp is given", x, x, advantage, offsets, rollout_logp=x)
+    refused("offsets are None with ratio='step'", x, x, x, None, spec=PolicyLossSpec(ratio="step"))
+    refused("correction_level='token', gate='step'", x, x, x, None, rollout_logp=x,
+            spec=PolicyLossSpec(correction="mask", correction_gate="step"))  # fmt: skip
+    refused(r"advantage has shape \(2,\) .* give floating \[5\]", x, x, advantage, None)
+    refused("loss_scale is inf", x, x, advantage, offsets, loss_scale=math.inf)
     graded = x.clone().requires_grad_()
     refused(r"old_logp requires grad.* pass old_logp.detach\(\)", graded, graded, advantage, offsets)
     refused("advantage requires grad", x, x, graded, offsets)

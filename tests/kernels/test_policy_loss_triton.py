@@ -1,8 +1,10 @@
 """The Triton kernel: compiled on a GPU, interpreted without one."""
 
+import functools
 import itertools
 import math
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -128,18 +130,52 @@ def test_a_nan_among_the_used_tokens_shows() -> None:
                 assert loss.isnan(), (spec, name)
 
 
-def test_the_same_bits_again_and_from_a_second_thread() -> None:
-    spec = PolicyLossSpec(ratio="step", clip="dual", kl="k3", kl_coef=0.1, correction="icepop")
+@pytest.mark.parametrize("ratio", ["step", "token"])
+def test_the_same_bits_again_and_from_a_second_thread(ratio: Any) -> None:
+    spec = PolicyLossSpec(ratio=ratio, clip="dual", kl="k3", kl_coef=0.1, correction="icepop")
     arguments = case(spec, dtype=torch.float32, device=DEVICE)
     first, again = (results(policy_loss, spec, arguments) for _ in range(2))
     assert all(torch.equal(again[n], x) for n, x in first.items())
     logp = arguments.pop("logp").requires_grad_()
     loss, _ = policy_loss(logp, spec=spec, **arguments)
     (expected,) = torch.autograd.grad(loss, logp, retain_graph=True)
+    twice = torch.full((), 2.0, device=DEVICE)
+    assert torch.equal(torch.autograd.grad(loss, logp, twice, retain_graph=True)[0], 2 * expected)
     got: list[Tensor] = []
     thread = threading.Thread(target=lambda: got.extend(torch.autograd.grad(loss, logp)))
     thread.start(), thread.join()
     assert torch.equal(got[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tokens_that_know_no_segments(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """offsets=None, a factor on the loss, and no metrics: the same loss and gradient."""
+    monkeypatch.setenv("SWIRL_KERNELS_BACKEND", backend)
+    for spec, weight, importance in (
+        (PolicyLossSpec(kl="k3", kl_coef=0.3, clip="dual"), "token", "none"),
+        (PolicyLossSpec(clip="cispo", correction="icepop", correction_high=1.1), "scalar", "none"),
+        (PolicyLossSpec(clip="none", kl="k1", kl_limit=0.1), "none", "token"),
+    ):
+        arguments = case(
+            spec, lengths=(301,), advantage="token", weight=weight, importance=importance, dtype=torch.float32, device=DEVICE
+        )  # fmt: skip
+        arguments["offsets"] = None
+        scaled = functools.partial(naive_policy_loss, loss_scale=0.3)
+        got = results(functools.partial(policy_loss, loss_scale=0.3), spec, arguments)
+        assert_close(got, results(scaled, spec, exact(arguments)), 1e-5, spec)
+        logp = arguments.pop("logp").requires_grad_()
+        loss, nothing = policy_loss(logp, spec=spec, loss_scale=0.3, metrics=False, **arguments)
+        assert nothing is None and torch.equal(loss, got["loss"])
+        (unscaled,) = torch.autograd.grad(loss, logp)
+        torch.testing.assert_close(unscaled * 1.7, got["dlogp"], rtol=1e-6, atol=0)
+
+
+def test_few_tokens_among_thousands_of_segments() -> None:
+    """Most of them empty: the first one of a stretch is found in several rounds, and ends are met in any order."""
+    spec = PolicyLossSpec(kl="k3", kl_coef=0.3)
+    lengths = (0,) * 4200 + (3, 0, 0, 150, 1) + (0,) * 70 + (2,)
+    arguments = case(spec, lengths=lengths, weight="segment", dtype=torch.float32, device=DEVICE)
+    assert_close(results(policy_loss, spec, arguments), results(naive_policy_loss, spec, exact(arguments)), 1e-5)
 
 
 def test_no_gradient_is_made_for_a_frozen_logp() -> None:

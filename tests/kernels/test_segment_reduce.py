@@ -12,8 +12,7 @@ from torch import Tensor
 from swirl_kernels import naive_segment_reduce, segment_reduce
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of the Triton kernels. Interpreted they combine the two halves of a maximum number by number in Python.
-BLOCK = 512 if DEVICE == "cuda" else 64
+BLOCK = 128  # positions that a Triton kernel takes of a segment at a time
 LENGTHS = (0, 3, 1, 0, BLOCK + 200, BLOCK, 17, 1, 0)
 OPS = ("sum", "mean", "max")
 
@@ -21,11 +20,10 @@ OPS = ("sum", "mean", "max")
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "triton":
-        triton = pytest.importorskip("triton")
-        from swirl_kernels.segment_reduce import triton as segment_reduce_triton
+        pytest.importorskip("triton")
+        from swirl_kernels.segment_reduce.triton import SHORT_BLOCK
 
-        assert segment_reduce_triton.BLOCK == 512 and triton
-        monkeypatch.setattr(segment_reduce_triton, "BLOCK", BLOCK)
+        assert SHORT_BLOCK == BLOCK
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", request.param)
     return request.param
 
@@ -90,6 +88,21 @@ def test_every_length_around_a_block(backend: str, op: Any) -> None:
             x, offsets, index = inputs(indexed, lengths=(length, 2))
             expected = results(naive_segment_reduce, x.float().double(), offsets, op, index)
             assert_close(results(segment_reduce, x.float(), offsets, op, index), expected, 2e-6, (length, indexed))
+
+
+def test_long_segments_and_many_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program a segment above SHORT positions; stretches that begin and end inside of segments, in the gradient."""
+    pytest.importorskip("triton")
+    from swirl_kernels.segment_reduce import triton as kernels
+
+    monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")
+    monkeypatch.setattr(kernels, "SHORT", 4)
+    monkeypatch.setattr(kernels, "SPREAD_PROGRAMS", 3)
+    for lengths in ((0, 2 * kernels.BLOCK + 5, 0, 3), (1,) * 70 + (0, 0, 300)):
+        x, offsets, _ = inputs(False, lengths=lengths)
+        for op in OPS:
+            expected = results(naive_segment_reduce, x.float().double(), offsets, op, None)
+            assert_close(results(segment_reduce, x.float(), offsets, op, None), expected, 2e-6, (lengths, op))
 
 
 def test_count_looks_at_offsets_alone(backend: str) -> None:

@@ -13,6 +13,7 @@ Left out: entropy bonus (linear_logprob returns the entropy), value loss, double
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,31 +25,71 @@ from swirl_kernels.policy_loss.spec import SUMS, PolicyLossMetrics, PolicyLossSp
 from swirl_kernels.segment_reduce import check_offsets
 
 
+@overload
 def policy_loss(
     logp: Tensor,
     old_logp: Tensor,
     advantage: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
+    spec: PolicyLossSpec,
+    *,
+    ref_logp: Tensor | None = ...,
+    rollout_logp: Tensor | None = ...,
+    importance: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    loss_scale: float = ...,
+    metrics: Literal[True] = ...,
+) -> tuple[Tensor, PolicyLossMetrics]: ...
+
+
+@overload
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    offsets: Tensor | None,
+    spec: PolicyLossSpec,
+    *,
+    ref_logp: Tensor | None = ...,
+    rollout_logp: Tensor | None = ...,
+    importance: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    loss_scale: float = ...,
+    metrics: Literal[False],
+) -> tuple[Tensor, None]: ...
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    offsets: Tensor | None,
     spec: PolicyLossSpec,
     *,
     ref_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
     importance: Tensor | None = None,
     weight: Tensor | None = None,
-) -> tuple[Tensor, PolicyLossMetrics]:
+    loss_scale: float = 1.0,
+    metrics: bool = True,
+) -> tuple[Tensor, PolicyLossMetrics | None]:
     """Scalar loss and its metrics, in one pass over the tokens.
 
     logp: floating [N], log-probabilities of the sampled tokens under the policy in training (natural logarithm).
     old_logp: floating [N], under the policy the ratio is taken against; logp.detach() for a first update.
     advantage: floating [A], one a segment, or [N].
     offsets: int32 or int64 [A + 1], from 0 to N without descending: segment a owns tokens offsets[a] : offsets[a + 1]. Equal
-        neighbours are empty segments.
+        neighbours are empty segments. None where nothing belongs to a segment: ratio "token", a correction of tokens, and
+        advantage, importance and weight by token (weight also []); the Triton kernel then reads no offsets.
     spec: what is computed.
     ref_logp: floating [N], of the reference policy; exactly when spec.kl is not "none".
     rollout_logp: floating [N], what the rollout engine reported; exactly when spec.correction is not "none".
     importance: floating [N] or [A], ω as it is, made elsewhere; None: 1, or what spec.correction says. Only where that is "none".
         With clip "vespo" it is a factor of the ratio instead: [N] with the product over the step, [A] once.
     weight: floating [N], [A] or []; None: 1. Made from global counts; loss_weights makes the usual ones.
+    loss_scale: finite factor on loss and gradient, not on metrics; what would otherwise multiply the loss (the number of ranks,
+        say). A gradient of 1 that comes into the loss then costs the Triton path nothing.
+    metrics: False computes none and returns None in their place.
     Where A = N every segment must be one token, so that [A] and [N] say the same.
 
     Tokens of weight 0 contribute exactly nothing to loss, gradient, metrics and the means over their segment, whatever stands
@@ -59,6 +100,8 @@ def policy_loss(
     over segments in float64. Gradient only for logp, in its dtype; it is made in the forward and scaled in the backward.
 
     Repeatability: nothing is atomic; the same arguments give the same bits. No value is read back from the device.
+    Triton: one warp goes through a stretch of tokens, whatever the segments; with ratios or corrections of steps a program goes
+    through a segment.
 
     Raises ValueError for wrong shapes, dtypes and devices, for a tensor that is missing or that the spec does not use, for one
     other than logp that requires grad (named), and for offsets that do not go from 0 to N. On a CUDA device with the Triton
@@ -73,9 +116,17 @@ def policy_loss(
         )
     backend = choose_backend("policy_loss", logp)
     readable = not (logp.is_cuda and backend == "triton")
-    check_offsets(offsets, len(logp), "logp", readable)
+    if offsets is not None:
+        check_offsets(offsets, len(logp), "logp", readable)
+    elif not spec.by_token:
+        raise ValueError(
+            f"offsets are None with ratio={spec.ratio!r}, correction_level={spec.correction_level!r}, gate={spec.gate!r}; "
+            "what is computed by step needs to know the steps"
+        )
+    if not math.isfinite(loss_scale):
+        raise ValueError(f"loss_scale is {loss_scale}; give a finite number")
     _check(logp, old_logp, advantage, offsets, spec, ref_logp, rollout_logp, importance, weight)
-    if readable and len(offsets) == len(logp) + 1:
+    if offsets is not None and readable and len(offsets) == len(logp) + 1:
         others = torch.nonzero(offsets.diff() != 1)
         if len(others):
             at = int(others[0])
@@ -94,24 +145,28 @@ def policy_loss(
         importance,
         spec,
         torch.is_grad_enabled() and logp.requires_grad,
+        float(loss_scale),
+        metrics,
         backend,
     )
-    return loss, PolicyLossMetrics(sums, ratio_max)
+    return loss, PolicyLossMetrics(sums, ratio_max) if metrics else None
 
 
 def naive_policy_loss(
     logp: Tensor,
     old_logp: Tensor,
     advantage: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     spec: PolicyLossSpec,
     *,
     ref_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
     importance: Tensor | None = None,
     weight: Tensor | None = None,
+    loss_scale: float = 1.0,
 ) -> tuple[Tensor, PolicyLossMetrics]:
     """The same, a segment at a time and differentiated by autograd; the reference to check by eye."""
+    offsets = torch.tensor([0, len(logp)]) if offsets is None else offsets
     weight = torch.ones_like(logp) if weight is None else weight
     low, high = spec.ratio_bounds
     loss = logp[:0].sum(dtype=torch.promote_types(logp.dtype, torch.float32))
@@ -199,18 +254,18 @@ def naive_policy_loss(
             sums[name] += float(values.detach().double().sum())
         ratio_max = max(ratio_max, float(value.max()))
     as_tensor = torch.tensor([sums[name] for name in SUMS], dtype=torch.float64, device=logp.device)
-    return loss, PolicyLossMetrics(as_tensor, torch.tensor(ratio_max, dtype=torch.float64, device=logp.device))
+    return loss * loss_scale, PolicyLossMetrics(as_tensor, torch.tensor(ratio_max, dtype=torch.float64, device=logp.device))
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, backend
+        ctx, logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, scale, metrics, backend
     ):
         loss, slope, sums, ratio_max = _compute(
-            logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, backend
+            logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, scale, metrics, backend
         )
-        ctx.dtype = logp.dtype
+        ctx.dtype, ctx.backend = logp.dtype, backend
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(sums, ratio_max)
         ctx.set_materialize_grads(False)
@@ -220,20 +275,32 @@ class _PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
         (slope,) = ctx.saved_tensors
-        return (None if dloss is None else (slope * dloss).to(ctx.dtype), *(None,) * 10)
+        return (None if dloss is None else _scaled(slope, dloss, ctx.dtype, ctx.backend), *(None,) * 12)
+
+
+def _scaled(slope: Tensor, factor: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """slope * factor. Written over the slope, and not at all where the factor is 1, unless the graph is kept and may ask again."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+    if kept or backend != "triton" or dtype != slope.dtype:
+        return (slope * factor).to(dtype)
+    from swirl_kernels.policy_loss.triton import scaled_in_place
+
+    return scaled_in_place(slope, factor)
 
 
 def _compute(
     logp: Tensor,
     old: Tensor,
     advantage: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     weight: Tensor | None,
     ref: Tensor | None,
     behaviour: Tensor | None,
     importance: Tensor | None,
     spec: PolicyLossSpec,
     differentiable: bool,
+    scale: float,
+    metrics: bool,
     backend: Backend,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """loss [], d loss / d logp [N] in the loss's dtype (None unless differentiable), sums [9], ratio_max []."""
@@ -241,16 +308,18 @@ def _compute(
         from swirl_kernels.policy_loss.triton import policy_loss_triton
 
         return policy_loss_triton(
-            logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable
+            logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, scale, metrics
         )
-    return policy_loss_torch(logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable)
+    return policy_loss_torch(
+        logp, old, advantage, offsets, weight, ref, behaviour, importance, spec, differentiable, scale, metrics
+    )
 
 
 def _check(
     logp: Tensor,
     old_logp: Tensor,
     advantage: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     spec: PolicyLossSpec,
     ref_logp: Tensor | None,
     rollout_logp: Tensor | None,
@@ -267,7 +336,8 @@ def _check(
             raise ValueError(f"{name} is {'missing' if tensor is None else 'given'} with {setting}={word!r}; {remedy}")
     if importance is not None and spec.correction != "none":
         raise ValueError(f"importance is given with correction={spec.correction!r}; leave one of them out")
-    tokens, segments = len(logp), len(offsets) - 1
+    tokens = len(logp)
+    by_segment = () if offsets is None else ((len(offsets) - 1,),)
     named = {
         "logp": logp,
         "old_logp": old_logp,
@@ -279,9 +349,9 @@ def _check(
     }
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     allowed = {
-        "advantage": ((segments,), (tokens,)),
-        "importance": ((tokens,), (segments,)),
-        "weight": ((tokens,), (segments,), ()),
+        "advantage": (*by_segment, (tokens,)),
+        "importance": ((tokens,), *by_segment),
+        "weight": ((tokens,), *by_segment, ()),
     }
     for name, tensor in given.items():
         shapes = allowed.get(name, ((tokens,),))
@@ -290,6 +360,6 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; give floating {wanted}")
         if tensor.requires_grad and name != "logp":
             raise ValueError(f"{name} requires grad, but only logp gets a gradient; pass {name}.detach()")
-    devices = {tensor.device for tensor in (*given.values(), offsets)}
+    devices = {tensor.device for tensor in (*given.values(), offsets) if tensor is not None}
     if len(devices) > 1:
         raise ValueError(f"{', '.join(given)} and offsets lie on {sorted(map(str, devices))}; use one device")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swirl_kernels.policy_loss.spec import STEP_SUM_BOUNDS, Level, PolicyLossSpec
+from swirl_kernels.policy_loss.spec import STEP_SUM_BOUNDS, SUMS, Level, PolicyLossSpec
 from swirl_kernels.segment_reduce.eager import segment_sums
 
 SERIES_BELOW = 0.5  # |x| up to which exp(x) - 1 - x is a series; above, the difference keeps its digits
@@ -20,15 +20,18 @@ def policy_loss_torch(
     logp: Tensor,
     old: Tensor,
     advantage: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     weight: Tensor | None,
     ref: Tensor | None,
     behaviour: Tensor | None,
     importance: Tensor | None,
     spec: PolicyLossSpec,
     differentiable: bool,
+    scale: float = 1.0,
+    metrics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """loss [], d loss / d logp [N] (None unless differentiable), sums [9] and ratio_max [] in float64."""
+    """loss [], d loss / d logp [N] (None unless differentiable), sums [9] and ratio_max [] in float64 (zeros without metrics)."""
+    offsets = torch.tensor([0, len(logp)], device=logp.device) if offsets is None else offsets
     dtype = torch.promote_types(logp.dtype, torch.float32)
     tokens, lengths = len(logp), offsets.diff()
 
@@ -43,6 +46,7 @@ def policy_loss_torch(
 
     w = logp.new_ones(tokens, dtype=dtype) if weight is None else per_token(weight)
     used = w != 0
+    w = w * scale
 
     def kept(x: Tensor) -> Tensor:
         return torch.where(used, x, 0.0)
@@ -83,9 +87,12 @@ def policy_loss_torch(
             loss = loss + kept(w * spec.kl_coef * kl)
             gradient = gradient + kept(w * spec.kl_coef * kl_slope)
     weighted = torch.where(omega != 0, ratio * omega, 0.0)
+    total = loss.sum(dtype=torch.float64).to(dtype)
+    if not metrics:
+        zeros = torch.zeros(len(SUMS), dtype=torch.float64, device=logp.device)
+        return total, gradient if differentiable else None, zeros, zeros[0].clone()
     counted = (used, *(x & used for x in clipped), kl, ratio, weighted, weighted.square(), truncated)
     sums = torch.stack([x.sum(dtype=torch.float64) for x in counted])
-    total = loss.sum(dtype=torch.float64).to(dtype)
     return total, gradient if differentiable else None, sums, ratio.amax().double() if tokens else sums.new_zeros(())
 
 

@@ -136,6 +136,12 @@ class PolicyLossSpec:
         return self.correction_gate or self.correction_level
 
     @property
+    def by_token(self) -> bool:
+        """Whether ratio and correction of a token are its own, so that no mean or sum over its segment is needed."""
+        corrected = self.correction != "none"
+        return self.ratio == "token" and not (corrected and (self.correction_level, self.gate) != ("token", "token"))
+
+    @property
     def ratio_bounds(self) -> tuple[float, float]:
         """lo and hi of the clip; a ratio is never below 0."""
         return max(0.0, 1 - self.clip_low), 1 + self.clip_high

@@ -1,10 +1,11 @@
-"""policy_loss in Triton: one program a segment, loss, metrics and gradient in one launch.
+"""policy_loss in Triton: which kernel runs, and the one for losses that need a mean over a segment first, a program a segment.
 
 Legend: N tokens, A segments.
 
-A program goes through its segment's tokens a block at a time, once more where the ratio or the correction needs a mean over the
-step first, and once more where the gradient does (ratio "step"); a segment of one block stays in the cache. Sums are kept per
-lane, added up once and written to the segment's own place; adding up the segments is torch's, in float64.
+A program goes through its segment's tokens a block at a time, once for the mean over the step that the ratio or the correction
+needs, once for the loss, and once more where the gradient does (ratio "step"); a segment of one block stays in the cache. Sums are
+kept per lane, added up once and written to the segment's own place; adding up the segments is torch's, in float64. Losses whose
+tokens stand for themselves take the kernel in stretches.py.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swirl_kernels.policy_loss.spec import STEP_SUM_BOUNDS, SUMS, PolicyLossSpec
-from swirl_kernels.segment_reduce.triton import bounds
+from swirl_kernels.policy_loss.spec import SUMS, PolicyLossSpec
+from swirl_kernels.policy_loss.stretches import stretch_loss
+from swirl_kernels.policy_loss.terms import LOG_LEAST, clip, correction, kind, kl_terms, log_weight, soft_numbers, surrogate
+from swirl_kernels.segment_reduce.stretches import is_right
 
 BLOCK = 256  # one token a lane: with two some specs spill (8 to 24 B)
 WARPS = 8
-LOG_LEAST = tl.constexpr(STEP_SUM_BOUNDS[0])
-SERIES_BELOW = tl.constexpr(0.5)  # |x| up to which exp(x) - 1 - x is a series
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 528
 
 
 @triton.jit
@@ -45,42 +47,6 @@ def _values(pointer, position, used):
     return tl.load(pointer + position, mask=used, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def _clip(x, low, high):
-    """NaN stays NaN."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
-
-
-@triton.jit
-def _log_weight(x):
-    return _clip(tl.log(x), LOG_LEAST, 20.0)
-
-
-@triton.jit
-def _kl(x, limit, KL: tl.constexpr):
-    """The estimate and its derivative by logp; x: ref_logp - logp."""
-    if KL == "k1":
-        kl = -x
-        slope = x * 0.0 + 1.0
-    elif KL == "k2":
-        kl = x * x * 0.5
-        slope = -x
-    else:
-        # x^2/2 (1 + x/3 (1 + x/4 (…))): policy and reference are close, so that the difference would cancel
-        series = x * (1.0 / 11.0) + 1.0
-        series = x * (1.0 / 10.0) * series + 1.0
-        series = x * (1.0 / 9.0) * series + 1.0
-        series = x * (1.0 / 8.0) * series + 1.0
-        series = x * (1.0 / 7.0) * series + 1.0
-        series = x * (1.0 / 6.0) * series + 1.0
-        series = x * (1.0 / 5.0) * series + 1.0
-        series = x * (1.0 / 4.0) * series + 1.0
-        series = x * (1.0 / 3.0) * series + 1.0
-        kl = tl.where(tl.abs(x) < SERIES_BELOW, x * x * 0.5 * series, tl.exp(x) - 1.0 - x)
-        slope = -(x + kl)
-    return _clip(kl, -limit, limit), tl.where(tl.abs(kl) > limit, 0.0, slope)
-
-
 @triton.jit(
     do_not_specialize=["tokens", "segments"],
     do_not_specialize_on_alignment=[
@@ -100,6 +66,7 @@ def _policy_loss_kernel(
     partial,
     tokens,
     segments,
+    scale,
     low,
     high,
     dual_clip,
@@ -126,7 +93,10 @@ def _policy_loss_kernel(
 
     UNIT: every segment must be one token. SOFT: the numbers of sapo or vespo."""
     segment = tl.program_id(0)
-    begin, end, right = bounds(offsets, tokens, segments, False)
+    begin = tl.load(offsets + segment).to(tl.int64)
+    end = tl.load(offsets + segment + 1).to(tl.int64)
+    right = is_right(begin, end, segment, tokens, segments)
+    begin, end = tl.where(right, begin, 0), tl.where(right, end, 0)
     if UNIT:
         right &= end - begin == 1
         end = tl.where(right, end, begin)
@@ -147,9 +117,9 @@ def _policy_loss_kernel(
             counts += tl.where(used, 1.0, 0.0)
             o = _values(old, position, used)
             if RATIO == "step_sum":
-                drifts += _clip(_values(logp, position, used) - o, -20.0, 20.0)
+                drifts += clip(_values(logp, position, used) - o, -20.0, 20.0)
                 if IMPORTANCE == "token":
-                    drifts += tl.where(used, _log_weight(_values(given, position, used)), 0.0)
+                    drifts += tl.where(used, log_weight(_values(given, position, used)), 0.0)
             elif RATIO != "token":
                 drifts += _values(logp, position, used) - o
             if CORRECTION != "none" and (LEVEL != "token" or GATE != "token"):
@@ -158,8 +128,8 @@ def _policy_loss_kernel(
         if RATIO == "step_sum":
             mean = tl.sum(drifts)
             if IMPORTANCE == "segment":
-                mean += _log_weight(tl.load(given + segment).to(tl.float32))
-            mean = _clip(mean, LOG_LEAST, 20.0)
+                mean += log_weight(tl.load(given + segment).to(tl.float32))
+            mean = clip(mean, LOG_LEAST, 20.0)
         else:
             mean = tl.sum(drifts) / count
         step_gap = tl.sum(gaps)
@@ -185,7 +155,7 @@ def _policy_loss_kernel(
         position = start + lanes
         inside = position < end
         w, used = _weights(weight, segment, position, inside, WEIGHT)
-        w = tl.where(used, w, 0.0)
+        w = tl.where(used, w * scale, 0.0)
         now = _values(logp, position, used)
         o = _values(old, position, used)
         if ADVANTAGE_PER_TOKEN:
@@ -197,39 +167,10 @@ def _policy_loss_kernel(
         else:
             r = tl.exp(tl.zeros((BLOCK,), dtype=tl.float32) + mean)
         r = tl.where(used, r, 0.0)
-        value = r * adv
-        flow = value
-        if CLIP == "sapo":
-            tau = tl.where(adv > 0.0, SOFT[0], SOFT[1])
-            gate = tl.sigmoid(tau * (r - 1.0))
-            other = tl.sigmoid(tau * (1.0 - r))
-            value = 4.0 / tau * gate * adv
-            flow = tl.where(other > 0.0, 4.0 * gate * other * r * adv, 0.0)
-        elif CLIP == "vespo":
-            k = tl.where(adv >= 0.0, SOFT[0], SOFT[2])
-            scale = tl.maximum(tl.where(adv >= 0.0, SOFT[1], SOFT[3]), 1e-4)
-            flow = tl.exp(scale * (1.0 - r) + k * mean) * adv
-            value = flow * now
-        elif CLIP != "none":
-            bounded = _clip(r, low, high)
-            below = used & (r < low)
-            above = used & (r > high)
-            if CLIP == "cispo":
-                flow = bounded * adv
-                value = flow * now
-            else:
-                below = below & (adv < 0.0)
-                above = above & (adv > 0.0)
-                stopped = below | above
-                value = tl.where(stopped, bounded * adv, value)
-                if CLIP == "dual":
-                    beyond = used & (r > dual_clip) & (adv < 0.0)
-                    value = tl.where(beyond, dual_clip * adv, value)
-                    stopped = stopped | beyond
-                    dual_tokens += tl.where(beyond, 1.0, 0.0)
-                flow = tl.where(stopped, 0.0, flow)
-            below_tokens += tl.where(below, 1.0, 0.0)
-            above_tokens += tl.where(above, 1.0, 0.0)
+        value, flow, below, above, beyond = surrogate(r, adv, now, mean, used, low, high, dual_clip, CLIP, SOFT)
+        below_tokens += tl.where(below, 1.0, 0.0)
+        above_tokens += tl.where(above, 1.0, 0.0)
+        dual_tokens += tl.where(beyond, 1.0, 0.0)
         omega = tl.where(used, 1.0, 0.0)
         if RATIO != "step_sum":
             if IMPORTANCE == "token":
@@ -241,29 +182,21 @@ def _policy_loss_kernel(
                 c = tl.exp(o - _values(behaviour, position, used))
             else:
                 c = tl.exp(tl.zeros((BLOCK,), dtype=tl.float32) + step_gap)
-            if GATE == LEVEL:
-                within = (c >= correction_low) & (c <= correction_high)
-            else:
+            gate = c
+            if GATE != LEVEL:
                 if GATE == "token":
-                    held = tl.exp(o - _values(behaviour, position, used))
+                    gate = tl.exp(o - _values(behaviour, position, used))
                 else:
-                    held = tl.exp(tl.zeros((BLOCK,), dtype=tl.float32) + gate_gap)
-                within = (held >= correction_low) & (held <= correction_high)
-            if CORRECTION == "tis":
-                c = _clip(c, correction_low, correction_high)
-            elif CORRECTION == "icepop":
-                c = tl.where(within, c, 0.0)
-            else:
-                c = tl.where(within, 1.0, 0.0)
-            omega = tl.where(used, c, 0.0)
-            truncated += tl.where(used & (within == 0), 1.0, 0.0)
+                    gate = tl.exp(tl.zeros((BLOCK,), dtype=tl.float32) + gate_gap)
+            omega, changed = correction(c, gate, used, correction_low, correction_high, CORRECTION)
+            truncated += tl.where(changed, 1.0, 0.0)
         # A ratio that overflowed must not reach the loss as 0 * inf through a token that has no say.
         acting = (omega != 0.0) & (adv != 0.0)
         loss = tl.where(acting, -omega * value, 0.0)
         flow = tl.where(acting, w * omega * flow, 0.0)
         gradient = -flow
         if KL != "none":
-            kl, kl_slope = _kl(_values(ref, position, used) - now, kl_limit, KL)
+            kl, kl_slope = kl_terms(_values(ref, position, used) - now, kl_limit, KL)
             if KL_IMPORTANCE:
                 kl = tl.where(used, r * kl, 0.0)
                 kl_slope = r * kl_slope
@@ -293,10 +226,11 @@ def _policy_loss_kernel(
             position = start + lanes
             inside = position < end
             w, used = _weights(weight, segment, position, inside, WEIGHT)
+            w *= scale
             gradient = tl.zeros((BLOCK,), dtype=tl.float32) - shared
             if KL != "none":
                 x = _values(ref, position, used) - _values(logp, position, used)
-                _, kl_slope = _kl(x, kl_limit, KL)
+                _, kl_slope = kl_terms(x, kl_limit, KL)
                 if KL_IMPORTANCE:
                     kl_slope = tl.exp(mean) * kl_slope
                 gradient += tl.where(kl_coef != 0.0, w * kl_coef * kl_slope, 0.0)
@@ -316,76 +250,115 @@ def _policy_loss_kernel(
     tl.store(place + 10 * segments, tl.max(top))
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def _scale_kernel(slope, factor, tokens, BLOCK: tl.constexpr):
+    """slope [N] times factor [], in place; where that is 1 nothing is read."""
+    by = tl.load(factor)
+    if by != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, tokens, tl.num_programs(0) * BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            inside = place < tokens
+            tl.store(slope + place, tl.load(slope + place, mask=inside) * by, mask=inside)
+
+
 def policy_loss_triton(
     logp: Tensor,
     old: Tensor,
     advantage: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     weight: Tensor | None,
     ref: Tensor | None,
     behaviour: Tensor | None,
     importance: Tensor | None,
     spec: PolicyLossSpec,
     differentiable: bool,
+    scale: float = 1.0,
+    metrics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """loss [] and d loss / d logp [N] (None unless differentiable) in fp32, sums [9] and ratio_max [] in float64."""
-    tokens, segments = len(logp), len(offsets) - 1
-    # Tokens that wrong offsets leave out keep the NaN.
-    slope = torch.full((tokens,), math.nan, dtype=torch.float32, device=logp.device) if differentiable else None
-    partial = torch.empty(len(SUMS) + 2, segments, dtype=torch.float32, device=logp.device)
+    tokens, segments = len(logp), 1 if offsets is None else len(offsets) - 1
+    inputs = (logp, old, advantage, weight, ref, behaviour, importance, offsets)
+    inputs = tuple(None if x is None else x.contiguous() for x in inputs)  # type: ignore[misc]
     if not segments:
-        zeros = partial.new_zeros(len(SUMS), dtype=torch.float64)
+        zeros = torch.zeros(len(SUMS), dtype=torch.float64, device=logp.device)
+        slope = torch.full((tokens,), math.nan, device=logp.device) if differentiable else None
         return zeros.new_full((), math.nan if tokens else 0.0).float(), slope, zeros, zeros[0].clone()
-    inputs = (logp, old, advantage, weight, ref, behaviour, importance)
-    logp, old, advantage, weight, ref, behaviour, importance = (None if x is None else x.contiguous() for x in inputs)  # type: ignore[assignment]
-    low, high = spec.ratio_bounds
+    run = stretch_loss if spec.by_token else _segment_loss
     with torch.cuda.device_of(logp):
-        _policy_loss_kernel[(segments,)](
-            logp,
-            old,
-            advantage,
-            weight,
-            ref,
-            behaviour,
-            importance,
-            offsets.contiguous(),
-            slope,
-            partial,
-            tokens,
-            segments,
-            low,
-            high,
-            spec.dual_clip,
-            spec.kl_coef,
-            spec.kl_limit,
-            spec.correction_low,
-            spec.correction_high,
-            RATIO=spec.ratio,
-            CLIP=spec.clip,
-            KL=spec.kl,
-            CORRECTION=spec.correction,
-            LEVEL=spec.correction_level,
-            GATE=spec.gate,
-            KL_IMPORTANCE=spec.kl_importance,
-            SOFT=soft_numbers(spec),
-            WEIGHT=_kind(weight, tokens),
-            IMPORTANCE=_kind(importance, tokens),
-            ADVANTAGE_PER_TOKEN=len(advantage) == tokens,
-            UNIT=segments == tokens,
-            HAS_SLOPE=differentiable,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+        partial, slope = run(*inputs, spec, differentiable, scale, metrics)  # type: ignore[operator]
+    if not metrics:
+        zeros = partial.new_zeros(len(SUMS), dtype=torch.float64)
+        return partial[0].sum(dtype=torch.float64).float(), slope, zeros, zeros[0].clone()
     sums = partial[:-1].sum(1, dtype=torch.float64)
     return sums[0].float(), slope, sums[1:], partial[-1].amax().double()
 
 
-def soft_numbers(spec: PolicyLossSpec) -> tuple[float, ...] | None:
-    """Known when the kernel is compiled, so that kernels without them are what they would be if there were no such clips."""
-    return {"sapo": spec.sapo, "vespo": spec.vespo}.get(spec.clip)
+def scaled_in_place(slope: Tensor, factor: Tensor) -> Tensor:
+    """slope [N] times factor [], fp32, written over it, without a pass over it where the factor is 1. Nothing is read back."""
+    tokens = len(slope)
+    if tokens:
+        with torch.cuda.device_of(slope):
+            grid = (min(triton.cdiv(tokens, SCALE_BLOCK), SCALE_PROGRAMS),)
+            _scale_kernel[grid](slope, factor.contiguous(), tokens, BLOCK=SCALE_BLOCK, num_warps=WARPS)
+    return slope
 
 
-def _kind(weight: Tensor | None, tokens: int) -> str:
-    if weight is None:
-        return "none"
-    return "scalar" if not weight.dim() else "token" if len(weight) == tokens else "segment"
+def _segment_loss(
+    logp: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    weight: Tensor | None,
+    ref: Tensor | None,
+    behaviour: Tensor | None,
+    importance: Tensor | None,
+    offsets: Tensor,
+    spec: PolicyLossSpec,
+    differentiable: bool,
+    scale: float,
+    metrics: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """partial [11, A] and the slope; the metrics come with it whether they are wanted or not."""
+    tokens, segments = len(logp), len(offsets) - 1
+    # Tokens that wrong offsets leave out keep the NaN.
+    slope = torch.full((tokens,), math.nan, dtype=torch.float32, device=logp.device) if differentiable else None
+    partial = torch.empty(len(SUMS) + 2, segments, dtype=torch.float32, device=logp.device)
+    low, high = spec.ratio_bounds
+    _policy_loss_kernel[(segments,)](
+        logp,
+        old,
+        advantage,
+        weight,
+        ref,
+        behaviour,
+        importance,
+        offsets,
+        slope,
+        partial,
+        tokens,
+        segments,
+        scale,
+        low,
+        high,
+        spec.dual_clip,
+        spec.kl_coef,
+        spec.kl_limit,
+        spec.correction_low,
+        spec.correction_high,
+        RATIO=spec.ratio,
+        CLIP=spec.clip,
+        KL=spec.kl,
+        CORRECTION=spec.correction,
+        LEVEL=spec.correction_level,
+        GATE=spec.gate,
+        KL_IMPORTANCE=spec.kl_importance,
+        SOFT=soft_numbers(spec),
+        WEIGHT=kind(weight, tokens),
+        IMPORTANCE=kind(importance, tokens),
+        ADVANTAGE_PER_TOKEN=len(advantage) == tokens,
+        UNIT=segments == tokens,
+        HAS_SLOPE=differentiable,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return partial, slope

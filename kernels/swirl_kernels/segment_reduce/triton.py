@@ -1,9 +1,9 @@
-"""segment_reduce in Triton: one program a segment, which goes through its positions a block at a time.
+"""segment_reduce in Triton: a few segments a program, each in lanes of its own, and their gradient in stretches of positions.
 
 Legend: N entries of x, M positions, S segments.
 
-Sums are kept per lane of the block and added up once, in a fixed order. A segment whose offsets or index leave the bounds reads
-nothing outside them and comes out as NaN.
+Sums and maxima are kept per lane and put together once, in a fixed order that begins with the segment. A segment whose offsets or
+index leave the bounds reads nothing outside them and comes out as NaN.
 """
 
 from __future__ import annotations
@@ -15,24 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512
-WARPS = 4
-NOWHERE = tl.constexpr(2**62)
+from swirl_kernels.segment_reduce.stretches import first_segment, is_right, levels, piece
 
-
-@triton.jit
-def bounds(offsets, positions, segments, PARTIAL: tl.constexpr):
-    """begin and end of this program's segment, and whether they are right; where not, the segment is empty.
-
-    PARTIAL: offsets need not start at 0 nor end at `positions`."""
-    segment = tl.program_id(0)
-    begin = tl.load(offsets + segment).to(tl.int64)
-    end = tl.load(offsets + segment + 1).to(tl.int64)
-    right = (begin >= 0) & (begin <= end) & (end <= positions)
-    if not PARTIAL:
-        right &= (segment > 0) | (begin == 0)
-        right &= (segment < segments - 1) | (end == positions)
-    return tl.where(right, begin, 0), tl.where(right, end, 0), right
+SHORT = 512  # positions of a mean segment up to which one warp takes SHORT_ROWS segments, SHORT_BLOCK positions of each at a time
+SHORT_ROWS, SHORT_BLOCK = 4, 128
+BLOCK, WARPS = 512, 4  # of longer ones, a program each
+SPREAD_BLOCK, SPREAD_PROGRAMS = 128, 4224  # 32 programs of a warp on each of 132 multiprocessors
 
 
 @triton.jit(
@@ -51,55 +39,96 @@ def _reduce_kernel(
     OP: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     PARTIAL: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    segment = tl.program_id(0)
-    begin, end, right = bounds(offsets, positions, segments, PARTIAL)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    top = float("-inf")
-    top_at = begin * 0 + NOWHERE
-    nan_at = begin * 0 + NOWHERE
-    for start in range(begin, end, BLOCK):
-        position = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = position < end
-        entry = position
+    """PARTIAL: offsets need not start at 0 nor end at `positions`."""
+    nowhere = tl.zeros((ROWS, BLOCK), dtype=positions.dtype) + 2147483647  # no lane is that far from its segment's beginning
+    segment = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = segment < segments
+    begin = tl.load(offsets + segment, mask=there, other=0).to(tl.int64)
+    end = tl.load(offsets + segment + 1, mask=there, other=0).to(tl.int64)
+    if PARTIAL:
+        right = (begin >= 0) & (begin <= end) & (end <= positions)
+    else:
+        right = is_right(begin, end, segment, positions, segments)
+    begin = tl.where(right, begin, 0)
+    length = tl.where(right & there, end - begin, 0).to(positions.dtype)
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    top = tl.full((ROWS, BLOCK), float("-inf"), dtype=tl.float32)
+    top_at = nowhere
+    nan_at = nowhere
+    for start in range(0, tl.max(length), BLOCK):
+        place = (start + tl.arange(0, BLOCK))[None, :]
+        inside = place < length[:, None]
+        entry = begin[:, None] + place
         readable = inside
         if HAS_INDEX:
-            entry = tl.load(index + position, mask=inside, other=0).to(tl.int64)
+            entry = tl.load(index + entry, mask=inside, other=0).to(tl.int64)
             readable = inside & (entry >= 0) & (entry < entries)
         value = tl.load(x + entry, mask=readable, other=0.0).to(tl.float32)
-        value = tl.where(readable | (position >= end), value, float("nan"))
+        if HAS_INDEX:
+            value = tl.where(inside & (readable == 0), float("nan"), value)
         if OP == "max":
-            number = inside & (value == value)
-            block_top = tl.max(tl.where(number, value, float("-inf")))
-            block_at = tl.min(tl.where(number & (value == block_top), position, NOWHERE))
-            better = (block_top > top) | (top_at == NOWHERE)
-            top_at = tl.where(better, block_at, top_at)
-            top = tl.maximum(top, block_top)
-            nan_at = tl.minimum(nan_at, tl.min(tl.where(inside & (value != value), position, NOWHERE)))
+            better = inside & ((value > top) | ((value == value) & (top_at == nowhere)))
+            top = tl.where(better, value, top)
+            top_at = tl.where(better, place, top_at)
+            nan_at = tl.where(inside & (value != value), tl.minimum(nan_at, place), nan_at)
         else:
             total += value
     if OP == "max":
-        at = tl.where(nan_at != NOWHERE, nan_at, top_at)
-        found = at != NOWHERE
+        result = tl.max(top, axis=1)
+        first = tl.min(tl.where(top == result[:, None], top_at, nowhere), axis=1)
+        first_nan = tl.min(nan_at, axis=1)
+        is_nan = first_nan != 2147483647
+        at = begin + tl.where(is_nan, first_nan, first)
+        found = is_nan | (first != 2147483647)
         if HAS_INDEX:
-            at = tl.load(index + tl.where(found, at, 0), mask=found, other=0).to(tl.int64)
-        tl.store(chosen + segment, tl.where(found, at, -1))
-        result = tl.where(nan_at != NOWHERE, float("nan"), top)
+            at = tl.load(index + at, mask=there & found, other=0).to(tl.int64)
+        tl.store(chosen + segment, tl.where(found, at, -1), mask=there)
+        result = tl.where(is_nan, float("nan"), result)
     else:
-        result = tl.sum(total)
+        result = tl.sum(total, axis=1)
         if OP == "mean":
-            result = result / tl.maximum(end - begin, 1).to(tl.float32)
-    tl.store(out + segment, tl.where(right, result, float("nan")))
+            result = result / tl.maximum(length, 1).to(tl.float32)
+    tl.store(out + segment, tl.where(right, result, float("nan")), mask=there)
 
 
-@triton.jit(do_not_specialize=["positions", "segments"], do_not_specialize_on_alignment=["values", "offsets", "out"])
-def _spread_kernel(values, offsets, out, positions, segments, BLOCK: tl.constexpr):
-    value = tl.load(values + tl.program_id(0))
-    begin, end, _ = bounds(offsets, positions, segments, False)
-    for start in range(begin, end, BLOCK):
-        position = start + tl.arange(0, BLOCK).to(tl.int64)
-        tl.store(out + position, tl.zeros((BLOCK,), dtype=value.dtype) + value, mask=position < end)
+@triton.jit(
+    do_not_specialize=["positions", "segments", "blocks"], do_not_specialize_on_alignment=["values", "offsets", "out"]
+)
+def _spread_kernel(values, offsets, out, positions, segments, blocks, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [positions]: the value of the segment that owns them, NaN where none does. blocks: of a program's stretch."""
+    lanes = tl.arange(0, BLOCK)
+    cursor = tl.program_id(0).to(positions.dtype) * blocks * BLOCK
+    stop = tl.minimum(cursor + blocks * BLOCK, positions)
+    segment = first_segment(offsets, cursor, segments, LEVELS)
+    begin = tl.load(offsets + segment).to(positions.dtype)
+    end = tl.load(offsets + tl.minimum(segment + 1, segments)).to(positions.dtype)
+    until, owned = piece(begin, end, segment, cursor, stop, positions, segments)
+    while cursor < stop:
+        ahead = tl.load(offsets + tl.minimum(segment + 2, segments)).to(positions.dtype)
+        value = tl.where(owned, tl.load(values + tl.minimum(segment, segments - 1)), float("nan"))
+        tl.store(out + cursor + lanes, tl.zeros((BLOCK,), dtype=tl.float32) + value, mask=lanes < until - cursor)
+        cursor += BLOCK
+        if cursor >= until:
+            cursor = until
+            if (cursor >= end) & (segment < segments):
+                segment += 1
+                begin = end
+                end = ahead
+            while (cursor >= end) & (segment < segments) & (cursor < stop):  # empty ones
+                segment += 1
+                begin = end
+                end = tl.load(offsets + tl.minimum(segment + 1, segments)).to(positions.dtype)
+            until, owned = piece(begin, end, segment, cursor, stop, positions, segments)
+
+
+def tiles(positions: int, segments: int) -> dict[str, int]:
+    """Of _reduce_kernel, by the mean length of a segment."""
+    if positions <= SHORT * segments:
+        return {"ROWS": SHORT_ROWS, "BLOCK": SHORT_BLOCK, "num_warps": 1}
+    return {"ROWS": 1, "BLOCK": BLOCK, "num_warps": WARPS}
 
 
 def segment_reduce_triton(
@@ -111,35 +140,47 @@ def segment_reduce_triton(
     x, offsets = x.contiguous(), offsets.contiguous()
     index = None if index is None else index.contiguous()
     segments = len(offsets) - 1
+    positions = len(x) if index is None else len(index)
     out = torch.empty(segments, dtype=torch.float32, device=x.device)
     chosen = torch.empty(segments if op == "max" else 0, dtype=torch.int64, device=x.device)
     if segments:
+        options = tiles(positions, segments)
         with torch.cuda.device_of(x):
-            _reduce_kernel[(segments,)](
+            _reduce_kernel[(triton.cdiv(segments, options["ROWS"]),)](
                 x,
                 offsets,
                 index,
                 out,
                 chosen,
                 len(x),
-                len(x) if index is None else len(index),
+                positions,
                 segments,
                 OP=op,
                 HAS_INDEX=index is not None,
                 PARTIAL=partial,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
+                **options,
             )
     return out, chosen
 
 
 def segment_spread_triton(values: Tensor, offsets: Tensor, positions: int) -> Tensor:
     """[positions], at p the value of the segment that owns p; NaN where none does."""
-    out = torch.full((positions,), math.nan, dtype=values.dtype, device=values.device)
     segments = len(offsets) - 1
-    if segments and positions:
+    if not segments:
+        return torch.full((positions,), math.nan, dtype=values.dtype, device=values.device)
+    out = torch.empty(positions, dtype=values.dtype, device=values.device)
+    if positions:
+        blocks = triton.cdiv(positions, SPREAD_BLOCK * SPREAD_PROGRAMS)
         with torch.cuda.device_of(values):
-            _spread_kernel[(segments,)](
-                values.contiguous(), offsets.contiguous(), out, positions, segments, BLOCK=BLOCK, num_warps=WARPS
+            _spread_kernel[(triton.cdiv(positions, blocks * SPREAD_BLOCK),)](
+                values.contiguous(),
+                offsets.contiguous(),
+                out,
+                positions,
+                segments,
+                blocks,
+                LEVELS=levels(segments),
+                BLOCK=SPREAD_BLOCK,
+                num_warps=1,
             )
     return out

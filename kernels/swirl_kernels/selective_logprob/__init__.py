@@ -61,7 +61,8 @@ def selective_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits / temperature)[targets] in one pass over the logits.
 
-    logits: floating [N, V], any strides (a last one other than 1 costs a copy); -inf forbids a token.
+    logits: floating [N, V], any strides (a last one other than 1 costs a copy); -inf forbids a token. Triton reads them 16 bytes
+        at a time where their row stride is a multiple of 16, and an odd one (50,257 columns, say) 2 to 4 bytes at a time, slower.
     targets: integer [N] of any width, in [0, valid_vocab), or ignore_index.
     temperature: positive float, or a floating tensor [N] with one per row (no gradient).
     entropy: also return the entropy of each row's distribution in nats.

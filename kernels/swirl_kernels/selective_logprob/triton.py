@@ -1,9 +1,15 @@
 """selective_logprob in Triton: forward one program a row with an online softmax, backward one program a block of a row.
 
 Legend: N rows, V valid columns, W all columns.
+
+A thread holds 16 adjacent bytes of a row at a time and, in the forward, the maximum and the sum of what it has seen alone: threads
+meet once a row. Whole blocks know neither V nor, but in the one that holds it, the target; what V leaves over is a masked block of
+its own. Exponents are in units of log 2.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -16,9 +22,27 @@ FORWARD_BLOCK, BACKWARD_BLOCK = 4096, 2048  # columns at a time; 4096 spill in t
 WARPS = 8
 LOWEST = tl.constexpr(-1.7e38)  # below every logit, and still finite when subtracted from one
 LEAST = tl.constexpr(MIN_LOGP)
+LOG2_E = tl.constexpr(1 / math.log(2))
+LN_2 = tl.constexpr(math.log(2))
 
 
-@triton.jit(do_not_specialize=["V"])
+@triton.jit
+def _seen(z, columns, first, target, top, total, total_weighted, by, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
+    """The statistics of each thread with one more block of raw logits, [BLOCK / WIDTH, WIDTH]. by: log2(e) / temperature."""
+    if (target >= first) & (target < first + BLOCK):
+        z = tl.where(columns == target, float("-inf"), z)
+    new_top = tl.maximum(top, tl.max(z, axis=1))
+    fallen = (top - new_top) * by
+    rescale = tl.exp2(fallen)
+    shifted = (z - new_top[:, None]) * by
+    p = tl.exp2(shifted)
+    if ENTROPY:
+        moved = total_weighted + total * tl.maximum(fallen, LEAST)
+        total_weighted = moved * rescale + tl.sum(p * tl.maximum(shifted, LEAST), axis=1)
+    return new_top, total * rescale + tl.sum(p, axis=1), total_weighted
+
+
+@triton.jit
 def _statistics_kernel(
     logits,
     targets,
@@ -31,37 +55,63 @@ def _statistics_kernel(
     V,
     stride,
     ENTROPY: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """WIDTH: adjacent columns that a thread keeps together, 16 bytes."""
     row = tl.program_id(0)
     if tl.load(live + row) != 0:
         target = tl.load(targets + row).to(tl.int32)
-        by = tl.load(inverse_temperature + row)
+        inverse = tl.load(inverse_temperature + row)
+        by = inverse * LOG2_E
         base = logits + row.to(tl.int64) * stride
-        top = by * 0.0 + LOWEST
-        total = by * 0.0
-        total_weighted = by * 0.0
-        for start in range(0, V, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            z = tl.load(base + columns, mask=(columns < V) & (columns != target), other=float("-inf"))
-            z = z.to(tl.float32) * by
-            new_top = tl.maximum(top, tl.max(z))
-            rescale = tl.exp(top - new_top)
-            shifted = z - new_top
-            p = tl.exp(shifted)
-            if ENTROPY:
-                moved = total_weighted + total * tl.maximum(top - new_top, LEAST)
-                total_weighted = moved * rescale + tl.sum(p * tl.maximum(shifted, LEAST))
-            total = total * rescale + tl.sum(p)
-            top = new_top
-        tl.store(tops + row, top)
-        tl.store(others + row, total)
+        place = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        top = tl.full((BLOCK // WIDTH,), LOWEST, dtype=tl.float32)
+        total = tl.zeros((BLOCK // WIDTH,), dtype=tl.float32)
+        total_weighted = tl.zeros((BLOCK // WIDTH,), dtype=tl.float32)
+        whole = V // BLOCK * BLOCK
+        for first in range(0, whole, BLOCK):
+            columns = first + place
+            z = tl.load(base + columns).to(tl.float32)
+            top, total, total_weighted = _seen(
+                z, columns, first, target, top, total, total_weighted, by, BLOCK, ENTROPY
+            )
+        if whole < V:
+            columns = whole + place
+            z = tl.load(base + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+            top, total, total_weighted = _seen(
+                z, columns, whole, target, top, total, total_weighted, by, BLOCK, ENTROPY
+            )
+        row_top = tl.max(top)
+        fallen = (top - row_top) * by
+        rescale = tl.exp2(fallen)
+        tl.store(tops + row, tl.maximum(row_top * inverse, LOWEST))
+        tl.store(others + row, tl.sum(total * rescale))
         if ENTROPY:
-            tl.store(weighted + row, total_weighted)
-        tl.store(target_logits + row, tl.load(base + target).to(tl.float32) * by)
+            moved = total_weighted + total * tl.maximum(fallen, LEAST)
+            tl.store(weighted + row, tl.sum(moved * rescale) * LN_2)
+        tl.store(target_logits + row, tl.load(base + target).to(tl.float32) * inverse)
 
 
-@triton.jit(do_not_specialize=["V", "W", "blocks"])
+@triton.jit
+def _gradient(z, columns, first, row, targets, inverse_temperature, largest, log_total, entropy, at_target, g, h, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """d loss / d logits of one block of a row, fp32."""
+    by = tl.load(inverse_temperature + row)
+    shift = tl.load(log_total + row)
+    over_largest = z * by - tl.load(largest + row)
+    p = tl.exp2(over_largest * LOG2_E - shift * LOG2_E)
+    factor = tl.load(g + row)
+    if ENTROPY:
+        grad = p * (factor + tl.load(h + row) * (tl.maximum(over_largest - shift, LEAST) + tl.load(entropy + row))) * -by
+    else:
+        grad = p * (factor * -by)
+    target = tl.load(targets + row).to(tl.int32)
+    if (target >= first) & (target < first + BLOCK):
+        grad = tl.where(columns == target, tl.load(at_target + row) * by, grad)
+    return grad
+
+
+@triton.jit(do_not_specialize=["blocks"])
 def _dlogits_kernel(
     out,
     logits,
@@ -84,18 +134,25 @@ def _dlogits_kernel(
 ):
     program = tl.program_id(0)
     row = program // blocks
-    columns = (program - row * blocks) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.zeros((BLOCK,), dtype=tl.float32)
-    if tl.load(flows + row) != 0:
-        by = tl.load(inverse_temperature + row)
-        z = tl.load(logits + row.to(tl.int64) * stride + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-        log_p = (z * by - tl.load(largest + row)) - tl.load(log_total + row)
-        factor = tl.zeros((BLOCK,), dtype=tl.float32) + tl.load(g + row)
-        if ENTROPY:
-            factor += tl.load(h + row) * (tl.maximum(log_p, LEAST) + tl.load(entropy + row))
-        grad = -tl.exp(log_p) * factor
-        grad = tl.where(columns == tl.load(targets + row).to(tl.int32), tl.load(at_target + row), grad) * by
-    tl.store(out + row.to(tl.int64) * out_stride + columns, grad.to(out.dtype.element_ty), mask=columns < W)
+    first = (program - row * blocks) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    source = logits + row.to(tl.int64) * stride + columns
+    drain = out + row.to(tl.int64) * out_stride + columns
+    nothing = tl.zeros((BLOCK,), dtype=out.dtype.element_ty)
+    if first + BLOCK <= V:
+        if tl.load(flows + row) != 0:
+            z = tl.load(source).to(tl.float32)
+            grad = _gradient(z, columns, first, row, targets, inverse_temperature, largest, log_total, entropy, at_target, g, h, ENTROPY, BLOCK)  # fmt: skip
+            tl.store(drain, grad.to(out.dtype.element_ty))
+        else:
+            tl.store(drain, nothing)
+    else:
+        if tl.load(flows + row) != 0:
+            z = tl.load(source, mask=columns < V, other=float("-inf")).to(tl.float32)
+            grad = _gradient(z, columns, first, row, targets, inverse_temperature, largest, log_total, entropy, at_target, g, h, ENTROPY, BLOCK)  # fmt: skip
+            tl.store(drain, grad.to(out.dtype.element_ty), mask=columns < W)
+        else:
+            tl.store(drain, nothing, mask=columns < W)
 
 
 def statistics_triton(
@@ -118,6 +175,7 @@ def statistics_triton(
                 valid,
                 logits.stride(0),
                 ENTROPY=entropy,
+                WIDTH=16 // logits.element_size(),
                 BLOCK=FORWARD_BLOCK,
                 num_warps=WARPS,
             )
