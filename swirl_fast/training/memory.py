@@ -35,7 +35,6 @@ from swirl_fast.training.fsdp import layers_of
 from swirl_fast.training.utilization import GIB
 
 
-
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of one rank. kept: all the time; step: at the height of a forward and backward, on top. With engine.share_gpu both are of the

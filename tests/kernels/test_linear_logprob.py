@@ -36,7 +36,20 @@ SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing 
     chosen=st.sampled_from(["live", "all"]),
 )
 def test_equals_naive(
-    rows, vocab, size, padding, with_bias, temperature, softcap, logit_scale, which, ignored, zeros, workspace_mb, tile, chosen
+    rows,
+    vocab,
+    size,
+    padding,
+    with_bias,
+    temperature,
+    softcap,
+    logit_scale,
+    which,
+    ignored,
+    zeros,
+    workspace_mb,
+    tile,
+    chosen,
 ) -> None:
     hidden, weight, bias, targets = inputs(rows, vocab + padding, size, ignored=ignored, valid=vocab)
     targets[0] = vocab - 1

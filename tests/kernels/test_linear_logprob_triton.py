@@ -139,7 +139,7 @@ KEPT_CASES = [
 def test_kept_tiles_change_nothing(
     dtype: torch.dtype, softcap: float | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of eight segments kept, a quarter, a half, all; the last one ends where the vocabulary does. In the backward some rows are gone."""
+    """None of eight segments kept, a quarter, a half, all; the last ends where the vocabulary does. In the backward some rows are gone."""
     rows, vocab, segments = 40, 250, 8
     # The interpreter has no bf16 products, but these kernels have no products.
     for module in (ops, sys.modules[linear_logprob.__module__]):

@@ -174,7 +174,9 @@ def parity_cases() -> list[Case]:
             add(op, " ".join(words) or "plain", variant, op, " ".join(words))
     for flags in ("invariant", "invariant bias softcap entropy", "all bias entropy", "kept", "kept all softcap"):
         add(op, flags, variant, op, flags)
-    add(op, "many row blocks", variant, op, "invariant", rows=2300, vocab=1000, dtypes=TWO)  # more than GROUP = 16 of 128
+    add(
+        op, "many row blocks", variant, op, "invariant", rows=2300, vocab=1000, dtypes=TWO
+    )  # more than GROUP = 16 of 128
     add(op, "ragged hidden size", variant, op, size=77, dtypes=TWO)
     for name in ("weight", "hidden"):
         add(op, f"frozen {name}", frozen, op, (name,), dtypes=TWO)

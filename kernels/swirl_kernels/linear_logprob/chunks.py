@@ -11,8 +11,8 @@ row and segment. The backward multiplies it by 2^(k - K), K = ceil(log2 sum 2^x)
 way to p, 2^(K - log2 sum 2^x) in [1, 2), to the factor of a row: p is rounded once, kept or computed again. Where an entropy is
 differentiated, or in fp16, which has no room for such exponents, everything is computed again.
 
-The rows of a chunk lie in one matrix, so the library may choose another kernel for another N, and the last bits of a row may change with its
-neighbours (triton.py: not there). Nothing is atomic: a call repeated gives the same bits.
+The rows of a chunk lie in one matrix, so the library may choose another kernel for another N, and the last bits of a row may
+change with its neighbours (triton.py: not there). Nothing is atomic: a call repeated gives the same bits.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SPLIT = 4096  # a multiple of every segment, and of every tile of triton.py
 # multiprocessors, or just below one.
 TILE_N, TILE_V = 128, 256
 PROCESSORS = 132  # of an H100 or H200
-# Logits in work at a time where tiles may be kept: 16 waves of tiles. Half as many cost dhidden's traffic again, twice as many save half of it;
-# a GiB of kept tiles saves more (4.7 ms of 50 at N = 8192, H = 3584).
+# Logits in work at a time where tiles may be kept: 16 waves of tiles. Twice as many would save half of dhidden's traffic, about
+# 0.5 ms at N = 8192, H = 3584, where the memory keeps tiles that save four times that (both by arithmetic, not measured).
 WORKING = 16 * PROCESSORS * TILE_N * TILE_V
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 
@@ -73,7 +73,11 @@ class ChunkTiles:
         left = max(0, settings.workspace - _working(settings)) // dtype.itemsize if _keeps(dtype) else 0
         segments = -(-settings.valid_vocab // streams.SEGMENT)
         column = num_rows * streams.SEGMENT
-        return torch.sym_min(left // torch.sym_max(1, column), segments) * column, dtype, num_rows * segments if left else 0
+        return (
+            torch.sym_min(left // torch.sym_max(1, column), segments) * column,
+            dtype,
+            num_rows * segments if left else 0,
+        )
 
     def reuse(self, kept: Kept, places: Tensor | None, num_live: int) -> None:
         self.kept, self.num_kept_rows = kept, num_live
@@ -105,7 +109,9 @@ class ChunkTiles:
         factor = upstream.factor * stretch
         at_target = upstream.at_target * (stored / stretch)
         size: Tensor | None = None
-        if dtype == torch.float16:  # would lose small upstream gradients: what is multiplied keeps to the size of the largest
+        if (
+            dtype == torch.float16
+        ):  # would lose small upstream gradients: what is multiplied keeps to the size of the largest
             size = factor.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
         scaled = self._scaled(factor if size is None else factor / size, upstream.flows) if need_weight else None
         dhidden = self.hidden.new_zeros(self.hidden.shape, dtype=torch.float32) if need_hidden else None
@@ -209,7 +215,16 @@ class ChunkTiles:
         assert stats[0] is not None
         segments, num_rows = stats[0].shape
         streams.merge_segments[(triton.cdiv(num_rows, 128),)](
-            *stats, top, others, weighted, num_rows, segments, ENTROPY=self.settings.entropy, BLOCK_S=16, BLOCK_N=128, num_warps=4
+            *stats,
+            top,
+            others,
+            weighted,
+            num_rows,
+            segments,
+            ENTROPY=self.settings.entropy,
+            BLOCK_S=16,
+            BLOCK_N=128,
+            num_warps=4,
         )
         return merge_statistics(top, others, weighted, target)
 
@@ -335,7 +350,10 @@ def whole_waves(num_rows: int, most: int, vocab: int, segment: int, processors: 
 @contextmanager
 def _full_sums() -> Iterator[None]:
     """Sums of 16-bit products stay in fp32 where cuBLAS splits them, which by default it may add up in 16 bits."""
-    flags, names = torch.backends.cuda.matmul, [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    flags, names = (
+        torch.backends.cuda.matmul,
+        [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")],
+    )
     was = [getattr(flags, name) for name in names]
     splits = [getattr(flags, f"{name}_split_k", True) for name in names]  # set to True by setting the other to False
     for name, allowed in zip(names, was, strict=True):
@@ -368,5 +386,9 @@ def _product(out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) ->
         elif factor is None and a.is_cuda and out.dtype == torch.float32:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:  # fp16, whose factor may not be applied to rounded numbers; outputs that cuBLAS has not; CPUs
-            wide = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else torch.mm(a.float(), b.float())
+            wide = (
+                torch.mm(a, b, out_dtype=torch.float32)
+                if a.is_cuda and a.dtype != torch.float32
+                else torch.mm(a.float(), b.float())
+            )
             out.copy_(wide if factor is None else wide.mul_(factor))

@@ -179,11 +179,12 @@ def linear_logprob_backward(
         tiles = _tiles(selected, hidden, weight, bias, targets, temperatures, settings)
         if kept_logits.numel():
             tiles.reuse(Kept(kept_logits, kept_tops), places, num_live)
-        taken = [selected.take(x) for x in (dlogp, logp, lse, entropies)]
         upstream = Upstream.of(
-            taken[0],
+            selected.take(dlogp),
             None if dentropy is None else selected.take(dentropy),
-            *taken[1:],
+            selected.take(logp),
+            selected.take(lse),
+            selected.take(entropies),
             tiles.inverse_temperature,
             selected.active,
         )
@@ -207,9 +208,7 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     inputs = zip((hidden, weight, bias), rest[-3:], strict=True)
-    return tuple(
-        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0) for x, need in inputs
-    )
+    return tuple(x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0) for x, need in inputs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,8 +1,9 @@
 """The kernels of linear_logprob that stream over logits which a matrix product has written in fp32.
 
-Legend: N rows, C columns of a chunk of the vocabulary. A program is one warp and takes one segment of ROWS rows (one, but in tests): SEGMENT
-columns, from a multiple of SEGMENT on, all in its registers. Rows of a chunk lie a multiple of SEGMENT apart, so that every load and
-store is as wide as the machine has them and none needs a mask; what stands behind the last column is never looked at.
+Legend: N rows, C columns of a chunk of the vocabulary. A program is one warp and takes one segment of ROWS rows (one, but in
+tests): SEGMENT columns, from a multiple of SEGMENT on, all in its registers. Rows of a chunk lie a multiple of SEGMENT apart, so
+that every load and store is as wide as the machine has them and none needs a mask; what stands behind the last column is never
+looked at.
 
 Exponentials are powers of two: x = log2(e) z, exp(z) = 2^x, and a sum of exponentials is kept as k and the sum of 2^(x - k) with
 a whole number k, so that putting two of them together rounds once, in the addition.
@@ -122,7 +123,17 @@ def chunk_stats(
 
 @triton.jit(do_not_specialize=["N", "S"])
 def merge_segments(
-    tops, others, weighted, top_N, others_N, weighted_N, N, S, ENTROPY: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
+    tops,
+    others,
+    weighted,
+    top_N,
+    others_N,
+    weighted_N,
+    N,
+    S,
+    ENTROPY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Folds [S, N] into [N], in an order that N has no part in, and from powers of two into exponentials."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -195,7 +206,9 @@ def chunk_dz(
 
 
 @triton.jit
-def _store_dz(out, grad, slope, columns, start, rows, targets, first, at_target, flows, ROWS: tl.constexpr, SEGMENT: tl.constexpr):
+def _store_dz(
+    out, grad, slope, columns, start, rows, targets, first, at_target, flows, ROWS: tl.constexpr, SEGMENT: tl.constexpr
+):
     """grad, but for the target's, times the slope."""
     target = tl.load(targets + rows) - first - start
     if _any((target >= 0) & (target < SEGMENT)):
@@ -226,7 +239,7 @@ def kept_dz(
     ROWS: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """The same from what chunk_stats kept of num_kept rows: a multiplication by a power of two rounds nothing. places: the rows' own there."""
+    """The same from what chunk_stats kept of num_kept rows: multiplying by a power of two rounds nothing. places: the rows' own there."""
     rows, segment = _place(N, segments, ROWS)
     columns, start = tl.arange(0, SEGMENT), segment * SEGMENT
     out = dz + _in_rows(start, columns, stride, rows)

@@ -4,10 +4,9 @@ Legend: N rows, H hidden size, V vocabulary, S splits of the vocabulary.
 
 Program (row block, split) walks the vocabulary tiles of its split and keeps, for every row, a bound on x = log2(e) z, the sum of
 2^(x - bound) over all but the target, and for the entropy the sum of (x - bound) 2^(x - bound); splits are merged in order
-(streams.py). A split has a fixed width, SPLIT (38 of them at V = 152k), and a row's numbers never meet those of another row, so its bits depend neither on N, nor on its
-place, nor on its neighbours. From compute capability 9.0 on, operands are read by tensor descriptors (TMA): the masks of pointers would
-be half of the product's loop. The backward is that of chunks.py.
-"""
+(streams.py). A split has a fixed width, SPLIT (38 of them at V = 152k), and a row's numbers never meet those of another row, so
+its bits depend neither on N, nor on its place, nor on its neighbours. From compute capability 9.0 on, operands are read by tensor
+descriptors (TMA): the masks of pointers would be half of the product's loop. The backward is that of chunks.py."""
 
 from __future__ import annotations
 
@@ -187,8 +186,8 @@ class InvariantTiles(ChunkTiles):
 
 
 def _whole_rows(x: Tensor) -> Tensor:
-    """As TMA reads a matrix: rows of whole 16 bytes that lie multiples of 16 bytes apart. One that is not so is copied, with zeros behind its
-    rows."""
+    """As TMA reads a matrix: rows of whole 16 bytes that lie multiples of 16 bytes apart. One that is not so is copied, with zeros
+    behind its rows."""
     whole = 16 // x.itemsize
     if x.stride(1) != 1 or x.stride(0) % whole or x.shape[1] % whole or x.data_ptr() % 16:
         x = F.pad(x, (0, -x.shape[1] % whole)).contiguous()
