@@ -383,6 +383,9 @@ class TrainingConfig:
     """The norm that the gradient of all parameters is scaled down to where it is larger."""
     token_budget: int = setting(8192, minimum=1)
     """Computed tokens in a micro-batch: what bounds the memory of activations."""
+    logprob_workspace_mb: float = setting(0.0, minimum=0)
+    """MiB that the log-probs of a micro-batch may work in. On a GPU the more of it, the less their backward computes again (docs of
+    swirl_kernels.linear_logprob). 0: on a GPU what a tenth of the free memory allows, at the first micro-batch; elsewhere 256."""
     sharing: bool = True
     """Compute what states and actions have in common once. false: a row for each action with its state, for models whose prefixes cannot be
     shared (docs/models.md), and to compare; several times the work."""

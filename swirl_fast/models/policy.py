@@ -29,6 +29,7 @@ from swirl_fast.models.exact import (
 )
 from swirl_fast.models.routing import EXPERTS, Routing
 from swirl_fast.models.windows import layer_windows, refuse_lost_window
+from swirl_fast.models.workspace import free_memory, logprob_workspace
 from swirl_kernels.linear_logprob import linear_logprob
 from swirl_kernels.tree_attention import TreePlan, tree_attention, tree_plan
 
@@ -221,6 +222,7 @@ class Policy(nn.Module):
         model.set_attn_implementation(self.attention)
         self.temperature = temperature
         self.autocast = autocast
+        self.workspace_mb = 0.0  # as training.logprob_workspace_mb
         self.logit_scale = logit_scale(model.config)
         self.softcap = next((cap for key in _SOFTCAPS if (cap := getattr(text, key, None))), None)
         self.longest_path = longest_exact_path(model.config)
@@ -250,8 +252,15 @@ class Policy(nn.Module):
                 temperature=self.temperature,
                 softcap=self.softcap,
                 logit_scale=self.logit_scale,
+                workspace_mb=self._workspace(hidden_TH.device) or None,
             )
             return _take(logp_E, packed.edge_N)
+
+    def _workspace(self, device: torch.device) -> float:
+        """MiB for the log-probs; 0: linear_logprob's own default."""
+        if not self.workspace_mb and device.type == "cuda":
+            self.workspace_mb = logprob_workspace(free_memory(device))
+        return self.workspace_mb
 
     def _attention(self) -> str:
         """The implementation that the model's attention layers call."""

@@ -144,6 +144,7 @@ def make_policy(config: Config, ranks: Ranks, frozen: bool = False, routed: bool
         policy.requires_grad_(False)
     elif routed and (training.replay_routing or config.engine.return_routed_experts):
         Replay(policy.model, training.replay_routing)
+    policy.workspace_mb = training.logprob_workspace_mb
     layers.prepare(policy, training)
     offload = frozen and training.reference_offload
     fsdp.shard(policy, ranks, compute, training.shard_size, offload)

@@ -30,10 +30,9 @@ from swirl_fast.models.exact import context_of, why_not_shared
 from swirl_fast.models.load import DTYPES, load_config
 from swirl_fast.models.lora import frozen_in_compute_type, linear_layers, target_layers
 from swirl_fast.models.policy import head_widths
+from swirl_fast.models.workspace import LEAST_MB
 from swirl_fast.training.fsdp import layers_of
 from swirl_fast.training.utilization import GIB
-
-LOGITS_WORKSPACE = 256 << 20  # linear_logprob's default
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,9 @@ def estimate(
         )
     tokens = training.token_budget
     saved, working, moved = _activations(model_config, layers, c, r, training)
-    log_probs = min(LOGITS_WORKSPACE / tokens, 4 * text.vocab_size) + 3 * 4 * text.hidden_size
+    # of its own accord the workspace takes more only where a tenth of what is free is more
+    workspace = (training.logprob_workspace_mb or LEAST_MB) * 2**20
+    log_probs = min(workspace / tokens, 4 * text.vocab_size) + 3 * 4 * text.hidden_size
     step["activations"] = float(tokens * (saved + c * products))
     step["working memory"] = float(tokens * max(working, log_probs))  # log-probs come before the first layer's backward
     apart = _in_turns(config, kept, float(engine * count)) if config.engine.share_gpu else ({}, {}, {})

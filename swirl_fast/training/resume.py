@@ -31,6 +31,7 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
         "peak_tflops",
         "samples_mb",
         "token_budget",
+        "logprob_workspace_mb",
         "sharing",
         "max_path_tokens",
         "activation_checkpointing",

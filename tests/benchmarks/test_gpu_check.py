@@ -25,7 +25,8 @@ from benchmarks.gpu_check import parity
 from benchmarks.gpu_check.parity import ALL, MANDATORY, logprob, loss, parity_cases, run_case
 from benchmarks.gpu_check.parity.loss import SPECS
 from benchmarks.gpu_check.parity.measure import DTYPES, TOLERANCES, Case, NotRun, Run
-from swirl_kernels.linear_logprob.triton import TritonTiles
+from swirl_kernels.linear_logprob import streams
+from swirl_kernels.linear_logprob.chunks import ChunkTiles
 from swirl_kernels.policy_loss import spec as policy_loss_spec
 from swirl_kernels.segment_reduce import Operation
 from swirl_kernels.tree_attention import kernels as tree_attention_kernels
@@ -44,6 +45,7 @@ def torch_paths(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")
+    monkeypatch.setattr(streams, "ROWS", 32)  # an interpreter's time goes by programs
 
 
 def row_of(name: str, dtype: str = "float32") -> dict[str, Any]:
@@ -116,6 +118,7 @@ def test_all_fp32_cases_pass_on_a_cpu() -> None:
         ("tree_attention: D=64 softcap window", "float16"),
         ("tree_attention: infinity and NaN at masked positions", "float16"),
         ("linear_logprob: bias softcap entropy", "float16"),
+        ("linear_logprob: kept all softcap", "float32"),
         ("selective_logprob: entropy", "float32"),
         ("policy_loss: step dual k3 icepop step_mean", "float16"),
         ("segment_reduce: mean index", "float32"),
@@ -131,12 +134,12 @@ def test_interpreted_kernels_pass(name: str, dtype: str) -> None:
 @pytest.mark.usefixtures("triton_kernels")
 def test_a_dropped_vocabulary_column_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one, in the forward alone: the gradient is that of a softmax that misses it."""
-    whole = TritonTiles._forward
+    whole = ChunkTiles._stats
 
-    def dropped(self: TritonTiles, first: int, weight: Tensor, *rest: Any) -> None:
-        whole(self, first, weight[:-1], *rest)
+    def dropped(self: ChunkTiles, z: Tensor, *rest: Any) -> None:
+        whole(self, z[:, :-1], *rest)
 
-    monkeypatch.setattr(TritonTiles, "_forward", dropped)
+    monkeypatch.setattr(ChunkTiles, "_stats", dropped)
     row = row_of("linear_logprob: plain")
     assert not row["passed"] and "logp" in row["failure"] and "dhidden" in row["failure"], row
 

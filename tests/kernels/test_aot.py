@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 TABLE = HERE.parents[1] / "kernels" / "aot.md"
 SUBSET = (
     "linear_logprob forward bf16 entropy",
-    "linear_logprob dlogits bf16 entropy",
+    "linear_logprob statistics keeping bf16 bias",
     "policy_loss bf16 token ppo k3",
     "tree_attention forward D=128 bfloat16",
     "tree_attention backward_kv D=128 bfloat16",
@@ -153,7 +153,7 @@ def test_a_subset_compiles_for_every_target(tmp_path) -> None:
         assert row["verdict"].startswith("ok"), key
         assert int(row["registers"]) > 0
         assert int(row["TF32"]) == 0
-        if not row["kernel"].startswith("policy_loss"):
+        if not row["kernel"].startswith(("policy_loss", "linear_logprob statistics")):
             assert int(row["MMA"]) > 0, key
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.host_waits import HostWaits, Inside
 from support.linear_logprob_cases import TARGETS, assert_close, inputs, results, rounded, upstream
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from swirl_kernels import linear_logprob, naive_linear_logprob, naive_selective_logprob, selective_logprob
 from swirl_kernels.linear_logprob import eager as implementation
@@ -33,9 +33,23 @@ SMALL = 0.002  # MiB of workspace: a few dozen rows and columns a tile, nothing 
     zeros=st.sampled_from([0.0, 0.2, 0.7]),
     workspace_mb=st.sampled_from([SMALL, 0.02, 256]),
     tile=st.sampled_from([(7, 16), (1024, 4096)]),
+    chosen=st.sampled_from(["live", "all"]),
 )
 def test_equals_naive(
-    rows, vocab, size, padding, with_bias, temperature, softcap, logit_scale, which, ignored, zeros, workspace_mb, tile
+    rows,
+    vocab,
+    size,
+    padding,
+    with_bias,
+    temperature,
+    softcap,
+    logit_scale,
+    which,
+    ignored,
+    zeros,
+    workspace_mb,
+    tile,
+    chosen,
 ) -> None:
     hidden, weight, bias, targets = inputs(rows, vocab + padding, size, ignored=ignored, valid=vocab)
     targets[0] = vocab - 1
@@ -55,7 +69,7 @@ def test_equals_naive(
     with pytest.MonkeyPatch.context() as patch:  # small tiles, so that many are held, and not all of them
         patch.setattr(implementation, "TILE_ROWS", tile[0])
         patch.setattr(implementation, "TILE_VOCAB", tile[1])
-        got = results(linear_logprob, hidden, weight, targets, workspace_mb=workspace_mb, **options)
+        got = results(linear_logprob, hidden, weight, targets, workspace_mb=workspace_mb, rows=chosen, **options)
     expected = results(naive_linear_logprob, hidden, weight, targets, **options)
     floor = 1e-12 * (1 + sum(x.norm() for x in expected.values()))
     for name, x in expected.items():
@@ -126,22 +140,20 @@ def test_target_logit_of_bf16_inputs_is_not_rounded() -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-class Products(TorchDispatchMode):
-    """Dtypes of the matrix products' factors, the largest tensor made, and the bytes of every result."""
+class Products(Inside):
+    """Dtypes of the matrix products' factors, and the elements of the largest tensor made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
         self.largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def seen(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm):
             self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor):
                 self.largest = max(self.largest, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("tile", [(64, 512), (1024, 4096)])
@@ -208,8 +220,8 @@ def test_a_nearly_certain_target_keeps_its_digits() -> None:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("workspace_mb", [SMALL, 256])
-def test_ignored_rows_contribute_exactly_zero(poison: float, workspace_mb: float) -> None:
+@pytest.mark.parametrize("workspace_mb, chosen", [(SMALL, "live"), (256, "live"), (SMALL, "all"), (256, "all")])
+def test_ignored_rows_contribute_exactly_zero(poison: float, workspace_mb: float, chosen: str) -> None:
     hidden, weight, bias, targets = inputs(40, 70, 6, ignored=0.4)
     live = targets != -100
     assert 0 < live.sum() < 40
@@ -217,7 +229,7 @@ def test_ignored_rows_contribute_exactly_zero(poison: float, workspace_mb: float
     temperature = (torch.rand(40, dtype=torch.float64) + 0.5).masked_fill(~live, poison)
     g, h = upstream(40, 1).masked_fill(~live, poison), upstream(40, 2).masked_fill(~live, poison)
     options = dict(bias=bias, workspace_mb=workspace_mb)
-    got = results(linear_logprob, poisoned, weight, targets, g=g, h=h, temperature=temperature, **options)
+    got = results(linear_logprob, poisoned, weight, targets, g=g, h=h, temperature=temperature, rows=chosen, **options)
     alone = results(
         linear_logprob,
         hidden.detach()[live].requires_grad_(),
@@ -230,19 +242,24 @@ def test_ignored_rows_contribute_exactly_zero(poison: float, workspace_mb: float
     )
     for name, x in alone.items():
         per_row = name in ("logp", "entropy", "dhidden")
-        assert torch.equal(got[name][live] if per_row else got[name], x), name
+        ours = got[name][live] if per_row else got[name]
+        if chosen == "live":
+            assert torch.equal(ours, x), name
+        else:  # the products are over other numbers of rows
+            torch.testing.assert_close(ours, x, rtol=1e-11, atol=1e-13)
         assert not per_row or (got[name][~live] == 0).all(), name
 
 
 @pytest.mark.parametrize("workspace_mb", [SMALL, 256])
 @pytest.mark.parametrize("flowing", [1, 25, 39])
-def test_rows_with_zero_upstream_are_skipped_exactly(workspace_mb: float, flowing: int) -> None:
+@pytest.mark.parametrize("chosen", ["live", "all"])
+def test_rows_with_zero_upstream_are_skipped_exactly(workspace_mb: float, flowing: int, chosen: str) -> None:
     """Even a row whose hidden state is NaN passes nothing back when nothing comes in."""
     hidden, weight, bias, targets = inputs(40, 70, 6)
     quiet = torch.arange(40) >= flowing
     poisoned = hidden.detach().masked_fill(quiet[:, None], math.nan).requires_grad_()
     options = dict(bias=bias, g=upstream(40, 1).masked_fill(quiet, 0.0), h=None)
-    got = results(linear_logprob, poisoned, weight, targets, workspace_mb=workspace_mb, **options)
+    got = results(linear_logprob, poisoned, weight, targets, workspace_mb=workspace_mb, rows=chosen, **options)
     expected = results(naive_linear_logprob, hidden, weight, targets, **options)
     assert (got["dhidden"][quiet] == 0).all()
     del got["logp"], expected["logp"]
@@ -408,5 +425,29 @@ def test_wrong_arguments_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatc
     for scale in (0.0, -1.0, math.inf, math.nan, torch.tensor(2.0)):
         refused("logit_scale is .*; use a positive finite float", hidden, weight, targets, logit_scale=scale)
     refused("workspace_mb is 0", hidden, weight, targets, workspace_mb=0)
+    refused("rows is 'every'; use 'live', or 'all'", hidden, weight, targets, rows="every")
+    refused("invariant=True is what the Triton kernels do", hidden, weight, targets, invariant=True)
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")
     refused("linear_logprob in torch.float64 has no Triton kernel", hidden, weight, targets)
+
+
+def test_all_rows_without_a_look_at_their_values() -> None:
+    """Nothing of forward and backward waits for a device; by default they look."""
+    hidden, weight, bias, targets = inputs(30, 80, 6, ignored=0.3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        cast = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        options = dict(bias=cast[2], temperature=torch.rand(30) + 0.5, g=upstream(30, 1, 0.3), h=upstream(30, 2))
+        with HostWaits() as waits:
+            results(linear_logprob, *cast[:2], targets, rows="all", **options)
+        assert not waits.found
+    with HostWaits() as waits:
+        results(linear_logprob, *cast[:2], targets, **options)
+    assert waits.found
+
+
+def test_a_wrong_target_that_nobody_looked_at_gives_nan() -> None:
+    hidden, weight, bias, targets = inputs(6, 10, 4)
+    targets[:4] = torch.tensor([10, -1, 2**31 - 1, -100])
+    for dtype in (torch.float64, torch.bfloat16):
+        logp = linear_logprob(hidden.to(dtype), weight.to(dtype), targets, bias=bias.to(dtype), rows="all")
+        assert logp.isnan().tolist() == [True] * 3 + [False] * 3 and logp[3] == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from support.host_waits import Inside
 from support.paths import ROOT
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -150,7 +150,7 @@ def test_against_what_an_h200_held(size: str, way: str) -> None:
     assert 1.0 < ratio < (1.35 if settings["liger"] else 1.08), f"{ratio:.3f}: {found}"
 
 
-class Allocated(TorchDispatchMode):
+class Allocated(Inside):
     """Bytes of all storages that live at a time, from those of `tensors` on."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
@@ -173,10 +173,8 @@ class Allocated(TorchDispatchMode):
     def drop(self, size: int) -> None:
         self.now -= size
 
-    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = function(*args, **(kwargs or {}))
+    def seen(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         self.add(out)
-        return out
 
 
 @pytest.fixture
@@ -284,6 +282,7 @@ def test_what_settings_change() -> None:
     for elsewhere in ("engine.kind=sglang", "algorithm.name=sft"):  # in the servers' processes; nothing is sampled
         assert plain.keys() - parts(elsewhere).keys() == rollouts
     assert parts("training.shard_size=4")["parameters"] == 4 * count / 4 == parts(ranks=4)["parameters"]
+    assert parts("training.logprob_workspace_mb=2048")["working memory"] > 2**31 > plain["working memory"]
     alone = parts(ranks=0)
     assert alone["parameters"] == 4 * count and alone["reference"] == 4 * count and alone["cast weights"] == 2 * count
     lora = parts("model.lora.rank=16", ranks=0)

@@ -172,7 +172,11 @@ def parity_cases() -> list[Case]:
     for count in range(4):
         for words in itertools.combinations(("bias", "softcap", "entropy"), count):
             add(op, " ".join(words) or "plain", variant, op, " ".join(words))
-    add(op, "many row blocks", variant, op, rows=2300, vocab=1000, dtypes=TWO)  # more than GROUP = 16 of 128
+    for flags in ("invariant", "invariant bias softcap entropy", "all bias entropy", "kept", "kept all softcap"):
+        add(op, flags, variant, op, flags)
+    add(
+        op, "many row blocks", variant, op, "invariant", rows=2300, vocab=1000, dtypes=TWO
+    )  # more than GROUP = 16 of 128
     add(op, "ragged hidden size", variant, op, size=77, dtypes=TWO)
     for name in ("weight", "hidden"):
         add(op, f"frozen {name}", frozen, op, (name,), dtypes=TWO)

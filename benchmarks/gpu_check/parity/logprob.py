@@ -37,8 +37,9 @@ def logprob_call(function: Any, tensors: tuple[str, ...], **options: Any) -> Cal
 
 
 def linear(run: Run, flags: str = "entropy", *, upstream: str = "logp entropy", **change: Any) -> Problem:
-    """flags: words of bias, softcap, entropy. Several row blocks, splits, tiles and workspace chunks; padding after the
-    vocabulary, ignored rows, a temperature per row. change: rows, vocab, size, or inputs to replace."""
+    """flags: words of bias, softcap, entropy, invariant, all (rows), kept (in a workspace that holds all tiles). Several row
+    blocks, splits, tiles and workspace chunks; padding after the vocabulary, ignored rows, a temperature per row. change:
+    rows, vocab, size, or inputs to replace."""
     rows, vocab, size = (change.pop(n, d) for n, d in zip(("rows", "vocab", "size"), sizes(run), strict=True))
     padding = change.pop("padding", 7)
     entropy = "entropy" in flags
@@ -57,7 +58,12 @@ def linear(run: Run, flags: str = "entropy", *, upstream: str = "logp entropy", 
     inputs |= change
     tensors = ("hidden", "weight", "targets")
     chunk = rows * vocab * run.dtype.itemsize / 2**20 / 3  # MiB: some three chunks in the backward
-    ours = logprob_call(linear_logprob, tensors, workspace_mb=chunk, **options)
+    own: dict[str, Any] = {
+        "workspace_mb": 1024 if "kept" in flags else chunk,
+        "rows": "all" if "all" in flags else "live",
+    }
+    own["invariant"] = "invariant" in flags and run.backend == "triton"
+    ours = logprob_call(linear_logprob, tensors, **own, **options)
     backwards = upstream_of(run, rows, upstream if entropy else "logp")
     return Problem(ours, logprob_call(naive_linear_logprob, tensors, **options), inputs, backwards)
 
@@ -213,9 +219,11 @@ def masked_logprob(run: Run, op: str) -> None:
 def permuted_logprob(run: Run, op: str) -> None:
     """The rows in another order, and a third of them without the others.
 
-    linear_logprob's gradients come from cuBLAS, which promises no bits.
+    linear_logprob's gradients come from cuBLAS, which promises no bits, and its values too where invariant=True does not ask for them.
     """
-    problem = LOGPROB[op](run, padding=0, **{"bias": None} if op == "linear_logprob" else {})
+    problem = (
+        linear(run, "entropy invariant", padding=0, bias=None) if op == "linear_logprob" else selective(run, padding=0)
+    )
     whole, rows = evaluate(problem), len(problem.inputs["targets"])
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(3)).to(run.device)
     for chosen in (order, order[: rows // 3]):

@@ -25,7 +25,7 @@ from swirl_kernels.linear_logprob import linear_logprob
 IGNORED = -100
 
 
-def use_linear_logprob(trainer: Any, *, workspace_mb: float = 256) -> None:
+def use_linear_logprob(trainer: Any, *, workspace_mb: float | None = None) -> None:
     """Call it on a GRPOTrainer or RLOOTrainer between its construction and `train()`.
 
         trainer = GRPOTrainer(...)
@@ -65,7 +65,7 @@ def add_linear_logprob_head(
     temperature: float = 1.0,
     entropy: bool = False,
     cast_lm_head_to_fp32: bool = False,
-    workspace_mb: float = 256,
+    workspace_mb: float | None = None,
 ) -> OutputHead:
     """In place of trl.trainer.utils.add_fused_lm_head, before the model is wrapped: the same call, the same FusedCausalLMOutput with loss,
     log_probs, label_mask, aux_loss and, where asked for, entropy. Returns what head_of found."""
@@ -98,7 +98,7 @@ def _fused(
     temperature: float,
     entropy: bool,
     cast: bool,
-    workspace_mb: float,
+    workspace_mb: float | None,
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Any = None,

@@ -1,4 +1,4 @@
-"""The differentiable frame of linear_logprob: which rows take part, what the backward knows of them, who multiplies.
+"""What forward and backward of linear_logprob share: the settings, what the backward knows of its rows, and who multiplies.
 
 Legend: N selected rows, H hidden size, V vocabulary.
 
@@ -14,11 +14,10 @@ gradients, so that it can be stored in 16 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from swirl_kernels.backend import Backend
 
@@ -40,6 +39,13 @@ class Settings:
     entropy: bool
     ignore_index: int
     workspace_mb: float
+    all_rows: bool = False
+    invariant: bool = False
+
+    @property
+    def workspace(self) -> int:
+        """Bytes."""
+        return int(self.workspace_mb * 2**20)
 
     @property
     def statistics(self) -> torch.dtype:
@@ -56,16 +62,19 @@ class Settings:
 class Upstream:
     """What the backward knows of its rows, each [N] in the statistics' dtype.
 
-    lse, entropy: of the forward. factor: -s / temperature. at_target: dz / factor at the target (before the slope of the
-    soft-cap). dlogp, dentropy: g / s and h / s; None where no entropy is differentiated, and g / s is 1.
+    logp, lse, entropy: of the forward. factor: -s / temperature. at_target: dz / factor at the target (before the slope of the
+    soft-cap). dlogp, dentropy: g / s and h / s; None where no entropy is differentiated, and g / s is 1. flows: bool, the rows that take
+    part; None: all. Of the others nothing counts, and factor is 0.
     """
 
+    logp: Tensor
     lse: Tensor
     entropy: Tensor
     factor: Tensor
     at_target: Tensor
     dlogp: Tensor | None
     dentropy: Tensor | None
+    flows: Tensor | None = None
 
     @classmethod
     def of(
@@ -76,20 +85,30 @@ class Upstream:
         lse: Tensor,
         entropy: Tensor,
         inverse_temperature: Tensor | float,
+        flows: Tensor | None = None,
     ) -> Upstream:
+        def live(x: Tensor) -> Tensor:
+            return x if flows is None else x.masked_fill(~flows, 0.0)
+
         at_target = torch.expm1(logp)  # p - 1 keeps its digits for a target that is nearly certain
         if h is None:
-            return cls(lse, entropy, -inverse_temperature * g, at_target, None, None)
+            return cls(logp, lse, entropy, live(-inverse_temperature * g), at_target, None, None, flows)
         size = torch.maximum(g.abs(), h.abs())
-        g, h = g / size, h / size
+        g, h = live(g / size), live(h / size)
         at_target = at_target * g + logp.exp() * h * (logp.clamp(min=MIN_LOGP) + entropy)
-        return cls(lse, entropy, -inverse_temperature * size, at_target, g, h)
+        return cls(logp, lse, entropy, live(-inverse_temperature * size), at_target, g, h, flows)
+
+
+class Kept(NamedTuple):
+    """What a forward leaves for its backward, beside the results. logits: flat, of as many tiles as fit; tops: flat, fp32, what they are
+    relative to. Either may have no elements."""
+
+    logits: Tensor
+    tops: Tensor
 
 
 class Tiles(Protocol):
-    """Selected rows against the vocabulary; one class each in linear_logprob_torch and linear_logprob_triton."""
-
-    kept: dict[tuple[int, int], Tensor]  # tiles of logits that the forward leaves for the backward
+    """Rows against the vocabulary; one class each in eager, chunks and triton."""
 
     def __init__(
         self,
@@ -98,30 +117,46 @@ class Tiles(Protocol):
         bias: Tensor | None,
         targets: Tensor,
         temperature: Tensor | None,
-        selected: Tensor,
         settings: Settings,
     ) -> None: ...
+
+    @staticmethod
+    def keepable(num_rows: int, weight: Tensor, settings: Settings) -> tuple[int, torch.dtype, int]:
+        """Elements and type of Kept.logits, elements of Kept.tops for at most so many rows. num_rows may be symbolic: nothing may be
+        decided by it."""
+        ...
 
     @property
     def inverse_temperature(self) -> Tensor | float: ...  # [N]
 
-    def forward(self, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]: ...
+    def forward(self, kept: Kept | None) -> tuple[Tensor, Tensor, Tensor]:
+        """logp, lse and entropy, [N] each in the statistics' dtype; the entropy means something only when settings ask for it. kept is
+        filled, where there is one. A target outside the vocabulary gives NaN."""
+        ...
 
-    def reuse(self, kept: dict[tuple[int, int], Tensor], chosen: Tensor, num_live: int) -> None: ...
+    def reuse(self, kept: Kept, places: Tensor | None, num_live: int) -> None:
+        """Before backward: what a forward over num_live rows kept. places: [N], which of them these are; None: all."""
+        ...
 
     def backward(
         self, upstream: Upstream, need_hidden: bool, need_weight: bool, need_bias: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients: of the hidden states in the statistics' dtype, of weight and bias in their own."""
+        ...
 
 
-def tiles_of(backend: Backend) -> type[Tiles]:
-    if backend == "triton":
-        from swirl_kernels.linear_logprob.triton import TritonTiles
+def tiles_of(backend: Backend, settings: Settings) -> type[Tiles]:
+    if backend == "torch":
+        from swirl_kernels.linear_logprob.eager import TorchTiles
 
-        return TritonTiles
-    from swirl_kernels.linear_logprob.eager import TorchTiles
+        return TorchTiles
+    if settings.invariant:
+        from swirl_kernels.linear_logprob.triton import InvariantTiles
 
-    return TorchTiles
+        return InvariantTiles
+    from swirl_kernels.linear_logprob.chunks import ChunkTiles
+
+    return ChunkTiles
 
 
 def merge_statistics(top: Tensor, others: Tensor, weighted: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,63 +174,3 @@ def merge_statistics(top: Tensor, others: Tensor, weighted: Tensor, target: Tens
     logp = torch.where(t > -1, -torch.log1p(others * torch.exp(-t.clamp(min=-1))), t - total.log())
     log_total = torch.where(t > -1, t - logp, total.log())
     return logp, top + log_total, log_total - (weighted + t.exp() * t.clamp(min=MIN_LOGP)) / total
-
-
-class LinearLogprob(torch.autograd.Function):
-    """(logp [N], entropy [N]) of checked arguments; temperature [N] overrides settings.temperature; entropy means
-    something only with settings.entropy."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, settings, backend):  # type: ignore[no-untyped-def]
-        live = torch.nonzero(targets != settings.ignore_index)[:, 0]
-        logp, lse, entropy = (hidden.new_zeros(len(targets), dtype=settings.statistics) for _ in range(3))
-        kept: dict[tuple[int, int], Tensor] = {}
-        if len(live):
-            with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-                tiles = tiles_of(backend)(hidden, weight, bias, targets, temperature, live, settings)
-                logp[live], lse[live], entropy[live] = tiles.forward(keep=any(ctx.needs_input_grad[:3]))
-            kept = tiles.kept
-        ctx.settings, ctx.backend, ctx.kept = settings, backend, list(kept)
-        ctx.set_materialize_grads(False)
-        if not settings.entropy:
-            ctx.mark_non_differentiable(entropy)
-        # The kept tiles are saved as tensors: so they go with the graph, not with the last reference to a result.
-        results = logp, lse, entropy
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature, *results, live, *kept.values())
-        return logp, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlogp, dentropy):  # type: ignore[no-untyped-def]
-        hidden, weight, bias, targets, temperature, logp, lse, entropy, live, *kept = ctx.saved_tensors
-        dlogp = torch.zeros_like(logp) if dlogp is None else dlogp
-        flows = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
-        chosen = torch.nonzero(flows[live])[:, 0]
-        if not len(chosen):
-            needs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-            return (
-                *(torch.zeros_like(x) if x is not None and need else None for x, need in needs),
-                None,
-                None,
-                None,
-                None,
-            )
-        rows = live[chosen]
-        with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-            tiles = tiles_of(ctx.backend)(hidden, weight, bias, targets, temperature, rows, ctx.settings)
-            # Kept tiles bind the rows to the forward's blocks, which few rows would leave nearly empty.
-            if kept and 2 * len(chosen) >= len(live):
-                tiles.reuse(dict(zip(ctx.kept, kept, strict=True)), chosen, len(live))
-            upstream = Upstream.of(
-                dlogp[rows],
-                None if dentropy is None else dentropy[rows],
-                logp[rows],
-                lse[rows],
-                entropy[rows],
-                tiles.inverse_temperature,
-            )
-            dhidden, dweight, dbias = tiles.backward(upstream, *ctx.needs_input_grad[:3])
-        if dhidden is not None and (len(rows) < len(hidden) or dhidden.dtype != hidden.dtype):
-            del tiles  # with its copy of the rows, which this one replaces
-            dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden.to(hidden.dtype))
-        return dhidden, dweight, dbias, None, None, None, None
