@@ -275,9 +275,9 @@ class Liveness:
                     flush=True,
                 )
                 if self._lost(now) and "TORCHELASTIC_RUN_ID" in os.environ:
-                    # torchrun asks the store too, and would not notice for many minutes that its ranks have ended
+                    # torchrun asks the store too, and would not notice for many minutes that its ranks have ended, nor end in order
                     with suppress(OSError):
-                        os.kill(os.getppid(), signal.SIGTERM)
+                        os.kill(os.getppid(), signal.SIGKILL)
                 self._end(1)
                 return
 

@@ -28,6 +28,7 @@ from swirl_fast.models.exact import (
     refuse_inexact,
 )
 from swirl_fast.models.routing import EXPERTS, Routing
+from swirl_fast.models.upload import upload
 from swirl_fast.models.windows import layer_windows, refuse_lost_window
 from swirl_fast.models.workspace import free_memory, logprob_workspace
 from swirl_kernels.linear_logprob import linear_logprob
@@ -52,6 +53,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 class DeviceComb:
     """A comb on a device. tokens_1T, depth_1T int64 [1, T]; subtree_end_T int32; rows_E, targets_E, edge_N int64; longest_path: tokens
     of the longest path from the root. row_ends: int32 [R + 1], `cu_seqlens` of a forest of R rows for flash-attn; None: tree attention.
+    targets: the least and the largest of targets_E.
     told: layer -> the sliding window that its attention was told in the last forward; compiled: some layer was, which tells nothing.
 
     What tree attention derives from the packing is made once for each window (or chunk) and kept for all layers. No dataclass: FSDP copies
@@ -68,10 +70,11 @@ class DeviceComb:
         edge_N: Tensor,
         longest_path: int,
         row_ends: Tensor | None = None,
+        targets: tuple[int, int] = (0, 0),
     ) -> None:
         self.tokens_1T, self.depth_1T, self.subtree_end_T = tokens_1T, depth_1T, subtree_end_T
         self.rows_E, self.targets_E, self.edge_N = rows_E, targets_E, edge_N
-        self.longest_path, self.row_ends = longest_path, row_ends
+        self.longest_path, self.row_ends, self.targets = longest_path, row_ends, targets
         self.told: dict[int, int | None] = {}
         self.compiled = False
         self.routing: Routing | None = None  # by the rollout engine
@@ -87,15 +90,20 @@ class DeviceComb:
         Raises ValueError for a comb that is no preorder walk."""
         ends = comb.row_ends() if flash else None
         tree_plan(torch.from_numpy(comb.subtree_end_T), depth=torch.from_numpy(comb.depth_T), window=1)
+        arrays = (comb.tokens_T, comb.depth_T, comb.subtree_end_T, comb.rows_E, comb.targets_E, comb.edge_N)
+        tokens, depth, subtree_end, rows, targets, edges, *others = upload(
+            arrays if ends is None else (*arrays, ends), device
+        )
         row = cls(
-            tokens_1T=torch.from_numpy(comb.tokens_T).long().to(device)[None],
-            depth_1T=torch.from_numpy(comb.depth_T).long().to(device)[None],
-            subtree_end_T=torch.from_numpy(comb.subtree_end_T).to(device),
-            rows_E=torch.from_numpy(comb.rows_E).long().to(device),
-            targets_E=torch.from_numpy(comb.targets_E).long().to(device),
-            edge_N=torch.from_numpy(comb.edge_N).long().to(device),
+            tokens_1T=tokens.long()[None],
+            depth_1T=depth.long()[None],
+            subtree_end_T=subtree_end,
+            rows_E=rows.long(),
+            targets_E=targets.long(),
+            edge_N=edges.long(),
             longest_path=int(comb.depth_T.max(initial=-1)) + 1,
-            row_ends=None if ends is None else torch.from_numpy(ends).to(device),
+            row_ends=others[0] if others else None,
+            targets=(int(comb.targets_E.min(initial=0)), int(comb.targets_E.max(initial=0))),
         )
         for window in windows if ends is None else ():
             row.plan(window)
@@ -244,6 +252,11 @@ class Policy(nn.Module):
         with self._autocast(packed.tokens_1T):
             hidden_TH = self._hidden(packed)
             head = self.model.get_output_embeddings()
+            if not 0 <= packed.targets[0] <= packed.targets[1] < len(head.weight):
+                raise ValueError(
+                    f"an action has the token {packed.targets[packed.targets[0] >= 0]}, but the model's vocabulary has {len(head.weight)}: "
+                    "the rollout engine serves another model, or its tokenizer is another"
+                )
             logp_E = linear_logprob(
                 _take(hidden_TH, packed.rows_E),
                 head.weight,
@@ -253,6 +266,7 @@ class Policy(nn.Module):
                 softcap=self.softcap,
                 logit_scale=self.logit_scale,
                 workspace_mb=self._workspace(hidden_TH.device) or None,
+                rows="live" if hidden_TH.device.type == "cpu" else "all",  # which never waits for the device
             )
             return _take(logp_E, packed.edge_N)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from swirl_kernels import PolicyLossMetrics
 
 
 def backward(
-    policy: Policy, batches: list[MicroBatch], config: Config, ranks: Ranks, sums: StepSums, first: bool
+    policy: Policy, batches: Sequence[MicroBatch], config: Config, ranks: Ranks, sums: StepSums, first: bool
 ) -> list[Tensor]:
     """Adds the gradients of this rank's micro-batches to the policy's. Collective. Returns the loss of each, NaN where a log-prob of a
     trained token is not finite.

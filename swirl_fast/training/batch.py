@@ -10,9 +10,10 @@ tokens of a micro-batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from swirl_fast.comb.tree import Comb, SampledState, Trunk, pack
 from swirl_fast.config import Config
 from swirl_fast.models.policy import DeviceComb
 from swirl_fast.models.routing import Routing
+from swirl_fast.models.upload import upload
 from swirl_fast.objective import Actions
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction
@@ -98,6 +100,29 @@ class MicroBatch:
     computed_tokens: int = 0
     effective_tokens: int = 0
     flops: float = 0.0
+
+
+class MicroBatches(Sequence[MicroBatch]):
+    """Those of one rank, each laid out when it is first asked for and then kept: while a GPU computes one, the host packs the next."""
+
+    def __init__(self, make: Sequence[Callable[[], MicroBatch]]) -> None:
+        self._make = make
+        self._made: dict[int, MicroBatch] = {}
+
+    def __len__(self) -> int:
+        return len(self._make)
+
+    @overload
+    def __getitem__(self, index: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
+    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        if number not in self._made:
+            self._made[number] = self._make[number]()
+        return self._made[number]
 
 
 def to_actions(sampled: Sequence[SampledAction], judgements: Sequence[Judgement] | None) -> Actions:
@@ -210,7 +235,7 @@ class Packer:
         kept, given = split_off(mine.trunks, works, self._size, self._training.sharing)
         return mine.only(kept), [mine.only(trunks) for trunks in given]
 
-    def micro_batches(self, mine: RankActions) -> list[MicroBatch]:
+    def micro_batches(self, mine: RankActions) -> MicroBatches:
         """Of what this rank trains on, the costliest first. Every rank calls it and gets as many as the one that needs most: FSDP's
         collectives must match, so those that have fewer actions run empty ones.
 
@@ -225,30 +250,30 @@ class Packer:
 
         plans = self._plans(mine, allowed if ranks.size > 1 else None)
         plans.sort(key=lambda plan: -plan.flops)  # the k-th of all ranks run at the same time
-        batches = [self._packed(self._comb(plan.trunks), mine) for plan in plans]
-        return batches + [self._empty() for _ in range(most - len(batches))]
+        packed = [functools.partial(self._packed, plan, mine) for plan in plans]
+        return MicroBatches([*packed, *(self._empty for _ in range(most - len(plans)))])
 
     def _plans(self, actions: RankActions, allowed: Callable[[int], int] | None = None) -> list[MicroBatchPlan]:
         wanted = (actions.trunks, self._training.token_budget, self._max_path, self._size, allowed)
         return micro_batches(*wanted) if self._training.sharing else row_batches(*wanted, self._padded)
 
-    def _comb(self, trunks: Sequence[Trunk]) -> Comb:
-        return pack(trunks) if self._training.sharing else pack_rows(trunks, self._padded)
-
-    def _packed(self, comb: Comb, actions: RankActions) -> MicroBatch:
-        device = self._ranks.device
+    def _packed(self, plan: MicroBatchPlan, actions: RankActions) -> MicroBatch:
+        comb = pack(plan.trunks) if self._training.sharing else pack_rows(plan.trunks, self._padded)
         numbers_N = np.repeat(comb.indices_A, np.diff(comb.offsets))
-        rollout_logp_N = np.concatenate([actions.rollout_logp[a] for a in comb.indices_A])
-        row = self._on_device(comb)
         experts_TLK = routed_tokens(comb, [actions.routed[a] for a in comb.indices_A])
+        arrays = [
+            actions.advantage_A[numbers_N],
+            actions.weight_A[numbers_N],
+            np.concatenate([actions.rollout_logp[a] for a in comb.indices_A]),
+            comb.offsets.astype(np.int64),
+        ]
+        moved = upload(arrays if experts_TLK is None else [*arrays, experts_TLK], self._ranks.device)
+        row = self._on_device(comb)
         if experts_TLK is not None:
-            row.routing = Routing(torch.from_numpy(experts_TLK).to(device))
+            row.routing = Routing(moved[-1])
         return MicroBatch(
             row,
-            torch.from_numpy(actions.advantage_A[numbers_N]).to(device),
-            torch.from_numpy(actions.weight_A[numbers_N]).to(device),
-            torch.from_numpy(rollout_logp_N).to(device),
-            torch.from_numpy(comb.offsets.astype(np.int64)).to(device),
+            *moved[:4],
             computed_tokens=comb.computed_tokens,
             effective_tokens=comb.effective_tokens,
             flops=comb.flops(self._size),
@@ -258,8 +283,9 @@ class Packer:
         """One state and one token, of weight 0."""
         token = np.zeros(1, np.int32)
         comb = pack([Trunk(token, (SampledState(1, (token,), (0,)),))])
-        zero = torch.zeros(1, device=self._ranks.device)
-        return MicroBatch(self._on_device(comb), zero, zero, zero, torch.tensor([0, 1], device=self._ranks.device))
+        zero = np.zeros(1, np.float32)
+        moved = upload([zero, zero, zero, np.array([0, 1])], self._ranks.device)
+        return MicroBatch(self._on_device(comb), *moved)
 
     def _on_device(self, comb: Comb) -> DeviceComb:
         return DeviceComb.of(comb, self._ranks.device, self._windows, self._training.flash_attention)

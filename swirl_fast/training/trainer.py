@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -227,6 +227,8 @@ class Trainer:
             grad_norm = self._update(micro_batches, sums, timer, first=updates == 0)
             self.heartbeat.mark("an update")
             updates += 1
+        for micro in micro_batches:
+            sums.add_work(micro.computed_tokens, micro.effective_tokens, micro.flops)
         self.step += 1
         with timer.phase("wait_for_rollout"):
             hidden = self.rollouts.wait()  # a batch is sampled with one set of weights
@@ -257,7 +259,7 @@ class Trainer:
         self.guards.end(self.step, metrics["kl"])
         return metrics
 
-    def _pack(self, batch: SampledBatch, sums: StepSums, timer: PhaseTimer) -> list[MicroBatch]:
+    def _pack(self, batch: SampledBatch, sums: StepSums, timer: PhaseTimer) -> Sequence[MicroBatch]:
         """This rank's micro-batches of what all ranks sampled; none when there is nothing to learn from."""
         with timer.phase("gather"):  # here ranks wait for those that sampled and judged longer
             self.guards.begin()
@@ -279,10 +281,7 @@ class Trainer:
             mine = self.packer.rank_actions(batch.trajectories, batch.sampled, advantage_A, weight_A)
             with timer.phase("gather"):
                 mine = self.packer.shared_out(mine)
-            micro_batches = self.packer.micro_batches(mine)
-            for micro in micro_batches:
-                sums.add_work(micro.computed_tokens, micro.effective_tokens, micro.flops)
-        return micro_batches
+            return self.packer.micro_batches(mine)
 
     def _advantages(self, batch: SampledBatch, actions: Actions) -> tuple[Tensor, Tensor]:
         if batch.judgements is None:
@@ -300,7 +299,7 @@ class Trainer:
         malformed, reason = len(batch.sampled) - len(asked), asked[0].reason if asked else ""
         return self.guards.answered(self.step + 1, len(asked), known, malformed, self.rollouts.judge_id, reason)
 
-    def _update(self, batches: list[MicroBatch], sums: StepSums, timer: PhaseTimer, first: bool) -> float:
+    def _update(self, batches: Sequence[MicroBatch], sums: StepSums, timer: PhaseTimer, first: bool) -> float:
         """Forward and backward over the micro-batches, one optimizer step. Returns the global gradient norm before clipping."""
         rate = learning_rate(self.config.training, self.step)
         for group in self.optimizer.param_groups:
