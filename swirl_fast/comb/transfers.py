@@ -18,14 +18,14 @@ class Transfer(NamedTuple):
 
 
 def transfers(work: Sequence[float], ranks: Sequence[int] | None = None, slack: float = 0.02) -> list[Transfer]:
-    """work: of every one of `ranks` (None: 0, 1, …). What those above the mean give to those below it, the largest surplus to the largest
-    gap first, so that little is cut small; every rank that calls this with the same numbers gets the same list. At most one transfer fewer
-    than there are ranks; those below `slack` of the mean are left out.
+    """work: of every one of `ranks` (None: 0, 1, …). What those above the mean give to those below it, in their order; every rank that
+    calls this with the same numbers gets the same list. At most one transfer fewer than there are ranks; those below `slack` of the mean
+    are left out.
     """
     mean = sum(work) / max(1, len(work))
     numbered = list(zip(range(len(work)) if ranks is None else ranks, work, strict=True))
-    given = sorted(((rank, own - mean) for rank, own in numbered if own > mean), key=lambda one: -one[1])
-    taken = sorted(((rank, mean - own) for rank, own in numbered if own < mean), key=lambda one: -one[1])
+    given = [(rank, own - mean) for rank, own in numbered if own > mean]
+    taken = [(rank, mean - own) for rank, own in numbered if own < mean]
     found = []
     g = t = 0
     giver, surplus = given[0] if given else (0, 0.0)
