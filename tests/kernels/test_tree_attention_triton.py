@@ -44,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def use_tiles(monkeypatch: pytest.MonkeyPatch, *sizes: tuple[int, int], edge: int = 16) -> None:
     """Tiles of forward, dQ and dK/dV."""
     tiles = dict(zip(("forward", "backward_q", "backward_kv"), sizes, strict=True))
-    tiles["backward_kv_few"] = tiles["backward_kv"]
+    tiles |= {"backward_kv_few": tiles["backward_kv"], "forward_narrow": tiles["forward"]}
     monkeypatch.setattr(implementation, "configuration", lambda kernel, *_: Tiles(*tiles[kernel], 4, 1))
     monkeypatch.setattr(implementation, "EDGE", edge)
 
@@ -611,7 +611,7 @@ def test_what_the_kernels_cannot_compute_is_refused(monkeypatch) -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
 def test_there_is_a_configuration_for_everything(capability) -> None:
-    for kernel in ("forward", "backward_q", "backward_kv", "backward_kv_few"):
+    for kernel in ("forward", "forward_narrow", "backward_q", "backward_kv", "backward_kv_few"):
         for block_d in (16, 32, 64, 128, 256):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 tiles = configuration(kernel, block_d, dtype, capability)

@@ -50,9 +50,15 @@ def _cases(
     """One for all targets that share a configuration. values: their head dimension, where it is not dim. variant, of backward_kv: ""
     writes fp32 shares, "few" in smaller blocks of keys, "added" adds to them, "direct" writes dK and dV themselves."""
     targets: dict[Tiles, list[int]] = {}
-    name = kernel.fn.__name__ + "_few" * (variant == "few")
     for target in (80, 90, 100):
-        tiles = configuration(name, next_power_of_2(dim), dtype, divmod(target, 10))
+        of = (next_power_of_2(dim), dtype, divmod(target, 10))
+        narrow = kernel is forward and values is not None
+        tiles = configuration("forward_narrow" if narrow else kernel.fn.__name__, *of)
+        if variant == "few":
+            few = configuration("backward_kv_few", *of)
+            if few == tiles:
+                continue
+            tiles = few
         targets.setdefault(tiles, []).append(target)
     for tiles, shared_by in targets.items():
         yield _case(kernel, dtype, dim, tiles, option, tuple(shared_by), values, variant)
@@ -71,6 +77,7 @@ def _case(
     tensors = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", None: ""}[dtype]
     kinds = dict.fromkeys(("dout", "q", "k", "v", "out", "dq", "dk", "dv"), tensors)
     kinds |= {"lse": "*fp32", "delta": "*fp32", "sinks": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    kinds |= {"dk_factor": "fp32", "factor": "fp32"}
     kinds |= {"shares": "*fp32", "total": tensors}
     if variant != "direct":
         kinds |= {"dk": "*fp32", "dv": "*fp32"}

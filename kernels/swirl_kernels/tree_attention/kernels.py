@@ -319,6 +319,7 @@ def backward_kv(
     parts,
     heads,
     turn,
+    dk_factor,
     scale,
     softcap,
     window,
@@ -332,7 +333,7 @@ def backward_kv(
     BLOCK_N: tl.constexpr,
 ):
     """One query head's share of dK and dV. The query heads of a key head are dealt to `parts` shares, `heads` to each; the one that
-    has its `turn` is added to those before it, unless it is the first (ADDED).
+    has its `turn` is added to those before it, unless it is the first (ADDED). dk_factor: the scale, or 1 where it is still to come.
 
     Scores and their gradients are transposed here, [N, M]: both products sum over queries.
     """
@@ -357,8 +358,14 @@ def backward_kv(
     deepest = 0
     if depth is not None:
         deepest = tl.max(tl.load(depth + at_n, mask=real, other=-FAR), 0)
-    dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv_acc = tl.zeros((BLOCK_N, VALUE_PADDED), tl.float32)
+    dk += share * dk_head
+    dv += share * dv_head
+    if ADDED:
+        dk_acc = _rows(dk, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
+        dv_acc = _rows(dv, first_key, dv_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
+    else:
+        dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv_acc = tl.zeros((BLOCK_N, VALUE_PADDED), tl.float32)
     for t in tl.range(near + far, disable_licm=True):
         first_row = begin + t * EDGE_M + tl.where(t < near, 0, full * BLOCK_M)
         meets = True
@@ -386,7 +393,7 @@ def backward_kv(
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     if depth is None:  # a window leaves no full tiles; their loop beside the tiles that it skips makes ptxas serialise all products
         first_row = begin + near * EDGE_M
-        for _ in tl.range(full, disable_licm=BLOCK_D + VALUE_PADDED > 256):
+        for _ in tl.range(full, disable_licm=(BLOCK_D + VALUE_PADDED) * k.dtype.element_ty.primitive_bitwidth > 4096):
             rows = first_row + tl.arange(0, BLOCK_M)
             q_tile = _rows(q, first_row, q_row, None, BLOCK_M, HEAD_DIM, BLOCK_D)
             lse_m = tl.load(lse + rows)
@@ -400,13 +407,7 @@ def backward_kv(
             ds = weight * (dp - delta_m[None, :])
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
             first_row += BLOCK_M
-    dk_acc *= scale
-    dk += share * dk_head
-    dv += share * dv_head
-    if ADDED:
-        dk_acc += _rows(dk, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
-        dv_acc += _rows(dv, first_key, dv_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
-    _put_rows(dk, dk_acc, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
+    _put_rows(dk, dk_acc * dk_factor, first_key, dk_row, real, BLOCK_N, HEAD_DIM, BLOCK_D)
     _put_rows(dv, dv_acc, first_key, dv_row, real, BLOCK_N, VALUE_DIM, VALUE_PADDED)
 
 
@@ -420,11 +421,12 @@ def sum_parts(
     total_row,
     parts,
     num_rows,
+    factor,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """total[h] = sum of shares[h * parts + i] over i, in this order."""
+    """total[h] = factor * sum of shares[h * parts + i] over i, in this order."""
     first_row = tl.program_id(0) * BLOCK_M
     key_head = tl.program_id(1).to(tl.int64)
     shares += key_head * parts * share_head
@@ -433,4 +435,4 @@ def sum_parts(
     for _ in tl.range(parts):
         acc += _rows(shares, first_row, share_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
         shares += share_head
-    _put_rows(total + key_head * total_head, acc, first_row, total_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)
+    _put_rows(total + key_head * total_head, acc * factor, first_row, total_row, real, BLOCK_M, HEAD_DIM, BLOCK_D)

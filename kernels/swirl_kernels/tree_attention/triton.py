@@ -33,14 +33,14 @@ class Tiles:
 
 
 def configuration(kernel: str, block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """Tiles of `kernel` ("forward", "backward_q", "backward_kv", "backward_kv_few") for head dimensions padded to at most block_d.
+    """Tiles of `kernel` ("forward", "backward_q", "backward_kv") for head dimensions padded to at most block_d.
 
-    _few: where wider blocks of keys would be too few programs. A plain function of these, so that the bits of a result do not depend on
+    backward_kv_few: where wider blocks of keys would be too few programs. forward_narrow: values padded to less than keys. A plain function of these, so that the bits of a result do not depend on
     a timing. Chosen for what compiles without spills, on 9.0 without products that wait for each other (`python -m swirl_kernels.aot`),
     within 227 KB of shared memory on compute capability 9.0 and 10.0 and within 99 KB on all others. 64 keys in the walk rather than
     128: runs of ancestors are short, and a tile is cut where one begins.
     """
-    size, plain = 64 if block_d <= 64 else block_d, kernel.removesuffix("_few")
+    size, plain = 64 if block_d <= 64 else block_d, kernel.removesuffix("_few").removesuffix("_narrow")
     if dtype == torch.float32:
         return _FP32[plain, size]
     if capability not in ((9, 0), (10, 0)):
@@ -63,6 +63,7 @@ _LARGE = {
 _HOPPER = {
     ("forward", 128): Tiles(64, 64, 4, 2),  # two programs a processor, as for dQ
     ("forward", 256): Tiles(64, 32, 4, 2),
+    ("forward_narrow", 256): Tiles(128, 64, 8, 1),  # with two stages 3.6.0 serialises all products
     ("backward_q", 128): Tiles(64, 64, 4, 2),
     ("backward_q", 256): Tiles(64, 32, 4, 2),
     ("backward_kv_few", 64): Tiles(64, 64, 4, 2),
@@ -149,6 +150,8 @@ def _run_forward(
     if num_queries == 0:
         return out, lse
     tree, (tiles, dims) = tree_of(plan), _tiles("forward", q, v)
+    if dims[3] < dims[1]:
+        tiles, _ = _tiles("forward_narrow", q, v)
     counts = query_blocks(plan, tiles.block_m, tiles.block_n)
     logits = None if sinks is None else sinks.float().contiguous()
     kernels.forward[(len(counts), heads)](
@@ -216,13 +219,14 @@ def _run_backward_kv(
         kernels.backward_kv[(len(ranges), key_heads * parts)](
             dout, q, k, v, lse, delta, *shares,
             ranges, shallowest, tree.end, tree.depth, tree.position, tree.query_depth,
-            *_strides(dout, q, k, v, *shares), plan.num_queries, num_keys, parts, group // parts, turn, scale, softcap, tree.window,
-            turn > 0, *dims, tiles.block_m, edge_m, tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            *_strides(dout, q, k, v, *shares), plan.num_queries, num_keys, parts, group // parts, turn,
+            1.0 if group > 1 else scale, scale, softcap, tree.window, turn > 0, *dims, tiles.block_m, edge_m, tiles.block_n,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-    for share, total in zip(shares, (dk, dv), strict=True) if group > 1 else ():
+    for share, total, factor in zip(shares, (dk, dv), (scale, 1.0), strict=True) if group > 1 else ():
         width = total.shape[2]
         kernels.sum_parts[(triton.cdiv(num_keys, SUMMED), key_heads)](
-            share, total, *_strides(share, total), parts, num_keys, width, triton.next_power_of_2(width), SUMMED
+            share, total, *_strides(share, total), parts, num_keys, factor, width, triton.next_power_of_2(width), SUMMED
         )
 
 
