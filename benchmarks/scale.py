@@ -8,12 +8,12 @@ One process plays every rank in turn with the trainer's own code (swirl_fast/tra
 micro-batches.
 Questions come from a pool that grows with the ranks, two trajectories a question on average, so that some prefixes are shared.
 
-seconds: of a CPU, on one rank for sharing out and cutting, without the network, mean and longest of all ranks. bytes: sent by a rank, mean, and
-most of any: pickled actions, and 4 bytes for every rank that it tells its work. imbalance: work of the busiest rank over the
+seconds: of a CPU, on one rank for sharing out and cutting, without the network, mean and longest of all ranks. bytes: sent by a rank,
+mean, and most of any: pickled actions, and 4 bytes for every rank that it tells its work. imbalance: work of the busiest rank over the
 mean's, less 1, before and after. padding: share of the tokens' budget in the micro-batches that all ranks run which holds no token.
-repeated_by_budget: tokens computed more than once since a micro-batch holds so many only; repeated_by_moves: those that come on top
-since a rank gave actions whose path it needs itself; shared_lost: share of all tokens that one tree over the whole batch would not
-compute, since two ranks hold the same question.
+repeated_by_budget: tokens computed more than once since a micro-batch holds so many only; repeated_by_moves: those that come on top since
+a rank gave actions whose path it needs itself; shared_lost: share of all tokens that one tree over the whole batch would not compute,
+since two ranks hold the same question.
 
 Not measured: the network, and laying out the packed arrays, which every rank does for its own micro-batches alone.
 """
@@ -114,9 +114,7 @@ class World:
             "shared_lost": 1 - self._whole_tree() / tokens if self.ranks <= self.options.whole else None,
         }
 
-    def _tell(
-        self, parts: list[RankActions], ranks: Iterable[int], told: np.ndarray, seconds: np.ndarray
-    ) -> None:
+    def _tell(self, parts: list[RankActions], ranks: Iterable[int], told: np.ndarray, seconds: np.ndarray) -> None:
         for rank in ranks:
             started = time.process_time()
             told[rank] = self.packer.work(parts[rank])

@@ -29,7 +29,9 @@ def actions(trajectories: int) -> RankActions:
         Trunk(
             draw.integers(1, VOCABULARY, 24).astype(np.int32),
             tuple(
-                SampledState(length, (draw.integers(1, VOCABULARY, 5).astype(np.int32),) * 2, (4 * t + i, 4 * t + i + 1))
+                SampledState(
+                    length, (draw.integers(1, VOCABULARY, 5).astype(np.int32),) * 2, (4 * t + i, 4 * t + i + 1)
+                )
                 for i, length in ((0, 8), (2, 20))
             ),
         )
