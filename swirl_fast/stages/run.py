@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from swirl_fast.config import Config
-from swirl_fast.data.shard_source import check_libraries
+from swirl_fast.data.shard_source import check_clients
 from swirl_fast.files import read_json, write_json
 from swirl_fast.metrics import read_metrics, without_gradient
 from swirl_fast.ranks import start
@@ -33,7 +33,7 @@ def run(config: Config) -> None:
     """Every stage in order, then the table base -> trained and summary.json."""
     started = time.perf_counter()
     previous = read_json(config.folder / "summary.json")
-    check_libraries(config.filter.upload)
+    check_clients(config.filter.upload)
     check_machine(config, start())  # hours before training would say so
     check_collection(config)  # before the evaluation sets an earlier one aside
     base = evaluate(config, "base")
