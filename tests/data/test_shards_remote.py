@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from fsspec import registry
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -768,7 +768,9 @@ def test_other_stores_are_reached_through_fsspec(
     remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own store in memory, which needs no server, in the place of s3://: uploaded, read back, and a file that is not there."""
-    monkeypatch.setitem(registry._registry, "s3", type("InMemory", (MemoryFileSystem,), {"protocol": "s3", "store": {}}))
+    registry = importlib.import_module("fsspec.registry")
+    in_memory = type("InMemory", (MemoryFileSystem,), {"protocol": "s3", "store": {}})
+    monkeypatch.setitem(registry._registry, "s3", in_memory)
     assert upload_shards(remote, "s3://bucket/shards")
     assert not upload_shards(remote, "s3://bucket/shards"), "there already"
     stream = open_stream(ShardCache("s3://bucket/shards", tmp_path / "cache"), 7)
