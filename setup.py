@@ -47,7 +47,7 @@ setup(
         "Paper": "https://arxiv.org/abs/2504.04736",
     },
     author="The swirl-fast authors",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     keywords="reinforcement-learning llm tool-use agents swirl grpo rlhf pytorch",
     classifiers=[
         "Development Status :: 3 - Alpha",
