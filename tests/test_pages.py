@@ -160,7 +160,7 @@ def test_settings_that_pages_name_are_there() -> None:
     for name in ("algorithms", "engines", "training", "judges", "errors", "coming_from", "data_sets", "running", "experiments"):
         text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
         named = re.findall(r"`((?:run|model|tasks|tools|search|engine|collect|judge|filter|algorithm|training|evaluate)\.[a-z_.]+)(?=[=`])", text)
-        others = {"training.num_generations", "algorithm.adv_estimator"} | {word for word in named if "rollout_correction" in word}
+        others = {"filter.json", "training.num_generations", "algorithm.adv_estimator"} | {word for word in named if "rollout_correction" in word}
         assert {word for word in named if word not in keys and word.count(".") < 4} - others == set(), name
 
 
