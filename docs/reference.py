@@ -44,7 +44,9 @@ def _signature(value: object) -> str:
     if len(whole) < 90 or not found.parameters:
         return whole
     lines = [re.sub(r"<[^>]+>", "…", str(parameter)).replace("'", "") for parameter in found.parameters.values()]
-    ends = "" if found.return_annotation is inspect.Signature.empty else f" -> {found.return_annotation}".replace("'", "")
+    ends = (
+        "" if found.return_annotation is inspect.Signature.empty else f" -> {found.return_annotation}".replace("'", "")
+    )
     return "(\n    " + ",\n    ".join(lines) + f",\n){ends}"
 
 

@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
         stage = _command(commands, name, text, _epilog(name))
         stage.add_argument("--config", metavar="FILE", help="a YAML file, or a name that `swirl-fast configs` lists")
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.steps=20")
-        stage.add_argument("--dry-run", action="store_true", help="check everything and say what would be done; loads no weights")
+        stage.add_argument(
+            "--dry-run", action="store_true", help="check everything and say what would be done; loads no weights"
+        )
         stage.set_defaults(run=lambda options: _run_stage(call, options))
         return stage
 

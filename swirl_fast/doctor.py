@@ -71,7 +71,9 @@ def examine(config: Config | None) -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    return Finding("ok", "python", f"{platform.python_version()} in {sys.prefix}, {platform.system()} {platform.machine()}")
+    return Finding(
+        "ok", "python", f"{platform.python_version()} in {sys.prefix}, {platform.system()} {platform.machine()}"
+    )
 
 
 def _requirements() -> Iterator[Finding]:
@@ -81,7 +83,9 @@ def _requirements() -> Iterator[Finding]:
     try:
         asked = importlib.metadata.requires("swirl-fast") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding("--", "packages", "swirl-fast is run from its folder and not installed: pip install -e ./kernels -e .")
+        yield Finding(
+            "--", "packages", "swirl-fast is run from its folder and not installed: pip install -e ./kernels -e ."
+        )
         asked = []
     versions = []
     for requirement in map(Requirement, asked):
@@ -90,7 +94,9 @@ def _requirements() -> Iterator[Finding]:
         version = _version(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             found = "is missing" if version is None else f"is {version}"
-            yield Finding("NO", requirement.name, f"{found}; run: pip install '{requirement.name}{requirement.specifier}'")
+            yield Finding(
+                "NO", requirement.name, f"{found}; run: pip install '{requirement.name}{requirement.specifier}'"
+            )
         else:
             versions.append(f"{requirement.name} {version}")
     if versions:
@@ -135,7 +141,9 @@ def _disk(about: str, folder: Path) -> Finding:
     if not os.access(there, os.W_OK):
         return Finding("NO", about, f"{there} cannot be written; give another folder (run.folder, SWIRL_FAST_CACHE)")
     if free < SCARCE:
-        return Finding("NO", about, f"{free:.1f} GiB free at {there}, less than {SCARCE}; make room, or give another folder")
+        return Finding(
+            "NO", about, f"{free:.1f} GiB free at {there}, less than {SCARCE}; make room, or give another folder"
+        )
     return Finding("ok", about, f"{free:.0f} GiB free at {there}")
 
 
@@ -188,7 +196,9 @@ def _endpoints(config: Config) -> Iterator[Finding]:
     judge = config.judge.model
     named = [("judge.model.url", judge.url), *(("judge.model.replicas", url) for url in judge.replicas)]
     asked = [(key, url, f"{url.rstrip('/')}/models", judge.api_key_env) for key, url in named if url]
-    asked += [("engine.urls", url, f"{url.rstrip('/')}/health", config.engine.api_key_env) for url in config.engine.urls]
+    asked += [
+        ("engine.urls", url, f"{url.rstrip('/')}/health", config.engine.api_key_env) for url in config.engine.urls
+    ]
     for key, url, address, variable in asked:
         yield asyncio.run(_answer(key, url, address, variable))
 
@@ -203,7 +213,9 @@ async def _answer(setting: str, url: str, address: str, variable: str) -> Findin
     finally:
         await client.close()
     if status in (401, 403):
-        return Finding("NO", setting, f"{url} refuses {'the key in' if key else 'to answer without a key in'} {variable}")
+        return Finding(
+            "NO", setting, f"{url} refuses {'the key in' if key else 'to answer without a key in'} {variable}"
+        )
     return Finding("ok", setting, f"{url} answers")
 
 

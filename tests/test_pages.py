@@ -46,7 +46,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("page", TASK_PAGES, ids=lambda page: page.name)
 def test_commands_are_ones_that_work(page: Path) -> None:
-    """Their words are parsed and their settings read, as the command itself does before any work; files that they name need not be there."""
+    """Their words are parsed and their settings read, as the command does before any work; files that they name need not be there."""
     for line in commands(page):
         for part in line.removeprefix("source <(").removesuffix(")").split(" && "):
             words = shlex.split(part)
@@ -80,7 +80,11 @@ def check_stage(words: list[str]) -> None:
         options = cli._parsed([stage, *given])
         config = getattr(options, "config", None)
         if stage not in ("configs", "completion", "experiment"):
-            load(config if config in shipped("config") else "quickstart", [word for word in options.overrides if "=" in word], files=False)
+            load(
+                config if config in shipped("config") else "quickstart",
+                [word for word in options.overrides if "=" in word],
+                files=False,
+            )
 
 
 # ---- README
@@ -107,7 +111,9 @@ def test_the_task_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with opened_tools(config, task, offered) as boxes, task_judge(config, task) as judge:
         box = boxes[task.name]
         assert box.call([ToolCall("t", "stock", {"item": name}) for name in ("pear", "fig")]) == ["7", "0"]
-        steps = [StepView(task.name, "Are 3 left?", (), text) for text in ("<answer>yes</answer>", "<stock>pear</stock>")]
+        steps = [
+            StepView(task.name, "Are 3 left?", (), text) for text in ("<answer>yes</answer>", "<stock>pear</stock>")
+        ]
         assert [judgement.reward for judgement in judge.judge(steps)] == [1.0, 1.0]
 
 
@@ -157,10 +163,25 @@ def test_the_errors_are_those_of_the_source() -> None:
 
 def test_settings_that_pages_name_are_there() -> None:
     keys = set(settings(Config))
-    for name in ("algorithms", "engines", "training", "judges", "errors", "coming_from", "data_sets", "running", "experiments"):
+    for name in (
+        "algorithms",
+        "engines",
+        "training",
+        "judges",
+        "errors",
+        "coming_from",
+        "data_sets",
+        "running",
+        "experiments",
+    ):
         text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-        named = re.findall(r"`((?:run|model|tasks|tools|search|engine|collect|judge|filter|algorithm|training|evaluate)\.[a-z_.]+)(?=[=`])", text)
-        others = {"filter.json", "training.num_generations", "algorithm.adv_estimator"} | {word for word in named if "rollout_correction" in word}
+        named = re.findall(
+            r"`((?:run|model|tasks|tools|search|engine|collect|judge|filter|algorithm|training|evaluate)\.[a-z_.]+)(?=[=`])",
+            text,
+        )
+        others = {"filter.json", "training.num_generations", "algorithm.adv_estimator"} | {
+            word for word in named if "rollout_correction" in word
+        }
         assert {word for word in named if word not in keys and word.count(".") < 4} - others == set(), name
 
 

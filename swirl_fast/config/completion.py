@@ -90,7 +90,9 @@ def _fish(commands: Mapping[str, Sequence[str]]) -> str:
         if plain := " ".join(word for word in words if word[:1] != "-"):
             lines.append(f"complete -c swirl-fast {seen} -a '{plain}'")
     lines.append(f"complete -c swirl-fast -l config -ra '{' '.join(shipped('config'))}'")
-    lines.append(f"complete -c swirl-fast -n '__fish_seen_subcommand_from experiment' -a '{' '.join(shipped('experiment'))}'")
+    lines.append(
+        f"complete -c swirl-fast -n '__fish_seen_subcommand_from experiment' -a '{' '.join(shipped('experiment'))}'"
+    )
     for key, values in _values().items():
         lines.append(f"complete -c swirl-fast -a '{' '.join(f'{key}={value}' for value in values.split())}'")
     return "\n".join(lines) + "\n"

@@ -8,8 +8,8 @@ Not the library itself: its newest version pins transformers<5 and numpy<2.2, so
     ndarray:…         a byte (axes << 2 | i) | the shape, 2^i bytes an axis | the values
     json              UTF-8
 
-All integers are little-endian and unsigned, uint32 where nothing else is said. Who may have written a folder, and what its index may say, is
-the matter of shard_index.py, which reads both before a `Reader` does.
+All integers are little-endian and unsigned, uint32 where nothing else is said. Whether a folder is one that a `Writer` wrote is the matter of
+shard_index.py, which looks before a `Reader` does.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Reader:
     def __getitem__(self, place: int) -> dict[str, Any]:
         """The columns by their names; arrays are read-only.
 
-        Raises IndexError for a place that no sample has, FileNotFoundError for a shard that is not there, ValueError for one that ends early.
+        Raises IndexError for a place that no sample has, FileNotFoundError for a missing shard, ValueError for one that ends early.
         """
         shard = self.shard_of(place)
         with open(self._folder / self.names[shard], "rb") as file:

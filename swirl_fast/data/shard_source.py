@@ -204,7 +204,9 @@ class ShardCache:
         Raises OSError when no try brought a file, ImportError for a missing client."""
         for number in range(TRIES):
             if number:
-                time.sleep(BACK_OFF * (2 ** (number - 1) + random.random() / 2))  # processes that failed together come apart
+                time.sleep(
+                    BACK_OFF * (2 ** (number - 1) + random.random() / 2)
+                )  # processes that failed together come apart
             shutil.rmtree(into, ignore_errors=True)
             into.mkdir(parents=True)
             problem, failed = None, None

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import ConfigError
-from swirl_fast.data.samples import read_samples
 from swirl_fast.data.mds import Reader
+from swirl_fast.data.samples import read_samples
 from swirl_fast.data.shards import verify_shards
 from swirl_fast.outputs import rows
 from swirl_fast.outputs.run import OpenRun

@@ -424,7 +424,9 @@ def test_what_the_stores_say_about_a_file_that_is_not_there() -> None:
         assert not shard_store._not_found(other)
 
 
-@pytest.mark.parametrize(("url", "package"), [("s3://bucket/x", "s3fs"), ("gs://b/x", "gcsfs"), ("sftp://h/x", "paramiko")])
+@pytest.mark.parametrize(
+    ("url", "package"), [("s3://bucket/x", "s3fs"), ("gs://b/x", "gcsfs"), ("sftp://h/x", "paramiko")]
+)
 def test_a_missing_client_is_an_error_with_the_line_that_installs_it(
     url: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -764,9 +766,7 @@ def test_a_lock_of_a_dead_process_holds_nobody_up(remote: Path, tmp_path: Path) 
     assert not list(store.folder.glob("*.tmp"))
 
 
-def test_other_stores_are_reached_through_fsspec(
-    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_stores_are_reached_through_fsspec(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own store in memory, which needs no server, in the place of s3://: uploaded, read back, and a file that is not there."""
     registry = importlib.import_module("fsspec.registry")
     in_memory = type("InMemory", (MemoryFileSystem,), {"protocol": "s3", "store": {}})
@@ -775,7 +775,9 @@ def test_other_stores_are_reached_through_fsspec(
     assert not upload_shards(remote, "s3://bucket/shards"), "there already"
     stream = open_stream(ShardCache("s3://bucket/shards", tmp_path / "cache"), 7)
     assert batches(stream, 3) == batches(open_stream(remote, 7), 3)
-    with pytest.raises(ValueError, match="s3://bucket/none/manifest.json is missing: .* is not a complete shard folder"):
+    with pytest.raises(
+        ValueError, match="s3://bucket/none/manifest.json is missing: .* is not a complete shard folder"
+    ):
         ShardCache("s3://bucket/none", tmp_path / "cache")
 
 

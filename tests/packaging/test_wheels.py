@@ -101,7 +101,12 @@ def test_metadata_and_what_lies_beside_it(wheel: Path) -> None:
     assert links and [link for link in links if not link.startswith(("https://", "#", "mailto:"))] == []
     assert (wheel / "swirl_fast" / "py.typed").is_file()
     shipped = wheel / "swirl_fast" / "shipped"
-    for name in ("examples/python_api.ipynb", "examples/sql/orders.py", "examples/own_data/questions.csv", "configs/slurm.sbatch"):
+    for name in (
+        "examples/python_api.ipynb",
+        "examples/sql/orders.py",
+        "examples/own_data/questions.csv",
+        "configs/slurm.sbatch",
+    ):
         assert (shipped / name).read_bytes() == (ROOT / name).read_bytes()
 
 

@@ -41,7 +41,9 @@ def test_what_is_missing_or_too_old_is_an_error_with_its_remedy(monkeypatch: pyt
     done = attempt(["doctor"])
     assert done.returncode == 1
     assert "NO  torch: is " in done.stdout and "pip install 'torch>=99'" in done.stdout
-    assert "NO  a-package-that-is-not-there: is missing; run: pip install 'a-package-that-is-not-there>=1'" in done.stdout
+    assert (
+        "NO  a-package-that-is-not-there: is missing; run: pip install 'a-package-that-is-not-there>=1'" in done.stdout
+    )
     assert "NO  disk of the runs" in done.stdout and "ok  packages: numpy " in done.stdout
     assert "NO  peft" not in done.stdout, "an extra that was not asked for"
 

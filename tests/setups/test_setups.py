@@ -69,8 +69,10 @@ STAND_INS = {
 
 
 @pytest.mark.parametrize(("at_once", "code"), [("0", 0), ("3", 3), ("", 1)])
-def test_the_slurm_script_is_queued_again_only_when_it_was_asked_to_stop(tmp_path: Path, at_once: str, code: int) -> None:
-    """With stand-ins for Slurm's commands: a training that is done, one that fails, and one at its time limit, which torchrun ends with 1."""
+def test_the_slurm_script_is_queued_again_only_when_it_was_asked_to_stop(
+    tmp_path: Path, at_once: str, code: int
+) -> None:
+    """With stand-ins for Slurm's commands: a training that is done, one that fails, one at its time limit, which torchrun ends with 1."""
     for name, text in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
         (tmp_path / name).chmod(0o755)
@@ -87,5 +89,7 @@ def test_the_slurm_script_is_queued_again_only_when_it_was_asked_to_stop(tmp_pat
         job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=60) == code
     said = calls.read_text().splitlines()
-    assert "--rdzv-endpoint node1:29500" in said[1] and said[1].endswith("-m swirl_fast train --config gsm8k run.name=x")
+    assert "--rdzv-endpoint node1:29500" in said[1] and said[1].endswith(
+        "-m swirl_fast train --config gsm8k run.name=x"
+    )
     assert ("scontrol requeue 7" in said) is (not at_once)

@@ -41,7 +41,11 @@ def test_a_stage_that_can_work(stage: str, tmp_path: Path, tiny_model: Path) -> 
     [
         ("run", ["model.path=/nowhere"], "model.path=/nowhere"),
         ("run", ["filter.upload=s3://bucket/x"], "pip install s3fs"),
-        ("judge", ["judge.kind=model", "judge.model.retries=0", "judge.model.url=http://127.0.0.1:{port}/v1"], "judge.model.url"),
+        (
+            "judge",
+            ["judge.kind=model", "judge.model.retries=0", "judge.model.url=http://127.0.0.1:{port}/v1"],
+            "judge.model.url",
+        ),
         ("train", [], "has no collection yet: run collect, judge and filter first"),
         ("collect", ["run.folder={tmp}/file"], "is a file; name a folder"),
     ],
