@@ -207,7 +207,8 @@ def _run_stage(call: _Call, options: argparse.Namespace) -> int:
     if options.dry_run:
         from swirl_fast.stages.dry_run import dry_run
 
-        print(dry_run(config, options.stage))
+        if found := dry_run(config, options.stage):
+            print(found)
         return 0
     call(stages, config, options)
     return 0

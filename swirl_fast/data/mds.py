@@ -8,8 +8,8 @@ Not the library itself: its newest version pins transformers<5 and numpy<2.2, so
     ndarray:…         a byte (axes << 2 | i) | the shape, 2^i bytes an axis | the values
     json              UTF-8
 
-All integers are little-endian and unsigned, uint32 where nothing else is said. Whether a folder is one that a `Writer` wrote is the matter of
-shard_index.py, which looks before a `Reader` does.
+All integers are little-endian and unsigned, uint32 where nothing else is said. A `Reader` believes its folder: shard_index.py checks what a
+stranger may have written there, before one is opened.
 """
 
 from __future__ import annotations

