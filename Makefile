@@ -74,7 +74,7 @@ generated: install ## docs/configuration.md, metrics.md and python_reference.md 
 # The documentation as a site in site/, with dead links as errors.
 .PHONY: docs
 docs: .venv-docs/installed ## the site of docs/, into site/
-	.venv-docs/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 .venv-docs/installed: docs/requirements.txt
 	test -x .venv-docs/bin/pip || $(PYTHON) -m venv .venv-docs
