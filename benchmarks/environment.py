@@ -17,7 +17,6 @@ PACKAGES = (
     "transformers",
     "triton",
     "numpy",
-    "mosaicml-streaming",
     "bm25s",
     "faiss-cpu",
     "sentence-transformers",

@@ -7,7 +7,7 @@ batches of whole, decoded trajectories, shuffled by a seed, in one process (one 
 
     stream            shards in a folder, prefetch=0: what reading and decoding cost
     stream_ahead      the same with prefetch=2, as the trainer has it
-    stream_remote     the same from file://, copied through the library's downloader into a cache that is empty at the start
+    stream_remote     the same from file://, copied into a cache that is empty at the start
     jsonl, pickle     Dataset on one file of JSON lines or pickles, offsets beside it, num_workers=0; it verifies nothing
     jsonl_2, pickle_2 the same with two worker processes
 
@@ -16,7 +16,7 @@ the middle of an epoch, by the stream's state or by a sampler that begins there.
 of a step and that wait together.
 
 Read with care: all files lie in the page cache, file:// stands for an object store, and its bandwidth is that of this machine's disk. Not
-measured: importing the library (`seconds_import` says what that took), several ranks on one disk.
+measured: several ranks on one disk.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from swirl_fast.data.shard_source import ShardCache
-from swirl_fast.data.shards import StepSample, streaming, verify_shards, write_shards
+from swirl_fast.data.shards import StepSample, verify_shards, write_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.files import write_json
 from swirl_fast.formats.format import Action
@@ -281,9 +281,6 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = options_of(arguments)
-    start = time.perf_counter()
-    streaming()
-    seconds_import = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_data(folder, options.trajectories, options.steps)
@@ -297,7 +294,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 **{name: (folder / name).stat().st_size for name in ("jsonl", "pickle")},
             },
             "shards": len(list((folder / "shards").glob("*.mds"))),
-            "seconds_import": seconds_import,
             "seconds_verify": time.perf_counter() - start,
         }
         quickstart = json.loads(QUICKSTART.read_text(encoding="utf-8")) if QUICKSTART.is_file() else None

@@ -144,9 +144,7 @@ def write_run(folder: Path, count: int) -> Config:
 def measure(stage: str, folder: Path, trajectories: int) -> dict[str, float]:
     """Runs one stage in this process. seconds, mib: its peak above what the imports took."""
     from swirl_fast import stages
-    from swirl_fast.data.shards import streaming
 
-    streaming()
     config = load(None, settings(folder, trajectories))
     imported = _resident("VmRSS")
     start, worked = time.perf_counter(), time.process_time()

@@ -63,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
         stage = _command(commands, name, text, _epilog(name))
         stage.add_argument("--config", metavar="FILE", help="a YAML file, or a name that `swirl-fast configs` lists")
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.steps=20")
+        stage.add_argument(
+            "--dry-run", action="store_true", help="check everything and say what would be done; loads no weights"
+        )
         stage.set_defaults(run=lambda options: _run_stage(call, options))
         return stage
 
@@ -112,6 +115,8 @@ def parser() -> argparse.ArgumentParser:
     _add_experiment(commands)
     _add_config(commands)
     _add_configs(commands)
+    _add_doctor(commands)
+    _add_completion(commands)
     return top
 
 
@@ -201,6 +206,12 @@ def _run_stage(call: _Call, options: argparse.Namespace) -> int:
     from swirl_fast import stages
 
     _quiet_transformers()
+    if options.dry_run:
+        from swirl_fast.stages.dry_run import dry_run
+
+        if found := dry_run(config, options.stage):
+            print(found)
+        return 0
     call(stages, config, options)
     return 0
 
@@ -405,6 +416,47 @@ def _configs(options: argparse.Namespace) -> int:
     if options.overrides:
         raise ConfigError(f"{' '.join(options.overrides)}: this command takes no arguments; it lists what is there")
     _write([listing()])
+    return 0
+
+
+def _add_doctor(commands: Any) -> None:
+    text = "what this machine has and lacks for a run, with what to do about it"
+    command = _command(commands, "doctor", text, "marks: ok; -- only some runs need it; NO to be mended (exit code 1)")
+    command.add_argument("--config", metavar="FILE", help="also what this run needs: endpoints, ports, SGLang")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of it")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from swirl_fast.doctor import examine
+
+    given = options.config or options.overrides
+    worst = 0
+    for finding in examine(load(options.config, options.overrides, files=False) if given else None):
+        print(finding, flush=True)
+        worst |= finding.mark == "NO"
+    return int(worst)
+
+
+def _add_completion(commands: Any) -> None:
+    from swirl_fast.config.completion import SHELLS
+
+    text = "a script that completes commands, settings and names: source <(swirl-fast completion bash)"
+    command = _command(commands, "completion", text, "")
+    command.add_argument("shell", choices=SHELLS)
+    command.set_defaults(run=_completion, overrides=[])
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from swirl_fast.config.completion import SHELLS, keys, script
+
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    words: dict[str, list[str]] = {}
+    for name, command in commands.choices.items():
+        flags = [flag for action in command._actions for flag in action.option_strings if flag.startswith("--")]
+        takes = any(action.dest == "overrides" for action in command._actions)
+        words[name] = [*flags, *(keys() if takes else []), *(SHELLS if name == "completion" else [])]
+    _write([script(options.shell, words)])
     return 0
 
 

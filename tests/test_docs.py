@@ -10,6 +10,8 @@ from support.paths import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "examples").glob("*/README.md"))
+PAGES += [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+OURS = "https://github.com/swirl-fast/swirl-fast/blob/main/"  # where a page is also read elsewhere, as on PyPI
 NAMED = re.compile(
     r"\]\(([^)#\s]+)|(?<![\w/])((?:swirl_fast|tests|benchmarks|kernels|configs)/[\w./-]+\.(?:py|yaml|md|json))"
 )
@@ -18,8 +20,13 @@ NAMED = re.compile(
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_files_exist(page: Path) -> None:
     named = {link or path for link, path in NAMED.findall(page.read_text(encoding="utf-8"))}
+    named = {str(ROOT / name.removeprefix(OURS)) if name.startswith(OURS) else name for name in named}
     local = {name for name in named if not name.startswith(("http:", "https:"))}
     assert [name for name in sorted(local) if not (page.parent / name).exists() and not (ROOT / name).exists()] == []
+
+
+def test_the_readme_of_the_kernels_has_links_that_work_on_pypi() -> None:
+    assert re.findall(r"\]\((?!https:|#)[^)]*", (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")) == []
 
 
 def test_the_map_names_files_that_are_there() -> None:

@@ -12,7 +12,8 @@ from support.paths import ROOT
 # Package, or module at the root -> what it may import besides itself. Top to bottom; only downward.
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"api", "config", "exits", "experiments", "outputs", "stages"},
+    "cli": {"api", "config", "doctor", "exits", "experiments", "outputs", "stages"},
+    "doctor": {"config", "files", "http_client"},
     "api": {"config", "outputs", "stages"},
     "experiments": {
         "config", "data", "files", "intervals", "metrics", "models", "report", "stages", "tools",

@@ -150,10 +150,11 @@ def recorded_case(folder: Path, trajectories: int, samples: int, vocab: int, lon
     """The first trajectories of a shard folder at the states that are kept and whose paths have at most `longest` tokens, with random
     actions as long as the recorded ones; and the number of states. Ids beyond the vocabulary, which --layers cuts, begin again from 1.
     Raises ValueError for shards that are damaged or hold no such state."""
-    from swirl_fast.data.shards import decode_sample, streaming, verify_shards
+    from swirl_fast.data.mds import Reader
+    from swirl_fast.data.shards import decode_sample, verify_shards
 
     verify_shards(folder)
-    reader = streaming().LocalDataset(str(folder))
+    reader = Reader(folder)
     draw = np.random.default_rng(0)
     branches: list[Trunk] = []
     number = tokens = 0

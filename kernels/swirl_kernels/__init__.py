@@ -17,7 +17,9 @@ from swirl_kernels.selective_logprob import naive_selective_logprob, selective_l
 from swirl_kernels.tree_attention import naive_tree_attention, tree_attention
 from swirl_kernels.tree_attention.plan import TreePlan, tree_plan
 
+__version__ = "0.1.0"
 __all__ = [
+    "__version__",
     "PRESETS",
     "PolicyLossMetrics",
     "PolicyLossPreset",

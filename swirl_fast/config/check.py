@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from swirl_fast.config.schema import Config, TasksConfig
 
 # Of shards that can be read, and of those that can be written.
-SHARD_URLS = ("s3", "gs", "hf", "azure", "azure-dl", "oci", "sftp", "dbfs", "alipan", "file")
-UPLOAD_URLS = ("s3", "gs", "azure", "azure-dl", "oci", "dbfs", "file")
+SHARD_URLS = ("s3", "gs", "hf", "az", "abfs", "oci", "sftp", "file")
+UPLOAD_URLS = ("s3", "gs", "az", "abfs", "oci", "sftp", "file")
 HTTP = ("http://", "https://")
 DATA_FILES = tuple(
     ".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .arrow .feather .txt .gz .bz2 .xz .zst .lz4 .zip .tar .xls .xlsx .ods .yaml .yml "

@@ -1,11 +1,10 @@
 """Where shards are read from: a folder in place, or an object store through a local cache.
 
     ShardFolder   a plain path
-    ShardCache    a URL of any kind that mosaicml-streaming's downloaders know: s3://, gs://, hf://datasets/ORG/NAME, …;
-                  file:// copies from a slow file system in the same way
+    ShardCache    a URL of any kind that object_store.py knows: s3://, gs://, hf://datasets/ORG/NAME, …; file:// copies from a
+                  slow file system in the same way
 
-The library downloads; what it leaves open is done here, because it checks a hash only once, after the file has its final
-name, and not again after a failed try: a shard comes under a temporary name, is compared with the manifest, synced and
+The store's client downloads, and the rest is done here: a shard comes under a temporary name, is compared with the manifest, synced and
 renamed, and only one process a machine does that (a lock file a shard, let go by the kernel when its holder dies). So a
 file in the cache is whole, or was damaged later: each process hashes it once before it reads from it.
 
@@ -15,40 +14,27 @@ at most a folder NAME.tmp, which the next download of that shard removes.
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import random
 import shutil
 import tempfile
-import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
 
 from filelock import FileLock
 
+from swirl_fast.data import object_store
+from swirl_fast.data.object_store import check_client, is_url
 from swirl_fast.data.shard_index import INDEX, check_index
-from swirl_fast.data.shards import MANIFEST, REMEDY, Manifest, find_damage, parse_manifest, read_manifest, streaming
+from swirl_fast.data.shards import MANIFEST, REMEDY, Manifest, find_damage, parse_manifest, read_manifest
 from swirl_fast.files import fsync, share
 
 TRIES = 4  # downloads of one file before giving up
 BACK_OFF = 1.0  # seconds before the second try; twice as long before each further one
-TIMEOUT = 60.0  # seconds, of one download: what the library's downloaders take it for
 PARALLEL = 4  # downloads at a time in one process
-
-# scheme -> what is imported for it, and what to install
-CLIENTS = {
-    "s3": ("boto3", "boto3"),
-    "gs": ("google.cloud.storage", "google-cloud-storage"),
-    "azure": ("azure.storage.blob", "azure-storage-blob azure-identity"),
-    "azure-dl": ("azure.storage.filedatalake", "azure-storage-file-datalake azure-identity"),
-    "oci": ("oci", "oci"),
-    "sftp": ("paramiko", "paramiko"),
-    "dbfs": ("databricks.sdk", "databricks-sdk"),
-    "alipan": ("alipcs_py", "AliPCS-Py"),
-}
 
 
 class ShardFolder:
@@ -119,7 +105,6 @@ class ShardCache:
     def __init__(self, url: str, cache: str | Path, limit: int | None = None) -> None:
         self.url, self.limit = url.rstrip("/"), limit
         self.root = Path(cache).expanduser().absolute()
-        self._downloaders = threading.local()  # clients of object stores may not be shared by threads
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="shards")
         self._verified: dict[str, tuple[int, int]] = {}  # name -> inode and size of the file that was hashed
         self.manifest = self._open()
@@ -214,48 +199,46 @@ class ShardCache:
                 total -= size
 
     def _download(self, name: str, into: Path, manifest: Manifest | None) -> str | None:
-        """Writes `into`/name and compares it with the manifest. Returns what is wrong with the remote file, None if nothing."""
+        """Writes `into`/name and compares it with the manifest. Returns what is wrong with the remote file, None if nothing.
 
-        def attempt() -> Exception | None:
+        Raises OSError when no try brought a file, ImportError for a missing client."""
+        for number in range(TRIES):
+            if number:
+                time.sleep(
+                    BACK_OFF * (2 ** (number - 1) + random.random() / 2)
+                )  # processes that failed together come apart
             shutil.rmtree(into, ignore_errors=True)
             into.mkdir(parents=True)
+            problem, failed = None, None
             try:
-                self._downloader().download(f"{self.url.removeprefix('file://')}/{name}", str(into / name), TIMEOUT)
-            except Exception as error:
-                # Another try changes nothing about these; the library raises a kind of its own for each store.
-                if isinstance(error, ImportError) or _not_found(error):
-                    return error
+                object_store.download(f"{self.url}/{name}", into / name)
+            except ImportError:
                 raise
-            if manifest is not None and (problem := find_damage(into, name, manifest)) is not None:
-                raise _Damaged(problem)
-            return None
-
-        try:
-            failed = streaming().util.retry(num_attempts=TRIES, initial_backoff=BACK_OFF, max_jitter=BACK_OFF / 2)(
-                attempt
-            )()
-        except _Damaged as error:
-            return str(error)
-        except Exception as error:
-            raise OSError(
-                f"{self.shown(name)} cannot be downloaded ({type(error).__name__}: {error}); {TRIES} tries. "
-                "Check the address, the credentials and the network, then start again"
-            ) from error
-        if isinstance(failed, ImportError):
-            raise _missing_package(self.url, failed) from failed
-        return None if failed is None else "is missing"
-
-    def _downloader(self) -> Any:
-        if not hasattr(self._downloaders, "downloader"):
-            self._downloaders.downloader = streaming().storage.CloudDownloader.get(self.url.removeprefix("file://"))
-        return self._downloaders.downloader
+            except Exception as error:  # each store's client raises a kind of its own
+                if _not_found(error):
+                    return "is missing"
+                failed = error
+                continue
+            if manifest is None or (problem := find_damage(into, name, manifest)) is None:
+                return None
+        if failed is None:
+            return problem
+        raise OSError(
+            f"{self.shown(name)} cannot be downloaded ({type(failed).__name__}: {failed}); {TRIES} tries. "
+            "Check the address, the credentials and the network, then start again"
+        ) from failed
 
 
 def open_shards(location: str | Path, cache: str | Path, limit: str = "") -> ShardFolder | ShardCache:
     """location: a path or URL. limit: such as 10gb (2^30 bytes each); empty for none. cache and limit are for URLs."""
     if not is_url(str(location)):
         return ShardFolder(location)
-    return ShardCache(str(location), cache, streaming().util.bytes_to_int(limit) if limit else None)
+    return ShardCache(str(location), cache, _bytes(limit) if limit else None)
+
+
+def _bytes(size: str) -> int:
+    """Of a number with a unit, such as 1.5gb."""
+    return int(float(size[:-2]) * 1024 ** (1 + ("kb", "mb", "gb", "tb").index(size[-2:].lower())))
 
 
 def upload_shards(folder: Path, target: str) -> bool:
@@ -276,14 +259,13 @@ def upload_shards(folder: Path, target: str) -> bool:
             there.close()
             if there.manifest == manifest:
                 return False
+    address = target if is_url(target) else f"file://{target}"
     try:
-        get = streaming().storage.CloudUploader.get
-        uploader = get((str(folder), target), keep_local=True, retry=TRIES, exist_ok=True)
         for name in (*sorted(manifest.files), MANIFEST):
-            uploader.upload_file(name)
-    except ImportError as error:
-        raise _missing_package(target, error) from error
-    except Exception as error:  # the library raises a kind of its own for each store
+            object_store.upload(folder / name, f"{address}/{name}")
+    except ImportError:
+        raise
+    except Exception as error:  # each store's client raises a kind of its own
         raise OSError(
             f"{target} cannot be written ({type(error).__name__}: {error}): check the address, the credentials and the "
             f"network, then start again; the shards lie in {folder}"
@@ -291,31 +273,11 @@ def upload_shards(folder: Path, target: str) -> bool:
     return True
 
 
-def check_libraries(*locations: str) -> None:
-    """Raises ImportError, with the line to install it, where the library of shards is missing, or the client of one of the URLs among the
-    locations: before work is done whose result could not be written."""
-    streaming()
+def check_clients(*locations: str) -> None:
+    """Raises ImportError, with the line to install it, where the client of one of the URLs among the locations is missing: before work is
+    done whose result could not be written."""
     for location in filter(is_url, locations):
-        module, _ = CLIENTS.get(urlparse(location).scheme, ("", ""))
-        try:
-            missing = bool(module) and importlib.util.find_spec(module) is None
-        except ImportError:  # of a package around it
-            missing = True
-        if missing:
-            raise _missing_package(location, ImportError(f"No module named {module!r}"))
-
-
-def is_url(location: str) -> bool:
-    return "://" in location or location.startswith("dbfs:/")
-
-
-def _missing_package(url: str, error: ImportError) -> ImportError:
-    package = CLIENTS.get(urlparse(url).scheme, ("", error.name))[1]
-    return ImportError(f"{url} needs a package that is not there ({error}): pip install {package}")
-
-
-class _Damaged(Exception):
-    """What was downloaded is not what the manifest says."""
+        check_client(location)
 
 
 def _not_found(error: Exception) -> bool:

@@ -7,8 +7,8 @@ One sample a trajectory, so that no prefix is stored twice:
     logprobs   ndarray:float32 (n,)     of the tokens of all actions, one action after the other
     meta       json                     ids, question, texts, actions, observations, verdicts: what a judge needs; and which states are kept
 
-The format protects nothing by itself: flipped bytes are read silently, a missing shard ends the epoch early, an
-exception while writing leaves an index that looks complete. Hence manifest.json with size and xxh64 of every file: it
+The format (mds.py) protects nothing by itself: flipped bytes are read silently, and nothing tells one folder's shard from another's. Hence
+manifest.json with size and xxh64 of every file: it
 is written last, into NAME.tmp, which is then renamed, and every shard is compared with it before a sample is read from it.
 
 shard_source.py says where shards are read from (a folder, an object store), stream.py in which order.
@@ -17,12 +17,9 @@ shard_source.py says where shards are read from (a folder, an object store), str
 from __future__ import annotations
 
 import fcntl
-import importlib
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,7 +30,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from swirl_fast.data.shard_index import COLUMNS, DISTRUST, INDEX, check_files, check_index
+from swirl_fast.data.mds import Writer
+from swirl_fast.data.shard_index import DISTRUST, INDEX, check_files, check_index
 from swirl_fast.files import canonical_json, describe_changes, fsync, hash_file, own
 from swirl_fast.formats.format import Action
 from swirl_fast.trajectory import Finish, Step, Trajectory
@@ -41,13 +39,8 @@ from swirl_fast.verdict import Verdict
 
 FORMAT = 4
 MANIFEST = "manifest.json"
-SHARD_BYTES = 1 << 26  # the library's default
+SHARD_BYTES = 1 << 26  # mosaicml-streaming's default
 REMEDY = "run filter again, or copy the folder again"
-
-INSTALL = (
-    "pip install --no-deps mosaicml-streaming==0.13.0 && "
-    'pip install Brotli python-snappy "zstd<2" xxhash pillow "catalogue<3" filelock tqdm'
-)
 
 
 @dataclass
@@ -135,37 +128,33 @@ def write_shards(
 
 
 def _write(folder: Path, samples: Iterable[StepSample], fingerprint: dict[str, Any]) -> Manifest:
-    writer = streaming().MDSWriter(columns=COLUMNS, out=str(folder), size_limit=SHARD_BYTES)
+    writer = Writer(folder, SHARD_BYTES)
     ids: set[str] = set()
     verdicts: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     longest: dict[str, Any] = {"id": "", "tokens": -1}
     longest_path = dict(longest)
     stop_ids: set[int] = set()
-    try:
-        for sample in samples:
-            trajectory = sample.trajectory
-            encoded = encode_sample(sample)
-            if trajectory.id in ids:
-                raise ValueError(f"trajectory {trajectory.id!r} comes twice")
-            ids.add(trajectory.id)
-            verdicts.update(verdict.value for verdict in sample.verdicts)
-            totals["steps"] += trajectory.num_steps
-            totals["states"] += sum(sample.kept)
-            totals["tokens"] += len(trajectory.tokens)
-            last = max(i for i, kept in enumerate(sample.kept) if kept)
-            if (state := trajectory.steps[last].start) > longest["tokens"]:
-                longest = {"id": trajectory.id, "tokens": state}
-            if (path := trajectory.steps[last].end) > longest_path["tokens"]:
-                longest_path = {"id": trajectory.id, "tokens": path}
-            # A well-formed action was not cut off, so it ends with the stop token of the tokenizer that sampled it.
-            stop_ids |= {
-                int(trajectory.tokens[step.end - 1]) for step in trajectory.steps if step.action.kind != "malformed"
-            }
-            writer.write(encoded)
-    except BaseException:
-        writer.cancel_future_jobs()  # `finish`, which leaving the writer's own context would call, writes an index
-        raise
+    for sample in samples:
+        trajectory = sample.trajectory
+        encoded = encode_sample(sample)
+        if trajectory.id in ids:
+            raise ValueError(f"trajectory {trajectory.id!r} comes twice")
+        ids.add(trajectory.id)
+        verdicts.update(verdict.value for verdict in sample.verdicts)
+        totals["steps"] += trajectory.num_steps
+        totals["states"] += sum(sample.kept)
+        totals["tokens"] += len(trajectory.tokens)
+        last = max(i for i, kept in enumerate(sample.kept) if kept)
+        if (state := trajectory.steps[last].start) > longest["tokens"]:
+            longest = {"id": trajectory.id, "tokens": state}
+        if (path := trajectory.steps[last].end) > longest_path["tokens"]:
+            longest_path = {"id": trajectory.id, "tokens": path}
+        # A well-formed action was not cut off, so it ends with the stop token of the tokenizer that sampled it.
+        stop_ids |= {
+            int(trajectory.tokens[step.end - 1]) for step in trajectory.steps if step.action.kind != "malformed"
+        }
+        writer.write(encoded)
     writer.finish()
     names = sorted(path.name for path in folder.iterdir())
     manifest = Manifest(
@@ -378,24 +367,3 @@ def find_damage(folder: Path, name: str, manifest: Manifest) -> str | None:
     except FileNotFoundError:
         return "is missing"
     return None
-
-
-def streaming() -> Any:
-    """`streaming.base` of mosaicml-streaming: the only place where the library comes in (MDSWriter, LocalDataset, and
-    in `storage` its downloaders and uploaders).
-
-    The package's own `__init__` imports vision data sets and so torchvision, which nothing here needs: an empty package
-    takes its place during the import.
-    """
-    if "streaming.base" in sys.modules:
-        return sys.modules["streaming.base"]
-    spec = importlib.util.find_spec("streaming")
-    if spec is None:
-        raise ImportError(f"mosaicml-streaming is not installed: {INSTALL}")
-    sys.modules["streaming"] = importlib.util.module_from_spec(spec)
-    try:
-        return importlib.import_module("streaming.base")
-    except ImportError as error:
-        raise ImportError(f"mosaicml-streaming cannot be imported ({error}): {INSTALL}") from error
-    finally:
-        del sys.modules["streaming"]

@@ -1,7 +1,7 @@
 """Shards in a reproducible order, over epochs without end, every rank its share of each batch.
 
-Why the library's LocalDataset and an order of our own, and not StreamingDataset's iterator: that one fills the tail of
-an epoch with duplicates, and its batches end with the epoch. Here the order is a function of the seed, the epoch and
+Why an order of our own, and not that of mosaicml-streaming's StreamingDataset: its iterator fills the tail of an epoch with
+duplicates, and its batches end with the epoch. Here the order is a function of the seed, the epoch and
 `shuffle_shards` only, and rank r takes every world_size-th trajectory of a global batch, so nothing is lost or doubled in
 an epoch, and resuming on any number of ranks continues the same sequence of global batches. Where the shards come from,
 what of them is cached and how far ahead they are read changes nothing about it.
@@ -20,8 +20,9 @@ from typing import Any
 
 import xxhash
 
+from swirl_fast.data.mds import Reader
 from swirl_fast.data.shard_source import ShardCache, ShardFolder
-from swirl_fast.data.shards import StepSample, decode_sample, streaming
+from swirl_fast.data.shards import StepSample, decode_sample
 
 READS = 10  # tries to read a sample whose shard other processes keep removing from a cache that is too small
 
@@ -43,8 +44,7 @@ class TrajectoryStream:
     No process group is needed or used; ranks on several machines should compare `manifest.content_hash` before their
     first collective.
 
-    Raises ValueError for impossible numbers and for bad shards, naming the file, ImportError with the line to install it
-    when mosaicml-streaming is missing.
+    Raises ValueError for impossible numbers and for bad shards, naming the file.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class TrajectoryStream:
         self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
         self.seed, self.shuffle_shards, self.skip_bad = seed, shuffle_shards, skip_bad
         self.position = 0  # places of the endless order handed out or skipped so far, over all ranks and epochs
-        self._reader = streaming().LocalDataset(str(self.store.folder))
+        self._reader = Reader(self.store.folder)
         self._epoch, self._order = -1, list[int]()
         if len(self._reader) != self.manifest.trajectories:
             raise ValueError(
                 f"{self.store.shown()}: {len(self._reader)} samples, the manifest says {self.manifest.trajectories}"
             )
-        self._names = [str(shard.raw_data.basename) for shard in self._reader.shards]
+        self._names = self._reader.names
         self.problems: dict[str, str] = {}  # shard -> what is wrong with it, as this rank found before the first batch
         self.skipped: dict[str, str] = {}  # shard -> why its trajectories are left out, equal on all ranks
         self.prefetch = prefetch
@@ -98,7 +98,7 @@ class TrajectoryStream:
 
     def samples(self, name: str) -> int:
         """Trajectories in a shard."""
-        return int(self._reader.shards[self._names.index(name)].samples)
+        return self._reader.samples[self._names.index(name)]
 
     def skip(self, problems: Mapping[str, str]) -> None:
         """Leaves out the trajectories of these shards from the next batch on. Raises ValueError when none would be left."""
@@ -196,7 +196,7 @@ class TrajectoryStream:
         return places, position
 
     def _shard_of(self, place: int) -> str:
-        return self._names[self._reader.spanner[place][0]]
+        return self._names[self._reader.shard_of(place)]
 
     def _index(self, position: int) -> int:
         epoch, at = divmod(position, self.manifest.trajectories)
@@ -206,7 +206,7 @@ class TrajectoryStream:
 
     def _permutation(self, epoch: int) -> list[int]:
         """Sorting by a hash: unlike NumPy's generators, the same in every version of every library."""
-        bounds = self._reader.spanner.shard_bounds.tolist()
+        bounds = self._reader.bounds
 
         def drawn(what: str) -> int:
             return xxhash.xxh64_intdigest(f"{self.seed}/{epoch}/{what}".encode())

@@ -20,7 +20,6 @@ from typing import Any
 
 from swirl_fast import stages
 from swirl_fast.config import ConfigError
-from swirl_fast.data.shard_source import check_libraries
 from swirl_fast.data.shards import read_manifest
 from swirl_fast.experiments.grid import Cell, Experiment
 from swirl_fast.experiments.inputs import changed, inputs
@@ -34,7 +33,6 @@ def run_experiment(experiment: Experiment) -> list[str]:
     A cell that fails does not stop the others. Returns what is missing, a line a cell, empty when all are done. Raises ConfigError, before
     any work, when a finished cell was made of a model or a data file that has changed since.
     """
-    check_libraries()
     _check_inputs(experiment)
     failed: dict[str, str] = {}
     for number, cell in enumerate(experiment.cells, 1):

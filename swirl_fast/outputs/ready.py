@@ -12,7 +12,7 @@ MANIFEST = "manifest.json"  # as data/shards.py writes it, last
 def check_shards(config: Config) -> None:
     """Raises ConfigError, with the commands that come first, where `train` has no shards to read. A URL is left to `train`."""
     given, made = config.training.shards, config.folder / "shards"
-    if "://" in given or given.startswith("dbfs:/"):
+    if "://" in given:
         return
     if given and not (Path(given) / MANIFEST).is_file():
         raise ConfigError(

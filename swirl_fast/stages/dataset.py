@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import ConfigError
+from swirl_fast.data.mds import Reader
 from swirl_fast.data.samples import read_samples
-from swirl_fast.data.shards import streaming, verify_shards
+from swirl_fast.data.shards import verify_shards
 from swirl_fast.outputs import rows
 from swirl_fast.outputs.run import OpenRun
 from swirl_fast.outputs.text import clean
@@ -105,7 +106,7 @@ def _kept_ids(run: OpenRun) -> list[str]:
     if not folder.is_dir():
         raise ValueError(f"--kept: {folder} is not there; run filter first, or leave --kept out")
     verify_shards(folder)
-    reader = streaming().LocalDataset(str(folder))
+    reader = Reader(folder)
     return [reader[i]["meta"]["id"] for i in range(len(reader))]
 
 

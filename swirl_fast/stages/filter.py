@@ -12,7 +12,7 @@ from typing import Any
 
 from swirl_fast.config import Config
 from swirl_fast.data.filters import Candidate, Selection, StateSelection, judged_enough, select
-from swirl_fast.data.shard_source import check_libraries, upload_shards
+from swirl_fast.data.shard_source import check_clients, upload_shards
 from swirl_fast.data.shards import StepSample, write_shards
 from swirl_fast.data.store import Store
 from swirl_fast.files import write_json
@@ -32,7 +32,7 @@ SAME_JUDGE = "run judge with the same judge.* settings"
 
 @by_rank_0
 def filter(config: Config) -> None:
-    check_libraries(config.filter.upload)
+    check_clients(config.filter.upload)
     task = build_task(config)
     judge_id = id_of_judge(config.judge, offered_tools(task), open_format(config.actions, config.model))
     with Store(config.store, writable=False) as store:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from swirl_fast.config import Config
-from swirl_fast.data.shard_source import check_libraries
+from swirl_fast.data.shard_source import check_clients
 from swirl_fast.files import read_json, write_json
 from swirl_fast.metrics import read_metrics, without_gradient
 from swirl_fast.ranks import Ranks, joined
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
 def _run(config: Config, ranks: Ranks) -> None:
     started = time.perf_counter()
     previous = read_json(config.folder / "summary.json")
-    check_libraries(config.filter.upload)
+    check_clients(config.filter.upload)
     check_machine(config, ranks)  # hours before training would say so
     check_collection(config)  # before the evaluation sets an earlier one aside
     base = evaluate(config, "base")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from swirl_fast.config import Config, ConfigError
-from swirl_fast.data.shard_source import check_libraries, open_shards
+from swirl_fast.data.shard_source import check_clients, open_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.engines import load_engine
 from swirl_fast.engines.engine import SharedEngine
@@ -62,7 +62,7 @@ def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
     Raises ConfigError for settings that cannot be followed here, ImportError for a missing package, each with what to do.
     """
     training = config.training
-    check_libraries(training.shards)
+    check_clients(training.shards)
     fsdp.check_sharding(training, ranks)
     check_wandb(training)
     model_config = load_config(config.model)

@@ -37,6 +37,7 @@ class Heartbeat:
         self._watched = store is not None and ranks.size > 1 and 0 < timeout < float("inf")
         self._store = store
         self._marks = 0
+        self.last = ""  # the part of a step that this rank has done last
         self._stopped = threading.Event()
 
     def __enter__(self) -> Self:
@@ -53,6 +54,7 @@ class Heartbeat:
     def mark(self, done: str) -> None:
         """This rank has done a part of a step. done: in words, for the message."""
         self._marks += 1
+        self.last = done
         if self._watched:
             assert self._store is not None
             self._store.set(f"{_KEY}/{self._ranks.rank}", f"{self._marks} {done}")

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +19,7 @@ from typing import Any, Self
 from swirl_fast.config import ConfigError, TrainingConfig
 from swirl_fast.files import write_text
 from swirl_fast.metrics import METRICS_FILE, console_line, read_metrics
+from swirl_fast.training.pace import Pace
 
 WANDB_ID_FILE = "wandb_id"
 
@@ -39,13 +41,20 @@ class MetricsLog:
     """Writes only where `active` (rank 0). Rows of steps after `step`, left by a run that died after its last checkpoint, are
     dropped first, so that every step is there once. Weights & Biases cannot drop any: of a step done twice it keeps the first row.
 
-    config: settings of the whole run, for Weights & Biases.
+    config: settings of the whole run, for Weights & Biases. done: the part of a step that was done last, for a sign of life in a long one.
     """
 
     def __init__(
-        self, folder: Path, step: int, active: bool, training: TrainingConfig, config: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        step: int,
+        active: bool,
+        training: TrainingConfig,
+        config: dict[str, Any] | None = None,
+        done: Callable[[], str] | None = None,
     ) -> None:
         self._active, self._steps = active, training.steps
+        self._pace = Pace(training.steps, done)
         self._file = self._board = self._wandb = None
         if not active:
             return
@@ -72,14 +81,17 @@ class MetricsLog:
                 self._board.add_scalar(name, value, int(metrics["step"]))
         if self._wandb is not None:
             self._wandb.log(finite, step=int(metrics["step"]))
-        print(console_line(metrics, self._steps), flush=True)
+        print(console_line(metrics, self._steps) + self._pace.finish(int(metrics["step"])), flush=True)
 
     def __enter__(self) -> Self:
+        if self._active:
+            self._pace.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._pace.stop()
         if self._file is not None:
             self._file.close()
         if self._board is not None:

@@ -125,7 +125,9 @@ class Trainer:
             begun, due = self.step, False
             self.samples = SampleLog(self.config.folder, self.step, self.ranks, training.samples_mb)
             with (
-                MetricsLog(self.config.folder, self.step, self.ranks.main, training, self.settings) as log,
+                MetricsLog(
+                    self.config.folder, self.step, self.ranks.main, training, self.settings, lambda: self.heartbeat.last
+                ) as log,
                 self.heartbeat,
             ):
                 while self.step < training.steps:

@@ -16,11 +16,12 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.mds_library import streaming
 from support.paths import ROOT
 from support.stores import FINGERPRINT, ids, make_samples, open_stream, read_samples
 
-from swirl_fast.data import shards
-from swirl_fast.data.shards import StepSample, verify_shards, write_shards
+from swirl_fast.data import mds, shard_index, shards
+from swirl_fast.data.shards import StepSample, decode_sample, encode_sample, verify_shards, write_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.files import own
 
@@ -402,8 +403,8 @@ def test_two_ranks_of_a_process_group_draw_the_batches_of_one(thirteen: Path, tm
 def test_the_shards_are_ordinary_mds_for_other_readers(thirteen: Path, tmp_path: Path) -> None:
     """The library's own StreamingDataset, in a process and with a folder for its lock files of its own."""
     code = (
-        f"import sys, json; sys.path[:0] = {[str(ROOT)]!r}\n"
-        "from swirl_fast.data.shards import streaming\n"
+        f"import sys, json; sys.path[:0] = {[str(ROOT / 'tests')]!r}\n"
+        "from support.mds_library import streaming\n"
         f"dataset = streaming().StreamingDataset(local={str(thirteen)!r}, batch_size=1, shuffle=False)\n"
         "print(json.dumps([[s['meta']['id'], s['tokens'].tolist()] for s in dataset]))\n"
     )
@@ -414,30 +415,26 @@ def test_the_shards_are_ordinary_mds_for_other_readers(thirteen: Path, tmp_path:
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
-@pytest.mark.parametrize("found", [True, False])
-def test_a_missing_library_is_an_error_with_the_line_that_installs_it(found: bool, tmp_path: Path) -> None:
-    """A process that finds no mosaicml-streaming, or one that cannot be imported."""
-    if found:
-        (tmp_path / "streaming").mkdir()
-        (tmp_path / "streaming" / "__init__.py").write_text("")
-        (tmp_path / "streaming" / "base.py").write_text("import a_package_that_is_not_there")
-        hide = f"sys.path.insert(0, {str(tmp_path)!r})"
-    else:
-        hide = (
-            "from importlib.machinery import PathFinder\n"
-            "real = PathFinder.find_spec\n"
-            "PathFinder.find_spec = lambda name, *more: None if name == 'streaming' else real(name, *more)"
-        )
-    code = (
-        f"import sys; sys.path[:0] = {[str(ROOT)]!r}\n{hide}\n"
-        "from swirl_fast.data.shards import write_shards\n"
-        f"write_shards({str(tmp_path / 'shards')!r}, [], fingerprint={{}})\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "ImportError: mosaicml-streaming" in done.stderr
-    assert "pip install --no-deps mosaicml-streaming==0.13.0 && pip install Brotli" in done.stderr
-    assert ("a_package_that_is_not_there" in done.stderr) is found
-    assert not (tmp_path / "shards.tmp").exists()
+@pytest.mark.parametrize("limit", [1 << 26, 9_000])
+def test_the_library_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """One shard, and several; so that what either wrote is read by the other."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", limit)
+    samples = make_samples(7)
+    write_shards(tmp_path / "ours", samples, fingerprint=FINGERPRINT)
+    columns, theirs = shard_index.COLUMNS, tmp_path / "theirs"
+    with streaming().MDSWriter(columns=columns, out=str(theirs), size_limit=limit) as writer:
+        for sample in samples:
+            writer.write(encode_sample(sample))
+    written = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    assert len(written) == {1 << 26: 2, 9_000: 6}[limit]
+    assert written == {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir() if path.name in written}
+    reader = mds.Reader(theirs)
+    assert [decode_sample(reader[place]) for place in range(len(reader))] == samples
+    with pytest.raises(IndexError, match="place 7 of 7 samples"):
+        reader[7]
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)  # less than a sample, where the library begins with a shard of none
+    write_shards(tmp_path / "tiny", samples, fingerprint=FINGERPRINT)
+    assert mds.Reader(tmp_path / "tiny").samples == [1] * 7
 
 
 # ---- the states that are kept, and further trajectories

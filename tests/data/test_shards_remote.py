@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support import forks
@@ -23,10 +25,10 @@ from support.paths import ROOT
 from support.runs import environment, free_port
 from support.stores import FINGERPRINT, ids, make_samples, open_stream, read_samples
 
+from swirl_fast.data import object_store, shards
 from swirl_fast.data import shard_source as shard_store
-from swirl_fast.data import shards
 from swirl_fast.data.shard_source import ShardCache, open_shards, upload_shards
-from swirl_fast.data.shards import streaming, verify_shards, write_shards
+from swirl_fast.data.shards import verify_shards, write_shards
 from swirl_fast.data.stream import TrajectoryStream
 
 COUNT = 40
@@ -56,16 +58,15 @@ def own(remote: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that the library's downloader copied, in order."""
+    """Names of the files that were downloaded, in order."""
     names: list[str] = []
-    downloader = streaming().storage.LocalDownloader
-    real = downloader._download_file_impl
+    real = object_store.download
 
-    def counted(self: object, source: str, target: str, timeout: float) -> None:
-        names.append(os.path.basename(source))
-        real(self, source, target, timeout)
+    def counted(url: str, target: Path) -> None:
+        names.append(os.path.basename(url))
+        real(url, target)
 
-    monkeypatch.setattr(downloader, "_download_file_impl", counted)
+    monkeypatch.setattr(object_store, "download", counted)
     return names
 
 
@@ -310,14 +311,13 @@ def test_one_of_many_copies_and_the_others_wait(
 ) -> None:
     stores = [ShardCache(f"file://{remote}", tmp_path / "cache") for _ in range(4)]
     copied.clear()
-    downloader = streaming().storage.LocalDownloader
-    real = downloader._download_file_impl
+    real = object_store.download
 
-    def slow(self: object, source: str, target: str, timeout: float) -> None:
+    def slow(url: str, target: Path) -> None:
         time.sleep(0.1)
-        real(self, source, target, timeout)
+        real(url, target)
 
-    monkeypatch.setattr(downloader, "_download_file_impl", slow)
+    monkeypatch.setattr(object_store, "download", slow)
     threads = [threading.Thread(target=store.fetch, args=("shard.00000.mds",)) for store in stores]
     for thread in threads:
         thread.start()
@@ -331,10 +331,9 @@ import json, sys
 sys.path[:0] = {paths!r}
 from swirl_fast.data.shard_source import ShardCache
 from swirl_fast.data.stream import TrajectoryStream
-from swirl_fast.data.shards import streaming
-downloader, copied = streaming().storage.LocalDownloader, []
-real = downloader._download_file_impl
-downloader._download_file_impl = lambda self, *more: (copied.append(more[0]), real(self, *more))
+from swirl_fast.data import object_store
+real, copied = object_store.download, []
+object_store.download = lambda url, target: (copied.append(url), real(url, target))
 rank = int(sys.argv[1])
 stream = TrajectoryStream(
     ShardCache({url!r}, {cache!r}, {limit!r}), global_batch=8, rank=rank, world_size=2, seed=5, prefetch=2
@@ -364,26 +363,25 @@ def test_processes_share_a_cache(remote: Path, tmp_path: Path, shards_in_cache: 
 
 def test_a_download_that_fails_is_tried_again(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three times cut off or refused, then whole; and a store that never answers is no damage, also where bad shards are skipped."""
-    downloader = streaming().storage.LocalDownloader
-    real, tries = downloader._download_file_impl, []
+    real, tries = object_store.download, []
 
-    def failing(self: object, source: str, target: str, timeout: float) -> None:
-        tries.append(source)
-        if source.endswith(".mds") and len(tries) % 4 == 1:
+    def failing(url: str, target: Path) -> None:
+        tries.append(url)
+        if url.endswith(".mds") and len(tries) % 4 == 1:
             raise ConnectionError("reset by peer")
-        real(self, source, target, timeout)
-        if source.endswith(".mds") and len(tries) % 4 in (2, 3):
-            truncate(Path(target))
+        real(url, target)
+        if url.endswith(".mds") and len(tries) % 4 in (2, 3):
+            truncate(target)
 
     store = ShardCache(f"file://{remote}", tmp_path / "cache")
-    monkeypatch.setattr(downloader, "_download_file_impl", failing)
+    monkeypatch.setattr(object_store, "download", failing)
     assert store.fetch("shard.00000.mds") is None
     assert len(tries) == 4
 
     def dead(*_: object) -> None:
         raise ConnectionError("reset by peer")
 
-    monkeypatch.setattr(downloader, "_download_file_impl", dead)
+    monkeypatch.setattr(object_store, "download", dead)
     with pytest.raises(OSError, match="shard.00001.mds cannot be downloaded .ConnectionError: reset by peer.*4 tries"):
         store.fetch("shard.00001.mds")
     with pytest.raises(OSError, match="shard.00001.mds cannot be downloaded"):
@@ -391,7 +389,7 @@ def test_a_download_that_fails_is_tried_again(remote: Path, tmp_path: Path, monk
 
 
 def test_what_the_stores_say_about_a_file_that_is_not_there() -> None:
-    """As boto3, google-cloud-storage, azure and huggingface_hub say it; other refusals are no missing file."""
+    """As botocore, google-cloud-storage, azure and huggingface_hub say it; other refusals are no missing file."""
 
     class Refused(Exception):
         pass
@@ -427,14 +425,13 @@ def test_what_the_stores_say_about_a_file_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "package"), [("s3://bucket/shards", "boto3"), ("gs://bucket/x", "google-cloud-storage")]
+    ("url", "package"), [("s3://bucket/x", "s3fs"), ("gs://b/x", "gcsfs"), ("sftp://h/x", "paramiko")]
 )
 def test_a_missing_client_is_an_error_with_the_line_that_installs_it(
     url: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("boto3", "boto3.s3.transfer", "google.cloud.storage"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=f"{url} needs a package .*pip install {package}"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"{url}/manifest.json needs a package .*pip install {package}"):
         ShardCache(url, tmp_path / "cache")
 
 
@@ -472,7 +469,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_over_http_as_from_the_hugging_face_hub(own: Path, tmp_path: Path) -> None:
-    """The library's own client against a server here: a whole epoch with a shard that is not there, skipped and then an error."""
+    """The hub's own client against a server here: a whole epoch with a shard that is not there, skipped and then an error."""
     name = shard_names(own)[3]
     lost = in_shard(own, name)
     (own / name).unlink()
@@ -707,14 +704,13 @@ def test_skipping_stops_when_nothing_is_left_or_the_index_is_bad(own: Path, tmp_
 def test_uploaded_shards_are_whole_and_the_manifest_comes_last(
     remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uploader = streaming().storage.LocalUploader
-    real, sent = uploader.upload_file, []
+    real, sent = object_store.upload, []
 
-    def noted(self: object, name: str) -> None:
-        sent.append(name)
-        real(self, name)
+    def noted(source: Path, url: str) -> None:
+        sent.append(source.name)
+        real(source, url)
 
-    monkeypatch.setattr(uploader, "upload_file", noted)
+    monkeypatch.setattr(object_store, "upload", noted)
     target = tmp_path / "a" / "store"
     assert upload_shards(remote, f"file://{target}")
     assert sorted(sent) == sorted(path.name for path in remote.iterdir()) and sent[-1] == "manifest.json"
@@ -732,19 +728,18 @@ def test_a_target_that_cannot_be_written_is_named(
     remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Refused(Exception):
-        """As boto3's, a kind of its own."""
+        """As botocore's, a kind of its own."""
 
     def refused(*_: object) -> None:
         raise Refused("no such bucket")
 
-    monkeypatch.setattr(streaming().storage.LocalUploader, "upload_file", refused)
+    monkeypatch.setattr(object_store, "upload", refused)
     with pytest.raises(
         OSError, match=rf"{tmp_path}/x cannot be written .Refused: no such bucket.*the shards lie in {remote}"
     ):
         upload_shards(remote, str(tmp_path / "x"))
-    for name in ("boto3", "boto3.s3.transfer"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match="s3://bucket/x needs a package .*pip install boto3"):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ImportError, match="s3://bucket/x/manifest.json needs a package .*pip install s3fs"):
         upload_shards(remote, "s3://bucket/x")
 
 
@@ -769,3 +764,22 @@ def test_a_lock_of_a_dead_process_holds_nobody_up(remote: Path, tmp_path: Path) 
     assert store.fetch(name) is None
     assert (store.folder / name).read_bytes() == (remote / name).read_bytes()
     assert not list(store.folder.glob("*.tmp"))
+
+
+def test_other_stores_are_reached_through_fsspec(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own store in memory, which needs no server, in the place of s3://: uploaded, read back, and a file that is not there."""
+    registry = importlib.import_module("fsspec.registry")
+    in_memory = type("InMemory", (MemoryFileSystem,), {"protocol": "s3", "store": {}})
+    monkeypatch.setitem(registry._registry, "s3", in_memory)
+    assert upload_shards(remote, "s3://bucket/shards")
+    assert not upload_shards(remote, "s3://bucket/shards"), "there already"
+    stream = open_stream(ShardCache("s3://bucket/shards", tmp_path / "cache"), 7)
+    assert batches(stream, 3) == batches(open_stream(remote, 7), 3)
+    with pytest.raises(
+        ValueError, match="s3://bucket/none/manifest.json is missing: .* is not a complete shard folder"
+    ):
+        ShardCache("s3://bucket/none", tmp_path / "cache")
+
+
+def test_sizes_with_a_unit(tmp_path: Path) -> None:
+    assert [shard_store._bytes(size) for size in ("1kb", "1.5MB", "2gb", "0.5tb")] == [1024, 3 << 19, 2 << 30, 1 << 39]

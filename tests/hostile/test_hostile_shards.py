@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.mds_library import streaming
 from support.stores import FINGERPRINT, make_samples
 
 from swirl_fast.data import shards
 from swirl_fast.data.shard_source import open_shards
-from swirl_fast.data.shards import streaming, verify_shards, write_shards
+from swirl_fast.data.shards import verify_shards, write_shards
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.files import hash_file
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
+
+from swirl_fast import __version__
 
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
@@ -84,3 +88,30 @@ def test_the_licence_is_inside(wheel: Path, tmp_path: Path) -> None:
     for one in (wheel, built(ROOT / "kernels", tmp_path, names)):
         (text,) = one.glob("*.dist-info/licenses/LICENSE")
         assert text.read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_metadata_and_what_lies_beside_it(wheel: Path) -> None:
+    (folder,) = wheel.glob("*.dist-info")
+    about = email.message_from_string((folder / "METADATA").read_text(encoding="utf-8"))
+    assert about["Version"] == __version__ and about["License-Expression"] == "Apache-2.0"
+    required = about.get_all("Requires-Dist", [])
+    assert f"swirl-kernels=={__version__}" in required and not any("streaming" in one for one in required)
+    assert "Typing :: Typed" in about.get_all("Classifier", []) and len(about.get_all("Project-URL", [])) >= 4
+    links = re.findall(r"\]\(([^)\s]+)", about.get_payload())
+    assert links and [link for link in links if not link.startswith(("https://", "#", "mailto:"))] == []
+    assert (wheel / "swirl_fast" / "py.typed").is_file()
+    shipped = wheel / "swirl_fast" / "shipped"
+    for name in (
+        "examples/python_api.ipynb",
+        "examples/sql/orders.py",
+        "examples/own_data/questions.csv",
+        "configs/slurm.sbatch",
+    ):
+        assert (shipped / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_both_packages_have_one_version() -> None:
+    kernels = (ROOT / "kernels" / "swirl_kernels" / "__init__.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{__version__}"' in kernels
+    for name in ("CITATION.cff", "CHANGELOG.md"):
+        assert __version__ in (ROOT / name).read_text(encoding="utf-8"), name

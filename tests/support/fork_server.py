@@ -89,9 +89,6 @@ if __name__ == "__main__":
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     import swirl_fast.stages  # noqa: F401
-    from swirl_fast.data.shards import streaming
-
-    streaming()
 
     assert threading.active_count() == 1, "only this thread would be there in a fork"
     gc.freeze()

