@@ -18,6 +18,14 @@ _OUTSIDE = "none of it inside a loop over tiles"
 _FP32_DQ = "q and dout lie in registers; a full tile on sm_90: 37 loads, 25 stores of 1259 instructions; other tiles spill more"
 _SPILLS = {  # (kernel, option, D, fp32): bytes on the worst target, and where they are used
     ("forward", "", 192, False): (8, _OUTSIDE),
+    ("forward", "softcap window", 256, False): (8, _OUTSIDE),
+    ("backward_q", "", 256, False): (32, _OUTSIDE),
+    ("backward_q", "softcap", 256, False): (72, _OUTSIDE),
+    ("backward_q", "window", 256, False): (72, _OUTSIDE),
+    ("backward_q", "softcap window", 256, False): (72, _OUTSIDE),
+    ("backward_q", "query_index", 256, False): (72, _OUTSIDE),
+    ("backward_kv", "", 128, False): (8, _OUTSIDE),
+    ("backward_kv", "softcap", 128, False): (8, "one load in a masked tile"),
     ("backward_q", "", 256, True): (264, _FP32_DQ),
     ("backward_kv", "", 64, True): (8, _OUTSIDE),
     ("backward_kv", "", 256, False): (16, _OUTSIDE),

@@ -89,7 +89,7 @@ _FP32 = {  # products on CUDA cores: operands go through registers
     ("backward_q", 128): Tiles(16, 16, 8, 1),
     ("backward_q", 256): Tiles(16, 16, 8, 1),
     ("backward_kv", 64): Tiles(32, 32, 8, 1),
-    ("backward_kv", 128): Tiles(32, 32, 8, 1),
+    ("backward_kv", 128): Tiles(16, 32, 8, 1),
     ("backward_kv", 256): Tiles(16, 16, 8, 1),
 }
 
