@@ -228,7 +228,8 @@ class Liveness:
     def __init__(
         self, store: dist.Store, rank: int, size: int, silence: float, end: Callable[[int], Any] = os._exit
     ) -> None:
-        self._store, self._rank, self._silence, self._end = store.clone(), rank, silence, end
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self._rank, self._silence, self._end = rank, silence, end
         self._store.set_timeout(timedelta(seconds=max(silence, 10.0)))
         self._stopped = threading.Event()
         now = time.monotonic()
