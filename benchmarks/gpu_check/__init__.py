@@ -1,4 +1,5 @@
-"""Does it work on your GPU? Parity of every kernel with float64, then the benchmarks, within minutes and with one command.
+"""Does it work on your GPU, and how fast? Parity of every kernel with float64, then measurements, the most telling first, within ten
+minutes and with one command.
 
     make gpu-check                                          or, what that runs:
     PYTHONPATH=.:kernels python3 -m benchmarks.gpu_check --out benchmarks/results
@@ -7,7 +8,8 @@ Needs torch with CUDA, triton, transformers and numpy, nothing else of this repo
 so kernels compile side by side, and one that crashes or hangs loses its own result only. Writes into --out
 
     DATE-gpu-check-GPU.json         environment, a row for every case, what was not run and why, exit codes of the benchmarks
-    DATE-kernels-GPU.json           by benchmarks.kernels
+    DATE-decide-PART-GPU.json       by benchmarks.gpu_check.decisions: products, head, attention, step, layer; with what follows
+    DATE-kernels-GPU.json           by benchmarks.kernels: ours beside others
     DATE-step-training-GPU.json     by benchmarks.step_training
 
 after every stage, so that an interrupted run leaves what it found. Exit code 0: everything passed; 1: something did not; 2: there is
@@ -40,7 +42,7 @@ from benchmarks.gpu_check.parity.measure import TOLERANCES
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE_SECONDS = 150.0  # compiling and running one case; the slowest compile in some 20 s
-PARITY_SHARE = 0.6  # of the time, where benchmarks follow
+PARITY_SHARE = 0.4  # of the time, where measurements follow
 Item = tuple[str, str, str]  # name, operation, dtype of a case
 
 
@@ -85,20 +87,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_row(row)
 
     print(f"{gpu}, torch {torch.__version__}: {len(items)} cases in {options.workers} processes")
-    until = deadline if options.skip_benchmarks else started + 60 * options.minutes * PARITY_SHARE
+    until = started + 60 * options.minutes * PARITY_SHARE if options.parts else deadline
     command = [sys.executable, "-m", "benchmarks.gpu_check.parity", "--device", options.device]
     try:
         run_cases(items, command, options.workers, until, keep)
         result["parity"].sort(key=lambda row: items.index((row["name"], row["op"], row["dtype"])))
         _write(path, result)
-        if not options.skip_benchmarks:
-            for name, arguments_of in BENCHMARKS.items():
-                out = options.out / prefix.format(name)
-                limit = (deadline - time.monotonic()) * (0.5 if name == "kernels" else 1.0)
-                result["benchmarks"].append(
-                    run_benchmark(name, [*arguments_of, "--out", str(out)], out, limit, options.device)
-                )
-                _write(path, result)
+        for name in options.parts:
+            seconds, arguments_of = BENCHMARKS[name]
+            out = options.out / prefix.format(name)
+            limit = min(seconds, deadline - time.monotonic())
+            result["benchmarks"].append(
+                run_benchmark(name, [*arguments_of, "--out", str(out)], out, limit, options.device)
+            )
+            _write(path, result)
     finally:
         result["seconds"] = round(time.monotonic() - started, 1)
         result["counts"] = counts(result)
@@ -118,8 +120,14 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", metavar="WORDS", help="cases whose name contains every one of these words"
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything; what does not fit is reported")
-    parser.add_argument("--skip-benchmarks", action="store_true", help="only parity")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for everything; what does not fit is reported")
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        choices=BENCHMARKS,
+        default=list(BENCHMARKS),
+        help="what follows parity; none: parity alone",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a test of this program")
     parser.add_argument("--workers", type=int, help="processes, by default one a core up to 12; 1 on a CPU")
     options = parser.parse_args(arguments)
@@ -218,14 +226,22 @@ def failed_row(item: Item, seconds: float, failure: str) -> dict[str, Any]:
     return row | {"seconds": round(seconds, 3), "failure": failure, "not_run": "", "restart": True}
 
 
-# K and G of the README's claim. 8192 tokens of this model keep some 30 GiB of activations beside 25 GiB of weights, gradients and
-# moments in fp32; the comb of K = 5, G = 8 has 8041 and goes in one piece.
-BENCHMARKS = {
-    "kernels": ["-m", "benchmarks.kernels", "--quick"],
-    "step-training": [
-        *("-m", "benchmarks.step_training", "--model", "qwen2.5-1.5b", "--dtype", "bfloat16", "--steps", "1,2,3,5"),
-        *("--samples", "8", "--ways", "padded,packed,comb", "--token-budget", "8192", "--repeats", "2"),
-    ],
+# What follows parity, in this order, and the most seconds of each. K and G are those of the README's claim. 8192 tokens of the 1.5B keep
+# some 30 GiB of activations beside 25 GiB of weights, gradients and moments in fp32; the comb of K = 5, G = 8 has 8041 and goes in one
+# piece.
+BENCHMARKS: dict[str, tuple[float, list[str]]] = {
+    **{
+        f"decide-{part}": (seconds, ["-m", "benchmarks.gpu_check.decisions", part])
+        for part, seconds in (("products", 30), ("head", 60), ("attention", 120), ("step", 240), ("layer", 30))
+    },
+    "kernels": (120, ["-m", "benchmarks.kernels", "--quick"]),
+    "step-training": (
+        150,
+        [
+            *("-m", "benchmarks.step_training", "--model", "qwen2.5-1.5b", "--dtype", "bfloat16", "--steps", "1,2,3,5"),
+            *("--samples", "8", "--ways", "padded,packed,comb", "--token-budget", "8192", "--repeats", "2"),
+        ],
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import swirl_kernels
 from benchmarks import gpu_check
-from benchmarks.gpu_check import parity
+from benchmarks.gpu_check import decisions, parity
 from benchmarks.gpu_check.parity import ALL, MANDATORY, logprob, loss, parity_cases, run_case
 from benchmarks.gpu_check.parity.loss import SPECS
 from benchmarks.gpu_check.parity.measure import DTYPES, TOLERANCES, Case, NotRun, Run
@@ -276,7 +276,8 @@ def test_a_run_from_end_to_end(
 ) -> None:
     """With real workers, a benchmark that fails after half of its work, and one that succeeds."""
     half = "import json, sys; json.dump([1], open(sys.argv[2], 'w')); print('half'); sys.exit('no more')"
-    monkeypatch.setattr(gpu_check, "BENCHMARKS", {"kernels": ["-c", half], "step-training": ["-c", "print('whole')"]})
+    parts = {"kernels": (600.0, ["-c", half]), "step-training": (600.0, ["-c", "print('whole')"])}
+    monkeypatch.setattr(gpu_check, "BENCHMARKS", parts)
     arguments = [
         "--device",
         "cpu",
@@ -302,8 +303,18 @@ def test_a_run_from_end_to_end(
     printed = capsys.readouterr().out
     assert "6 of 6 passed" in printed and "kernels: exit code 1" in printed and "no more" in printed
 
-    assert gpu_check.main([*arguments, "--skip-benchmarks"]) == 0
+    assert gpu_check.main([*arguments, "--parts"]) == 0
     assert gpu_check.main(["--device", "cpu", "--only", "no such case", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize("part", ["products", "head", "attention"])
+def test_a_part_measures_and_decides(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found.json"
+    decisions.main([part, "--device", "cpu", "--out", str(out)])
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["part"] == part and found["rows"] and found["decision"] in capsys.readouterr().out
+    if part == "head":
+        assert max(row["error"] for row in found["rows"] if "kept" in row["way"]) < 0.1
 
 
 def test_a_benchmark_is_killed_at_its_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
