@@ -129,7 +129,7 @@ def head_log_probs(device: str) -> Found:
     first = {row["way"]: row["forward_backward_ms"] for row in rows if row["shape"] == shapes[0].name}
     saved = first["0% kept"] - first["100% kept"]
     return rows, (
-        f"nothing kept {first['0% kept']:.1f} ms, all kept {first['100% kept']:.1f} ms, torch {first['torch']:.1f} ms: a GiB of tiles saves "
+        f"nothing kept {first['0% kept']:.1f} ms, all kept {first['100% kept']:.1f} ms, torch {first['torch']:.1f} ms: a GiB kept saves "
         f"{saved / (tiles_gib(shapes[0].sizes)):.1f} ms; {'keep' if saved > 0 else 'do not keep'} them where memory is free"
     )
 
