@@ -37,7 +37,7 @@ from swirl_fast.verdict import Judgement
 
 # Actions are not cut, and how micro-batches can be cut changes with them, so that a part is never quite what was wanted; every further
 # round evens out some of the rest.
-ROUNDS = 6
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
