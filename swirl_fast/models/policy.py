@@ -141,7 +141,9 @@ def _attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which tree attention does not know: training over "
             "shared prefixes would not be exact; use another model"
         )
-    if torch.compiler.is_compiling():  # a graph that knew the number of its layer would be the graph of that layer alone
+    if (
+        torch.compiler.is_compiling()
+    ):  # a graph that knew the number of its layer would be the graph of that layer alone
         packed.compiled = True
     else:
         packed.told[getattr(module, "layer_idx", len(packed.told))] = sliding_window

@@ -48,7 +48,12 @@ def aot_cases() -> list[AotCase]:
         for variant in ("added", "direct"):
             cases += _cases(backward_kv, torch.bfloat16, dim, "", variant=variant)
         cases.append(_case(sum_parts, torch.bfloat16, dim, Tiles(SUMMED, 1, 4, 3), ""))
-    cases += [case for dim in (64, 128) for o in OPTIONS for case in _cases(backward_kv, torch.bfloat16, dim, o, variant="few")]
+    cases += [
+        case
+        for dim in (64, 128)
+        for o in OPTIONS
+        for case in _cases(backward_kv, torch.bfloat16, dim, o, variant="few")
+    ]
     return cases
 
 

@@ -391,7 +391,9 @@ def backward_kv(
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
             ds = tl.where(weight != 0.0, weight * (dp - delta_m[None, :]), 0.0)
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
-    if depth is None:  # a window leaves no full tiles; their loop beside the tiles that it skips makes ptxas serialise all products
+    if (
+        depth is None
+    ):  # a window leaves no full tiles; their loop beside the tiles that it skips makes ptxas serialise all products
         first_row = begin + near * EDGE_M
         for _ in tl.range(full, disable_licm=(BLOCK_D + VALUE_PADDED) * k.dtype.element_ty.primitive_bitwidth > 4096):
             rows = first_row + tl.arange(0, BLOCK_M)

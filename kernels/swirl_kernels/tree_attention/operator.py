@@ -70,7 +70,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, sinks, out, lse)
-    ctx.handle = handle  # not saved with the others: hooks that copy those (offloading) would lose the plan that it keeps alive
+    ctx.handle = (
+        handle  # not saved with the others: hooks that copy those (offloading) would lose the plan that it keeps alive
+    )
     ctx.options = options
 
 
