@@ -213,9 +213,9 @@ def _run_backward_kv(
         tiles, dims = _tiles("backward_kv_few", q, v)
     edge_m = min(EDGE, tiles.block_m)
     ranges, shallowest = key_blocks(plan, tiles.block_m, edge_m, tiles.block_n)
-    tree, shares = tree_of(plan), (dk, dv)
+    tree, shares = tree_of(plan), [dk, dv]
     if group > 1:
-        shares = tuple(x.new_empty(key_heads * parts, num_keys, x.shape[2], dtype=torch.float32) for x in (dk, dv))
+        shares = [x.new_empty(key_heads * parts, num_keys, x.shape[2], dtype=torch.float32) for x in (dk, dv)]
     for turn in range(group // parts):
         kernels.backward_kv[(len(ranges), key_heads * parts)](
             dout, q, k, v, lse, delta, *shares,
