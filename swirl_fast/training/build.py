@@ -170,9 +170,9 @@ def _with_adapters(model: PreTrainedModel, config: Config) -> PreTrainedModel:
 
 
 def check_model(config: Config, ranks: Ranks, policy: Policy, longest_path: int) -> dict[str, float]:
-    """The metrics of training.check_model; none where it is false, but for what compiled layers do not tell. Collective: all ranks compute
-    the same tree, so that a sharded policy is checked as it will be trained, with nothing held twice, and before reference and optimizer
-    are there.
+    """The metrics of training.check_model; none where it is false, when only the windows of compiled layers are looked at.
+    Collective: all ranks compute the same tree, so that a sharded policy is checked as it will be trained, with nothing held twice, and
+    before reference and optimizer are there.
 
     longest_path: tokens of the longest path that there may be. Raises ConfigError for a model over which training would not be exact.
     """

@@ -35,10 +35,11 @@ class Tiles:
 def configuration(kernel: str, block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """Tiles of `kernel` ("forward", "backward_q", "backward_kv") for head dimensions padded to at most block_d.
 
-    backward_kv_few: where wider blocks of keys would be too few programs. forward_narrow: values padded to less than keys. A plain
-    function of these, so that the bits of a result do not depend on a timing. Chosen for what compiles without spills, on 9.0 without
-    products that wait for each other (`python -m swirl_kernels.aot`), within 227 KB of shared memory on compute capability 9.0 and 10.0
-    and within 99 KB on all others. 64 keys in the walk rather than 128: runs of ancestors are short, and a tile is cut where one begins.
+    backward_kv_few: where wider blocks of keys would be too few programs. forward_narrow: values padded to less than keys.
+    A plain function of these, so that the bits of a result do not depend on a timing. Chosen for what compiles without spills, on 9.0
+    without products that wait for each other (`python -m swirl_kernels.aot`), within 227 KB of shared memory on compute capability 9.0
+    and 10.0 and within 99 KB on all others. 64 keys in the walk rather than 128: runs of ancestors are short, and a tile is cut where
+    one begins.
     """
     size, plain = 64 if block_d <= 64 else block_d, kernel.removesuffix("_few").removesuffix("_narrow")
     if dtype == torch.float32:
