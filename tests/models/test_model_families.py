@@ -288,7 +288,7 @@ def test_a_packing_is_planned_once_for_all_layers(one_rank: Ranks, monkeypatch: 
 
     monkeypatch.setattr(policy_module, "tree_plan", counting)
     step(shard(Policy(checkpointed(build("gemma3", torch.float32))), one_rank), trees()[0])
-    assert sorted(windows, key=str) == [6, None]
+    assert sorted(windows, key=str) == [1, 6, None], "1: the check of the comb on the CPU"
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
@@ -307,14 +307,14 @@ def test_model_size_of_a_sharded_model(one_rank: Ranks) -> None:
 
 
 def test_compiled_layers_change_nothing() -> None:
-    """Graphs break at the attention and nowhere else, and combs of ever new lengths need no new graphs."""
+    """Graphs break nowhere, and combs of ever new lengths need no new graphs."""
     torch._dynamo.reset()
     counters.clear()
     policy = Policy(build("gemma3", torch.float32))
     for layer in decoder_layers(policy):
         layer.compile(backend="aot_eager")
     assert_same_steps(policy, "gemma3")
-    assert counters["graph_break"] and all("_attention" in reason for reason in counters["graph_break"])
+    assert not counters["graph_break"]
     graphs = counters["stats"]["unique_graphs"]
     assert_same_steps(policy, "gemma3", [random_trunks(seed) for seed in (1, 2, 3)])
     assert counters["stats"]["unique_graphs"] == graphs
