@@ -151,10 +151,6 @@ def forward(
     acc = tl.zeros((BLOCK_M, VALUE_PADDED), tl.float32)
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    if sinks is not None:  # one more key, with this score and a value of zeros
-        sink = tl.load(sinks + head) * LOG2E
-        top = tl.maximum(top, sink)
-        total = tl.exp2(sink - top)
     for part in tl.static_range(1 if depth is None else 2):  # behind the full tiles a window has masked ones again
         for _ in tl.range(tl.load(counts + 3 * block + 2 * part), disable_licm=True):
             low = tl.maximum(high - BLOCK_N + 1, 0)
@@ -189,6 +185,15 @@ def forward(
                 total = total * rescale + tl.sum(p, 1)
                 top = new_top
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
+    if (
+        sinks is not None
+    ):  # one more key, with this score and a value of zeros; here, since the loops have no register left for it
+        sink = tl.load(sinks + head) * LOG2E
+        new_top = tl.maximum(top, sink)
+        rescale = tl.exp2(top - new_top)
+        total = total * rescale + tl.exp2(sink - new_top)
+        acc *= rescale[:, None]
+        top = new_top
     out += head * out_head
     _put_rows(out, acc / total[:, None], first_row, out_row, real, BLOCK_M, VALUE_DIM, VALUE_PADDED)
     rows = first_row + tl.arange(0, BLOCK_M)
