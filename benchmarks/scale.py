@@ -47,13 +47,13 @@ SIZE = ModelSize(linear=1.31e9, attention=((1536, None),) * 28, output=1536 * 15
 PROMPT, VOCABULARY = (150, 450), 50_000
 
 
-def sampled(rank: int, ranks: int, trajectories: int, samples: int) -> RankActions:
+def sampled(rank: int, ranks: int, trajectories: int, samples: int, seed: int) -> RankActions:
     """What a rank sampled: the same on every call."""
-    draw = np.random.default_rng((7, rank))
+    draw = np.random.default_rng((7, rank, seed))
     trunks, lengths = [], []
     for _ in range(trajectories):
         question = int(draw.integers(0, max(1, ranks * trajectories // 2)))
-        of_question = np.random.default_rng((8, question))
+        of_question = np.random.default_rng((8, question, seed))
         prompt = of_question.integers(1, VOCABULARY, int(of_question.integers(*PROMPT)))
         steps = int(draw.integers(1, 11))
         bounds = len(prompt) + np.cumsum([0, *(draw.integers(80, 700, steps - 1))])
@@ -78,7 +78,7 @@ class World:
         self.packer = Packer(config, Ranks(0, 1, torch.device("cpu")), SIZE, max_context=32_768)
 
     def of(self, rank: int) -> RankActions:
-        return sampled(rank, self.ranks, self.options.trajectories, self.options.samples)
+        return sampled(rank, self.ranks, self.options.trajectories, self.options.samples, self.options.seed)
 
     def measure(self) -> dict[str, Any]:
         parts = [self.of(rank) for rank in range(self.ranks)]
@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument("--trajectories", type=int, default=8, help="of a rank")
     parser.add_argument("--samples", type=int, default=8, help="G")
+    parser.add_argument("--seed", type=int, default=0, help="of the trajectories")
     parser.add_argument("--token-budget", type=int, default=16_384)
     parser.add_argument("--whole", type=int, default=512, help="most ranks for which the whole batch's tree is made")
     parser.add_argument("--out", type=Path, required=True, help="JSON, rewritten after every world")
