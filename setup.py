@@ -103,6 +103,7 @@ setup(
             "trl>=1.16",
             "pytest>=9.0",
             "pytest-xdist>=3.8",
+            "playwright>=1.60",
             "hypothesis>=6.170",
             "ruff>=0.17",
             "mypy>=2.4",

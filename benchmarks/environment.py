@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from swirl_fast.training.hardware import cpu_name
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -29,21 +31,13 @@ def environment() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": _git("rev-parse", "--short", "HEAD")
         + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def _version(name: str) -> str | None:

@@ -115,6 +115,9 @@ class Experiment:
     compare: tuple[str, str]
     keep: str
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    differs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Arm -> what its entry in the file says, a line a setting."""
+    file: Path | None = None
 
     @property
     def arms(self) -> list[str]:
@@ -188,7 +191,15 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     summary = path.parent / Path(spec.summary).expanduser() if spec.summary else results / "summary.json"
     compare = (spec.compare[0], spec.compare[1]) if spec.compare else (list(arms)[-1], next(iter(arms)))
     pairs = {key: (str(pair[0]), str(pair[1])) for key, pair in spec.pairs.items()}
-    return Experiment(name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep, pairs)
+    differs = {arm: _said(*arms[arm][:3]) for arm in arms}
+    return Experiment(name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep, pairs, differs, path)
+
+
+def _said(trained: bool, start: str | None, entries: Mapping[str, Any]) -> list[str]:
+    first = (
+        f"trained from the model of {start}" if start else "trained" if trained else "the model as it is, not trained"
+    )
+    return [first, *(f"{key}: {shown(value)}" for key, value in entries.items())]
 
 
 def _read_spec(path: Path) -> ExperimentSpec:

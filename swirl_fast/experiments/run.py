@@ -13,6 +13,7 @@ import contextlib
 import copy
 import fcntl
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,8 @@ def write_outputs(experiment: Experiment) -> None:
         experiment.fewer_seeds,
     )
     write_json(experiment.summary, summary)
-    report = write_experiment_report(experiment.results, experiment.name, summary, results)
+    command = f"swirl-fast experiment {shlex.quote(str(experiment.file))}"
+    report = write_experiment_report(experiment.results, experiment.name, summary, results, experiment.differs, command)
     print(f"\n{results_table(summary)}\n\n{experiment.summary}  {report}")
 
 

@@ -25,6 +25,7 @@ class RunFolder:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     filter: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
+    hardware: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
 
     @classmethod
@@ -45,7 +46,7 @@ class RunFolder:
             rows = []
             run.problems.append(f"`{METRICS_FILE}` is not readable as text: {error}; {_remedy(METRICS_FILE)}")
         run.metrics = [row for row in rows if isinstance(row, dict) and is_number(row.get("step"))]
-        run.filter, run.summary = run._json("filter.json"), run._json("summary.json")
+        run.filter, run.summary, run.hardware = map(run._json, ("filter.json", "summary.json", "hardware.json"))
         files = (folder / "evaluations").glob("*.json")
         for name in sorted((file.stem for file in files), key=lambda name: (name != "base", name != "trained", name)):
             evaluation = run._json(f"evaluations/{name}.json")
@@ -92,6 +93,7 @@ def _remedy(name: str) -> str:
         METRICS_FILE: "remove what is damaged; `swirl-fast train` goes on from the newest checkpoint",
         "filter.json": "`swirl-fast filter` writes it again",
         "summary.json": "`swirl-fast run` writes it again",
+        "hardware.json": "`swirl-fast train` writes it again",
     }
     return remedies.get(name, f"`swirl-fast evaluate --name {Path(name).stem}` writes it again")
 

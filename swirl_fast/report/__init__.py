@@ -1,7 +1,8 @@
 """HTML files about a run: what training changed, its curves, the actions that it sampled, and trajectories to read step by step with
 their verdicts.
 
-    config.yaml  metrics.jsonl  samples/  filter.json  summary.json  trajectories.db  evaluations/NAME.json, NAME.db
+    config.yaml  metrics.jsonl  samples/  filter.json  summary.json  hardware.json  trajectories.db
+    evaluations/NAME.json, NAME.db
         ->  report.html      numbers, curves, and 40 trajectories of every kind
             report/*.html    what is too long for it, a megabyte a page: the samples of every training step, and all trajectories
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -94,8 +96,10 @@ def _facts(run: Run) -> str:
         "Model": Path(str(run.setting("model.path") or "")).name,
         "Task": run.setting("tasks.dataset") if kind == "reasoning_gym" else kind,
         "Algorithm": run.setting("algorithm.name"),
+        "Seed": run.setting("run.seed"),
+        "Trained on": _hardware(run),
     }.items():
-        if value:
+        if value not in (None, ""):
             facts[name] = str(value)
     if run.filter and is_number(run.filter.get("kept")):
         facts["Trajectories kept"] = f"{show(run.filter['kept'], '')} of {show(run.filter.get('total'), '')}"
@@ -111,6 +115,16 @@ def _facts(run: Run) -> str:
             facts["Shared prefixes"] = f"{total('tokens_effective') / total('tokens_computed'):.1f} times fewer tokens"
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f'<dl class="facts">{items}</dl>\n' if items else ""
+
+
+def _hardware(run: Run) -> str:
+    """A GPU a rank, or the CPU that all ranks share; empty before a training."""
+    processor, ranks, cores = ((run.hardware or {}).get(key) for key in ("processor", "ranks", "cores"))
+    if not processor:
+        return ""
+    if not cores:
+        return f"{ranks} × {processor}"
+    return f"{processor}, {cores} cores" + (f", {ranks} ranks" if ranks != 1 else "")
 
 
 def _survivors(run: Run) -> str:
@@ -185,4 +199,21 @@ def _settings(run: Run) -> str:
         for name, text in files.items()
         if text
     ]
-    return "".join(parts) or "<p>There is no <code>config.yaml</code> yet.</p>\n"
+    if not parts:
+        return "<p>There is no <code>config.yaml</code> yet.</p>\n"
+    return _again(run) + "".join(parts)
+
+
+def _again(run: Run) -> str:
+    """The command that repeats the run beside it."""
+    config = shlex.quote(str(run.folder / "config.yaml"))
+    name = shlex.quote(f"run.name={run.folder.resolve().name}-again")
+    ranks = (run.hardware or {}).get("ranks") or 1
+    nodes = (run.hardware or {}).get("nodes") or 1
+    several = f"--nnodes {nodes} " if nodes > 1 else ""
+    meet = " --rdzv-backend c10d --rdzv-endpoint HOST:PORT" if nodes > 1 else ""
+    start = "swirl-fast" if ranks == 1 else f"torchrun {several}--nproc-per-node {ranks // nodes}{meet} -m swirl_fast"
+    return (
+        "<p>The same run once more, under another name, from the folder in which this one was started:</p>\n"
+        f'<div class="text action">{escape(f"{start} run --config {config} {name}")}</div>\n'
+    )

@@ -74,11 +74,12 @@ th small, td small { display: block; line-height: 1.35; }
 .headline {
   background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.25rem .5rem;
 }
+.headline + .headline { margin-top: 1rem; }
 .headline tr.first td data { font-size: 1.45rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.3; }
 .headline th:first-child { width: 34%; }
 .headline tbody tr:not(.first) th small { display: inline; margin-left: .4rem; }
 .headline tbody tr:not(.first) :is(th, td) { padding-block: .3rem; font-size: .95rem; }
-.interval { display: block; width: 100%; max-width: 9rem; margin: .1rem 0; }
+.interval { display: block; width: clamp(3rem, 12vw, 8rem); margin: .1rem 0; }
 .interval path { fill: none; stroke-linecap: round; }
 .interval .track { stroke: var(--line); stroke-width: 1.5; }
 .interval .range { stroke: var(--s0); stroke-width: 3.5; opacity: .55; }
@@ -221,6 +222,10 @@ footer {
   .headline { padding: .75rem .8rem .25rem; }
   th, td { padding-right: .5rem; }
   .headline th:first-child { width: 25%; }
+  .headline td { font-size: .82rem; }
+  .headline :is(th, td) { padding-right: .3rem; }
+  .headline thead th { font-size: .7rem; }
+  .headline tbody tr th, .headline tbody tr:not(.first) th { font-size: .84rem; overflow-wrap: break-word; }
   .headline td small { font-size: .74rem; }
   .headline td .unit { display: none; }
   .headline tbody tr th small, .headline tbody tr:not(.first) th small { display: none; }
@@ -240,8 +245,8 @@ JS = """
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const data = JSON.parse(figure.dataset.chart);
   const plot = figure.querySelector(".plot"), cursor = figure.querySelector(".cursor");
-  const at = figure.querySelector(".at"), shown = figure.querySelectorAll(".legend b"), last = data.x.length - 1;
-  let now = last;
+  const at = figure.querySelector(".at"), shown = figure.querySelectorAll(".legend b"), end = data.x.length - 1;
+  let now = data.last;
   const show = (i, marked) => {
     now = i;
     at.textContent = data.at[i];
@@ -257,13 +262,13 @@ for (const figure of document.querySelectorAll("figure[data-chart]")) {
   };
   plot.addEventListener("pointermove", point);
   plot.addEventListener("pointerdown", point);
-  plot.addEventListener("pointerleave", () => show(last, false));
-  plot.addEventListener("blur", () => show(last, false));
+  plot.addEventListener("pointerleave", () => show(data.last, false));
+  plot.addEventListener("blur", () => show(data.last, false));
   plot.addEventListener("keydown", event => {
-    const to = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: last }[event.key];
+    const to = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: end }[event.key];
     if (to === undefined) return;
     event.preventDefault();
-    show(Math.min(Math.max(to, 0), last), true);
+    show(Math.min(Math.max(to, 0), end), true);
   });
 }
 const chooser = document.querySelector(".chooser");

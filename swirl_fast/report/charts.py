@@ -62,11 +62,11 @@ def lines(
     """A figure with one line a series over training steps, or over whole numbers of something else, which `over` names.
 
     unit: "%" for shares, else the text after the title. top: fixed upper end of the axis. log: decades, where all
-    values are 0 a plain axis; values of 0 are then not drawn. Where nothing was recorded the figure says so.
+    values are 0 a plain axis; values of 0 are then not drawn. Empty where nothing was recorded.
     """
     known = [value for one in series for value in one.values if is_number(value)]
     if not known:
-        return _empty(title, unit)
+        return ""
     positive = [value for value in known if value > 0]
     log = log and bool(positive)
     y = _decades(min(positive), max(positive)) if log else _linear(min(0.0, *known), max(known) if top is None else top)
@@ -87,13 +87,14 @@ def lines(
 
 
 def stacked(title: str, steps: Sequence[int], series: Sequence[Series], unit: str) -> str:
-    """A figure of bars, one a step, the series on top of each other from the first upwards; None counts as 0."""
+    """A figure of bars, one a step, the series on top of each other from the first upwards; None counts as 0. Empty where nothing was
+    recorded."""
     totals = [
         sum(value for value in column if is_number(value))
         for column in zip(*(one.values for one in series), strict=True)
     ]
     if not totals or not any(totals):
-        return _empty(title, unit)
+        return ""
     y = _linear(0.0, max(totals))
     room = (WIDTH - LEFT - RIGHT) / len(steps)
     x = _steps(steps, inset=room / 2)
@@ -225,34 +226,29 @@ def _figure(
     kind: str,
     over: str = "step",
 ) -> str:
-    """The drawing with its title, a legend that shows the last values, and what the script needs to show others."""
+    """The drawing with its title, a legend with the values of the last step that has any, and what the script needs to show others."""
+    last = max(i for i in range(len(steps)) if any(is_number(one.values[i]) for one in series))
     keys = "".join(
         '<span class="key"><svg class="swatch" viewBox="0 0 18 6" aria-hidden="true">'
-        f'<path class="line s{number}" d="M0 3H18"/></svg>{escape(one.name)} <b>{show(one.values[-1], unit)}</b></span>'
+        f'<path class="line s{number}" d="M0 3H18"/></svg>{escape(one.name)} <b>{show(one.values[last], unit)}</b></span>'
         for number, one in enumerate(series)
     )
     data = {
         "x": [x(step) for step in steps],
         "at": [f"{over} {step:,}" for step in steps],
         "values": [[show(value, unit) for value in one.values] for one in series],
+        "last": last,
     }
     ends = "; ".join(
-        f"{one.name} {show(one.values[0], unit)} at {over} {steps[0]}, {show(one.values[-1], unit)} at {over} {steps[-1]}"
+        f"{one.name} {show(one.values[0], unit)} at {over} {steps[0]}, {show(one.values[last], unit)} at {over} {steps[last]}"
         for one in series
     )
     label = escape(f"{title} by {'training step' if over == 'step' else over}: {ends}")
     return (
         f'<figure class="chart {kind}" data-chart="{escape(json.dumps(data))}"><figcaption>{_title(title, unit)}'
-        f'<p class="legend"><span class="at">{over} {steps[-1]:,}</span>{keys}</p></figcaption>'
+        f'<p class="legend"><span class="at">{over} {steps[last]:,}</span>{keys}</p></figcaption>'
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{label}">{drawing}'
         f'<path class="cursor" d="M0 {TOP}V{HEIGHT - BOTTOM}" visibility="hidden"/></svg></figure>\n'
-    )
-
-
-def _empty(title: str, unit: str) -> str:
-    return (
-        f'<figure class="chart"><figcaption>{_title(title, unit)}</figcaption>'
-        '<p class="note">not recorded in this run</p></figure>\n'
     )
 
 

@@ -35,34 +35,42 @@ def curves(metrics: Sequence[Row], kl_measured: bool = True) -> str:
     def series(**keys: str) -> list[Series]:
         return [Series(name.replace("_", " "), [_value(row, key) for row in rows]) for name, key in keys.items()]
 
-    reward = series(reward="reward", process_label="process_label")
+    charts: dict[str, str] = {}
+
+    def chart(title: str, unit_of: str, shown: list[Series], **more: Any) -> None:
+        charts[title] = lines(title, steps, shown, _unit(unit_of), **more)
+
+    chart("Reward and process label", "reward", series(reward="reward", process_label="process_label"), top=1.0)
     faults = series(malformed="malformed", cut_off="cut_off", repeated_call="repeated")
+    chart("Malformed, cut off and repeated actions", "malformed", faults)
     length = series(GOOD="action_length_good", BAD="action_length_bad")
-    gap = series(mean="engine_gap_mean", largest="engine_gap_max")
+    chart("Action length by verdict", "action_length_good", length)
+    chart("Text outside the tag", "outside_tag", series(share_of_characters="outside_tag"))
+    if kl_measured:
+        chart("KL to the reference model", "kl", series(KL="kl"))
+    chart("Entropy", "entropy", series(entropy="entropy"))
+    chart("Gradient norm", "grad_norm", series(before_clipping="grad_norm"))
+    chart(
+        "Engine–trainer log-prob gap",
+        "engine_gap_mean",
+        series(mean="engine_gap_mean", largest="engine_gap_max"),
+        log=True,
+    )
     speed = series(computed="tokens_computed_per_second", effective="tokens_effective_per_second")
+    chart("Throughput", "tokens_computed_per_second", speed)
     cached = series(prompt_tokens_from_the_cache="cache_hit_rate")
-    charts = [
-        lines("Reward and process label", steps, reward, _unit("reward"), top=1.0),
-        lines("Malformed, cut off and repeated actions", steps, faults, _unit("malformed")),
-        lines("Action length by verdict", steps, length, _unit("action_length_good")),
-        lines("Text outside the tag", steps, series(share_of_characters="outside_tag"), _unit("outside_tag")),
-        lines("KL to the reference model", steps, series(KL="kl") if kl_measured else [], _unit("kl")),
-        lines("Entropy", steps, series(entropy="entropy"), _unit("entropy")),
-        lines("Gradient norm", steps, series(before_clipping="grad_norm"), _unit("grad_norm")),
-        lines("Engine–trainer log-prob gap", steps, gap, _unit("engine_gap_mean"), log=True),
-        lines("Throughput", steps, speed, _unit("tokens_computed_per_second")),
-        lines("Rollout cache hit rate", steps, cached, _unit("cache_hit_rate"), top=1.0),
-        stacked("Time by phase", steps, _phases(rows), f"{_unit('seconds')} a step"),
-    ]
+    chart("Rollout cache hit rate", "cache_hit_rate", cached, top=1.0)
+    charts["Time by phase"] = stacked("Time by phase", steps, _phases(rows), f"{_unit('seconds')} a step")
     if any("mfu" in row for row in rows):  # the peak of a CPU, or of an unknown GPU, is not known
-        used = series(forward_and_backward="mfu", whole_step="mfu_step")
-        charts.append(lines("Model FLOPs utilization", steps, used, _unit("mfu")))
+        chart("Model FLOPs utilization", "mfu", series(forward_and_backward="mfu", whole_step="mfu_step"))
     notes = [HOW]
     if width > 1:
         notes.append(f"Each point is the mean of {width} steps.")
     if smoothing(len(rows)) > 1:
         notes.append(f"Bold lines are running means over {smoothing(len(rows))} points.")
-    return f'<p>{" ".join(notes)}</p>\n<div class="charts">{"".join(charts)}</div>\n{_table(metrics)}'
+    if absent := [title for title, html in charts.items() if not html]:
+        notes.append(f"Not recorded in this run: {'; '.join(absent)}.")
+    return f'<p>{" ".join(notes)}</p>\n<div class="charts">{"".join(charts.values())}</div>\n{_table(metrics)}'
 
 
 def _unit(metric: str) -> str:

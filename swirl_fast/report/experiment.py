@@ -22,11 +22,18 @@ NOTE = (
 
 
 def write_experiment_report(
-    folder: Path, name: str, summary: Mapping[str, Any], results: Mapping[tuple[str, int], Mapping[str, Any]]
+    folder: Path,
+    name: str,
+    summary: Mapping[str, Any],
+    results: Mapping[tuple[str, int], Mapping[str, Any]],
+    arms: Mapping[str, Sequence[str]],
+    command: str,
 ) -> Path:
-    """Writes folder/report.html. summary: of experiments.summary.summarise. results: (arm, seed) -> a finished cell."""
+    """Writes folder/report.html. summary: of experiments.summary.summarise. results: (arm, seed) -> a finished cell. arms: what each is,
+    a line a setting. command: starts the experiment."""
     sections = {
         "Results": _results(summary),
+        "Arms": _arms(arms, summary, command),
         "Gains": _gains(summary),
         "Curves": _data_curves(summary) + _reward_curves(results),
         "Cost": _costs(summary),
@@ -36,6 +43,20 @@ def write_experiment_report(
     path = folder / "report.html"
     write_parts(path, page(name, _lede(summary), {title: [html] for title, html in sections.items()}))
     return path
+
+
+def _arms(arms: Mapping[str, Sequence[str]], summary: Mapping[str, Any], command: str) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{_name(arm)}<small>{len(summary["arms"].get(arm, {}).get("seeds", []))} seeds</small></th>'
+        f"<td>{escape(said[0])}{''.join(f'<br><code>{escape(line)}</code>' for line in said[1:])}</td></tr>\n"
+        for arm, said in arms.items()
+    )
+    treated, control = (escape(arm) for arm in summary["compare"])
+    return (
+        f"{_table('What is compared, as the file says it', ['arm', 'what it is'], rows)}"
+        f"<p>The figures at the top set {treated} against {control}. This does the cells that are missing, in a new folder all:</p>\n"
+        f'<div class="text action">{escape(command)}</div>\n'
+    )
 
 
 def _lede(summary: Mapping[str, Any]) -> str:
@@ -49,6 +70,11 @@ def _lede(summary: Mapping[str, Any]) -> str:
     if not summary["complete"]:
         text += '<div class="missing"><b>Some cells are not done yet.</b> Start the experiment again to go on.</div>\n'
     return text
+
+
+def _name(of: str) -> str:
+    """As HTML: a line may end after an underscore or a comma."""
+    return escape(of).replace("_", "_<wbr>").replace(",", ",<wbr>")
 
 
 def _evaluations(summary: Mapping[str, Any]) -> list[str]:
@@ -77,7 +103,7 @@ def _results(summary: Mapping[str, Any]) -> str:
         ):
             continue  # numbers
         rows = "".join(
-            f'<tr><th scope="row">{escape(arm)}<small>{len(row["seeds"])} seeds</small></th>'
+            f'<tr><th scope="row">{_name(arm)}<small>{len(row["seeds"])} seeds</small></th>'
             + "".join(_share(_of(row, name), key, interval) for name in names)
             + "</tr>\n"
             for arm, row in summary["arms"].items()
@@ -118,7 +144,7 @@ def _gains(summary: Mapping[str, Any]) -> str:
                 f'<td><span class="{kind}">{points}</span>{more}<small>95%: {low:+.1f} to {high:+.1f}'
                 f"{'' if kind else ', may be chance'}</small></td>"
             )
-        rows.append(f'<tr><th scope="row">{escape(arm)}</th>{cells}</tr>\n')
+        rows.append(f'<tr><th scope="row">{_name(arm)}</th>{cells}</tr>\n')
     return _table(f"Accuracy against {control}", ["", *names], "".join(rows))
 
 
@@ -164,24 +190,26 @@ def _reward_curves(results: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
 
 def _costs(summary: Mapping[str, Any]) -> str:
     names = {
-        "trajectories": "trajectories kept",
-        "steps": "training steps",
+        "trajectories": "kept",
+        "steps": "steps",
         "generated_tokens": "tokens trained on",
         "tokens_computed": "tokens computed",
-        "seconds": "training time",
+        "seconds": "time",
     }
     rows = "".join(
-        f'<tr><th scope="row">{escape(arm)}</th>'
+        f'<tr><th scope="row">{_name(arm)}</th>'
         + "".join(f"<td>{show(row['cost'][key], 's' if key == 'seconds' else '')}</td>" for key in names)
         + "</tr>\n"
         for arm, row in summary["arms"].items()
         if row["cost"]
     )
-    return _table("What a training took, means over seeds", ["", *names.values()], rows)
+    return _table(
+        "What a training took, means over seeds: trajectories kept, steps, tokens, time", ["", *names.values()], rows
+    )
 
 
 def _table(caption: str, head: Sequence[str], rows: str) -> str:
-    columns = "".join(f'<th scope="col">{escape(one)}</th>' if one else "<td></td>" for one in head)
+    columns = "".join(f'<th scope="col">{_name(one)}</th>' if one else "<td></td>" for one in head)
     return (
         f'<div class="headline wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table>\n'
         f"<caption>{escape(caption)}</caption>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n"

@@ -125,15 +125,23 @@ def test_where_no_answer_is_right_there_is_doubt_and_no_relative_gain(tmp_path: 
     assert base["accuracy"] == 0 and base["interval"] == pytest.approx([0, 0.0713], abs=1e-3)  # Wilson, 0 of 50
     assert summary["in_domain_relative_gain"] is None and not summary["complete"]
     assert summary["comparisons"]["new"]["in_domain"]["difference"] == pytest.approx(0.1)
-    page = write_experiment_report(tmp_path, "a <b>", summary, results).read_text()
-    assert "a &lt;b&gt;" in page and "Some cells are not done yet" in page
+    page = write_experiment_report(
+        tmp_path,
+        "a <b>",
+        summary,
+        results,
+        {"base": ["as it is"], "new": ["trained", "x.y: <1>"]},
+        "swirl-fast experiment 'a b'",
+    ).read_text()
+    assert "a &lt;b&gt;" in page and "x.y: &lt;1&gt;" in page and "swirl-fast experiment &#x27;a b&#x27;" in page
+    assert "Some cells are not done yet" in page
 
 
 def test_accuracy_is_drawn_over_trajectories_where_arms_differ_in_their_number(tmp_path: Path) -> None:
     arms = ["base", *(f"swirl,max_trajectories={n}" for n in (16, 64))]
     results = {(arm, 0): cell(arm, 0, [1] * (5 + i) + [0] * 45) for i, arm in enumerate(arms)}
     summary = summarise(arms, ["in_domain", "far"], [0], (arms[-1], "base"), results)
-    page = write_experiment_report(tmp_path, "sizes", summary, results).read_text()
+    page = write_experiment_report(tmp_path, "sizes", summary, results, {}, "").read_text()
     assert "Accuracy, in_domain by trajectories: swirl" in page
 
 
@@ -144,7 +152,7 @@ def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
     summary = summarise(["new"], ["in_domain", "far"], [0], ("new", "new"), {("new", 0): one})
     assert summary["arms"]["new"]["in_domain"]["process_label"] is None
     assert "label –" in results_table(summary)
-    assert "<td>–</td>" in write_experiment_report(tmp_path, "silent", summary, {("new", 0): one}).read_text()
+    assert "<td>–</td>" in write_experiment_report(tmp_path, "silent", summary, {("new", 0): one}, {}, "").read_text()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("study*.json")), ids=lambda file: file.stem)

@@ -6,20 +6,18 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+import shlex
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.html_page import Node, page
-from support.scores import scored
+from support.reported_run import JUDGE, Made, make_store, make_trajectory, metrics_row
 
 from swirl_fast import __version__, report
-from swirl_fast.config import Config, TasksConfig, TrainingConfig, dump
-from swirl_fast.data.filters import Candidate, select
+from swirl_fast.config import Config, dump
 from swirl_fast.data.store import Store
-from swirl_fast.formats.tags import parse
 from swirl_fast.intervals import wilson
 from swirl_fast.metrics import BY_NAME
 from swirl_fast.models.load import weights_hash
@@ -28,23 +26,9 @@ from swirl_fast.report.charts import Series, lines, stacked
 from swirl_fast.report.curves import MAX_POINTS, curves
 from swirl_fast.report.headline import headline
 from swirl_fast.report.inputs import Run
-from swirl_fast.tasks.gsm8k import GSM8K
 from swirl_fast.tasks.task import Question
-from swirl_fast.tools.tool import CALCULATOR
-from swirl_fast.training.metrics_log import MetricsLog
-from swirl_fast.trajectory import Finish, Step, Trajectory
-from swirl_fast.verdict import Judgement, Verdict
-
-JUDGE = "rules-v1"
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</script></style></div></details><img src=x onerror=alert(1)>",
-    "\" onmouseover='alert(1)' & &amp; &lt; &#60;",
-    "lone \ud83d surrogate, \x00 nul, \r return, \u202e reversed",
-    "\n  spaces and lines  \n\n\tkept",
-    "<!-- comment <![CDATA[ ]]> --> {{7*7}} ${1}",
-)
-
+from swirl_fast.trajectory import Finish
+from swirl_fast.verdict import Verdict
 
 # ---- a parsed page
 
@@ -60,170 +44,6 @@ def visible(text: str) -> str:
     hidden = [*range(0x00, 0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF]
     hidden += [0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xFDD0, 0xFDF0)]
     return "".join(char.encode("unicode_escape").decode() if ord(char) in set(hidden) else char for char in text)
-
-
-# ---- a run's folder, made by the real parts
-
-
-def make_task(folder: Path) -> GSM8K:
-    """Twelve questions in the official format: six to train on, six held out."""
-    rows = [{"question": f"What is {i} + {i} & <b>more</b>?", "answer": f"{i} + {i}\n#### {2 * i}"} for i in range(12)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
-    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[6:]))
-    paths = {"path": str(folder / "train.jsonl"), "eval_path": str(folder / "eval.jsonl")}
-    return GSM8K(TasksConfig(kind="gsm8k", limit=0, eval_limit=0, **paths))
-
-
-def make_trajectory(
-    question: Question, k: int, texts: list[str], finish: Finish | None, result: str = "1 + 1 -> 2.0"
-) -> Trajectory:
-    trajectory = Trajectory(f"{question.id}/{k}", question.id, question.task, question.text, k, 2, [7, 8])
-    for i, text in enumerate(texts):
-        start = len(trajectory.tokens)
-        last = i == len(texts) - 1 and finish is not None
-        step = Step(start, start + 1, text, parse(text, [CALCULATOR]), [-0.5], 0, None if last else f"{result} {i}")
-        trajectory.extend([9])
-        trajectory.steps.append(step)
-    trajectory.finish = finish
-    return trajectory
-
-
-def make_store(
-    path: Path, questions: list[Question], trajectories: list[Trajectory]
-) -> dict[str, list[Judgement | None]]:
-    """Verdicts go round GOOD, BAD, UNKNOWN over the steps; every fifth well-formed step has none. Another judge calls
-    some steps GOOD. Returns what a report should say of each step by trajectory id, None for not judged."""
-    expected: dict[str, list[Judgement | None]] = {}
-    count = 0
-    with Store(path) as store:
-        store.add_questions(questions)
-        store.record(trajectories)
-        for trajectory in trajectories:
-            expected[trajectory.id] = []
-            for view, step in zip(trajectory.views(), trajectory.steps, strict=True):
-                count += 1
-                if step.action.kind == "malformed":
-                    judgement = Judgement(Verdict.BAD, f"malformed: {step.action.error}")
-                elif count % 5 == 0:
-                    judgement = None
-                else:
-                    judgement = Judgement(list(Verdict)[count % 3], f"reason {count} {HOSTILE[count % len(HOSTILE)]}")
-                    store.add_verdicts(JUDGE, {view.content_hash(): judgement})
-                    if count % 2:
-                        store.add_verdicts(
-                            "another-judge", {view.content_hash(): Judgement(Verdict.GOOD, "not this one")}
-                        )
-                expected[trajectory.id].append(judgement)
-    return expected
-
-
-def metrics_row(step: int, **changes: float) -> dict[str, float]:
-    """The numbers of a step (swirl_fast/metrics.py), every value another one."""
-    row = {
-        **{"step": step, "policy_version": step, "reward": 0.1 + step / 50, "process_label": 0.12 + step / 60},
-        **{
-            "unknown": 0.0,
-            "malformed": 0.5 / step,
-            "loss": -0.01 * step,
-            "nll": 1.0,
-            "kl": 0.001 * step,
-            "entropy": 2.0 / step,
-        },
-        **{
-            "clip_fraction": 0.0,
-            "ratio_max": 1.0,
-            "rank_imbalance": 1.0,
-            "grad_norm": 1.0 + math.sin(step),
-            "learning_rate": 2e-5,
-        },
-        **{
-            "engine_gap_mean": 1e-6 * 2.0 ** (step % 7),
-            "engine_gap_max": 1e-4 * step,
-            "skipped_samples": 0,
-            "states": 20.0,
-            "actions": 160.0,
-        },
-        **{"action_length": 25.0, "action_length_good": 20.0 + step, "action_length_bad": 30.0 - step},
-        **{"cut_off": 0.2 / step, "outside_tag": 0.3 / step, "repeated": 0.1 / step},
-        **{"importance_truncated": 0.0, "skipped_samples": 0.0, "memory_gib": 2.5},
-        **{"action_tokens": 4000.0, "tokens_computed": 5000.0 + step, "tokens_effective": 24000.0 + step},
-        **{"tokens_computed_per_second": 200.0 + step, "tokens_effective_per_second": 1000.0 + 3 * step, "tflops": 0.3},
-        **{"tokens_computed_per_second_per_rank": 100.0, "tokens_effective_per_second_per_rank": 500.0},
-        **{"cache_hit_rate": 0.8, "cache_hit_rate_of_possible": 0.9, "judge_cache_hit_rate": 0.7},
-        **{"seconds": 20.0 + step, "seconds_hidden": 0.0, "seconds_data": 0.01, "seconds_rollout": 10.0 + step},
-        **{"seconds_judge": 0.02, "seconds_forward_backward": 7.0, "seconds_optimizer": 1.5},
-    }
-    return row | changes
-
-
-@dataclass
-class Made:
-    folder: Path
-    expected: dict[
-        str, dict[str, tuple[Trajectory, list[Judgement | None]]]
-    ]  # where from -> trajectory id -> what it holds
-    evaluations: dict[str, dict]
-    metrics: list[dict[str, float]]
-    selection: list[tuple[str, int]]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    base = tmp_path_factory.mktemp("report")
-    folder = base / "run <one> & 'two'"
-    (folder / "evaluations").mkdir(parents=True)
-    task = make_task(base)
-    train, held_out = list(task.questions("train")), list(task.questions("eval"))
-    collected = [
-        make_trajectory(
-            q, k, [f"{text}\n<math_exp>1 + {k}</math_exp>", "no tag", f"<answer>{q.answers[0]}</answer>"], Finish.ANSWER
-        )
-        for (q, text), k in zip(zip(train, HOSTILE, strict=True), range(6), strict=True)
-    ]
-    collected.append(make_trajectory(train[0], 9, ["<math_exp>2 * 2</math_exp>"], None, HOSTILE[1]))
-    collected.append(
-        make_trajectory(train[1], 9, ["<math_exp>3</math_exp>", "<math_exp>4</math_exp>"], Finish.STEP_LIMIT)
-    )
-    collected.append(make_trajectory(train[2], 9, [], Finish.CONTEXT_LIMIT))
-    made = Made(folder, {}, {}, [], [])
-
-    def add(
-        name: str, path: Path, questions: list[Question], trajectories: list[Trajectory]
-    ) -> dict[str, list[Judgement]]:
-        expected = make_store(path, questions, trajectories)
-        made.expected[name] = {t.id: (t, expected[t.id]) for t in trajectories}
-        unasked = Judgement(Verdict.UNKNOWN, "")
-        return {id_: [one or unasked for one in own] for id_, own in expected.items()}
-
-    judged = add("collected", folder / "trajectories.db", train, collected)
-    for name, right in (("base", 2), ("trained", 5)):
-        # of the first questions base answers 0 and 1 rightly, trained 1 to 5: one is lost, four are gained
-        wanted = range(right) if name == "base" else range(1, right + 1)
-        answers = [q.answers[0] if i in wanted else "-1" for i, q in enumerate(held_out)]
-        own = [
-            make_trajectory(q, 0, [f"{name}\n<math_exp>1 + 1</math_exp>", f"<answer>{answer}</answer>"], Finish.ANSWER)
-            for q, answer in zip(held_out, answers, strict=True)
-        ]
-        judgements = add(name, folder / "evaluations" / f"{name}.db", held_out, own)
-        summary = {"name": name, "model": f"models/{name}", "judge": JUDGE, "temperature": 0.0}
-        summary |= scored(task, held_out, own, judgements).summary() | {"seconds": 100.5}
-        (folder / "evaluations" / f"{name}.json").write_text(json.dumps(summary))
-        made.evaluations[name] = summary
-    selection = select([Candidate.of(t, judged[t.id], True) for t in collected], "process")
-    made.selection = selection.survivors()
-    described = {"kind": "process", "kept": len(selection.kept), "total": selection.total}
-    (folder / "filter.json").write_text(
-        json.dumps(described | {"survivors": made.selection, "describe": selection.describe()})
-    )
-    config = Config()
-    config.training.steps = 12
-    (folder / "config.yaml").write_text(dump(config))
-    (folder / "summary.json").write_text(json.dumps({"seconds": 1234.5, "note": HOSTILE[0]}))
-    with MetricsLog(folder, 0, True, TrainingConfig(steps=12, tensorboard=False)) as log:
-        for step in range(1, 13):
-            made.metrics.append(metrics_row(step))
-            log.write(made.metrics[-1])
-    return made
 
 
 # ---- the whole page
@@ -595,9 +415,43 @@ def test_one_step_and_nothing_recorded() -> None:
     figures = {figure.one("h3").children[0].strip(): figure for figure in root.all("figure")}
     assert figures["Reward and process label"].one("circle", "s0")
     assert figures["Engine–trainer log-prob gap"].one("circle", "s0")  # all 0: no decades, a plain axis
-    assert "not recorded" in figures["Entropy"].text and "not recorded" in figures["Time by phase"].text
+    assert figures.keys() == {"Reward and process label", "Engine–trainer log-prob gap"}  # no empty ones
+    absent = root.all("p")[0].text.partition("Not recorded in this run: ")[2]
+    assert "Entropy" in absent and "Time by phase" in absent and "Reward" not in absent
     unmeasured = page(curves([metrics_row(1, kl=0.0)], kl_measured=False))
-    assert "not recorded" in next(f for f in unmeasured.all("figure") if f.text.startswith("KL")).text
+    assert not any(figure.text.startswith("KL") for figure in unmeasured.all("figure"))
+
+
+def test_a_legend_shows_the_last_step_that_has_a_number() -> None:
+    rows = [{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5}, {"step": 3, "reward": None}]
+    figure = page(curves(rows)).one("figure")
+    assert figure.one(kind="legend").text.startswith("step 2") and figure.one(kind="legend").all("b")[0].text == "50.0%"
+    assert json.loads(figure.attributes["data-chart"])["last"] == 1
+
+
+def test_the_header_says_with_what_it_was_trained_and_the_settings_how_to_do_it_again(tmp_path: Path) -> None:
+    folder = tmp_path / "it's"
+    folder.mkdir()
+    config = Config()
+    config.run.seed = 7
+    (folder / "config.yaml").write_text(dump(config))
+
+    def shown(found: dict[str, object]) -> tuple[dict[str, str], str]:
+        (folder / "hardware.json").write_text(json.dumps(found))
+        root = written(folder)
+        facts = {div.one("dt").text: div.one("dd").text for div in root.one("dl", "facts").all("div")}
+        return facts, next(node.text for node in root.all(kind="action"))
+
+    facts, command = shown({"processor": "Ryzen", "cores": 2, "ranks": 1, "nodes": 1})
+    assert facts["Seed"] == "7" and facts["Trained on"] == "Ryzen, 2 cores"
+    assert shlex.split(command) == ["swirl-fast", "run", "--config", str(folder / "config.yaml"), "run.name=it's-again"]
+    facts, command = shown({"processor": "H200", "ranks": 16, "nodes": 2})
+    assert facts["Trained on"] == "16 × H200"
+    assert command.startswith(
+        "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m swirl_fast run"
+    )
+    (folder / "hardware.json").write_text("{")
+    assert "hardware.json is not readable as JSON" in written(folder).one(kind="missing").text
 
 
 # ---- trajectories
