@@ -190,7 +190,10 @@ def _profiled(call: Callable[[], Any], device: str, most: int = 25) -> Row:
         call()
         if device == "cuda":
             torch.cuda.synchronize()
-    on_device = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = (e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    on_device = [
+        e for e in kernels if not getattr(e, "is_user_annotation", False)
+    ]  # those span kernels that are there themselves
     if not on_device:
         return {"busy": None, "launches": 0, "kernels": {}}
     spent: Counter[str] = Counter()
@@ -207,6 +210,7 @@ def _profiled(call: Callable[[], Any], device: str, most: int = 25) -> Row:
 def step(device: str) -> Found:
     """By benchmarks.train_throughput, in processes of their own; the profile of one step by itself."""
     rows: list[Row] = []
+    ranked = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1"]  # FSDP: all activations in bfloat16
     cases: list[tuple[str, list[str]]] = [("quick", ["--quick", "--ways", "comb"])]
     if device == "cuda":
         common = ["--compute-dtype", "bfloat16", "--trajectories", "2", "--steps", "3"]
@@ -214,16 +218,21 @@ def step(device: str) -> Found:
         more = [
             ["--token-budget", "16384", "--ways", "comb,rows"],
             ["--token-budget", "16384", "--ways", "comb", "--compile", "--warm-up", "3"],
+            ["--torchrun", "--token-budget", "16384", "--ways", "comb"],
         ]
         cases = [
             (" ".join([shape, *extra]), ["--shape", shape, *common, *extra])
             for shape in ("0.5b", "1.5b")
             for extra in (*budgets, *more)
         ]
+    else:
+        cases.append(("quick, torchrun", ["--torchrun", *cases[0][1]]))
     with tempfile.TemporaryDirectory() as folder:
         for name, arguments in cases:
             out = Path(folder) / "found.json"
-            command = [sys.executable, "-m", "benchmarks.train_throughput", *arguments, "--out", str(out)]
+            under = [*ranked, "-m"] if "--torchrun" in arguments else []
+            own = [one for one in arguments if one != "--torchrun"]
+            command = [sys.executable, "-m", *under, "benchmarks.train_throughput", *own, "--out", str(out)]
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             row: Row = {"case": name}
             if done.returncode:
@@ -232,8 +241,9 @@ def step(device: str) -> Found:
                 row |= json.loads(out.read_text(encoding="utf-8"))["summary"]
             rows.append(row)
             print(json.dumps(row), flush=True)
+    from benchmarks.step_training.ways import SHAPES
     from benchmarks.train_throughput import config_of, options_of
-    from benchmarks.train_throughput.setup import MODELS, SHAPES, llama, make_batch, make_trainer
+    from benchmarks.train_throughput.setup import MODELS, llama, make_batch, make_trainer
     from swirl_fast.ranks import Ranks
 
     for shape in ("0.5b", "1.5b") if device == "cuda" else ("135m",):
@@ -243,7 +253,8 @@ def step(device: str) -> Found:
         )
         ranks, lengths = Ranks(0, 1, torch.device(device)), SHAPES[options.trajectory]
         cut = MODELS[options.shape]._replace(layers=options.layers, vocab=options.vocab)
-        batches = [make_batch(lengths, options.states, options.samples, 1, cut.vocab, ranks, i) for i in range(4)]
+        sizes = (options.states, options.samples, options.trajectories)
+        batches = [make_batch(lengths, *sizes, cut.vocab, ranks, number, rows=False) for number in range(4)]
         model = llama(cut, lengths.state(options.states) + lengths.action)
         trainer, _ = make_trainer(config_of(options, 1), ranks, model, batches)
         trainer.train_step()
@@ -253,7 +264,16 @@ def step(device: str) -> Found:
     if not busy:
         return rows, "none on a CPU"
     bound = "launches: build CUDA graphs" if min(busy) < 0.8 else "kernels, not launches: no CUDA graphs"
-    return rows, f"the GPU is busy {', '.join(f'{share:.0%}' for share in busy)} of a step: bound by {bound}"
+    speed = {row["case"]: row["tokens_per_second_per_rank"] for row in rows if "tokens_per_second_per_rank" in row}
+    ratios = [
+        f"{name.split()[0]} {speed[name] / speed[name.replace('--torchrun ', '')]:.2f}"
+        for name in speed
+        if "--torchrun" in name and name.replace("--torchrun ", "") in speed
+    ]
+    return rows, (
+        f"the GPU is busy {', '.join(f'{share:.0%}' for share in busy)} of a step: bound by {bound}; bfloat16 throughout "
+        f"(one rank under torchrun) is so many times as fast as casts in every product: {', '.join(ratios) or 'not measured'}"
+    )
 
 
 def layer(device: str) -> Found:

@@ -307,7 +307,7 @@ def test_a_run_from_end_to_end(
     assert gpu_check.main(["--device", "cpu", "--only", "no such case", "--out", str(tmp_path)]) == 1
 
 
-@pytest.mark.parametrize("part", ["products", "head", "attention"])
+@pytest.mark.parametrize("part", ["products", "head", "attention", "step", "layer"])
 def test_a_part_measures_and_decides(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "found.json"
     decisions.main([part, "--device", "cpu", "--out", str(out)])
