@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from swirl_kernels.aot.case import AotCase, Stream  # noqa: E402
-from swirl_kernels.aot.compiled import Compiled, violations  # noqa: E402
+from swirl_kernels.aot.compiled import Compiled, stack_accesses, violations  # noqa: E402
 from swirl_kernels.aot.machine import MachineCode, accesses  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -171,8 +171,13 @@ def test_violations_are_found(bad, target) -> None:
     assert verdicts["good spill"] == "ok (written down)"
     assert re.fullmatch(r"[1-9]\d* TF32 instructions", verdicts["bad tf32"])
     assert verdicts["bad product"] == "no tensor-core instruction"
-    assert re.fullmatch(r"\d{3,} B of stack, \d{3,} local loads and stores \(0 B allowed\)", verdicts["bad spill"])
-    assert re.fullmatch(r"\d{3,} B of stack, \d{3,} local loads and stores \(8 B allowed\)", verdicts["bad allowance"])
+    assert re.fullmatch(
+        r"\d{3,} B of stack, \d{3,} local loads and stores where elements stream \(0 B allowed\)", verdicts["bad spill"]
+    )
+    assert re.fullmatch(
+        r"\d{3,} B of stack, \d{3,} local loads and stores where elements stream \(8 B allowed\)",
+        verdicts["bad allowance"],
+    )
     assert verdicts["bad reason"] == "spills are allowed without a reason"
     assert re.fullmatch(r"does not compile; \w+: at .+ this kernel is wrong", verdicts["bad code"])
     assert verdicts["good stream"] == "ok"
@@ -216,6 +221,24 @@ def test_products_that_wait_for_each_other(waits, serial, reason, found) -> None
     result = Compiled("product", 90, "", tensor=8, products=8, waits=waits, serial=serial)
     with_name = type("Kernel", (), {"params": ()})  # interpreted kernels have none
     assert "; ".join(violations(dataclasses.replace(case, kernel=with_name), result, MachineCode(""))) == found
+
+
+@pytest.mark.parametrize("at, stack, found", [
+    ("before", 144, ""),
+    ("before", 168, "168 B of stack, 0 local loads and stores where elements stream (160 B allowed)"),
+    ("inside", 8, "8 B of stack, 1 local loads and stores where elements stream (0 B allowed)"),
+    ("no loop", 8, "8 B of stack, 1 local loads and stores where elements stream (0 B allowed)"),
+])  # fmt: skip
+def test_a_stack_that_only_code_around_the_loops_uses_is_allowed(at, stack, found) -> None:
+    lines = ["STL [R1], R9 ;", "LDG.E.128 R8, desc[UR4][R6.64] ;", "@P1 BRA 0x10 ;", "EXIT ;"]
+    if at == "inside":
+        lines[:2] = ["MOV R4, RZ ;", "STL [R1], R9 ;", lines[1]]
+    if at == "no loop":
+        lines.pop(2)
+    code = MachineCode("".join(f"        /*{16 * i:04x}*/ {line}\n" for i, line in enumerate(lines)))
+    case = AotCase("spill", type("Kernel", (), {"params": ()}), {}, {}, 4, 3)
+    result = Compiled("spill", 90, "", stack=stack, local=stack_accesses(code))
+    assert "; ".join(violations(case, result, code)) == found
 
 
 def test_loops_and_widths_of_machine_code() -> None:

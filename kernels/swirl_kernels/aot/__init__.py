@@ -90,7 +90,9 @@ def _widths(counted: Counter[int]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m swirl_kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument(
+        "--out", type=Path, help="also write the table to this file; what stands above its first table stays"
+    )
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="WORDS", help="cases whose name contains one of these"
     )
@@ -128,7 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
         more, wrong = _with_other_triton(folder, options)
         text, failed = f"{text}\n{more}", failed or wrong
     if options.out is not None:
-        options.out.write_text(text, encoding="utf-8")
+        old = options.out.read_text(encoding="utf-8") if options.out.is_file() else ""
+        options.out.write_text(old.partition("Written by ")[0] + text, encoding="utf-8")
     return 1 if failed else 0
 
 

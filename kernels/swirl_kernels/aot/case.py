@@ -40,8 +40,9 @@ class AotCase:
     constants). constants: value of every constexpr argument (None for absent pointers). targets: compute capabilities that ship
     this configuration. tensor_cores: the kernel multiplies 16-bit matrices and must do it there, and on 9.0 its products must
     not wait for each other, but for `serial_reason`. aligned: arguments that are multiples of 16 at run time (pointers, strides
-    and sizes); the launcher must specialise them so. spill_bytes: local memory allowed, and why it is: `spill_reason` must not
-    be empty then. stream: what must hold where elements stream; None: nothing.
+    and sizes); the launcher must specialise them so. spill_bytes: local memory allowed
+    where elements stream, and why it is: `spill_reason` must not be empty then; around the loops OUTSIDE bytes are always
+    allowed. stream: what must hold where elements stream; None: nothing.
     """
 
     name: str
