@@ -7,6 +7,7 @@ import torch
 from support.linear_logprob_cases import inputs, results, upstream
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from swirl_kernels import linear_logprob
 from swirl_kernels.linear_logprob.ops import linear_logprob_backward, linear_logprob_forward
@@ -52,3 +53,14 @@ def test_a_compiled_caller_is_one_graph_for_all_lengths(chosen: Any) -> None:
             torch.testing.assert_close(got[name], x, msg=lambda m, n=name: f"{n}: {m}")
         compilations.add(counter.frame_count)  # torch counts a float that it specialises on as one more, the first time
     assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("workspace_mb, made_again", [(256.0, 0), (1e-4, 1)])
+def test_its_products_are_counted(workspace_mb: float, made_again: int) -> None:
+    """Forward and gradient of hidden, and the logits once more where none were kept."""
+    hidden, weight, targets = torch.randn(6, 4, requires_grad=True), torch.randn(10, 4), torch.randint(0, 10, (6,))
+    with FlopCounterMode(display=False) as counter:
+        logp = linear_logprob(hidden, weight, targets, workspace_mb=workspace_mb)
+        assert counter.get_total_flops() == 2 * 6 * 4 * 10
+        logp.sum().backward()
+    assert counter.get_total_flops() == 2 * 6 * 4 * 10 * (2 + made_again)

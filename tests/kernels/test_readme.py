@@ -145,14 +145,18 @@ def test_own_loop_example(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_package_needs_torch_and_triton_alone() -> None:
     """Imported and run with everything else of this environment hidden (numpy is torch's own optional need)."""
     program = """
-import importlib.abc, sys
-
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"transformers", "swirl_fast", "trl", "omegaconf", "datasets", "accelerate", "xxhash", "tqdm"}:
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Hidden())
+import importlib.machinery, sys
+MISSING = {"transformers", "swirl_fast", "trl", "omegaconf", "datasets", "accelerate", "xxhash", "tqdm"}
+class Installed(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name.split(".")[0] in MISSING else super().find_spec(name, *rest)
+sys.meta_path[:] = [f for f in sys.meta_path if "swirl_fast" not in repr(f) and f is not importlib.machinery.PathFinder] + [Installed]
+try:
+    import swirl_fast
+    sys.exit("swirl_fast is not hidden")
+except ModuleNotFoundError:
+    pass
 import torch, swirl_kernels, swirl_kernels.integrations.verl, swirl_kernels.integrations.openrlhf, swirl_kernels.integrations.trl
 hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
 swirl_kernels.linear_logprob(hidden, weight, torch.tensor([1, 2, 3, 4])).sum().backward()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swirl_kernels.backend import choose_backend
 from swirl_kernels.linear_logprob.autograd import Kept, Settings, Tiles, Upstream, tiles_of
@@ -228,3 +229,18 @@ def _gradients(ctx: Any, dlogp: Tensor | None, *others: Tensor | None) -> tuple[
 
 
 linear_logprob_forward.register_autograd(_gradients, setup_context=_save)
+
+
+# For torch's FlopCounterMode, which does not see inside an operator; of shapes, so rows that are left out count as well.
+@register_flop_formula(torch.ops.swirl_kernels.linear_logprob)
+def _(hidden: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.swirl_kernels.linear_logprob_backward)
+def _(_dlogp: Any, _dentropy: Any, hidden: tuple[int, int], weight: tuple[int, int], *rest: Any, **__: Any) -> int:
+    """Of the gradients that are asked for, and the logits that are made again."""
+    need_hidden, need_weight, _ = rest[-3:]
+    (kept,) = rest[6]
+    logits = hidden[0] * weight[0]
+    return 2 * hidden[1] * (logits * (need_hidden + need_weight) + max(logits - kept, 0))
