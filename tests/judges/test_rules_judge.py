@@ -27,6 +27,7 @@ SWEETS = "There are 17 sweets for 5 children, who get 5 bags. How many are left 
 CLIPS = "Natalia sold clips to 48 friends in April, and then half as many in May. How many in all?"
 MAILS = "James gets 160 emails a day. 30% of them need no answer. How many answers are due in 5 days?"
 MILLIONS = "A town pays $1.5 million in 12 months. What does it pay a month?"
+READ = "Ann reads {a} pages and Bob reads {b} pages a week. How many pages do both read in {c} {unit}s?"
 FILM = "Who directed the film in which Greta Garbo first spoke?"
 CHOICE = "Which was started first, Arthur's Magazine or First for Women?"
 SAME = "Were Scott Derrickson and Ed Wood of the same nationality?"
@@ -180,6 +181,40 @@ CONNECTED = {
     "result and a constant only": (APPLES, FRUIT, call("17*2")[0], "BAD"),
     "result of a bad call": (APPLES, [call("12*7")], call("84+5")[0], "BAD"),
 }  # fmt: skip
+
+# A result that equals a number which a word of the question stands for: question, earlier steps, judged action, verdict
+TWO_READINGS = {
+    "7 beside a week": (READ.format(a=3, b=4, c=5, unit="week"), [call("3+4"), call("7*5")], answer("35"), "GOOD"),
+    "8, which is no unit": (READ.format(a=3, b=5, c=5, unit="week"), [call("3+5"), call("8*5")], answer("40"), "GOOD"),
+    "24 beside a day": (READ.format(a=11, b=13, c=5, unit="day"), [call("11+13"), call("24*5")], answer("120"), "GOOD"),
+    "60 beside an hour": (READ.format(a=28, b=32, c=5, unit="hour"), [call("28+32"), call("60*5")], answer("300"), "GOOD"),
+    "12 beside a foot": (READ.format(a=5, b=7, c=4, unit="foot"), [call("5+7"), call("12*4")], answer("48"), "GOOD"),
+    "both in one call": (READ.format(a=3, b=4, c=5, unit="week"), [call("3+4"), call("7*7*5")], answer("245"), "GOOD"),
+    "the unit alone": (READ.format(a=3, b=4, c=5, unit="week"), [call("7*5")], answer("35"), "BAD"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWO_READINGS)
+def test_of_two_readings_the_one_that_rests_on_more_numbers_counts(name):
+    question, history, action, expected = TWO_READINGS[name]
+    assert verdict(question, history, action) == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "history", "reason"),
+    [
+        (APPLES, [call("12+5")], "not used: 3"),
+        (APPLES, [call("12+5"), call("5*3")], "17 is without 3, which other results use"),
+        (APPLES, [], "an answer before any tool gave a result"),
+        (APPLES, [call("12*7")], "not used: 12, 5, 3"),
+        ("How many legs?", [call("2*3")], "no calculation was accepted"),
+    ],
+)
+def test_the_reason_names_what_an_answer_is_missing(question, history, reason):
+    view = StepView("sums", question, tuple(history), answer("17"))
+    (judgement,) = RulesJudge(RulesConfig(), TOOLS).judge([view])
+    assert judgement.verdict is Verdict.BAD and reason in judgement.reason and "none" not in judgement.reason
+
 
 FULL = {
     "whole sum": (CHAIN, [], call("12+34-5")[0], "GOOD"),
@@ -406,7 +441,7 @@ def test_ids_name_what_changes_verdicts():
         RulesJudge(RulesConfig(coverage=c), tools).id for c in ("connected", "full") for tools in (TOOLS, {"sums": ()})
     }
     assert len(ids) == 4
-    assert all(id.startswith(("rules-v4-connected", "rules-v4-full")) for id in ids)
+    assert all(id.startswith(("rules-v5-connected", "rules-v5-full")) for id in ids)
 
 
 def test_tools_of_the_task_decide_what_is_malformed():

@@ -1,0 +1,191 @@
+"""Judges against people, on rows made up in the form of the published files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.judge_people import measure
+from benchmarks.judge_people.trajectories import read_calculator, read_search
+from swirl_fast.formats.format import results_in
+from swirl_fast.verdict import Judgement, Verdict
+
+QUESTIONS = [f"Who wrote the book about fox {number}?" for number in range(6)]
+
+
+def called(*queries: str, content: str = "") -> dict:
+    function = {"name": "search", "arguments": json.dumps({"query_list": list(queries)})}
+    return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
+
+
+def tool(*contents: str) -> dict:
+    return {
+        "role": "tool",
+        "content": json.dumps({"result": [[{"document": {"contents": text}, "score": 0.5} for text in contents]]}),
+    }
+
+
+def search_row(question: str, labels: dict[str, int], right: int = 1) -> dict:
+    messages = [
+        {"role": "system", "content": "Help."},
+        {"role": "user", "content": question},
+        called("fox book", "fox book author", content="I search."),
+        tool('"The ""Red"" Fox"\nA book by\nAnn Lee.', '"The ""Red"" Fox"\nA book by\nAnn Lee.', "Foxes\nAnimals."),
+        called("Ann Lee"),
+        {"role": "tool", "content": json.dumps({"error": 500, "message": "timeout"})},
+        {"role": "assistant", "content": "It was she. <answer>Ann Lee</answer>"},
+    ]
+    return {"question": question, "messages": messages, "step_labels": labels, "final_label": right}
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def search_file(tmp_path: Path) -> str:
+    return write(tmp_path / "search.jsonl", [search_row(question, {"2": 1, "4": -1, "6": 1}) for question in QUESTIONS])
+
+
+@pytest.fixture
+def calculator_file(tmp_path: Path) -> str:
+    rows = []
+    for n in range(4, 10):
+        right = {
+            "is_correct": True,
+            "solution": f"That is <<{n}*3={3 * n}>>{3 * n} and <<{3 * n}+2={3 * n + 2}>>.\nA: {3 * n + 2}",
+        }
+        wrong = {"is_correct": False, "solution": f"So <<{n}+3={n + 3}>>{n + 3}, <<2/0=0>>.\nA: {n + 3}"}
+        rows.append(
+            {
+                "question": f"A box holds {n} rows of 3 pens, and 2 more. How many?",
+                "ground_truth": f"<<{n}*3={3 * n}>> <<{3 * n}+2={3 * n + 2}>>\nA: {3 * n + 2}",
+                "6b": right,
+                "175b": wrong,
+            }
+        )
+    return write(tmp_path / "calculator.jsonl", rows)
+
+
+def test_search_trajectories_become_steps_that_the_rules_can_read(search_file: str) -> None:
+    trajectory = read_search(search_file)[0]
+    first, second, last = trajectory.steps
+    assert first.view.action_text == "I search.\n<search_query>fox book; fox book author</search_query>"
+    assert [step.kind for step in trajectory.steps] == ["several queries", "one query", "answer"]
+    assert [step.label for step in trajectory.steps] == [Verdict.GOOD, Verdict.BAD, Verdict.GOOD] and trajectory.right
+    (_, seen), (_, failed) = last.view.history
+    assert results_in(first.action.calls, seen) == ['The "Red" Fox: A book by Ann Lee.\nFoxes: Animals.']
+    assert results_in(second.action.calls, failed) == ["ERROR: timeout"]
+    no_search = dict(
+        search_row(QUESTIONS[0], {"2": -1}),
+        messages=[{"role": "user", "content": "?"}, {"role": "assistant", "content": "<answer>she</answer>"}],
+    )
+    assert read_search(write(Path(search_file), [no_search]))[0].steps[0].kind == "answer before any search"
+    assert second.view.history == last.view.history[:1] and first.view.history == ()
+
+
+def test_a_label_of_0_is_no_label_and_halves_go_by_question(tmp_path: Path) -> None:
+    rows = [search_row(question, {"2": 0}, right=0) for question in QUESTIONS * 2]
+    trajectories = read_search(write(tmp_path / "s.jsonl", rows))
+    assert all(step.label is None for trajectory in trajectories for step in trajectory.steps)
+    assert {trajectory.right for trajectory in trajectories} == {None}
+    halves = [trajectory.half for trajectory in trajectories]
+    assert halves[:6] == halves[6:] and set(halves) == {"tune", "check"}
+
+
+def test_solutions_become_calls_with_what_our_calculator_answers(calculator_file: str) -> None:
+    right, wrong = read_calculator(calculator_file)[:2]
+    assert [step.view.action_text for step in right.steps] == [
+        "<math_exp>4*3</math_exp>",
+        "<math_exp>12+2</math_exp>",
+        "<answer>14</answer>",
+    ]
+    assert right.steps[-1].view.history == (
+        ("<math_exp>4*3</math_exp>", "4*3 -> 12.0"),
+        ("<math_exp>12+2</math_exp>", "12+2 -> 14.0"),
+    )
+    assert [step.label for step in right.steps] == [Verdict.GOOD] * 3 and [step.label for step in wrong.steps] == [
+        Verdict.BAD
+    ] * 3
+    assert "ERROR" in wrong.steps[-1].view.history[1][1]
+
+
+def test_the_command_measures_both_halves_and_keeps_no_text(
+    search_file: str, calculator_file: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "result.json"
+    measure.main(["--search", search_file, "--calculator", calculator_file, "--out", str(out)])
+    text = out.read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert result["judges"]["search"].startswith("rules-v") and "fox" not in text and "pens" not in text
+    for name in ("search", "calculator"):
+        assert sum(result[name][half]["questions"] for half in measure.HALVES) == 6
+        for half in measure.HALVES:
+            assert (
+                sum(part["steps"] for part in result[name][half]["by_kind"].values())
+                == result[name][half]["steps"]["steps"]
+                > 0
+            )
+    calculator = result["calculator"]["check"]
+    assert (
+        calculator["steps"]["good_kept"] == 1.0
+        and calculator["trajectories"]["precision"] == calculator["trajectories"]["auc"] == 1.0
+    )
+
+
+def test_the_numbers_are_those_of_a_slow_count(calculator_file: str) -> None:
+    """Kappa by its definition, AUC over all pairs, UNKNOWN left out of both shares."""
+    trajectories = read_calculator(calculator_file)
+    verdicts = [Verdict.GOOD, Verdict.BAD, Verdict.GOOD, Verdict.UNKNOWN, Verdict.GOOD]
+    judged = [
+        (one, [Judgement(verdicts[(at * 3 + i) % 5], "") for i in range(len(one.steps))])
+        for at, one in enumerate(trajectories)
+    ]
+    report = measure.measure(judged)
+    pairs = [
+        (step.label, judgement.verdict)
+        for one, given in judged
+        for step, judgement in zip(one.steps, given, strict=True)
+    ]
+    known = [pair for pair in pairs if pair[1] is not Verdict.UNKNOWN]
+    observed = sum(a is b for a, b in known) / len(known)
+    chance = sum(
+        (sum(a is v for a, _ in known) / len(known)) * (sum(b is v for _, b in known) / len(known))
+        for v in (Verdict.GOOD, Verdict.BAD)
+    )
+    bad = [verdict for label, verdict in known if label is Verdict.BAD]
+    assert report["steps"]["kappa"] == pytest.approx((observed - chance) / (1 - chance))
+    assert report["steps"]["bad_seen"] == pytest.approx(bad.count(Verdict.BAD) / len(bad))
+    assert report["steps"]["unknown_share"] == pytest.approx(1 - len(known) / len(pairs))
+    scores = {
+        right: [
+            sum(j.verdict is Verdict.GOOD for j in given) / len(given) for one, given in judged if one.right is right
+        ]
+        for right in (True, False)
+    }
+    wins = [(a > b) + (a == b) / 2 for a in scores[True] for b in scores[False]]
+    assert report["trajectories"]["auc"] == pytest.approx(sum(wins) / len(wins))
+    low, high = report["trajectories"]["auc_interval"]
+    assert low <= report["trajectories"]["auc"] <= high
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"f.jsonl:1: not JSON"),
+        ('{"question": "a"}', r"f.jsonl:1: has no key messages, step_labels, final_label; is it the other file\?"),
+        (
+            '{"question": "a", "messages": [{"content": "b"}], "step_labels": {}, "final_label": 1}',
+            "f.jsonl:1: messages are not as AgentProcessBench has them",
+        ),
+    ],
+)
+def test_wrong_files_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "f.jsonl").write_text(text + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_search(tmp_path / "f.jsonl")
+    with pytest.raises(ValueError, match="gone.jsonl: no such file; where to get it"):
+        read_calculator(tmp_path / "gone.jsonl")
+    with pytest.raises(SystemExit):
+        measure.main([])
