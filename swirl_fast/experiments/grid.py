@@ -29,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -117,7 +118,8 @@ class Experiment:
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     differs: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Arm -> what its entry in the file says, a line a setting."""
-    file: Path | None = None
+    command: str = ""
+    """Starts it."""
 
     @property
     def arms(self) -> list[str]:
@@ -192,7 +194,10 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     compare = (spec.compare[0], spec.compare[1]) if spec.compare else (list(arms)[-1], next(iter(arms)))
     pairs = {key: (str(pair[0]), str(pair[1])) for key, pair in spec.pairs.items()}
     differs = {arm: _said(*arms[arm][:3]) for arm in arms}
-    return Experiment(name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep, pairs, differs, path)
+    command = shlex.join(["swirl-fast", "experiment", str(path), *overrides])
+    return Experiment(
+        name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep, pairs, differs, command
+    )
 
 
 def _said(trained: bool, start: str | None, entries: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import fcntl
 import json
-import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,8 +99,9 @@ def write_outputs(experiment: Experiment) -> None:
         experiment.fewer_seeds,
     )
     write_json(experiment.summary, summary)
-    command = f"swirl-fast experiment {shlex.quote(str(experiment.file))}"
-    report = write_experiment_report(experiment.results, experiment.name, summary, results, experiment.differs, command)
+    report = write_experiment_report(
+        experiment.results, experiment.name, summary, results, experiment.differs, experiment.command
+    )
     print(f"\n{results_table(summary)}\n\n{experiment.summary}  {report}")
 
 

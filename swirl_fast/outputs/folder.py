@@ -46,7 +46,8 @@ class RunFolder:
             rows = []
             run.problems.append(f"`{METRICS_FILE}` is not readable as text: {error}; {_remedy(METRICS_FILE)}")
         run.metrics = [row for row in rows if isinstance(row, dict) and is_number(row.get("step"))]
-        run.filter, run.summary, run.hardware = map(run._json, ("filter.json", "summary.json", "hardware.json"))
+        run.filter, run.summary = run._json("filter.json"), run._json("summary.json")
+        run.hardware = run._hardware()
         files = (folder / "evaluations").glob("*.json")
         for name in sorted((file.stem for file in files), key=lambda name: (name != "base", name != "trained", name)):
             evaluation = run._json(f"evaluations/{name}.json")
@@ -71,6 +72,21 @@ class RunFolder:
         """The judge of the collected trajectories: that of the filter; before there is one, that of the evaluations."""
         named = [one.get("judge") for one in (self.filter or {}, *self.evaluations.values())]
         return next((judge for judge in named if isinstance(judge, str)), None)
+
+    def _hardware(self) -> dict[str, Any] | None:
+        """processor, cores (None on a GPU), ranks, nodes; a file that holds anything else is a problem."""
+        found = self._json("hardware.json")
+        if found is None:
+            return None
+        processor, cores, ranks, nodes = (found.get(key) for key in ("processor", "cores", "ranks", "nodes"))
+        counts = [ranks, nodes, *([] if cores is None else [cores])]
+        whole = all(isinstance(count, int) and count > 0 for count in counts)
+        if not isinstance(processor, str) or not whole:
+            self.problems.append(
+                f"`hardware.json` holds {repr(found)[:80]}, which no training writes; {_remedy('hardware.json')}"
+            )
+            return None
+        return {"processor": processor, "cores": cores, "ranks": ranks, "nodes": nodes}
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name

@@ -119,10 +119,10 @@ def _facts(run: Run) -> str:
 
 def _hardware(run: Run) -> str:
     """A GPU a rank, or the CPU that all ranks share; empty before a training."""
-    processor, ranks, cores = ((run.hardware or {}).get(key) for key in ("processor", "ranks", "cores"))
-    if not processor:
+    if run.hardware is None:
         return ""
-    if not cores:
+    processor, cores, ranks = (run.hardware[key] for key in ("processor", "cores", "ranks"))
+    if cores is None:
         return f"{ranks} × {processor}"
     return f"{processor}, {cores} cores" + (f", {ranks} ranks" if ranks != 1 else "")
 
@@ -208,11 +208,12 @@ def _again(run: Run) -> str:
     """The command that repeats the run beside it."""
     config = shlex.quote(str(run.folder / "config.yaml"))
     name = shlex.quote(f"run.name={run.folder.resolve().name}-again")
-    ranks = (run.hardware or {}).get("ranks") or 1
-    nodes = (run.hardware or {}).get("nodes") or 1
+    ranks, nodes = (run.hardware["ranks"], run.hardware["nodes"]) if run.hardware else (1, 1)
     several = f"--nnodes {nodes} " if nodes > 1 else ""
     meet = " --rdzv-backend c10d --rdzv-endpoint HOST:PORT" if nodes > 1 else ""
-    start = "swirl-fast" if ranks == 1 else f"torchrun {several}--nproc-per-node {ranks // nodes}{meet} -m swirl_fast"
+    start = (
+        "swirl-fast" if ranks == 1 else f"torchrun {several}--nproc-per-node {-(-ranks // nodes)}{meet} -m swirl_fast"
+    )
     return (
         "<p>The same run once more, under another name, from the folder in which this one was started:</p>\n"
         f'<div class="text action">{escape(f"{start} run --config {config} {name}")}</div>\n'

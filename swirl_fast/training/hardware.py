@@ -14,10 +14,8 @@ from swirl_fast.ranks import Ranks
 def hardware(ranks: Ranks) -> dict[str, str | int]:
     """processor: the GPU of this rank, or the CPU. cores: of the CPU, where that is the processor. ranks: how many train, on how many
     nodes."""
-    shared: dict[str, str | int] = {
-        "ranks": ranks.size,
-        "nodes": ranks.size // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)),
-    }
+    of_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    shared: dict[str, str | int] = {"ranks": ranks.size, "nodes": -(-ranks.size // of_a_node)}
     if ranks.device.type == "cuda":
         return {"processor": torch.cuda.get_device_name(ranks.device), **shared}
     return {"processor": cpu_name(), "cores": os.cpu_count() or 1, **shared}

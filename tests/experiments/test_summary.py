@@ -185,8 +185,12 @@ def of_one_seed(name: str, folder: Path) -> Path:
 def test_the_experiment_of_the_first_study_finds_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings of today are those that docs/study_reference_judge.md speaks of."""
     monkeypatch.chdir(tmp_path)
-    experiment = read_experiment(of_one_seed("study_reference_judge", tmp_path))
+    file = of_one_seed("study_reference_judge", tmp_path)
+    experiment = read_experiment(file)
     assert len(experiment.cells) == 7 and experiment.done().keys() == {(cell.arm, 1) for cell in experiment.cells}
+    assert experiment.differs["base"] == ["the model as it is, not trained"]
+    again = read_experiment(file, ["training.steps=2"]).command
+    assert again == f"swirl-fast experiment {file} training.steps=2"
 
 
 def test_the_main_arms_of_the_study_see_no_gold_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -452,6 +452,13 @@ def test_the_header_says_with_what_it_was_trained_and_the_settings_how_to_do_it_
     )
     (folder / "hardware.json").write_text("{")
     assert "hardware.json is not readable as JSON" in written(folder).one(kind="missing").text
+    for damaged in (
+        {"processor": "x"},
+        {"processor": "x", "ranks": "two", "nodes": 1},
+        {"processor": "x", "ranks": 5, "nodes": 0},
+    ):
+        (folder / "hardware.json").write_text(json.dumps(damaged))
+        assert "which no training writes" in written(folder).one(kind="missing").text
 
 
 # ---- trajectories

@@ -74,6 +74,7 @@ def test_a_folder_of_ones_own_is_run_from_elsewhere(done: Path, calling: Path) -
     rewards = [row["reward"] for row in read_metrics(run)]
     assert len(rewards) == 2 and all(0.1 < reward < 1 for reward in rewards)
     assert all(row["grad_norm"] > 0 for row in read_metrics(run)), "rewards must differ, or nothing here is tested"
+    assert json.loads((run / "hardware.json").read_text(encoding="utf-8"))["ranks"] == 1
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["base"]["questions"] == summary["trained"]["questions"] == 4
 
