@@ -387,6 +387,7 @@ def _add_config(commands: Any) -> None:
     text = "what the settings mean, which values they accept, and what they are here"
     command = _command(commands, "config", text, "sections: " + ", ".join(sections(Config)))
     command.add_argument("--config", metavar="FILE", help="a YAML file whose values are shown")
+    command.add_argument("--changed", action="store_true", help="only what differs from the defaults, a line a setting")
     command.add_argument(
         "overrides",
         nargs="*",
@@ -401,7 +402,7 @@ def _config(options: argparse.Namespace) -> int:
 
     names = [word for word in options.overrides if "=" not in word]
     config = load(options.config, [word for word in options.overrides if "=" in word], files=False)
-    print(describe(names, config))
+    _write([describe(names, config, changed=options.changed)])
     return 0
 
 

@@ -350,6 +350,8 @@ CONSOLE = {
     "seconds": "  {:.1f} s",
 }
 
+SPEEDS = ("tokens_computed_per_second", "tokens_effective_per_second", "mfu", "mfu_step")
+
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 
@@ -397,8 +399,13 @@ class PhaseTimer:
 
 def console_line(row: Mapping[str, float], steps: int) -> str:
     """The console line of a training step. steps: training.steps. What a row does not have is left out, and so is what is not a number: but
-    for the gradient's norm, of which that is news."""
-    there = (name for name in CONSOLE if name in row and (name == "grad_norm" or not math.isnan(row[name])))
+    for the gradient's norm, of which that is news. Of a step that computed nothing, since no state had a signal, there is no speed."""
+    idle = SPEEDS if row.get("tokens_computed") == 0 else ()
+    there = (
+        name
+        for name in CONSOLE
+        if name in row and name not in idle and (name == "grad_norm" or not math.isnan(row[name]))
+    )
     shown = (CONSOLE[name].format(row[name]) for name in there)
     return f"step {row['step']:.0f}/{steps}" + "".join(shown)
 
@@ -431,10 +438,15 @@ def without_gradient(rows: Sequence[Mapping[str, float]]) -> str:
     empty = [row for row in rows if 0 < row.get("states", 0) <= row.get("states_without_signal", 0)]
     if 2 * len(empty) <= len(rows):
         return ""
-    steps = "no step" if len(empty) == len(rows) else f"only {len(rows) - len(empty)} of {len(rows)} steps"
+    some = len(rows) - len(empty)
+    steps = (
+        f"only {some} of {len(rows)} steps had a gradient from rewards: in the others"
+        if some
+        else "no step had a gradient from rewards:"
+    )
     rewards = [row["reward"] for row in empty if not math.isnan(row.get("reward", math.nan))]
     mean = f" ({sum(rewards) / len(rewards):.2f} on average)" if rewards else ""
-    return f"{steps} had a gradient from rewards: elsewhere all actions of a state had the same one{mean}. {NOTHING_LEARNED}"
+    return f"{steps} all actions of a state had the same one{mean}. {NOTHING_LEARNED}"
 
 
 def glossary() -> str:

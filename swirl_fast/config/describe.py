@@ -33,7 +33,7 @@ One YAML file holds the settings of all stages, and `section.key=value` on the c
     swirl-fast run --config quickstart training.steps=20 'tasks.options={min_terms: 3}'
 
 `swirl-fast config` prints what is below; `swirl-fast config training`, `swirl-fast config training.learning_rate` a part of it; with
-`--config FILE` and `key=value` the values that they give.
+`--config FILE` and `key=value` the values that they give, with `--changed` only those that differ from the defaults.
 
 - A text is the text as it is written: `run.name=1e3`, `yes` and `3.10` are not read as numbers or truth values, and nothing in a text is
   interpolated. `null` without quotes, or nothing, means none where there can be none.
@@ -71,8 +71,17 @@ def selected(names: Sequence[str]) -> list[Setting]:
     ]
 
 
-def describe(names: Sequence[str], config: Config) -> str:
-    """Of each setting its key and value in `config`, what is accepted, the default and the meaning; of each section what it is for."""
+def describe(names: Sequence[str], config: Config, changed: bool = False) -> str:
+    """Of each setting its key and value in `config`, what is accepted, the default and the meaning; of each section what it is for.
+    changed: only the keys and values of those that differ from their defaults, as they are written on a command line."""
+    if changed:
+        values = {entry.key: operator.attrgetter(entry.key)(config) for entry in selected(names)}
+        there = [
+            f"{entry.key}={write_value(values[entry.key])}"
+            for entry in selected(names)
+            if values[entry.key] != entry.default
+        ]
+        return "\n".join(there) or "nothing differs from the defaults"
     parts, last = [], ""
     for entry in selected(names):
         section = entry.key.rpartition(".")[0]

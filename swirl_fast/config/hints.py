@@ -30,6 +30,7 @@ _SYNONYMS = {
     "clip_range_low clip_ratio_low epsilon_low": "algorithm.clip_low",
     "clip_range_high clip_ratio_high epsilon_high": "algorithm.clip_high",
     "clip_grad gradient_clipping grad_clip grad_norm max_grad_norm": "training.clip_grad_norm",
+    "column column_map columns field_map input_key label_key prompt_key": "tasks.fields",
     "data data_path dataset_name dataset_path train_data train_file train_files": "tasks.path tasks.dataset",
     "embedding_model retriever_model": "search.model",
     "epochs max_train_steps num_epochs num_iterations num_steps num_train_epochs total_epochs total_steps": "training.steps",

@@ -6,6 +6,7 @@ A text is the text as it was written; a number, a truth value or an accepted wor
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import operator
 import os
@@ -267,12 +268,21 @@ def check_each(config: Any) -> None:
         if entry.reads == "reference":
             for name in value if isinstance(value, list) else [value]:
                 if name and name not in entry.known and not references.is_reference(name):
-                    raise ConfigError(f"{key}={name}: must be {entry.accepted}")
+                    accepted = entry.accepted.removeprefix("list of names, each ")
+                    raise ConfigError(f"{key}={name}: must be {accepted}{_meant(name, entry.known)}")
         if not entry.range.accepts(value):
             limits = entry.accepted if isinstance(value, list) or entry.optional else str(entry.range)
             if isinstance(value, float) and not math.isfinite(value):
                 limits = f"{limits}, and a {'' if entry.range.endless else 'finite '}number"
             raise ConfigError(f"{key}={value}: must be {_article(limits)}")
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """The end of a message about a name that is neither known nor a reference."""
+    if name.endswith(".py"):
+        return f"; write {name}:NAME, with the name of what is in that file"
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _article(accepted: str) -> str:

@@ -38,8 +38,10 @@ REASONS = {
 REMEDIES = {
     "unfinished": "let collect run to its end",
     "no_steps": "collect again: the prompt fills the model's context",
-    "bad_step": "collect more trajectories a question, or use filter.kind=none",
-    "unknown_step": "run judge again: UNKNOWN steps are asked again",
+    "bad_step": "collect more trajectories a question, or use filter.kind=none, or filter.when_empty=none, which does so only where "
+    "nothing would be left",
+    "unknown_step": "run judge again: UNKNOWN steps are asked again; where a judge gives hardly any verdict, see what `judge` says, "
+    "or use filter.kind=none",
     "no_answer": "raise tasks.max_steps, or use filter.kind=process",
     "wrong_answer": "collect more trajectories a question or easier questions, or use filter.kind=process",
     "unknown_outcome": "run judge again: answers without a verdict are asked about again, or use filter.outcome=exact",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -24,7 +25,8 @@ from swirl_fast.stages.collect import check_collection
 from swirl_fast.tasks import offered_tools, parts_of
 from swirl_fast.tasks.task import Task
 from swirl_fast.training.build import check_machine
-from swirl_fast.training.memory import estimate
+from swirl_fast.training.memory import estimate, on_disk, shapes
+from swirl_fast.training.resume import check_newest
 
 GIB = 1 << 30
 NEEDS = {
@@ -85,9 +87,26 @@ def _check_model(config: Config, stage: str, ranks: Ranks) -> list[str]:
     lines = [f"model: {name}, {model_config.model_type}, context {context_of(model_config):,}, {shared}"]
     lines[0] += f"; turns end with {renderer.tokenizer.convert_ids_to_tokens(renderer.stop_id)}"
     if stage in ("train", "run"):
-        needed = estimate(model_config, config, ranks.size if ranks.distributed else 0)
+        model = shapes(model_config)
+        needed = estimate(model_config, config, ranks.size if ranks.distributed else 0, model)
         lines.append(f"memory of a GPU: {needed}{'' if torch.cuda.is_available() else ' (there is none here)'}")
+        lines.append(_disk(config, on_disk(config, model) / GIB))
     return lines
+
+
+def _disk(config: Config, needed: float) -> str:
+    """needed: GiB."""
+    said = (
+        f"disk: about {needed:.1f} GiB for the model and training.keep_checkpoints={config.training.keep_checkpoints}"
+    )
+    free = shutil.disk_usage(_existing(config)).free / GIB
+    return said if free > needed else f"{said}; ONLY {free:.1f} GiB ARE FREE: name another run.folder, or keep fewer"
+
+
+def _existing(config: Config) -> Path:
+    """The run's folder, or what there is of the path to it."""
+    folder = config.folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _check_task(config: Config, task: Task, stage: str) -> list[str]:
@@ -97,11 +116,16 @@ def _check_task(config: Config, task: Task, stage: str) -> list[str]:
         f"tools: {', '.join(tool.name for tool in tools.get(name, ())) or 'none'}"
         for name, part in parts_of(task).items()
     ]
+    for split, wanted in ("train", config.tasks.limit), ("eval", config.tasks.eval_limit):
+        if (there := len(task.questions(split))) < wanted and not config.tasks.mix:
+            key = "tasks.limit" if split == "train" else "tasks.eval_limit"
+            lines.append(f"task: there are {there:,} questions where {key}={wanted} asks for more: all are taken")
     if stage in ("collect", "run"):
         check_collection(config)
         if config.collect.source == "policy":
             lines.append(f"collect: {len(task.questions('train')) * count:,} trajectories, {count} a question")
     if stage in ("train", "run"):
+        check_newest(config, task)
         lines.append(
             f"train: {training.steps:,} steps of {training.trajectories_per_step} trajectories, {training.group_size} actions at each of "
             "their states"
@@ -110,8 +134,7 @@ def _check_task(config: Config, task: Task, stage: str) -> list[str]:
 
 
 def _check_folder(config: Config) -> str:
-    folder = config.folder.absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    folder, there = config.folder.absolute(), _existing(config)
     if not there.is_dir():
         raise ConfigError(f"run.folder={config.run.folder}: {there} is a file; name a folder")
     free = shutil.disk_usage(there).free / GIB

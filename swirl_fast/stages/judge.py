@@ -41,7 +41,7 @@ def judge(config: Config) -> None:
             _judge(config, task, process_judge, ranks, store, ids)
             stats = ranks.gather(process_judge.stats())
             if store is not None:
-                _say(process_judge, store, ids, stats)
+                _say(config, process_judge, store, ids, stats)
             ranks.meet()
 
 
@@ -72,7 +72,7 @@ def _judge(
     parts.fill(store, list(questions.values()), count, lacks, work, absent=False)
 
 
-def _say(process_judge: Judge, store: Store, ids: Sequence[str], stats: Sequence[JudgeStats]) -> None:
+def _say(config: Config, process_judge: Judge, store: Store, ids: Sequence[str], stats: Sequence[JudgeStats]) -> None:
     """stats: of every rank's judge."""
     counts: Counter[Verdict] = Counter()
     total, graded = 0.0, False
@@ -85,6 +85,12 @@ def _say(process_judge: Judge, store: Store, ids: Sequence[str], stats: Sequence
     known = counts.total() - counts[Verdict.UNKNOWN]
     mean = f"; mean reward {total / known:.3f}" if graded else ""
     print(f"judge: {counts.total()} steps by {process_judge.id}: {shares}{mean}")
+    by_text = config.judge.kind == "model" and config.judge.model.read == "text"
+    if by_text and 2 * counts[Verdict.UNKNOWN] > counts.total():
+        print(
+            "judge: most steps got no verdict: see what it wrote with `swirl-fast show`; a model that does not keep to the form can be "
+            "read by the probability of its verdict word (judge.model.read=logprobs, and judge.model.explain=false for one word alone)"
+        )
     if prompt_tokens := sum(one.prompt_tokens for one in stats):
         share = sum(one.cached_tokens for one in stats) / prompt_tokens
         print(f"judge: {share:.0%} of {prompt_tokens} prompt tokens came from a prefix cache")

@@ -10,6 +10,7 @@ from swirl_fast.data.shard_source import check_clients
 from swirl_fast.files import read_json, write_json
 from swirl_fast.metrics import read_metrics, without_gradient
 from swirl_fast.ranks import Ranks, joined
+from swirl_fast.stages.build import build_task
 from swirl_fast.stages.collect import check_collection, collect
 from swirl_fast.stages.evaluate import evaluate, evaluate_trained
 from swirl_fast.stages.filter import filter
@@ -18,6 +19,7 @@ from swirl_fast.stages.report import report
 from swirl_fast.stages.scores import accuracy_table
 from swirl_fast.stages.train import train
 from swirl_fast.training.build import check_machine
+from swirl_fast.training.resume import check_newest
 
 SHOWN = (
     "accuracy",
@@ -42,6 +44,7 @@ def _run(config: Config, ranks: Ranks) -> None:
     check_clients(config.filter.upload)
     check_machine(config, ranks)  # hours before training would say so
     check_collection(config)  # before the evaluation sets an earlier one aside
+    check_newest(config, build_task(config))
     base = evaluate(config, "base")
     collect(config)
     judge(config)

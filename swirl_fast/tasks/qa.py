@@ -72,8 +72,8 @@ class QA(TaskDefaults):
         column = self._columns[name]
         if column not in row.fields:
             raise ValueError(
-                f"{row.where}: there is no column {column!r}, only {', '.join(map(str, row.fields)) or 'none'}; say which holds the "
-                f"{name}: tasks.fields={{{name}: COLUMN}}"
+                f"{row.head or row.where}: there is no column {column!r}, only {', '.join(map(str, row.fields)) or 'none'}; say which "
+                f"holds the {name}: tasks.fields={{{name}: COLUMN}}"
             )
         return read(column)
 

@@ -31,10 +31,12 @@ HELD_OUT = 0.1  # share of the rows, from the end, that is held out when there i
 
 
 class Row(NamedTuple):
-    """where: the place as an error names it, `file:line` or `file, row 3`. fields: the row as it was read."""
+    """where: the place as an error names it, `file:line` or `file, row 3`. fields: the row as it was read. head: the place of the names of
+    its fields, where they stand once for all rows."""
 
     where: str
     fields: dict[str, Any]
+    head: str = ""
 
     def text(self, field: str) -> str:
         """A field that must be text, and not blank. Raises ValueError naming file, line and field."""
@@ -173,20 +175,21 @@ def _table_rows(file: Path, text: str, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
+    head = ""
     try:
         for values in reader:
             if not any(value.strip() for value in values):
                 continue
             if not header:
-                header = [value.strip() for value in values]
+                header, head = [value.strip() for value in values], f"{file}:{reader.line_num}"
                 if twice := [name for name, count in Counter(header).items() if count > 1]:
-                    raise ValueError(f"{file}:{reader.line_num}: two columns are called {twice[0]!r}")
+                    raise ValueError(f"{head}: two columns are called {twice[0]!r}")
                 continue
             if len(values) != len(header):
                 raise ValueError(
                     f"{file}:{reader.line_num}: has {len(values)} values, and there are {len(header)} columns: {', '.join(header)}"
                 )
-            yield Row(f"{file}:{reader.line_num}", dict(zip(header, values, strict=True)))
+            yield Row(f"{file}:{reader.line_num}", dict(zip(header, values, strict=True)), head)
     except csv.Error as error:
         raise ValueError(f"{file}:{reader.line_num}: {error}") from None
 

@@ -66,8 +66,8 @@ def _of_function(reference: str, function: Any) -> tuple[str, str, Any]:
         schema = get_json_schema(function)["function"]
     except Exception as error:  # DocstringParsingException, TypeHintParsingException, and what typing raises
         raise ConfigError(
-            f"{KEY}={reference}: {error}. A tool needs a type for every argument, and a docstring that says what it does and, below "
-            "`Args:`, what each argument is"
+            f"{KEY}={reference}: {str(error).rstrip(' .!')}. A tool needs a type for every argument, and a docstring that says what it "
+            "does and, below `Args:`, what each argument is"
         ) from None
     return schema["name"], schema["description"], schema["parameters"]
 

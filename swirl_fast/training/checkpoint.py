@@ -326,6 +326,15 @@ def recorded_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """The state in the newest checkpoint; None where there is none, or it cannot be read. Whether it is whole is not looked at."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoints(folder)[-1] / _STATE).read_text(encoding="utf-8"))
+        return state if isinstance(state["settings"], dict) else None
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return None
+
+
 def load_weights(path: Path, policy: Policy | torch.nn.Module) -> None:
     """Restores only the model from a checkpoint. Collective."""
     weights = _without_frozen(policy, get_model_state_dict(policy))

@@ -76,15 +76,10 @@ def estimate(
     count = sum(parameter.numel() for parameter in model.parameters())
     in_layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     layer, root = max(in_layers), count - sum(in_layers)
-    trained, in_layer, in_root, products = (
-        count,
-        layer,
-        root,
-        0.0,
-    )  # numbers that have gradients; products of adapters a token
+    in_layer, in_root, products = layer, root, 0.0  # numbers that have gradients; products of adapters a token
+    trained = _trained(model, config)
     if (rank := config.model.lora.rank) is not None:
         adapted = target_layers(model, config.model.lora.targets)
-        trained = rank * sum(sum(module.weight.shape) for module in adapted.values())
         in_layer, in_root, products = trained / len(layers), 0, rank * len(adapted)
     shared = (training.shard_size or ranks) if distributed else 1
     c = DTYPES[config.model.dtype].itemsize
@@ -129,6 +124,22 @@ def estimate(
     if moved:
         apart[2]["activations"] = float(tokens * moved)
     return Estimate(kept, step, *apart)
+
+
+def on_disk(config: Config, model: PreTrainedModel) -> float:
+    """Bytes of what training leaves in the run's folder and, while it writes one, of a checkpoint more: weights and two moments in
+    float32 of what is trained, and the model at the end. model: made by `shapes`."""
+    kept = config.training.keep_checkpoints + 1 + bool(config.training.keep_best)
+    exported = 2 if config.training.export_dtype in ("bfloat16", "float16") else 4
+    return 12.0 * _trained(model, config) * kept + exported * sum(one.numel() for one in model.parameters())
+
+
+def _trained(model: PreTrainedModel, config: Config) -> int:
+    """Numbers that have gradients."""
+    if (rank := config.model.lora.rank) is None:
+        return sum(parameter.numel() for parameter in model.parameters())
+    adapted = target_layers(model, config.model.lora.targets)
+    return rank * sum(sum(module.weight.shape) for module in adapted.values())
 
 
 def shapes(model_config: PreTrainedConfig) -> PreTrainedModel:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.config.contents import contents
 from swirl_fast.data.shards import Manifest
+from swirl_fast.files import describe_changes
+from swirl_fast.judges import judge_id
 from swirl_fast.models.load import model_fingerprint
+from swirl_fast.rendering import open_format
+from swirl_fast.tasks import offered_tools
+from swirl_fast.tasks.task import Task
+from swirl_fast.training.checkpoint import newest_state
 
 
 def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
@@ -75,6 +83,29 @@ def model_settings(config: Config) -> dict[str, Any]:
     if config.model.lora.rank is None:
         del settings["lora"]  # as in checkpoints that were written before there was any
     return settings
+
+
+def check_settings(folder: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """folder: of the checkpoints. Raises ConfigError where one that was made with `recorded` must not be gone on with."""
+    if recorded == settings:
+        return
+    changes = describe_changes(recorded, settings)
+    if recorded.get("judge") != settings["judge"]:
+        changes += (
+            " (a judge's name says what it is made of: judge.*, hashes of a rubric, of tools and of code of your own)"
+        )
+    raise ConfigError(f"{folder} was trained with other settings: {changes}. Go back to them, or use another run.name")
+
+
+def check_newest(config: Config, task: Task) -> None:
+    """Raises ConfigError where training would refuse to go on from the newest checkpoint of the run: stages that take hours come before
+    it. Of one that cannot be read training itself says so."""
+    folder = config.folder / "checkpoints"
+    if state := newest_state(folder):
+        form = open_format(config.actions, config.model)
+        check_settings(
+            folder, state["settings"], settings_of(config, judge_id(config.judge, offered_tools(task), form))
+        )
 
 
 def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:

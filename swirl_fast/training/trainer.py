@@ -21,7 +21,6 @@ from torch import Tensor
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.engines.engine import SharedEngine
 from swirl_fast.exits import Resumable
-from swirl_fast.files import describe_changes
 from swirl_fast.metrics import PhaseTimer
 from swirl_fast.models.exact import context_of
 from swirl_fast.models.load import DTYPES
@@ -37,6 +36,7 @@ from swirl_fast.training.guards import Guards
 from swirl_fast.training.heartbeat import Heartbeat
 from swirl_fast.training.interrupt import Interrupts
 from swirl_fast.training.metrics_log import MetricsLog
+from swirl_fast.training.resume import check_settings
 from swirl_fast.training.samples import SampleLog
 from swirl_fast.training.schedule import learning_rate
 from swirl_fast.training.step_metrics import StepSums, gaming_signs, over_ranks, rewards_by_task, step_metrics, trained
@@ -170,11 +170,7 @@ class Trainer:
 
     def _check_restored(self, state: dict[str, Any]) -> None:
         steps = self.config.training.steps
-        if state["settings"] != self.settings:
-            raise ConfigError(
-                f"{self.folder} was trained with other settings: {describe_changes(state['settings'], self.settings)}. "
-                "Go back to them, or use another run.name"
-            )
+        check_settings(self.folder, state["settings"], self.settings)
         if state["step"] > steps:
             raise ConfigError(
                 f"training.steps={steps}: {self.folder} is at step {state['step']} already; ask for at least "

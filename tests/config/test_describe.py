@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
 from support.paths import ROOT
+from support.runs import environment
 
 from swirl_fast import cli
-from swirl_fast.config import Config
+from swirl_fast.config import Config, load
 from swirl_fast.config.describe import document, meaning, meanings
 from swirl_fast.config.fields import Range, sections, settings
 from swirl_fast.config.schema import CHECKPOINTING, COVERAGES, TASKS
@@ -64,6 +67,20 @@ def test_a_key_prints_itself_with_what_it_accepts_its_default_and_its_value(
     text = shown(capsys, "tasks.path", "--config", str(ROOT / "configs" / "gsm8k.yaml"))
     assert text.startswith("tasks.path=train.jsonl\n    text or null; default null\n")
     assert shown(capsys, "engine.launch.port").startswith("engine.launch.port=30000\n    whole number, in [1, 65535];")
+
+
+def test_changed_shows_what_differs_from_the_defaults_and_can_be_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(ROOT / "configs" / "quickstart.yaml")
+    lines = shown(capsys, "--changed", "--config", file, "training.steps=7").splitlines()
+    assert "training.steps=7" in lines and not any(line.startswith("training.betas=") for line in lines)
+    assert load(None, lines, files=False) == load(file, ["training.steps=7"], files=False)
+    assert shown(capsys, "training", "--changed") == "nothing differs from the defaults\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    line = f"{sys.executable} -m swirl_fast config | head -n 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.stdout.startswith("# run: ") and done.stderr == ""
 
 
 @pytest.mark.parametrize(

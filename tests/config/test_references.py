@@ -152,3 +152,22 @@ def test_settings_of_a_mixture_are_read_as_those_of_a_task(tmp_path: Path) -> No
     }.items():
         with pytest.raises(ConfigError, match=message):
             load(None, [f"tasks.mix={written_mix}"])
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        (
+            "[calculater]",
+            "tasks.tools=calculater: must be one of calculator, search, or FILE.py:NAME .*; did you mean calculator?",
+        ),
+        (
+            "[calculator, mine.py]",
+            "tasks.tools=mine.py: must be .*; write mine.py:NAME, with the name of what is in that file",
+        ),
+        ("[x]", "tasks.tools=x: must be one of calculator, search, or FILE.py:NAME or MODULE:NAME$"),
+    ],
+)
+def test_the_entry_of_a_list_that_cannot_be_is_named(tools: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        load(None, [f"tasks.tools={tools}"])

@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+from support.collected import collected
 from support.endpoints import completion, serving
 
+from swirl_fast.cli import main
 from swirl_fast.config import ConfigError, EndpointConfig, load
 from swirl_fast.judges.model import GivenAnswer, model_answer_judge_id, model_step_judge_id
 from swirl_fast.judges.model.endpoint import ALTERNATIVES, FEW_ALTERNATIVES
@@ -236,6 +238,15 @@ def test_another_reading_is_another_judge():
     assert found[0] == ids(margin=0.3) == ("model-m-v2", "outcome-m-v1"), "the margin is of log-probs alone"
     assert found[4] == ("model-m-v2-unexplained-logprobs0.02", "outcome-m-v1-unexplained-logprobs0.02")
     assert len({one for pair in found for one in pair}) == 10
+
+
+def test_a_judge_that_keeps_to_no_form_is_told_what_helps(tmp_path, capsys):
+    said = "can be read by the probability of its verdict word (judge.model.read=logprobs"
+    for reply, helped in (("Hard to say.", True), ("VERDICT: GOOD", False)):
+        with serving(lambda *_, reply=reply: completion(reply)) as (endpoint, _):
+            run = collected(tmp_path / reply[:4])
+            assert main(["judge", *run, "judge.kind=model", f"judge.model.url={endpoint.url}"]) == 0
+        assert (said in capsys.readouterr().out) == helped
 
 
 def test_settings_that_cannot_work_together_are_refused():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.runs import attempt, free_port, overrides
@@ -28,12 +30,25 @@ def test_a_stage_that_can_work(stage: str, tmp_path: Path, tiny_model: Path) -> 
     if stage == "run":
         assert lines[0].startswith(f"model: {tiny_model}, llama, context ") and "shared prefixes" in lines[0]
         assert lines[1].startswith("memory of a GPU: ") and "GiB a rank" in lines[1]
-        assert lines[2:5] == [
+        assert lines[2].startswith("disk: about ") and "training.keep_checkpoints=" in lines[2]
+        assert lines[3:6] == [
             "task chain_sum: 6 questions to train on, 6 held out; tools: calculator",
             "collect: 18 trajectories, 3 a question",
             "train: 4 steps of 4 trajectories, 4 actions at each of their states",
         ]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_less_than_asked_for_is_said(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "".join(f"how much is {i} plus 1?,{i + 1}\n" for i in range(20))
+    (tmp_path / "d.csv").write_text(f"question,answer\n{rows}", encoding="utf-8")
+    given = ["tasks.kind=qa", f"tasks.path={tmp_path}/d.csv", "tasks.options={}", "tasks.examples=0", "tasks.limit=18"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    done = attempt(["run", *overrides(tmp_path, tiny_model, *given), "--dry-run"])
+    assert done.returncode == 0, done.stderr
+    assert "task: there are 2 questions where tasks.eval_limit=6 asks for more: all are taken" in done.stdout
+    assert "where tasks.limit" not in done.stdout
+    assert "; ONLY 0.0 GiB ARE FREE: name another run.folder, or keep fewer" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -46,5 +46,25 @@ def test_a_run_that_had_nothing_to_learn_from_says_so_at_its_end(tmp_path: Path,
     done = attempt(["run", *overrides(tmp_path, tiny_model, *short, "training.trajectories_per_step=2")])
     assert done.returncode == 0, done.stderr
     table = done.stdout.rpartition("mean process label")[2]
-    assert "no step had a gradient from rewards: elsewhere all actions of a state had the same one (0.00" in table
+    assert "no step had a gradient from rewards: all actions of a state had the same one (0.00" in table
     assert "a warm-up with algorithm.name=sft" in table
+
+
+def test_settings_that_training_would_refuse_are_refused_before_the_stages_before_it(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    short = ("training.steps=1", "tasks.limit=2", "tasks.eval_limit=1", "collect.trajectories_per_question=2")
+    settings = overrides(tmp_path, tiny_model, *short, "training.trajectories_per_step=2")
+    assert attempt(["run", *settings]).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    for changed, said in {
+        "judge.rules.coverage=full": "judge was ",
+        "training.group_size=3": "group_size was 4",
+    }.items():
+        for more in ([], ["--dry-run"]):
+            done = attempt(["run", *settings, changed, *more])
+            assert done.returncode == 2 and said in done.stderr, done.stderr
+            assert "was trained with other settings" in done.stderr and "evaluate" not in done.stdout
+            assert ("a judge's name says what it is made of" in done.stderr) == ("judge" in changed)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert attempt(["run", *settings]).returncode == 0, "what is there is gone on with"

@@ -187,7 +187,7 @@ def test_a_score_function_of_ones_own(tmp_path: Path) -> None:
     [
         (
             "q,answer\n1,2\n3,4\n",
-            "bad.csv:3: there is no column 'question', only q, answer; say which .* tasks.fields={question: COLUMN}",
+            "bad.csv:1: there is no column 'question', only q, answer; say which .* tasks.fields={question: COLUMN}",
         ),
         ("question,a\n1,2\n3,4\n", "there is no column 'answer', only question, a"),
         ("question,answer\n1,2,3\n", "bad.csv:2: has 3 values, and there are 2 columns: question, answer"),

@@ -130,6 +130,12 @@ def test_the_console_line_leaves_out_what_is_not_a_number() -> None:
     assert console_line(row, 10) == "step 3/10  unknown 0  grad nan  2.0 s"
 
 
+def test_a_step_that_computed_nothing_has_no_speed() -> None:
+    row = {metric.name: 0.0 for metric in METRICS} | {"step": 3, "reward": 1.0}
+    assert "tok/s" not in console_line(row, 10) and "mfu" not in console_line(row, 10)
+    assert "grad 0.00" in console_line(row, 10)
+
+
 def test_the_glossary_is_up_to_date() -> None:
     written = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert written == glossary(), "run: python -m swirl_fast.metrics > docs/metrics.md"
