@@ -25,7 +25,8 @@ import json
 import pickle
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,12 @@ import torch
 from benchmarks.environment import environment
 from swirl_fast.comb.flops import ModelSize
 from swirl_fast.comb.micro_batches import MicroBatchPlan, Walk, micro_batches
-from swirl_fast.comb.transfers import Transfer, rank_groups, transfers
+from swirl_fast.comb.transfers import Transfer, rank_groups, relieving, transfers
 from swirl_fast.comb.tree import SampledState, Trunk
 from swirl_fast.config import load
 from swirl_fast.files import write_json
 from swirl_fast.ranks import Ranks
-from swirl_fast.training.batch import ROUNDS, Packer, RankActions
+from swirl_fast.training.batch import LAST_ROUNDS, ROUNDS, Aim, Packer, RankActions
 
 # Qwen2.5-1.5B
 SIZE = ModelSize(linear=1.31e9, attention=((1536, None),) * 28, output=1536 * 151936)
@@ -72,90 +73,109 @@ def sampled(rank: int, ranks: int, trajectories: int, samples: int, seed: int) -
 class World:
     """Every rank's part of one batch, in one process."""
 
-    def __init__(self, ranks: int, options: argparse.Namespace) -> None:
-        self.ranks, self.options = ranks, options
+    def __init__(self, ranks: int, options: argparse.Namespace, seed: int) -> None:
+        self.ranks, self.options, self.seed = ranks, options, seed
         config = load(None, [f"training.token_budget={options.token_budget}"])
         self.packer = Packer(config, Ranks(0, 1, torch.device("cpu")), SIZE, max_context=32_768)
 
     def of(self, rank: int) -> RankActions:
-        return sampled(rank, self.ranks, self.options.trajectories, self.options.samples, self.options.seed)
+        return sampled(rank, self.ranks, self.options.trajectories, self.options.samples, self.seed)
 
     def measure(self) -> dict[str, Any]:
         parts = [self.of(rank) for rank in range(self.ranks)]
-        works = [self.packer.work(part) for part in parts]
         tokens, cut = sum(map(_tokens, parts)), sum(sum(plan.tokens for plan in self._plans(part)) for part in parts)
-        seconds, sent, moved = np.zeros(self.ranks), np.zeros(self.ranks), 0.0
-        told = np.zeros(self.ranks, np.float32)
-        self._tell(parts, range(self.ranks), told, seconds)
-        for turn in range(ROUNDS):
-            groups = rank_groups(self.ranks)
-            moved += self._round(parts, groups[turn % len(groups)], told, seconds, sent) / sum(works)
+        self.seconds, self.sent = np.zeros(self.ranks), np.zeros(self.ranks)
+        self.told, self.fewest = np.zeros(self.ranks, np.float32), np.zeros(self.ranks, int)
+        self._tell(parts, range(self.ranks))
+        before, total, groups = self.told.max() / self.told.mean() - 1, float(self.told.sum()), rank_groups(self.ranks)
+        moved = sum(self._round(parts, groups[turn % len(groups)]) for turn in range(ROUNDS))
+        most = int(self.fewest.max())
+        self._tell(parts, np.flatnonzero(self.fewest < most).tolist(), most)
+        aim = Aim(float(self.told.sum()) / self.ranks, most)
+        moved += sum(self._last_rounds(parts, group, aim) for group in groups[0])
         plans = []
         for rank, part in enumerate(parts):
-            started = time.process_time()
-            plans.append(self._plans(part))
-            seconds[rank] += time.process_time() - started
+            with self._clock(rank):
+                plans.append(self._plans(part, most))
         after = [sum(plan.flops for plan in of_rank) for of_rank in plans]
         tokens_after = sum(plan.tokens for of_rank in plans for plan in of_rank)
-        most = max(map(len, plans))
         return {
             "ranks": self.ranks,
-            "seconds_mean": float(seconds.mean()),
-            "seconds_longest": float(seconds.max()),
-            "bytes_mean": float(sent.mean()),
-            "bytes_most": float(sent.max()),
-            "moved_share": moved,
-            "imbalance_before": max(works) / float(np.mean(works)) - 1,
+            "seconds_mean": float(self.seconds.mean()),
+            "seconds_longest": float(self.seconds.max()),
+            "bytes_mean": float(self.sent.mean()),
+            "bytes_most": float(self.sent.max()),
+            "moved_share": moved / total,
+            "imbalance_before": float(before),
             "imbalance": max(after) / float(np.mean(after)) - 1,
-            "micro_batches": most,
+            "micro_batches": max(map(len, plans)),
             "padding": 1 - tokens_after / (most * self.ranks * self.options.token_budget),
             "repeated_by_budget": cut / tokens - 1,
             "repeated_by_moves": tokens_after / cut - 1,
             "shared_lost": 1 - self._whole_tree() / tokens if self.ranks <= self.options.whole else None,
         }
 
-    def _tell(self, parts: list[RankActions], ranks: Iterable[int], told: np.ndarray, seconds: np.ndarray) -> None:
-        for rank in ranks:
-            started = time.process_time()
-            told[rank] = self.packer.work(parts[rank])
-            seconds[rank] += time.process_time() - started
+    @contextmanager
+    def _clock(self, *ranks: int) -> Iterator[None]:
+        started = time.process_time()
+        yield
+        self.seconds[list(ranks)] += time.process_time() - started
 
-    def _round(
-        self,
-        parts: list[RankActions],
-        groups: Sequence[Sequence[int]],
-        told: np.ndarray,
-        seconds: np.ndarray,
-        sent: np.ndarray,
-    ) -> float:
-        """One round of Packer.shared_out for all ranks, told: their work, before and after; returns the work that was to be moved."""
+    def _tell(self, parts: list[RankActions], ranks: Iterable[int], count: int = 0) -> None:
+        """What these ranks have to tell."""
+        for rank in ranks:
+            with self._clock(rank):
+                self.told[rank], self.fewest[rank] = self.packer.load(parts[rank], count)
+
+    def _round(self, parts: list[RankActions], groups: Sequence[Sequence[int]]) -> float:
+        """One round of Packer.shared_out for all ranks; returns the work that was to be moved."""
         planned = []
         for group in groups:
-            started = time.process_time()
-            planned += transfers(told[group].tolist(), group)
-            seconds[group] += time.process_time() - started
-            sent[group] += 4 * len(group)
+            with self._clock(*group):
+                planned += transfers(self.told[group].tolist(), group)
+            self.sent[group] += 4 * len(group)
         taken: dict[int, list[RankActions]] = defaultdict(list)
         of_giver: dict[int, list[Transfer]] = defaultdict(list)
         for one in planned:
             of_giver[one.giver].append(one)
         for giver, own in of_giver.items():
-            started = time.process_time()
-            parts[giver], given = self.packer.give(parts[giver], [one.work for one in own])
-            blobs = [pickle.dumps(part, protocol=5) for part in given]
-            seconds[giver] += time.process_time() - started
-            sent[giver] += sum(map(len, blobs))
+            with self._clock(giver):
+                parts[giver], given = self.packer.give(parts[giver], [one.work for one in own])
+                blobs = [pickle.dumps(part, protocol=5) for part in given]
+            self.sent[giver] += sum(map(len, blobs))
             for one, blob in zip(own, blobs, strict=True):
                 taken[one.taker].append(pickle.loads(blob))
         for taker, others in taken.items():
-            started = time.process_time()
-            parts[taker] = parts[taker].with_others(others)
-            seconds[taker] += time.process_time() - started
-        self._tell(parts, sorted({*of_giver, *taken}), told, seconds)
+            with self._clock(taker):
+                parts[taker] = parts[taker].with_others(others)
+        self._tell(parts, sorted({*of_giver, *taken}))
         return sum(one.work for one in planned)
 
-    def _plans(self, part: RankActions) -> list[MicroBatchPlan]:
-        return micro_batches(part.trunks, self.options.token_budget, None, SIZE, lambda fewest: fewest)
+    def _last_rounds(self, parts: list[RankActions], group: Sequence[int], aim: Aim) -> float:
+        """The last rounds of Packer.shared_out for the ranks of a group; returns the work that was moved."""
+        moved = 0.0
+        for turn in range(LAST_ROUNDS):
+            self.sent[group] += 4 * len(group)
+            planned = relieving(self.told[group].tolist(), group, aim.work, turn)
+            for one in planned:
+                with self._clock(one.giver):
+                    offer = self.packer.offer(parts[one.giver], self.told[one.giver], one.work, aim)
+                    blob = pickle.dumps(offer and offer[1], protocol=5)
+                self.sent[one.giver] += len(blob)
+                if offer is None:
+                    continue
+                with self._clock(one.taker):
+                    accepted = self.packer.accept(parts[one.taker], pickle.loads(blob), aim)
+                if accepted is not None:
+                    moved += float(self.told[one.giver]) - offer[2]
+                    parts[one.giver], _, self.told[one.giver] = offer
+                    parts[one.taker], self.told[one.taker] = accepted
+            if not planned:
+                break
+        return moved
+
+    def _plans(self, part: RankActions, count: int = 0) -> list[MicroBatchPlan]:
+        return micro_batches(part.trunks, self.options.token_budget, None, SIZE, lambda fewest: max(fewest, count))
 
     def _whole_tree(self) -> int:
         trunks, number = [], 0
@@ -172,6 +192,16 @@ def _tokens(actions: RankActions) -> int:
     return walk.tokens(0, len(walk.actions))
 
 
+def together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of worlds of one size: means, and of what is a most of all ranks the most."""
+    most = ("seconds_longest", "bytes_most", "imbalance_before", "imbalance", "micro_batches")
+    found: dict[str, Any] = {"ranks": rows[0]["ranks"], "worlds": len(rows)}
+    for key in rows[0].keys() - {"ranks"}:
+        values = [row[key] for row in rows]
+        found[key] = None if None in values else max(values) if key in most else float(np.mean(values))
+    return {key: found[key] for key in ("ranks", "worlds", *rows[0])}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 and 32 ranks")
@@ -179,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trajectories", type=int, default=8, help="of a rank")
     parser.add_argument("--samples", type=int, default=8, help="G")
     parser.add_argument("--seed", type=int, default=0, help="of the trajectories")
+    parser.add_argument("--least", type=int, default=64, help="a world of fewer ranks is measured with several seeds")
     parser.add_argument("--token-budget", type=int, default=16_384)
     parser.add_argument("--whole", type=int, default=512, help="most ranks for which the whole batch's tree is made")
     parser.add_argument("--out", type=Path, required=True, help="JSON, rewritten after every world")
@@ -192,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = {key: value for key, value in vars(options).items() if key != "out"}
     results: list[dict[str, Any]] = []
     for ranks in options.ranks:
-        row = World(ranks, options).measure()
+        seeds = range(options.seed, options.seed + max(1, options.least // ranks))
+        row = together([World(ranks, options, seed).measure() for seed in seeds])
         results.append(row)
         print(json.dumps(row), flush=True)
         first = results[0]

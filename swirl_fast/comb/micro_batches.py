@@ -10,7 +10,7 @@ Legend: A actions, in the order of the walk.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,10 +84,21 @@ def split_off(
     walk = Walk.of(trunks, size, sharing)
     given = []
     for work in works:
-        a, b = walk.stretch(work, size)
+        a, b = next(iter(walk.stretches(work, size)), (0, 0))
         given.append(list(walk.trunks(trunks, a, b)))
         walk = walk.without(a, b, size)
     return list(walk.trunks(trunks, 0, len(walk.actions))), given
+
+
+def splits(
+    trunks: Sequence[Trunk], work: float, size: ModelSize = ONLY_TOKENS, sharing: bool = True
+) -> Iterator[tuple[list[Trunk], list[Trunk]]]:
+    """(what is kept, what is cut off): as `split_off` does it for one part, then in other ways, one after the other, the nearest to what
+    is wanted first."""
+    walk = Walk.of(trunks, size, sharing)
+    for a, b in walk.stretches(work, size):
+        left = walk.without(a, b, size)
+        yield list(left.trunks(trunks, 0, len(left.actions))), list(walk.trunks(trunks, a, b))
 
 
 def check_path(state: int, action: int, token_budget: int, max_path: int | None) -> None:
@@ -167,9 +178,9 @@ class Walk:
         by_work = int(np.searchsorted(self.flops_sum, work, "right")) - 1
         return min(by_tokens, max(by_work, a + 1))
 
-    def stretch(self, work: float, size: ModelSize) -> tuple[int, int]:
-        """The actions [a, b) that are worth so much work to whoever gets them, and save whoever gives them as much, as nearly as can be;
-        none where that is nearer."""
+    def stretches(self, work: float, size: ModelSize) -> Iterable[tuple[int, int]]:
+        """Actions [a, b) that are worth so much work to whoever gets them, and save whoever gives them as much, the nearest first; without
+        those to which none at all is nearer."""
         end, sums = len(self.actions), self.flops_sum
         by_part = np.searchsorted(sums, sums[:end] + work - self.shared_flops_A)
         by_saved = np.searchsorted(sums, sums[:end] + work)
@@ -178,15 +189,16 @@ class Walk:
         fits = (a_S < b_S) & (b_S <= end)
         a_S, b_S = a_S[fits], b_S[fits]
         if not len(a_S):
-            return 0, 0
+            return ()
         part_S = self.shared_flops_A[a_S] + sums[b_S] - sums[a_S]
         # what follows must compute again what it shared with the stretch, but not with what lies before it
         shared_A = np.append(self.shared_A, 0)
         least_S = np.minimum.reduceat(np.append(shared_A, 0), np.column_stack([a_S, b_S + 1]).ravel())[::2]
         saved_S = sums[b_S] - sums[a_S] - path_flops(shared_A[b_S], size) + path_flops(least_S, size)
         error_S = np.maximum(np.abs(part_S - work), np.abs(saved_S - work))
-        best = int(np.argmin(error_S))
-        return (int(a_S[best]), int(b_S[best])) if error_S[best] < work else (0, 0)
+        nearest = np.argsort(error_S, kind="stable")
+        nearest = nearest[error_S[nearest] < work]
+        return dict.fromkeys(zip(a_S[nearest].tolist(), b_S[nearest].tolist(), strict=True))
 
     def without(self, a: int, b: int, size: ModelSize) -> Walk:
         """Of the actions but for [a, b)."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 # Up to so many ranks tell each other their work; of more, those of a row and then those of a column.
 TOGETHER = 256
+# With more than this above the mean of all a rank is relieved.
+ABOVE = 0.035
 
 
 class Transfer(NamedTuple):
@@ -42,6 +44,21 @@ def transfers(work: Sequence[float], ranks: Sequence[int] | None = None, slack: 
             t += 1
             taker, gap = taken[t] if t < len(taken) else (0, 0.0)
     return found
+
+
+def relieving(work: Sequence[float], ranks: Sequence[int], mean: float, turn: int) -> list[Transfer]:
+    """What ranks with more than ABOVE the mean of all could give to ranks below it, those with the most to those with the least, one each;
+    in every turn to others. As `transfers`, the same list on every rank that has the same numbers."""
+    given = sorted(
+        ((own, rank) for rank, own in zip(ranks, work, strict=True) if own > (1 + ABOVE) * mean), reverse=True
+    )
+    taken = sorted((own, rank) for rank, own in zip(ranks, work, strict=True) if own < mean)
+    first = 3 * turn % max(1, len(taken))  # a taker that had no room may have none in the next turn either
+    taken = taken[first:] + taken[:first]
+    return [
+        Transfer(giver, taker, min(most - mean, mean - least))
+        for (most, giver), (least, taker) in zip(given, taken, strict=False)
+    ]
 
 
 def rank_groups(ranks: int) -> list[list[list[int]]]:

@@ -11,9 +11,10 @@ tokens of a micro-batch.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from swirl_fast.comb.flops import ModelSize
-from swirl_fast.comb.micro_batches import MicroBatchPlan, micro_batches, split_off
+from swirl_fast.comb.micro_batches import MicroBatchPlan, micro_batches, split_off, splits
 from swirl_fast.comb.rows import pack_rows, row_batches
-from swirl_fast.comb.transfers import rank_groups, transfers
+from swirl_fast.comb.transfers import ABOVE, Transfer, rank_groups, relieving, transfers
 from swirl_fast.comb.tree import Comb, SampledState, Trunk, pack
 from swirl_fast.config import Config
 from swirl_fast.models.policy import DeviceComb
@@ -38,6 +39,9 @@ from swirl_fast.verdict import Judgement
 # Actions are not cut, and how micro-batches can be cut changes with them, so that a part is never quite what was wanted; every further
 # round evens out some of the rest.
 ROUNDS = 3
+# After these the few ranks that still have too much try parts until one leaves them with as much as they should have, and give it to a
+# rank that finds that it has room. So often at most, and so many parts.
+LAST_ROUNDS, TRIED = 5, 20
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,13 @@ class RankActions:
             [logp for part in parts for logp in part.rollout_logp],
             [routed for part in parts for routed in part.routed],
         )
+
+
+class Aim(NamedTuple):
+    """What every rank should have: so much estimated work, in so many micro-batches."""
+
+    work: float
+    count: int
 
 
 @dataclass
@@ -212,8 +223,10 @@ class Packer:
     def shared_out(self, mine: RankActions) -> RankActions:
         """What this rank trains on, after ranks with much work gave some to ranks with little. Every rank calls it."""
         ranks = self._ranks
-        work = self.work(mine) if ranks.size > 1 else 0.0
-        for turn in range(ROUNDS if ranks.size > 1 else 0):
+        if ranks.size == 1:
+            return mine
+        work, fewest = self.load(mine)
+        for turn in range(ROUNDS):
             group = self._groups[turn % len(self._groups)]
             planned = transfers(ranks.numbers(work, group), group.members)
             takers = [one.taker for one in planned if one.giver == ranks.rank]
@@ -221,12 +234,63 @@ class Packer:
             if takers or givers:
                 kept, given = self.give(mine, [one.work for one in planned if one.giver == ranks.rank])
                 mine = kept.with_others(ranks.exchange(dict(zip(takers, given, strict=True)), givers))
-                work = self.work(mine)
+                work, fewest = self.load(mine)
+        count = int(ranks.max(torch.tensor([float(fewest)])))
+        if fewest < count:
+            work, _ = self.load(mine, count)
+        group, aim = self._groups[0], Aim(float(ranks.sum(torch.tensor([work]))) / ranks.size, count)
+        for turn in range(LAST_ROUNDS):
+            if not (planned := relieving(ranks.numbers(work, group), group.members, aim.work, turn)):
+                break
+            for one in planned:
+                if one.giver == ranks.rank:
+                    mine, work = self._relieved(mine, work, one, aim)
+                elif one.taker == ranks.rank:
+                    mine, work = self._relieving(mine, work, one, aim)
         return mine
 
-    def work(self, actions: RankActions) -> float:
-        """Floating-point operations of its micro-batches, estimated, if no other rank needs more of them."""
-        return sum(plan.flops for plan in self._plans(actions, lambda fewest: fewest))
+    def _relieved(self, mine: RankActions, work: float, one: Transfer, aim: Aim) -> tuple[RankActions, float]:
+        """What this rank has, and the work of it, after it offered a part to a taker that may not want it."""
+        offer = self.offer(mine, work, one.work, aim)
+        self._ranks.exchange({one.taker: offer and offer[1]}, ())
+        if offer and self._ranks.exchange({}, [one.taker])[0]:
+            mine, _, work = offer
+        return mine, work
+
+    def _relieving(self, mine: RankActions, work: float, one: Transfer, aim: Aim) -> tuple[RankActions, float]:
+        """The other side of `_relieved`."""
+        (part,) = self._ranks.exchange({}, [one.giver])
+        if part is None:
+            return mine, work
+        accepted = self.accept(mine, part, aim)
+        self._ranks.exchange({one.giver: accepted is not None}, ())
+        return accepted or (mine, work)
+
+    def offer(
+        self, mine: RankActions, work: float, wanted: float, aim: Aim
+    ) -> tuple[RankActions, RankActions, float] | None:
+        """(what is kept, a part of about `wanted`, the work of what is kept): of the parts that are tried the one that leaves the work
+        nearest to what it should be; None where none makes it less."""
+        best: tuple[RankActions, list[Trunk], float] | None = None
+        for kept, part in itertools.islice(splits(mine.trunks, wanted, self._size, self._training.sharing), TRIED):
+            rest = mine.only(kept)
+            left, _ = self.load(rest, aim.count)
+            if left < work and (best is None or abs(left - aim.work) < abs(best[2] - aim.work)):
+                best = rest, part, left
+            if abs(left - aim.work) < ABOVE / 2 * aim.work:
+                break
+        return best and (best[0], mine.only(best[1]), best[2])
+
+    def accept(self, mine: RankActions, part: RankActions, aim: Aim) -> tuple[RankActions, float] | None:
+        """(both together, their work); None where that is too much."""
+        both = mine.with_others([part])
+        work, _ = self.load(both, aim.count)
+        return (both, work) if work <= (1 + ABOVE) * aim.work else None
+
+    def load(self, actions: RankActions, count: int = 0) -> tuple[float, int]:
+        """Floating-point operations of its micro-batches, estimated, and how many there are: as few as can be, or `count`."""
+        plans = self._plans(actions, lambda fewest: max(fewest, count))
+        return sum(plan.flops for plan in plans), len(plans)
 
     def give(self, mine: RankActions, works: Sequence[float]) -> tuple[RankActions, list[RankActions]]:
         """(what is kept, a part of about so much estimated work for each of `works`)."""

@@ -13,8 +13,8 @@ from support.random_trees import random_trunks
 
 from swirl_fast.comb import tree as module
 from swirl_fast.comb.flops import ModelSize, flops
-from swirl_fast.comb.micro_batches import MicroBatchPlan, Walk, micro_batches, split_off
-from swirl_fast.comb.transfers import rank_groups, transfers
+from swirl_fast.comb.micro_batches import MicroBatchPlan, Walk, micro_batches, split_off, splits
+from swirl_fast.comb.transfers import rank_groups, relieving, transfers
 from swirl_fast.comb.tree import Comb, SampledState, Trunk, pack
 
 SIZE = ModelSize(linear=1000.0, attention=((8, None), (8, 5), (4, 5)), output=300)
@@ -324,6 +324,29 @@ def test_small_transfers_are_left_out() -> None:
     assert transfers([1.0, 3.0], [5, 9]) == [(9, 5, 1.0)]
     assert transfers([110.0, 100.0, 90.0]) == [(0, 2, pytest.approx(10.0))]
     assert transfers([]) == transfers([0.0, 0.0]) == []
+
+
+def test_those_with_too_much_are_relieved_by_those_with_little_others_in_every_turn() -> None:
+    work, ranks = [110.0, 100.0, 106.0, 90.0, 103.0, 91.0, 95.0], [7, 6, 5, 4, 3, 2, 1]
+    assert relieving(work, ranks, 100.0, 0) == [(7, 4, 10.0), (5, 2, 6.0)], "103 is not too much"
+    assert relieving(work, ranks, 100.0, 1) == [(7, 4, 10.0), (5, 2, 6.0)], "there are three"
+    assert relieving([*work, 92.0], [*ranks, 0], 100.0, 1) == [(7, 1, 5.0), (5, 4, 6.0)]
+    assert relieving([100.0, 101.0], [0, 1], 100.0, 0) == relieving([120.0], [0], 100.0, 0) == []
+
+
+@given(seeds, st.floats(0.05, 0.9))
+@settings(max_examples=50, deadline=None)
+def test_every_way_to_split_keeps_all_actions(seed: int, share: float) -> None:
+    branches = random_trunks(seed)
+    whole = Walk.of(branches, SIZE)
+    wanted = {index: both for index, both in all_actions(branches).items() if both[1]}
+    work = share * whole.flops(0, len(whole.actions))
+    ways = [(all_actions(kept), all_actions(part)) for kept, part in splits(branches, work, SIZE)]
+    assert all(kept | part == wanted and not kept.keys() & part.keys() and part for kept, part in ways)
+    assert len({frozenset(part) for _, part in ways}) == len(ways), "no way comes twice"
+    if ways:
+        kept, (given,) = split_off(branches, [work], SIZE)
+        assert (all_actions(kept), all_actions(given)) == ways[0]
 
 
 @pytest.mark.parametrize(("ranks", "sizes"), [(1, [1]), (256, [256]), (384, [192, 2]), (4096, [256, 16]), (509, [509])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from support.thread_ranks import on_ranks
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.scale import SIZE
+from benchmarks.scale import sampled as sampled_actions
 from swirl_fast.comb.micro_batches import micro_batches
 from swirl_fast.comb.tree import SampledState, Trunk, pack
 from swirl_fast.config import ConfigError, load
@@ -28,7 +31,8 @@ from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.objective import policy_loss
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction
-from swirl_fast.training.batch import MicroBatch, Packer
+from swirl_fast.training import batch as batch_module
+from swirl_fast.training.batch import MicroBatch, Packer, RankActions
 from swirl_fast.training.resume import check_budget
 from swirl_fast.trajectory import Step, StepView, Trajectory
 
@@ -221,6 +225,45 @@ def test_ranks_together_compute_what_one_computes(size: int, sharing: bool) -> N
     assert max(work) < (1.3 if size < 5 else 1.6) * np.mean(work), "five ranks compute the few paths again and again"
     for k, gradient in enumerate(wanted):
         torch.testing.assert_close(sum(rank[k] for rank in found), gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_ranks_that_still_have_too_much_are_relieved_and_no_action_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last rounds ranks try parts, and those that get them may refuse."""
+    size = 12
+    dealt = [sampled_actions(rank, size, trajectories=3, samples=4, seed=2) for rank in range(size)]
+
+    def shared_out(ranks: Ranks) -> RankActions:
+        return Packer(load(None), ranks, SIZE, 32_768).shared_out(dealt[ranks.rank])
+
+    def actions(parts: Sequence[RankActions]) -> list[bytes]:
+        return sorted(
+            tokens.tobytes() + np.float32(part.rollout_logp[index][0]).tobytes()
+            for part in parts
+            for trunk in part.trunks
+            for state in trunk.states
+            for tokens, index in zip(state.actions, state.indices, strict=True)
+        )
+
+    for rank, part in enumerate(dealt):
+        for number, logp in enumerate(part.rollout_logp):
+            logp[:] = 1000 * rank + number
+    measure = Packer(load(None), Ranks(0, 1, torch.device("cpu")), SIZE, 32_768)
+    monkeypatch.setattr(batch_module, "LAST_ROUNDS", 0)
+    before = on_ranks(size, shared_out)
+    monkeypatch.undo()
+    offers = []
+    offer, accept = Packer.offer, Packer.accept
+    monkeypatch.setattr(Packer, "offer", lambda *given: offers.append(offer(*given)) or offers[-1])
+    answers = []
+    monkeypatch.setattr(Packer, "accept", lambda *given: answers.append(accept(*given)) or answers[-1])
+    after = on_ranks(size, shared_out)
+    assert actions(dealt) == actions(before) == actions(after)
+    assert len(answers) == len(offers) - offers.count(None) > answers.count(None) > 0 < offers.count(None), (
+        "some find no part, some taker no room"
+    )
+    count = max(measure.load(part)[1] for part in after)
+    loads = [[measure.load(part, count)[0] for part in parts] for parts in (before, after)]
+    assert max(loads[1]) < max(loads[0]) and sum(loads[1]) < 1.02 * sum(loads[0])
 
 
 def test_the_plans_are_made_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import Queue
 from typing import Any, TypeVar
 
 import torch
@@ -16,38 +16,39 @@ from swirl_fast.ranks import Group, Ranks
 T = TypeVar("T")
 
 
-@dataclass
-class _Board:
-    barrier: threading.Barrier
-    values: dict[Any, Any] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class ThreadRanks(Ranks):
-    board: _Board = field(default_factory=lambda: _Board(threading.Barrier(1)))
+    """mail: from whom, to whom -> what was sent and not yet received."""
+
+    mail: Mapping[tuple[int, int], Queue[Any]] = field(default_factory=dict)
+
+    def group(self, partition: Sequence[Sequence[int]]) -> Group:
+        return Group(next(part for part in partition if self.rank in part))
 
     def numbers(self, value: float, group: Group) -> list[float]:
-        values = self._all(value)
-        return [values[member] for member in group.members]
+        return self._tell(value, group.members)
 
     def max(self, values: Tensor) -> Tensor:
-        return torch.stack(self._all(values)).amax(0)
+        return torch.stack(self._tell(values, range(self.size))).amax(0)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return torch.stack(self._tell(values, range(self.size))).sum(0)
 
     def exchange(self, given: Mapping[int, Any], givers: Sequence[int]) -> list[Any]:
-        sent = self._all(dict(given))
-        assert sorted(givers) == [giver for giver, values in enumerate(sent) if self.rank in values]
-        return [sent[giver][self.rank] for giver in givers]
+        for taker, value in given.items():
+            self.mail[self.rank, taker].put(value)
+        return [self.mail[giver, self.rank].get(timeout=60) for giver in givers]
 
-    def _all(self, value: T) -> list[T]:
-        self.board.values[self.rank] = value
-        self.board.barrier.wait(60)
-        found = [self.board.values[rank] for rank in range(self.size)]
-        self.board.barrier.wait(60)
-        return found
+    def _tell(self, value: T, members: Sequence[int]) -> list[T]:
+        return self.exchange(dict.fromkeys(members, value), members)
 
 
 def on_ranks(size: int, work: Callable[[Ranks], T]) -> list[T]:
     """What `work` returns on each of `size` ranks."""
-    board = _Board(threading.Barrier(size))
+    mail: dict[tuple[int, int], Queue[Any]] = {
+        (giver, taker): Queue() for giver in range(size) for taker in range(size)
+    }
     with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(work, [ThreadRanks(rank, size, torch.device("cpu"), board) for rank in range(size)]))
+        found = list(threads.map(work, [ThreadRanks(rank, size, torch.device("cpu"), mail) for rank in range(size)]))
+    assert all(box.empty() for box in mail.values()), "something was sent that nobody took"
+    return found
