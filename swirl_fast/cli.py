@@ -363,12 +363,14 @@ def _add_experiment(commands: Any) -> None:
     )
     grid.add_argument("file", metavar="FILE", help="a YAML file, or a name that `swirl-fast configs` lists")
     grid.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, e.g. training.steps=2")
+    grid.add_argument("--arms", metavar="A,B,…", help="do the cells of these arms only; the others are left for later")
+    grid.add_argument("--seeds", metavar="0,1,…", help="do the cells of these seeds only")
     grid.add_argument("--report", action="store_true", help="only table and report, from the cells that are done")
     grid.set_defaults(run=_experiment)
 
 
 def _experiment(options: argparse.Namespace) -> int:
-    from swirl_fast.experiments.grid import read_experiment
+    from swirl_fast.experiments.grid import chosen, read_experiment
 
     experiment = read_experiment(options.file, options.overrides)
     from swirl_fast.experiments.run import run_experiment, write_outputs
@@ -377,7 +379,7 @@ def _experiment(options: argparse.Namespace) -> int:
         write_outputs(experiment)
         return 0
     _quiet_transformers()
-    missing = run_experiment(experiment)
+    missing = run_experiment(experiment, chosen(experiment, options.arms, options.seeds))
     for cell in missing:
         print(f"swirl-fast experiment: not done: {cell}", file=sys.stderr)
     return 1 if missing else 0

@@ -14,7 +14,7 @@ import copy
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,17 @@ from swirl_fast.files import write_json, write_text
 from swirl_fast.metrics import read_metrics
 
 
-def run_experiment(experiment: Experiment) -> list[str]:
-    """Does the cells that are not done and not being done elsewhere, then writes summary.json and report.html.
+def run_experiment(experiment: Experiment, cells: Sequence[Cell] | None = None) -> list[str]:
+    """Does the cells that are not done and not being done elsewhere, then writes summary.json and report.html of all that are done.
 
-    A cell that fails does not stop the others. Returns what is missing, a line a cell, empty when all are done. Raises ConfigError, before
-    any work, when a finished cell was made of a model or a data file that has changed since.
+    cells: some of the experiment's, None: all. A cell that fails does not stop the others. Returns what is missing of them, a line a cell.
+    Raises ConfigError, before any work, when a finished cell was made of a model or a data file that has changed since.
     """
     _check_inputs(experiment)
     failed: dict[str, str] = {}
     for number, cell in enumerate(experiment.cells, 1):
+        if cells is not None and cell not in cells:
+            continue
         path = experiment.path(cell)
         if path.is_file():
             continue
@@ -57,7 +59,7 @@ def run_experiment(experiment: Experiment) -> list[str]:
         write_outputs(experiment)
     return [
         f"{cell.arm}, seed {cell.seed}: {failed.get(cell.name, 'is being done elsewhere, or was interrupted there')}"
-        for cell in experiment.cells
+        for cell in (experiment.cells if cells is None else cells)
         if not experiment.path(cell).is_file()
     ]
 

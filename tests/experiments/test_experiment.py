@@ -159,6 +159,20 @@ def test_a_cell_that_another_process_holds_is_left_to_it(
     assert json.loads((done / "summary.json").read_text())["complete"]
 
 
+def test_some_arms_and_seeds_are_done_and_the_others_left(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write(tmp_path, tiny_model))
+    assert cli.main(["experiment", path, "--arms", "base,copied", "--seeds", "1"]) == 0
+    cells = sorted((tmp_path / "e" / "cells").iterdir())
+    assert [one.name.split("-")[:2] for one in cells] == [["base", "1"], ["copied", "1"]]
+    assert not json.loads((tmp_path / "e" / "summary.json").read_text())["complete"]
+    capsys.readouterr()
+    for option, value in ("--arms", "base,nothing"), ("--seeds", "2"):
+        assert cli.main(["experiment", path, option, value]) == 2
+        assert f"{option} {value}: {value.split(',')[-1]!r} is none of " in capsys.readouterr().err
+
+
 def test_a_cell_that_fails_does_not_stop_the_others(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
