@@ -160,12 +160,12 @@ class World:
             for one in planned:
                 with self._clock(one.giver):
                     offer = self.packer.offer(parts[one.giver], self.told[one.giver], one.work, aim)
-                    blob = pickle.dumps(offer and offer[1], protocol=5)
+                    blob = pickle.dumps(offer and (offer[1], float(self.told[one.giver])), protocol=5)
                 self.sent[one.giver] += len(blob)
                 if offer is None:
                     continue
                 with self._clock(one.taker):
-                    accepted = self.packer.accept(parts[one.taker], pickle.loads(blob), aim)
+                    accepted = self.packer.accept(parts[one.taker], *pickle.loads(blob), aim)
                 if accepted is not None:
                     moved += float(self.told[one.giver]) - offer[2]
                     parts[one.giver], _, self.told[one.giver] = offer

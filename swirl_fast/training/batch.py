@@ -41,7 +41,7 @@ from swirl_fast.verdict import Judgement
 ROUNDS = 3
 # After these the few ranks that still have too much try parts until one leaves them with as much as they should have, and give it to a
 # rank that finds that it has room. So often at most, and so many parts.
-LAST_ROUNDS, TRIED = 5, 20
+LAST_ROUNDS, TRIED = 6, 20
 
 
 @dataclass(frozen=True)
@@ -252,17 +252,17 @@ class Packer:
     def _relieved(self, mine: RankActions, work: float, one: Transfer, aim: Aim) -> tuple[RankActions, float]:
         """What this rank has, and the work of it, after it offered a part to a taker that may not want it."""
         offer = self.offer(mine, work, one.work, aim)
-        self._ranks.exchange({one.taker: offer and offer[1]}, ())
+        self._ranks.exchange({one.taker: offer and (offer[1], work)}, ())
         if offer and self._ranks.exchange({}, [one.taker])[0]:
             mine, _, work = offer
         return mine, work
 
     def _relieving(self, mine: RankActions, work: float, one: Transfer, aim: Aim) -> tuple[RankActions, float]:
         """The other side of `_relieved`."""
-        (part,) = self._ranks.exchange({}, [one.giver])
-        if part is None:
+        (offer,) = self._ranks.exchange({}, [one.giver])
+        if offer is None:
             return mine, work
-        accepted = self.accept(mine, part, aim)
+        accepted = self.accept(mine, *offer, aim)
         self._ranks.exchange({one.giver: accepted is not None}, ())
         return accepted or (mine, work)
 
@@ -281,11 +281,12 @@ class Packer:
                 break
         return best and (best[0], mine.only(best[1]), best[2])
 
-    def accept(self, mine: RankActions, part: RankActions, aim: Aim) -> tuple[RankActions, float] | None:
-        """(both together, their work); None where that is too much."""
+    def accept(self, mine: RankActions, part: RankActions, giver: float, aim: Aim) -> tuple[RankActions, float] | None:
+        """(both together, their work); None where that is too much: more than ABOVE above the mean, and more than seven tenths of what the
+        giver had above it. giver: its work, with the part."""
         both = mine.with_others([part])
         work, _ = self.load(both, aim.count)
-        return (both, work) if work <= (1 + ABOVE) * aim.work else None
+        return (both, work) if work - aim.work <= max(ABOVE * aim.work, 0.7 * (giver - aim.work)) else None
 
     def load(self, actions: RankActions, count: int = 0) -> tuple[float, int]:
         """Floating-point operations of its micro-batches, estimated, and how many there are: as few as can be, or `count`."""
