@@ -37,20 +37,22 @@ def plain_memory() -> None:
 
 
 EXACT_HEAD = {"bf16": True, "cast_lm_head_to_fp32": True}
+# Plain steps: Adam's first one is of full size wherever a gradient is nothing but rounding.
+ROUNDED_HEAD = {"bf16": True, "optim": "sgd", "learning_rate": 0.1}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family, settings", [
     *((family, {}) for family in FAMILIES),
     *((family, EXACT_HEAD) for family in FAMILIES),
-    *((family, {"bf16": True}) for family in FAMILIES),
+    *((family, ROUNDED_HEAD) for family in FAMILIES),
 ])  # fmt: skip
 def test_a_run_equals_trls_own(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """With the head inside the autocast TRL rounds every logit to 8 bits, ours all but the target's: equal to that rounding."""
     model = {"tie_word_embeddings": False} if "cast_lm_head_to_fp32" in settings else {}
     runs = [numbers(trainer(family, tmp_path / str(ours), ours, model=model, **settings)) for ours in (False, True)]
     assert abs(runs[0][1][0]) > 1e-3 and runs[0][1][2] > 1e-5  # the second step has a loss and a KL
-    rel = 2**-8 if settings == {"bf16": True} else 1e-4
+    rel = 2**-7 if settings == ROUNDED_HEAD else 1e-4
     for theirs, ours in zip(*runs, strict=True):
         assert ours[:2] == pytest.approx(theirs[:2], rel=rel, abs=rel / 10)
         assert ours[2] == pytest.approx(theirs[2], rel=2 * rel, abs=rel / 10)  # KL: a small difference of log-probs
