@@ -93,6 +93,7 @@ class World:
         self._tell(parts, np.flatnonzero(self.fewest < most).tolist(), most)
         aim = Aim(float(self.told.sum()) / self.ranks, most)
         moved += sum(self._last_rounds(parts, group, aim) for group in groups[0])
+        most = max(len(self._plans(part)) for part in parts)
         plans = []
         for rank, part in enumerate(parts):
             with self._clock(rank):
@@ -153,10 +154,14 @@ class World:
 
     def _last_rounds(self, parts: list[RankActions], group: Sequence[int], aim: Aim) -> float:
         """The last rounds of Packer.shared_out for the ranks of a group; returns the work that was moved."""
-        moved = 0.0
+        moved, seen = 0.0, []
         for turn in range(LAST_ROUNDS):
             self.sent[group] += 4 * len(group)
-            planned = relieving(self.told[group].tolist(), group, aim.work, turn)
+            told = self.told[group].tolist()
+            planned = relieving(told, group, aim.work, turn)
+            if not planned or (told, planned) in seen:
+                break
+            seen.append((told, planned))
             for one in planned:
                 with self._clock(one.giver):
                     offer = self.packer.offer(parts[one.giver], self.told[one.giver], one.work, aim)
@@ -166,12 +171,11 @@ class World:
                     continue
                 with self._clock(one.taker):
                     accepted = self.packer.accept(parts[one.taker], *pickle.loads(blob), aim)
+                self.sent[one.taker] += len(pickle.dumps(accepted is not None, protocol=5))
                 if accepted is not None:
                     moved += float(self.told[one.giver]) - offer[2]
                     parts[one.giver], _, self.told[one.giver] = offer
                     parts[one.taker], self.told[one.taker] = accepted
-            if not planned:
-                break
         return moved
 
     def _plans(self, part: RankActions, count: int = 0) -> list[MicroBatchPlan]:

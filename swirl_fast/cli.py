@@ -375,11 +375,14 @@ def _experiment(options: argparse.Namespace) -> int:
     experiment = read_experiment(options.file, options.overrides)
     from swirl_fast.experiments.run import run_experiment, write_outputs
 
+    cells = chosen(experiment, options.arms, options.seeds)
     if options.report:
+        if len(cells) < len(experiment.cells):
+            raise ConfigError("--report is of all cells that are done; leave --arms and --seeds out")
         write_outputs(experiment)
         return 0
     _quiet_transformers()
-    missing = run_experiment(experiment, chosen(experiment, options.arms, options.seeds))
+    missing = run_experiment(experiment, cells)
     for cell in missing:
         print(f"swirl-fast experiment: not done: {cell}", file=sys.stderr)
     return 1 if missing else 0
@@ -404,7 +407,10 @@ def _config(options: argparse.Namespace) -> int:
 
     names = [word for word in options.overrides if "=" not in word]
     config = load(options.config, [word for word in options.overrides if "=" in word], files=False)
-    _write([describe(names, config, changed=options.changed)])
+    if text := describe(names, config, changed=options.changed):
+        _write([text])
+    else:
+        print("swirl-fast config: nothing differs from the defaults", file=sys.stderr)
     return 0
 
 

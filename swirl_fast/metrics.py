@@ -446,7 +446,7 @@ def without_gradient(rows: Sequence[Mapping[str, float]]) -> str:
     )
     rewards = [row["reward"] for row in empty if not math.isnan(row.get("reward", math.nan))]
     mean = f" ({sum(rewards) / len(rewards):.2f} on average)" if rewards else ""
-    return f"{steps} all actions of a state had the same one{mean}. {NOTHING_LEARNED}"
+    return f"{steps} all actions of a state had the same reward{mean}. {NOTHING_LEARNED}"
 
 
 def glossary() -> str:

@@ -179,8 +179,8 @@ class Walk:
         return min(by_tokens, max(by_work, a + 1))
 
     def stretches(self, work: float, size: ModelSize) -> Iterable[tuple[int, int]]:
-        """Actions [a, b) that are worth so much work to whoever gets them, and save whoever gives them as much, the nearest first; without
-        those to which none at all is nearer."""
+        """Actions [a, b) that are worth so much work to whoever gets them, and save whoever gives them as much, the nearest first; those
+        that are farther off than nothing at all are left out."""
         end, sums = len(self.actions), self.flops_sum
         by_part = np.searchsorted(sums, sums[:end] + work - self.shared_flops_A)
         by_saved = np.searchsorted(sums, sums[:end] + work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,8 +54,10 @@ def relieving(work: Sequence[float], ranks: Sequence[int], mean: float, turn: in
         ((own, rank) for rank, own in zip(ranks, work, strict=True) if own > (1 + ABOVE) * mean), reverse=True
     )
     taken = sorted((own, rank) for rank, own in zip(ranks, work, strict=True) if own < mean)
-    first = 3 * turn % max(1, len(taken))  # a taker that had no room may have none in the next turn either
-    taken = taken[first:] + taken[:first]
+    if taken:  # one that had no room may have none in the next turn either
+        step = next(step for step in (3, 2, 1) if math.gcd(step, len(taken)) == 1)  # so all come to be asked
+        first = step * turn % len(taken)
+        taken = taken[first:] + taken[:first]
     return [
         Transfer(giver, taker, min(most - mean, mean - least))
         for (most, giver), (least, taker) in zip(given, taken, strict=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -73,15 +74,12 @@ def selected(names: Sequence[str]) -> list[Setting]:
 
 def describe(names: Sequence[str], config: Config, changed: bool = False) -> str:
     """Of each setting its key and value in `config`, what is accepted, the default and the meaning; of each section what it is for.
-    changed: only the keys and values of those that differ from their defaults, as they are written on a command line."""
+    changed: only the keys and values of those that differ from their defaults, each quoted as a shell wants it; empty where none does."""
     if changed:
-        values = {entry.key: operator.attrgetter(entry.key)(config) for entry in selected(names)}
-        there = [
-            f"{entry.key}={write_value(values[entry.key])}"
-            for entry in selected(names)
-            if values[entry.key] != entry.default
-        ]
-        return "\n".join(there) or "nothing differs from the defaults"
+        here = {entry.key: (operator.attrgetter(entry.key)(config), entry.default) for entry in selected(names)}
+        return "\n".join(
+            shlex.quote(f"{key}={write_value(value)}") for key, (value, default) in here.items() if value != default
+        )
     parts, last = [], ""
     for entry in selected(names):
         section = entry.key.rpartition(".")[0]

@@ -201,14 +201,23 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def chosen(experiment: Experiment, arms: str | None, seeds: str | None) -> list[Cell]:
-    """The cells of some arms and seeds, each `a,b`; None: of all. Raises ConfigError for one that there is not."""
-    there = {"--arms": experiment.arms, "--seeds": [str(seed) for seed in experiment.seeds]}
+    """The cells of some arms and seeds, each `a,b`; None: of all. An arm goes with all its combinations of a grid. Raises ConfigError for
+    one that there is not, and where no cell is left."""
+    written = {arm: arm.partition(",")[0] for arm in experiment.arms}  # as it is called in the file
+    there = {"--arms": list(dict.fromkeys(written.values())), "--seeds": [str(seed) for seed in experiment.seeds]}
     wanted = {}
     for option, given in ("--arms", arms), ("--seeds", seeds):
         wanted[option] = there[option] if given is None else [word.strip() for word in given.split(",")]
         if unknown := [word for word in wanted[option] if word not in there[option]]:
             raise ConfigError(f"{option} {given}: {unknown[0]!r} is none of {', '.join(there[option])}")
-    return [cell for cell in experiment.cells if cell.arm in wanted["--arms"] and str(cell.seed) in wanted["--seeds"]]
+    cells = [
+        cell
+        for cell in experiment.cells
+        if written[cell.arm] in wanted["--arms"] and str(cell.seed) in wanted["--seeds"]
+    ]
+    if not cells:
+        raise ConfigError(f"--arms {arms} --seeds {seeds}: these arms have other seeds")
+    return cells
 
 
 def _said(trained: bool, start: str | None, entries: Mapping[str, Any]) -> list[str]:

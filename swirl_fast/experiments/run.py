@@ -110,11 +110,7 @@ def write_outputs(experiment: Experiment) -> None:
 def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     result: dict[str, Any] = {"arm": cell.arm, "seed": cell.seed, "trained": cell.trained}
     weights = None
-    if start := next((one for one in experiment.cells if one.name == cell.start), None):
-        with _claimed(start.config.folder / "lock", wait=True):
-            if not (start.model / "config.json").is_file():  # another process failed, or only its numbers were kept
-                _collect_and_filter(start)
-                stages.train(start.config)
+    _make_start(experiment, cell)
     result["inputs"] = inputs(cell.configs)
     if cell.trained:
         _collect_and_filter(cell)
@@ -129,6 +125,18 @@ def _run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         result["training"] = _cost(cell.config.folder)
     result["evaluations"] = {name: stages.evaluate(one, name, weights) for name, one in cell.evaluations.items()}
     return result
+
+
+def _make_start(experiment: Experiment, cell: Cell) -> None:
+    """The model that a cell starts from, where it is not there: its arm was not asked for, or failed, or only its numbers were kept."""
+    start = next((one for one in experiment.cells if one.name == cell.start), None)
+    if start is None or (start.model / "config.json").is_file():
+        return
+    _make_start(experiment, start)
+    with _claimed(start.config.folder / "lock", wait=True):
+        if not (start.model / "config.json").is_file():  # it was being made elsewhere
+            _collect_and_filter(start)
+            stages.train(start.config)
 
 
 def _same_training(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:

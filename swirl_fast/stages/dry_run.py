@@ -1,5 +1,6 @@
 """`--dry-run`: what a stage would find wrong before its work, found without it. Reads the data, the model's configuration and tokenizer,
-and asks a judge's endpoint once; loads no weights, starts no server, writes nothing into the run's folder.
+and asks a judge's endpoint once; loads no weights (it hashes them where a checkpoint is gone on with), starts no server, writes nothing into the
+run's folder.
 
 What only the work itself can tell is not in it: whether memory is enough (there is an estimate), whether servers come up, and what a task's
 tools do when they are called.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from swirl_fast.rendering import open_renderer
 from swirl_fast.stages.build import build_task, task_judge
 from swirl_fast.stages.collect import check_collection
 from swirl_fast.tasks import offered_tools, parts_of
-from swirl_fast.tasks.task import Task
+from swirl_fast.tasks.task import Split, Task
 from swirl_fast.training.build import check_machine
 from swirl_fast.training.memory import estimate, on_disk, shapes
 from swirl_fast.training.resume import check_newest
@@ -90,17 +92,26 @@ def _check_model(config: Config, stage: str, ranks: Ranks) -> list[str]:
         model = shapes(model_config)
         needed = estimate(model_config, config, ranks.size if ranks.distributed else 0, model)
         lines.append(f"memory of a GPU: {needed}{'' if torch.cuda.is_available() else ' (there is none here)'}")
-        lines.append(_disk(config, on_disk(config, model) / GIB))
+        lines.append(_disk(config, on_disk(model_config, config, model)))
     return lines
 
 
 def _disk(config: Config, needed: float) -> str:
-    """needed: GiB."""
-    said = (
-        f"disk: about {needed:.1f} GiB for the model and training.keep_checkpoints={config.training.keep_checkpoints}"
+    """needed: bytes, of which some may be written already."""
+    kept = f"training.keep_checkpoints={config.training.keep_checkpoints}"
+    there = sum(
+        path.stat().st_size
+        for name in ("checkpoints", "model")
+        for path in (config.folder / name).rglob("*")
+        if path.is_file() and not path.is_symlink()
     )
-    free = shutil.disk_usage(_existing(config)).free / GIB
-    return said if free > needed else f"{said}; ONLY {free:.1f} GiB ARE FREE: name another run.folder, or keep fewer"
+    more, free = max(0.0, needed - there) / GIB, shutil.disk_usage(_existing(config)).free / GIB
+    said = f"disk: the model, the checkpoints that {kept} keeps, and one more while it is written take {more:.1f} GiB"
+    return (
+        said
+        if free > more
+        else f"{said}; ONLY {free:.1f} GiB ARE FREE: name another run.folder, or a smaller {kept.split('=')[0]}"
+    )
 
 
 def _existing(config: Config) -> Path:
@@ -111,21 +122,25 @@ def _existing(config: Config) -> Path:
 
 def _check_task(config: Config, task: Task, stage: str) -> list[str]:
     tools, training, count = offered_tools(task), config.training, config.collect.trajectories_per_question
+    splits: tuple[Split, ...] = ("train", "eval")
+    counts = {split: Counter(question.task for question in task.questions(split)) for split in splits}
     lines = [
-        f"task {name}: {len(part.questions('train')):,} questions to train on, {len(part.questions('eval')):,} held out; "
+        f"task {name}: {counts['train'][name]:,} questions to train on, {counts['eval'][name]:,} held out; "
         f"tools: {', '.join(tool.name for tool in tools.get(name, ())) or 'none'}"
-        for name, part in parts_of(task).items()
+        for name in parts_of(task)
     ]
-    for split, wanted in ("train", config.tasks.limit), ("eval", config.tasks.eval_limit):
-        if (there := len(task.questions(split))) < wanted and not config.tasks.mix:
-            key = "tasks.limit" if split == "train" else "tasks.eval_limit"
-            lines.append(f"task: there are {there:,} questions where {key}={wanted} asks for more: all are taken")
+    for split, what, key, wanted, stages in (
+        ("train", "questions to train on", "tasks.limit", config.tasks.limit, ("collect", "run")),
+        ("eval", "held-out questions", "tasks.eval_limit", config.tasks.eval_limit, ("evaluate", "run")),
+    ):
+        if stage in stages and (there := counts[split].total()) < wanted and not config.tasks.mix:
+            lines.append(f"task: there are {there:,} {what}, and {key}={wanted} would take more")
     if stage in ("collect", "run"):
         check_collection(config)
         if config.collect.source == "policy":
             lines.append(f"collect: {len(task.questions('train')) * count:,} trajectories, {count} a question")
     if stage in ("train", "run"):
-        check_newest(config, task)
+        check_newest(config, lambda _: task)
         lines.append(
             f"train: {training.steps:,} steps of {training.trajectories_per_step} trajectories, {training.group_size} actions at each of "
             "their states"

@@ -88,8 +88,9 @@ def _say(config: Config, process_judge: Judge, store: Store, ids: Sequence[str],
     by_text = config.judge.kind == "model" and config.judge.model.read == "text"
     if by_text and 2 * counts[Verdict.UNKNOWN] > counts.total():
         print(
-            "judge: most steps got no verdict: see what it wrote with `swirl-fast show`; a model that does not keep to the form can be "
-            "read by the probability of its verdict word (judge.model.read=logprobs, and judge.model.explain=false for one word alone)"
+            "judge: most steps got no verdict; `swirl-fast show` says why. A reply that is cut off needs more judge.model.max_tokens; a "
+            "model that does not keep to the form can be read by the probability of its verdict word: judge.model.read=logprobs, and "
+            "judge.model.explain=false for that word alone"
         )
     if prompt_tokens := sum(one.prompt_tokens for one in stats):
         share = sum(one.cached_tokens for one in stats) / prompt_tokens

@@ -44,7 +44,7 @@ def _run(config: Config, ranks: Ranks) -> None:
     check_clients(config.filter.upload)
     check_machine(config, ranks)  # hours before training would say so
     check_collection(config)  # before the evaluation sets an earlier one aside
-    check_newest(config, build_task(config))
+    check_newest(config, build_task)
     base = evaluate(config, "base")
     collect(config)
     judge(config)

@@ -239,9 +239,13 @@ class Packer:
         if fewest < count:
             work, _ = self.load(mine, count)
         group, aim = self._groups[0], Aim(float(ranks.sum(torch.tensor([work]))) / ranks.size, count)
+        seen = []
         for turn in range(LAST_ROUNDS):
-            if not (planned := relieving(ranks.numbers(work, group), group.members, aim.work, turn)):
+            told = ranks.numbers(work, group)
+            planned = relieving(told, group.members, aim.work, turn)
+            if not planned or (told, planned) in seen:  # all of the group see the same
                 break
+            seen.append((told, planned))
             for one in planned:
                 if one.giver == ranks.rank:
                     mine, work = self._relieved(mine, work, one, aim)
@@ -283,10 +287,11 @@ class Packer:
 
     def accept(self, mine: RankActions, part: RankActions, giver: float, aim: Aim) -> tuple[RankActions, float] | None:
         """(both together, their work); None where that is too much: more than ABOVE above the mean, and more than seven tenths of what the
-        giver had above it. giver: its work, with the part."""
+        giver had above the mean; or too many micro-batches. giver: its work, with the part."""
         both = mine.with_others([part])
-        work, _ = self.load(both, aim.count)
-        return (both, work) if work - aim.work <= max(ABOVE * aim.work, 0.7 * (giver - aim.work)) else None
+        work, needed = self.load(both, aim.count)
+        room = work - aim.work <= max(ABOVE * aim.work, 0.7 * (giver - aim.work))
+        return (both, work) if room and needed == aim.count else None
 
     def load(self, actions: RankActions, count: int = 0) -> tuple[float, int]:
         """Floating-point operations of its micro-batches, estimated, and how many there are: as few as can be, or `count`."""

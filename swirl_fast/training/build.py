@@ -48,12 +48,10 @@ from swirl_fast.training.checkpoint import load_weights, named, recorded_state
 from swirl_fast.training.export import export, export_adapter
 from swirl_fast.training.memory import estimate
 from swirl_fast.training.metrics_log import check_wandb
-from swirl_fast.training.resume import check_budget, model_settings, settings_of
+from swirl_fast.training.resume import MARKER, check_budget, model_settings, settings_of
 from swirl_fast.training.trainer import Trainer
 from swirl_fast.training.turns import lend
 from swirl_fast.training.utilization import GIB
-
-_MARKER = "trained.json"
 
 
 def check_machine(config: Config, ranks: Ranks) -> PreTrainedConfig:
@@ -209,7 +207,7 @@ class Training:
         self.trainer.run()
         _export(self.config, target, self.trainer.policy, self.tokenizer, ranks)
         if ranks.main:
-            write_json(target / _MARKER, self.marker)
+            write_json(target / MARKER, self.marker)
         ranks.barrier()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -241,7 +239,7 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
         "dtype": training.export_dtype,
         **settings,
     }
-    if read_json(config.folder / "model" / _MARKER) == marker:
+    if read_json(config.folder / "model" / MARKER) == marker:
         return Training(config, ranks, None, None, marker)
     check_budget(config, stream.manifest, context_of(model_config))  # once more when an engine says what it can do
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"

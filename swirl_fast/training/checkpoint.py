@@ -330,7 +330,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
     """The state in the newest checkpoint; None where there is none, or it cannot be read. Whether it is whole is not looked at."""
     try:
         state: dict[str, Any] = json.loads((checkpoints(folder)[-1] / _STATE).read_text(encoding="utf-8"))
-        return state if isinstance(state["settings"], dict) else None
+        return state if isinstance(state["settings"], dict) and isinstance(state["step"], int) else None
     except (OSError, ValueError, IndexError, KeyError, TypeError):
         return None
 

@@ -126,12 +126,17 @@ def estimate(
     return Estimate(kept, step, *apart)
 
 
-def on_disk(config: Config, model: PreTrainedModel) -> float:
-    """Bytes of what training leaves in the run's folder and, while it writes one, of a checkpoint more: weights and two moments in
-    float32 of what is trained, and the model at the end. model: made by `shapes`."""
+def on_disk(model_config: PreTrainedConfig, config: Config, model: PreTrainedModel) -> float:
+    """Bytes of what training leaves in the run's folder, and of one checkpoint more while it is written: of a checkpoint weights and two
+    moments in float32 of what is trained, and a tied weight twice; of the model at the end. model: made by `shapes` of model_config."""
+    numbers, text = 12.0 * _trained(model, config), model_config.get_text_config()
+    if config.model.lora.rank is None and getattr(text, "tie_word_embeddings", False):
+        numbers += 4.0 * text.vocab_size * text.hidden_size
     kept = config.training.keep_checkpoints + 1 + bool(config.training.keep_best)
-    exported = 2 if config.training.export_dtype in ("bfloat16", "float16") else 4
-    return 12.0 * _trained(model, config) * kept + exported * sum(one.numel() for one in model.parameters())
+    exported = config.training.export_dtype
+    dtype = model_config.dtype if exported == "source" else getattr(torch, exported)
+    size = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+    return numbers * kept + size * float(sum(one.numel() for one in model.parameters()))
 
 
 def _trained(model: PreTrainedModel, config: Config) -> int:

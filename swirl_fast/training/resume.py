@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.config.contents import contents
 from swirl_fast.data.shards import Manifest
-from swirl_fast.files import describe_changes
+from swirl_fast.files import describe_changes, read_json
 from swirl_fast.judges import judge_id
 from swirl_fast.models.load import model_fingerprint
 from swirl_fast.rendering import open_format
 from swirl_fast.tasks import offered_tools
 from swirl_fast.tasks.task import Task
 from swirl_fast.training.checkpoint import newest_state
+
+MARKER = "trained.json"
 
 
 def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
@@ -85,27 +87,35 @@ def model_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def check_settings(folder: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """folder: of the checkpoints. Raises ConfigError where one that was made with `recorded` must not be gone on with."""
-    if recorded == settings:
-        return
-    changes = describe_changes(recorded, settings)
-    if recorded.get("judge") != settings["judge"]:
-        changes += (
-            " (a judge's name says what it is made of: judge.*, hashes of a rubric, of tools and of code of your own)"
+def check_state(folder: Path, state: Mapping[str, Any], settings: Mapping[str, Any], steps: int) -> None:
+    """state: of a checkpoint in `folder`. settings, steps: of now. Raises ConfigError where it must not be gone on with."""
+    recorded = state["settings"]
+    if recorded != settings:
+        judged = ""
+        if recorded.get("judge") != settings["judge"]:
+            judged = " (The judge's name says what it is made of: judge.*, hashes of a rubric, of tools and of code of your own.)"
+        raise ConfigError(
+            f"{folder} was trained with other settings: {describe_changes(recorded, settings)}. Go back to them, or use another "
+            f"run.name{judged}"
         )
-    raise ConfigError(f"{folder} was trained with other settings: {changes}. Go back to them, or use another run.name")
+    if state["step"] > steps:
+        raise ConfigError(
+            f"training.steps={steps}: {folder} is at step {state['step']} already; ask for at least as many, or use another run.name"
+        )
 
 
-def check_newest(config: Config, task: Task) -> None:
-    """Raises ConfigError where training would refuse to go on from the newest checkpoint of the run: stages that take hours come before
-    it. Of one that cannot be read training itself says so."""
-    folder = config.folder / "checkpoints"
+def check_newest(config: Config, make_task: Callable[[Config], Task]) -> None:
+    """Raises ConfigError where training would not go on from the newest checkpoint of the run, for its settings: stages that take hours
+    come before it. Whether the shards are still the same is seen later, and of a checkpoint that cannot be read training itself says so.
+
+    make_task: called where there is a checkpoint."""
+    folder, steps = config.folder / "checkpoints", config.training.steps
     if state := newest_state(folder):
-        form = open_format(config.actions, config.model)
-        check_settings(
-            folder, state["settings"], settings_of(config, judge_id(config.judge, offered_tools(task), form))
-        )
+        offered = offered_tools(make_task(config))
+        settings = settings_of(config, judge_id(config.judge, offered, open_format(config.actions, config.model)))
+        trained = read_json(config.folder / "model" / MARKER) or {}
+        if {**trained, "shards": None, "dtype": None} != {"step": steps, "shards": None, "dtype": None, **settings}:
+            check_state(folder, state, settings, steps)
 
 
 def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:

@@ -36,7 +36,7 @@ from swirl_fast.training.guards import Guards
 from swirl_fast.training.heartbeat import Heartbeat
 from swirl_fast.training.interrupt import Interrupts
 from swirl_fast.training.metrics_log import MetricsLog
-from swirl_fast.training.resume import check_settings
+from swirl_fast.training.resume import check_state
 from swirl_fast.training.samples import SampleLog
 from swirl_fast.training.schedule import learning_rate
 from swirl_fast.training.step_metrics import StepSums, gaming_signs, over_ranks, rewards_by_task, step_metrics, trained
@@ -169,13 +169,7 @@ class Trainer:
         }
 
     def _check_restored(self, state: dict[str, Any]) -> None:
-        steps = self.config.training.steps
-        check_settings(self.folder, state["settings"], self.settings)
-        if state["step"] > steps:
-            raise ConfigError(
-                f"training.steps={steps}: {self.folder} is at step {state['step']} already; ask for at least "
-                "as many, or use another run.name"
-            )
+        check_state(self.folder, state, self.settings, self.config.training.steps)
 
     def _stop_if_asked(self, last: bool = False) -> None:
         """last: no step is left, for which a time limit would have to have room."""

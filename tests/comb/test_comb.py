@@ -329,8 +329,13 @@ def test_small_transfers_are_left_out() -> None:
 def test_those_with_too_much_are_relieved_by_those_with_little_others_in_every_turn() -> None:
     work, ranks = [110.0, 100.0, 106.0, 90.0, 103.0, 91.0, 95.0], [7, 6, 5, 4, 3, 2, 1]
     assert relieving(work, ranks, 100.0, 0) == [(7, 4, 10.0), (5, 2, 6.0)], "103 is not too much"
-    assert relieving(work, ranks, 100.0, 1) == [(7, 4, 10.0), (5, 2, 6.0)], "there are three"
+    assert relieving(work, ranks, 100.0, 1) == [(7, 1, 5.0), (5, 4, 6.0)]
     assert relieving([*work, 92.0], [*ranks, 0], 100.0, 1) == [(7, 1, 5.0), (5, 4, 6.0)]
+    for takers in range(1, 10):
+        asked = {
+            relieving([110.0, *[90.0] * takers], range(takers + 1), 100.0, turn)[0].taker for turn in range(takers)
+        }
+        assert asked == set(range(1, takers + 1)), "in the end all are asked"
     assert relieving([100.0, 101.0], [0, 1], 100.0, 0) == relieving([120.0], [0], 100.0, 0) == []
 
 

@@ -16,7 +16,7 @@ from support.task_files import write_lines
 
 from swirl_fast import cli, stages
 from swirl_fast.config import Config, ConfigError
-from swirl_fast.experiments.grid import read_experiment
+from swirl_fast.experiments.grid import chosen, read_experiment
 from swirl_fast.experiments.inputs import changed
 
 
@@ -171,6 +171,28 @@ def test_some_arms_and_seeds_are_done_and_the_others_left(
     for option, value in ("--arms", "base,nothing"), ("--seeds", "2"):
         assert cli.main(["experiment", path, option, value]) == 2
         assert f"{option} {value}: {value.split(',')[-1]!r} is none of " in capsys.readouterr().err
+    assert cli.main(["experiment", path, "--report", "--seeds", "1"]) == 2
+    assert "--report is of all cells" in capsys.readouterr().err
+
+
+def test_an_arm_is_chosen_with_all_of_its_grid_and_not_with_seeds_that_it_has_not(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    arms = {"base": {"train": False}, "all": {"seeds": [1], "filter.kind": "none"}}
+    experiment = read_experiment(write(tmp_path, tiny_model, arms=arms, compare=[], grid={"training.steps": [1, 2]}))
+    assert [cell.arm for cell in chosen(experiment, "all", None)] == ["all,steps=1", "all,steps=2"]
+    assert chosen(experiment, None, None) == list(experiment.cells)
+    with pytest.raises(ConfigError, match="--arms all --seeds 0: these arms have other seeds"):
+        chosen(experiment, "all", "0")
+
+
+def test_an_arm_brings_all_that_it_starts_from(tmp_path: Path, tiny_model: Path) -> None:
+    kept = {"filter.kind": "none", "algorithm.name": "sft"}
+    arms = {"first": kept, "second": {"from": "first", **kept}, "third": {"from": "second", **kept}}
+    path = str(write(tmp_path, tiny_model, arms=arms, compare=["third", "first"]))
+    assert cli.main(["experiment", path, "--arms", "third", "--seeds", "0"]) == 0
+    assert [one.name[:5] for one in (tmp_path / "e" / "cells").iterdir()] == ["third"]
+    assert {one.parts[-3].split("-")[0] for one in (tmp_path / "e").glob("*/model/config.json")} >= {"first", "second"}
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(

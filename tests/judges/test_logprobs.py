@@ -241,7 +241,7 @@ def test_another_reading_is_another_judge():
 
 
 def test_a_judge_that_keeps_to_no_form_is_told_what_helps(tmp_path, capsys):
-    said = "can be read by the probability of its verdict word (judge.model.read=logprobs"
+    said = "can be read by the probability of its verdict word: judge.model.read=logprobs"
     for reply, helped in (("Hard to say.", True), ("VERDICT: GOOD", False)):
         with serving(lambda *_, reply=reply: completion(reply)) as (endpoint, _):
             run = collected(tmp_path / reply[:4])

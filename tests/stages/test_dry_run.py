@@ -30,7 +30,7 @@ def test_a_stage_that_can_work(stage: str, tmp_path: Path, tiny_model: Path) -> 
     if stage == "run":
         assert lines[0].startswith(f"model: {tiny_model}, llama, context ") and "shared prefixes" in lines[0]
         assert lines[1].startswith("memory of a GPU: ") and "GiB a rank" in lines[1]
-        assert lines[2].startswith("disk: about ") and "training.keep_checkpoints=" in lines[2]
+        assert lines[2].startswith("disk: the model, the checkpoints that training.keep_checkpoints=")
         assert lines[3:6] == [
             "task chain_sum: 6 questions to train on, 6 held out; tools: calculator",
             "collect: 18 trajectories, 3 a question",
@@ -46,9 +46,9 @@ def test_what_is_less_than_asked_for_is_said(tmp_path: Path, tiny_model: Path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     done = attempt(["run", *overrides(tmp_path, tiny_model, *given), "--dry-run"])
     assert done.returncode == 0, done.stderr
-    assert "task: there are 2 questions where tasks.eval_limit=6 asks for more: all are taken" in done.stdout
-    assert "where tasks.limit" not in done.stdout
-    assert "; ONLY 0.0 GiB ARE FREE: name another run.folder, or keep fewer" in done.stdout
+    assert "task: there are 2 held-out questions, and tasks.eval_limit=6 would take more" in done.stdout
+    assert "and tasks.limit" not in done.stdout
+    assert "; ONLY 0.0 GiB ARE FREE: name another run.folder, or a smaller training.keep_checkpoints" in done.stdout
 
 
 @pytest.mark.parametrize(

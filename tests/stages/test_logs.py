@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -90,6 +91,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A whole run, and what it printed."""
     folder = make(tmp_path_factory.mktemp("logs"))
     return folder, start(["run", *overrides(folder)]).stdout
+
+
+@pytest.mark.parametrize("stage", ["run", "collect", "judge", "filter", "evaluate", "train"])
+def test_a_dry_run_of_every_stage(done: tuple[Path, str], stage: str) -> None:
+    shown = start([stage, *overrides(done[0]), "--dry-run"]).stdout
+    assert re.search(r"^task log: \d+ questions to train on, \d+ held out; tools: add$", shown, re.MULTILINE), shown
+    assert shown.endswith(f"nothing was started; `swirl-fast {stage}` without --dry-run does it\n")
 
 
 def test_a_run_imports_judges_trains_and_compares(done: tuple[Path, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_a_run_that_had_nothing_to_learn_from_says_so_at_its_end(tmp_path: Path,
     done = attempt(["run", *overrides(tmp_path, tiny_model, *short, "training.trajectories_per_step=2")])
     assert done.returncode == 0, done.stderr
     table = done.stdout.rpartition("mean process label")[2]
-    assert "no step had a gradient from rewards: all actions of a state had the same one (0.00" in table
+    assert "no step had a gradient from rewards: all actions of a state had the same reward (0.00" in table
     assert "a warm-up with algorithm.name=sft" in table
 
 
@@ -65,6 +66,16 @@ def test_settings_that_training_would_refuse_are_refused_before_the_stages_befor
             done = attempt(["run", *settings, changed, *more])
             assert done.returncode == 2 and said in done.stderr, done.stderr
             assert "was trained with other settings" in done.stderr and "evaluate" not in done.stdout
-            assert ("a judge's name says what it is made of" in done.stderr) == ("judge" in changed)
+            assert ("The judge's name says what it is made of" in done.stderr) == ("judge" in changed)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    fewer = [setting for setting in settings if not setting.startswith("training.steps")]
+    (checkpoint,) = (tmp_path / "r" / "checkpoints").glob("step_0*")
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    (checkpoint / "state.json").write_text(json.dumps({**state, "step": 2}), encoding="utf-8")
+    assert attempt(["run", *settings, "--dry-run"]).returncode == 0, "the model is there: no checkpoint is asked for"
+    (tmp_path / "r" / "model" / "trained.json").rename(tmp_path / "trained.json")
+    done = attempt(["run", *fewer, "training.steps=1", "--dry-run"])
+    assert done.returncode == 2 and "is at step 2 already; ask for at least as many" in done.stderr
+    (tmp_path / "trained.json").rename(tmp_path / "r" / "model" / "trained.json")
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
     assert attempt(["run", *settings]).returncode == 0, "what is there is gone on with"
