@@ -1,5 +1,5 @@
 """`--dry-run`: what a stage would find wrong before its work, found without it. Reads the data, the model's configuration and tokenizer,
-and asks a judge's endpoint once; loads no weights (it hashes them where a checkpoint is gone on with), starts no server, writes nothing into the
+and asks a judge's endpoint once; loads no weights (where there is a checkpoint it hashes them), starts no server, writes nothing into the
 run's folder.
 
 What only the work itself can tell is not in it: whether memory is enough (there is an estimate), whether servers come up, and what a task's
