@@ -291,7 +291,7 @@ class Packer:
         both = mine.with_others([part])
         work, needed = self.load(both, aim.count)
         room = work - aim.work <= max(ABOVE * aim.work, 0.7 * (giver - aim.work))
-        return (both, work) if room and needed == aim.count else None
+        return (both, work) if room and needed <= aim.count else None
 
     def load(self, actions: RankActions, count: int = 0) -> tuple[float, int]:
         """Floating-point operations of its micro-batches, estimated, and how many there are: as few as can be, or `count`."""

@@ -32,7 +32,7 @@ from swirl_fast.objective import policy_loss
 from swirl_fast.ranks import Ranks
 from swirl_fast.rollouts.at_states import SampledAction
 from swirl_fast.training import batch as batch_module
-from swirl_fast.training.batch import MicroBatch, Packer, RankActions
+from swirl_fast.training.batch import Aim, MicroBatch, Packer, RankActions
 from swirl_fast.training.resume import check_budget
 from swirl_fast.trajectory import Step, StepView, Trajectory
 
@@ -264,6 +264,22 @@ def test_ranks_that_still_have_too_much_are_relieved_and_no_action_is_lost(monke
     count = max(measure.load(part)[1] for part in after)
     loads = [[measure.load(part, count)[0] for part in parts] for parts in (before, after)]
     assert max(loads[1]) < max(loads[0]) and sum(loads[1]) < 1.02 * sum(loads[0])
+
+
+def test_a_part_is_refused_for_its_work_or_its_micro_batches_and_not_for_being_small() -> None:
+    own = Packer(load(None), Ranks(0, 1, torch.device("cpu")), SIZE, 32_768)
+    mine, part = (sampled_actions(rank, 2, trajectories=8, samples=8, seed=0) for rank in range(2))
+    work, needed = own.load(mine.with_others([part]))
+    assert needed > 1
+    both, found = own.accept(mine, part, 0.0, Aim(work, needed)) or (None, 0.0)
+    assert both is not None and len(both.weight_A) == len(mine.weight_A) + len(part.weight_A) and found == work
+    assert own.accept(mine, part, 0.0, Aim(work, needed - 1)) is None, "all ranks would need one micro-batch more"
+    assert own.accept(mine, part, 0.0, Aim(0.9 * work, needed)) is None, "too much"
+    assert own.accept(mine, part, 1.1 * work, Aim(0.9 * work, needed)) is not None, "its giver has still more"
+    trunk, state = mine.trunks[0], mine.trunks[0].states[0]
+    alone = SampledState(state.length, state.actions[:1], state.indices[:1])
+    few = mine.only([Trunk(trunk.tokens[: state.length], (alone,))])
+    assert own.accept(few, few, 0.0, Aim(work, 5)) is not None, "two actions make no five micro-batches"
 
 
 def test_the_plans_are_made_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
