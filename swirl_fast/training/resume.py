@@ -19,6 +19,10 @@ from swirl_fast.tasks.task import Task
 from swirl_fast.training.checkpoint import newest_state
 
 MARKER = "trained.json"
+SHARDS = {
+    "shards": None,
+    "dtype": None,
+}  # what else is in it, and is not known before the filter, or changes no training
 
 
 def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
@@ -113,8 +117,9 @@ def check_newest(config: Config, make_task: Callable[[Config], Task]) -> None:
     if state := newest_state(folder):
         offered = offered_tools(make_task(config))
         settings = settings_of(config, judge_id(config.judge, offered, open_format(config.actions, config.model)))
-        trained = read_json(config.folder / "model" / MARKER) or {}
-        if {**trained, "shards": None, "dtype": None} != {"step": steps, "shards": None, "dtype": None, **settings}:
+        trained = read_json(config.folder / "model" / MARKER)
+        same = isinstance(trained, dict) and {**trained, **SHARDS} == {"step": steps, **SHARDS, **settings}
+        if not same:
             check_state(folder, state, settings, steps)
 
 
@@ -127,7 +132,7 @@ def check_budget(config: Config, manifest: Manifest, max_context: int) -> None:
         what = f"trajectory {manifest.longest_path['id']} has {path} tokens up to its last action"
         key = f"tasks.max_steps={config.tasks.max_steps}"
     else:
-        longest = 1 if config.algorithm.name == "sft" else training.max_action_tokens
+        longest = training.max_action_tokens
         path = manifest.longest_state["tokens"] + longest
         what = f"trajectory {manifest.longest_state['id']} has a state of {path - longest} tokens, and actions may have {longest}"
         key = f"training.max_action_tokens={longest}"
