@@ -15,7 +15,7 @@ from swirl_fast.config.fields import AsWritten, setting
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
-Coverage = Literal["connected", "full"]
+Coverage = Literal["connected", "full", "single"]
 Outcome = Literal["exact", "judge"]
 Filter = Literal["none", "process", "outcome", "process_and_outcome"]
 Checkpointing = Literal["none", "full", "selective"]
@@ -217,7 +217,10 @@ class RulesConfig:
     """The judge that goes by rules (judge.kind=rules)."""
 
     coverage: Coverage = "connected"
-    """connected: steps may compute parts, and the answer must rest on all of them. full: one calculation for all."""
+    """connected: steps may compute parts, and the answer must rest on all numbers of the question. full: one calculation for all. single:
+    one calculation, for word problems that hold numbers which are not needed."""
+    coverage_by_task: dict[str, Coverage] = field(default_factory=dict)
+    """Another coverage for some of the tasks, by their names, such as {svamp: single}."""
     constants: list[float] = setting([1.0, 2.0, 100.0])
     """Numbers that a calculation may use without their being in the context."""
 

@@ -27,6 +27,8 @@ SWEETS = "There are 17 sweets for 5 children, who get 5 bags. How many are left 
 CLIPS = "Natalia sold clips to 48 friends in April, and then half as many in May. How many in all?"
 MAILS = "James gets 160 emails a day. 30% of them need no answer. How many answers are due in 5 days?"
 MILLIONS = "A town pays $1.5 million in 12 months. What does it pay a month?"
+EGGS = "Ann has 12 eggs and Bob has 5 eggs. How many more eggs does Ann have than Bob?"
+PAGES = "A book of 70 pages has 2 parts of 5 and 65 pages. How many pages does the second have?"
 READ = "Ann reads {a} pages and Bob reads {b} pages a week. How many pages do both read in {c} {unit}s?"
 FILM = "Who directed the film in which Greta Garbo first spoke?"
 CHOICE = "Which was started first, Arthur's Magazine or First for Women?"
@@ -198,6 +200,47 @@ TWO_READINGS = {
 def test_of_two_readings_the_one_that_rests_on_more_numbers_counts(name):
     question, history, action, expected = TWO_READINGS[name]
     assert verdict(question, history, action) == expected
+
+
+SINGLE = {
+    "numbers left out": (PAGES, [call("70-5")], answer("65"), "GOOD"),
+    "all numbers": (APPLES, [call("(12+5)*3")], answer("51"), "GOOD"),
+    "a second calculation": (APPLES, FRUIT, call("17*3")[0], "BAD"),
+    "an answer that is no result": (PAGES, [call("70-5")], answer("70"), "BAD"),
+    "an answer before any calculation": (PAGES, [], answer("65"), "BAD"),
+    "an answer after a call that was not accepted": (PAGES, [call("70-6")], answer("64"), "BAD"),
+    "a number from nowhere": (PAGES, [], call("70-6")[0], "BAD"),
+    "a part of a stated sum": (CHAIN, PART, answer("46"), "BAD"),
+    # an operation that is asked for
+    "a difference": (EGGS, [], call("12-5")[0], "GOOD"),
+    "a sum where a difference is asked for": (EGGS, [], call("12+5")[0], "BAD"),
+    "a difference the other way round": (EGGS, [], call("5-12")[0], "GOOD"),
+    "the size of a difference": (EGGS, [call("5-12")], answer("7"), "GOOD"),
+    "a count below zero": (EGGS, [call("5-12")], answer("-7"), "BAD"),
+    "what is left": ("Of 12 eggs 5 were sold. How many are left?", [], call("12-5")[0], "GOOD"),
+    "a sum where the rest is asked for": ("Of 12 eggs 5 were sold. How many are left?", [], call("12+5")[0], "BAD"),
+    "a share": ("5 hens laid 15 eggs. How many did each lay?", [], call("15/5")[0], "GOOD"),
+    "a share the wrong way round": ("5 hens laid 15 eggs. How many did each lay?", [], call("5/15")[0], "BAD"),
+    "a sum where a share is asked for": ("5 hens laid 15 eggs. How many did each lay?", [], call("5+15")[0], "BAD"),
+    "a rate": ("Each of 5 hens laid 3 eggs. How many eggs are there?", [], call("5*3")[0], "GOOD"),
+    "a rate and a number added": ("Each of 5 hens laid 3 eggs. How many eggs are there?", [], call("5+3")[0], "BAD"),
+    "a total": ("5 eggs and 3 eggs. How many in total?", [], call("5+3")[0], "GOOD"),
+    "a difference where a total is asked for": ("5 eggs and 3 eggs. How many in total?", [], call("5-3")[0], "BAD"),
+    "a product of numbers without a rate": ("Ann found 5 eggs and Bob 3. How many were found?", [], call("5*3")[0], "BAD"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_single(name):
+    question, history, action, expected = SINGLE[name]
+    assert verdict(question, history, action, "single") == expected
+
+
+def test_a_task_may_have_a_coverage_of_its_own():
+    steps = [StepView(task, PAGES, (call("70-5"),), answer("65")) for task in TOOLS]
+    config = RulesConfig(coverage_by_task={"sums": "single"})
+    sums, qa, bare = RulesJudge(config, dict.fromkeys(TOOLS, (CALCULATOR,))).judge(steps)
+    assert (sums.verdict, qa.verdict, bare.verdict) == (Verdict.GOOD, Verdict.BAD, Verdict.BAD)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +483,8 @@ def test_ids_name_what_changes_verdicts():
     ids = {
         RulesJudge(RulesConfig(coverage=c), tools).id for c in ("connected", "full") for tools in (TOOLS, {"sums": ()})
     }
-    assert len(ids) == 4
+    ids |= {RulesJudge(RulesConfig(coverage_by_task={"sums": c}), TOOLS).id for c in ("full", "single")}
+    assert len(ids) == 6
     assert all(id.startswith(("rules-v5-connected", "rules-v5-full")) for id in ids)
 
 
@@ -453,8 +497,12 @@ def test_unknown_task_is_unknown():
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match="judge.rules.coverage is 'half'; use one of connected, full"):
+    with pytest.raises(ValueError, match="judge.rules.coverage is 'half'; use one of connected, full, single"):
         RulesJudge(RulesConfig(coverage="half"), TOOLS)
+    with pytest.raises(ValueError, match="judge.rules.coverage is 'half'"):
+        RulesJudge(RulesConfig(coverage_by_task={"sums": "half"}), TOOLS)
+    with pytest.raises(ConfigError, match="coverage_by_task: no task here is called smus; there is bare, qa, sums"):
+        RulesJudge(RulesConfig(coverage_by_task={"smus": "single"}), TOOLS)
     with pytest.raises(ValueError, match="judge.rules.constants"):
         RulesJudge(RulesConfig(constants=[float("nan")]), TOOLS)
     abacus = text_tool("abacus", "abacus", "beads", "counts")

@@ -11,6 +11,8 @@ on the question:
   no more often than it is given there, and have an influence. Under "connected" a calculation must bring in a number of
   the question that was not used, or join a result that is still open with another number; under "full" it must use all
   numbers. The answer is the last result that rests, directly or through other results, on all numbers of the question.
+  Under "single" one calculation must do, which may leave numbers out, but is of a kind that the words ask for
+  (word_problems.py).
 - The tool is search. A query must be new and about what was read: it holds a name of it, or half of its content words come
   from there. The answer must be a span of a result, and of the form that is asked for (queries.py).
 
@@ -33,7 +35,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Context, Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -52,6 +54,7 @@ from swirl_fast.judges.rules.calculations import (
     stated_expression,
 )
 from swirl_fast.judges.rules.queries import answer_fault, query_fault, words
+from swirl_fast.judges.rules.word_problems import Asked, asked
 from swirl_fast.tools.arithmetic import CalculationError
 from swirl_fast.tools.numerals import mentions, number_in, numbers
 from swirl_fast.tools.search import NOTHING_FOUND
@@ -97,8 +100,8 @@ class _Source:
 class _Question:
     """numbers: absolute values, in order. needed: positions of those an answer must rest on.
 
-    sources: what a calculation may use of a word problem. parts: (first, end) -> value of every contiguous part of a
-    stated expression; empty in a word problem.
+    sources: what a calculation may use of a word problem. asked: what its words ask for. parts: (first, end) -> value of every
+    contiguous part of a stated expression; empty in a word problem.
     """
 
     text: str
@@ -106,6 +109,7 @@ class _Question:
     needed: frozenset[int]
     sources: tuple[_Source, ...]
     parts: Mapping[tuple[int, int], Fraction]
+    asked: Asked = Asked()
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,9 @@ class _Result:
 
 @dataclass
 class _State:
-    """What the replay of a history leaves."""
+    """What the replay of a history leaves. coverage: that of the task."""
 
+    coverage: str = "connected"
     calls: set[object] = field(default_factory=set)
     results: list[_Result] = field(default_factory=list)
     passages: list[str] = field(default_factory=list)  # the search results
@@ -142,8 +147,14 @@ class RulesJudge:
     def __init__(
         self, config: RulesConfig, tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS
     ) -> None:
-        if config.coverage not in COVERAGES:
-            raise ValueError(f"judge.rules.coverage is {config.coverage!r}; use one of {', '.join(COVERAGES)}")
+        for coverage in (config.coverage, *config.coverage_by_task.values()):
+            if coverage not in COVERAGES:
+                raise ValueError(f"judge.rules.coverage is {coverage!r}; use one of {', '.join(COVERAGES)}")
+        if unknown := sorted(set(config.coverage_by_task) - set(tools_by_task)):
+            known = ", ".join(sorted(tools_by_task))
+            raise ConfigError(
+                f"judge.rules.coverage_by_task: no task here is called {', '.join(unknown)}; there is {known}"
+            )
         try:
             self._constants = {Fraction(str(constant)) for constant in config.constants}
         except ValueError:
@@ -154,9 +165,10 @@ class RulesJudge:
                     f"judge.kind=rules: has no rules for {', '.join(unknown)}, a tool of task {task}; it knows {' and '.join(BUILT_IN)}. "
                     "Use judge.kind=model, or a reward of your own, judge.kind=FILE.py:NAME"
                 )
-        self._full = config.coverage == "full"
+        self._coverage = {task: config.coverage_by_task.get(task, config.coverage) for task in tools_by_task}
         self._tools, self._form = tools_by_task, form
-        self.id = f"rules-v{VERSION}-{config.coverage}"
+        own = [f"{task}.{coverage}" for task, coverage in sorted(config.coverage_by_task.items())]
+        self.id = "-".join([f"rules-v{VERSION}-{config.coverage}", *own])
         if self._constants != {Fraction(str(constant)) for constant in RulesConfig().constants}:
             self.id += f"-constants.{_hash_json(sorted(map(str, self._constants)))}"
         self.id += f"-tools.{_hash_json(tool_identities(tools_by_task, form))}"
@@ -173,7 +185,7 @@ class RulesJudge:
         if tools is None:
             return Judgement(Verdict.UNKNOWN, f"the judge was not told the tools of task {step.task[:80]!r}")
         question = _read_question(step.question)
-        state = _State()
+        state = _State(self._coverage[step.task])
         for text, seen in step.history:
             self._replay(state, question, self._form.parse(text, tools), seen)
         try:
@@ -243,15 +255,20 @@ class RulesJudge:
         asks_pi = not question.parts and re.search(r"\bpi\b|π", question.text, re.I)
         if not asks_pi and any(isinstance(node, ast.Name) and node.id == "pi" for node in nodes):
             raise _Bad("pi is not in the question")
+        full, single = state.coverage == "full", state.coverage == "single" and not question.parts
         done = next((result for result in state.results if result.covers >= question.needed), None)
         # no end is certain in a word problem: 48/2 rests on every number of "48, and half as many. How many in all?"
-        if done and (question.parts or self._full):
+        if done and (question.parts or full):
             raise _Bad(f"the result {_show(done.shown)} rests on all numbers already: answer with it")
+        if single and state.results:
+            raise _Bad(f"there is a result already, {_show(state.results[0].shown)}: answer with it")
         match = self._match_stated if question.parts else self._match_words
         covers, joins = match(state, question, calculation)
         missing = [question.numbers[i] for i in sorted(question.needed - covers)]
-        if missing and self._full:
+        if missing and full:
             raise _Bad(f"the calculation leaves out {_list(missing)}")
+        if single and (fault := question.asked.fault(calculation)):
+            raise _Bad(f"{_show(value)} {fault}")
         rest = f"without {_list(missing)}" if missing else "and rests on all numbers"
         return f"{_show(value)} is computed from numbers at hand {rest}", _Result(value, value, covers, joins)
 
@@ -271,9 +288,9 @@ class RulesJudge:
         # exact values are compared, also where a rounded result was written
         value = exchanged(calculation, exact) if exact else calculation.value
         literals = Counter(literal for _, _, literal in calculation.literals)
-        whole = (0, len(question.numbers))
+        whole, full = (0, len(question.numbers)), state.coverage == "full"
         for (start, end), part in question.parts.items():
-            if part != value or (self._full and (start, end) != whole):
+            if part != value or (full and (start, end) != whole):
                 continue
             # where it overlaps a part that is computed already, it must hold all of that part and more
             overlaps = [(a, b) for a, b in spans if start < b and a < end]
@@ -282,7 +299,7 @@ class RulesJudge:
             if composed(question.numbers, pieces, start, end, literals):
                 return frozenset(range(start, end)), frozenset()
         used, shown = _list(list(literals.elements())), _show(calculation.value)
-        if self._full:
+        if full:
             raise _Bad(f"{shown} from {used} is not the stated expression with all of {_list(question.numbers)}")
         raise _Bad(f"{shown} from {used} is no open part of the stated expression")
 
@@ -354,10 +371,12 @@ def _number_answer(state: _State, question: _Question, argument: str) -> str:
     if len(argument) > MAX_ANSWER_CHARS or stated is None:
         raise _Bad(f"the answer is not one number in at most {MAX_ANSWER_CHARS} characters")
     wanted = [stated.value, stated.bare] if stated.percent else [stated.value]
-    last = next((result for result in reversed(state.results) if result.covers >= question.needed), None)
+    single = state.coverage == "single" and not question.parts
+    needed = frozenset() if single else question.needed
+    last = next((result for result in reversed(state.results) if result.covers >= needed), None)
     if last is None:
         used = frozenset[int]().union(*(result.covers for result in state.results))
-        if missing := [question.numbers[i] for i in sorted(question.needed - used)]:
+        if missing := [question.numbers[i] for i in sorted(needed - used)]:
             raise _Bad(f"no accepted result rests on all numbers of the question; not used: {_list(missing)}")
         if not state.results:
             raise _Bad("no calculation was accepted that the answer could rest on")
@@ -368,9 +387,11 @@ def _number_answer(state: _State, question: _Question, argument: str) -> str:
             "no accepted result rests on all numbers of the question: "
             f"{_show(nearest.shown)} is without {_list(without)}, which other results use"
         )
+    if single and not question.asked.below_zero:  # 5 - 12 tells the difference of 12 and 5, too
+        last = replace(last, value=abs(last.value), shown=abs(last.shown))
     if not any(_equal(answer, last) for answer in wanted):
         raise _Bad(f"the answer {_show(stated.value)} is not the last result, {_show(last.shown)}")
-    return f"the answer {_show(stated.value)} is the last result and rests on all numbers"
+    return f"the answer {_show(stated.value)} is the {'result' if single else 'last result and rests on all numbers'}"
 
 
 def _equal(answer: Fraction, result: _Result) -> bool:
@@ -412,7 +433,7 @@ def _read_question(text: str) -> _Question:
         sources += [_Source(value, frozenset({at})) for value in spoken]
     # a factor of 1 is rarely written down: "1 hour at $12"
     needed = frozenset(at for at, one in enumerate(mentioned) if 1 not in (one.value, one.bare))
-    return _Question(text, values, needed, tuple(sources), {})
+    return _Question(text, values, needed, tuple(sources), {}, asked(text, mentioned))
 
 
 def _percentages(calculation: Calculation, question: _Question) -> list[Fraction]:
