@@ -125,6 +125,8 @@ class Setting:
             return f"{_NAMES[self.plain_kind]} or null"
         arguments = get_args(self.kind)
         if self.is_table:
+            if words := get_args(arguments[1]) if get_origin(arguments[1]) is Literal else ():
+                return f"table with values of {', '.join(words)}"
             values = {str: "texts", dict: "tables", list: "lists"}.get(get_origin(arguments[1]) or arguments[1])
             return f"table of {values}" if values else "table"
         if get_origin(self.kind) is list:

@@ -33,6 +33,7 @@ def judge(config: Config) -> None:
     """Under torchrun, one call a rank: the trajectories are dealt over the ranks, by their questions."""
     with joined() as ranks:
         task = build_task(config)
+        _check_tasks(config, task)
         if ranks.main:
             Store(config.store, writable=False).close()  # says so when nothing was collected yet
         with task_judge(config, task) as process_judge, main_store(ranks, config.store) as store:
@@ -43,6 +44,15 @@ def judge(config: Config) -> None:
             if store is not None:
                 _say(config, process_judge, store, ids, stats)
             ranks.meet()
+
+
+def _check_tasks(config: Config, task: Task) -> None:
+    """Raises ConfigError for a coverage of a task that is not there. Evaluations may be of other tasks than those it is meant for."""
+    known = offered_tools(task)
+    if config.judge.kind == "rules" and (unknown := sorted(set(config.judge.rules.coverage_by_task) - set(known))):
+        raise ConfigError(
+            f"judge.rules.coverage_by_task: no task here is called {', '.join(unknown)}; there is {', '.join(sorted(known))}"
+        )
 
 
 def _judge(

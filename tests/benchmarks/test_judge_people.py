@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.judge_people import bound, measure
+from benchmarks.judge_people import fit, measure
 from benchmarks.judge_people.trajectories import read_calculator, read_search
 from swirl_fast.formats.format import results_in
 from swirl_fast.verdict import Judgement, Verdict
@@ -171,28 +171,33 @@ def test_the_numbers_are_those_of_a_slow_count(calculator_file: str) -> None:
     assert low <= report["trajectories"]["auc"] <= high
 
 
-def test_the_fit_is_where_the_penalised_likelihood_has_no_slope_and_its_thresholds_hold_the_shares() -> None:
+def test_the_fit_is_where_the_penalised_likelihood_has_no_slope() -> None:
     draw = np.random.default_rng(0)
     table, labels = draw.normal(size=(200, 5)), (draw.random(200) < 0.4).astype(float)
-    weights = bound.fitted(table, labels, 3.0)
+    weights = fit.fitted(table, labels, 3.0)
     slope = table.T @ (1 / (1 + np.exp(-table @ weights)) - labels) + 3.0 * weights
     assert np.abs(slope).max() < 1e-8
-    points = bound.operating_points(table @ weights, labels)
-    lenient, strict = points["right_called_bad_0.08"], points["wrong_called_good_0.38"]
-    assert lenient["right_called_bad"] == pytest.approx(0.08, abs=0.02)
-    assert strict["wrong_called_good"] == pytest.approx(0.38, abs=0.02)
-    kept = labels.mean() * (1 - strict["right_called_bad"])
-    assert strict["precision"] == pytest.approx(kept / (kept + (1 - labels.mean()) * strict["wrong_called_good"]))
 
 
-def test_the_bound_is_fitted_on_one_half_and_measured_on_both(calculator_file: str, tmp_path: Path) -> None:
-    out = tmp_path / "bound.json"
-    bound.main(["--calculator", calculator_file, "--out", str(out)])
+def test_a_fit_is_compared_where_it_lets_as_many_wrong_answers_pass() -> None:
+    """Of 10 wrong answers the 4 with the highest scores pass, above 2.5; of 5 right ones 3 are below that."""
+    labels = np.array([0.0] * 10 + [1.0] * 5)
+    scores = np.array([*np.arange(10) - 3.5, -1, 0, 1, 3, 7.0])
+    assert fit.right_called_bad(scores, labels, 0.4) == pytest.approx(0.6)
+    good = np.array([True] * 4 + [False] * 6 + [True] * 4 + [False])
+    report = fit.beside_rules(scores, good, labels, np.arange(15))
+    assert report["right_called_bad"] == pytest.approx(0.6) and report["more_than_rules"] == pytest.approx(0.4)
+    assert report["interval"][0] <= 0.4 <= report["interval"][1]
+
+
+def test_the_fit_knows_one_half_and_is_measured_on_both(calculator_file: str, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "fit.json"
+    fit.main(["--calculator", calculator_file, "--out", str(out)])
     result = json.loads(out.read_text(encoding="utf-8"))
     assert sum(result[half]["answers"] for half in measure.HALVES) == 12
     for half in measure.HALVES:
-        assert result[half]["fitted"]["auc"] == 1.0  # right ones multiply, wrong ones add
-        assert result[half]["rules"] == {"right_called_bad": 0.0, "wrong_called_good": 0.0, "precision": 1.0}
+        assert result[half]["rules"] == {"right_called_bad": 0.0, "wrong_called_good": 0.0}
+        assert all(one["right_called_bad"] == 0 for one in result[half]["fit"].values())  # right ones multiply
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from support import forks
 from support.paths import SUPPORT
 from support.runs import command, copy_of, environment, kill_when, overrides, weights
 
-from swirl_fast import cli
-from swirl_fast.config import ConfigError
+from swirl_fast import cli, stages
+from swirl_fast.config import ConfigError, load
 from swirl_fast.engines.engine import Request, Sampling
 from swirl_fast.exits import EXIT_RESUMABLE
 from swirl_fast.judges.judge import Judge
@@ -350,3 +350,10 @@ def test_a_checkpoint_is_exported_and_a_finished_training_is_not_repeated(
     assert cli.main(["train", *stage]) == 0 and "is trained to step 2 already" in capsys.readouterr().out
     assert cli.main(["train", *stage, "training.on_policy_batches=1"]) == 2
     assert "training.on_policy_batches was 0, is 1 now" in capsys.readouterr().err
+
+
+def test_a_coverage_of_a_task_that_is_not_there_is_named(tmp_path: Path) -> None:
+    overrides = ["tasks.limit=2", "tasks.eval_limit=1", "judge.rules.coverage_by_task.svmap=single"]
+    config = load(None, [*overrides, f"run.folder={tmp_path}"])
+    with pytest.raises(ConfigError, match="coverage_by_task: no task here is called svmap; there is chain_sum"):
+        stages.judge(config)

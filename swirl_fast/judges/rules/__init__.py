@@ -20,11 +20,11 @@ Only accepted (GOOD) calculations count as results: otherwise one bad step would
 ones.
 
 Limits, so that nobody takes it for more. In a word problem it does not see a wrong operation (`a + b` for `a * b`) or
-sign, takes every number in digits but 1 as needed, and number words and units (`three`, `half`, `week`) as allowed, not
-as needed. Of the official solutions of GSM8K (every fifth of train.jsonl), cut into calls at their `<<a=b>>`, it finds
-79 % of the steps GOOD, and every step of 61 %: the others do arithmetic in the head, use facts of the world (eight legs),
-or leave out a number that does not matter. In search, any span of a passage that has the form asked for passes, and so does a
-guessed yes or no when both sides were looked up. Use a model as judge where that matters; benchmarks/judges measures it.
+sign (under "single" some), takes every number in digits but 1 as needed (under "single" none), and number words and
+units (`three`, `half`, `week`) as allowed, not as needed. Right solutions that it refuses do arithmetic in the head, use
+facts of the world (eight legs), or leave out a number that does not matter. In search, any span of a
+passage that has the form asked for passes, and so does a guessed yes or no when both sides were looked up. Use a model as
+judge where that matters; benchmarks/judges and benchmarks/judge_people measure it.
 """
 
 from __future__ import annotations
@@ -147,14 +147,10 @@ class RulesJudge:
     def __init__(
         self, config: RulesConfig, tools_by_task: Mapping[str, Collection[ToolSpec]], form: Format = TAGS
     ) -> None:
-        for coverage in (config.coverage, *config.coverage_by_task.values()):
+        by_task = {f"coverage_by_task.{task}": coverage for task, coverage in config.coverage_by_task.items()}
+        for key, coverage in {"coverage": config.coverage, **by_task}.items():
             if coverage not in COVERAGES:
-                raise ValueError(f"judge.rules.coverage is {coverage!r}; use one of {', '.join(COVERAGES)}")
-        if unknown := sorted(set(config.coverage_by_task) - set(tools_by_task)):
-            known = ", ".join(sorted(tools_by_task))
-            raise ConfigError(
-                f"judge.rules.coverage_by_task: no task here is called {', '.join(unknown)}; there is {known}"
-            )
+                raise ValueError(f"judge.rules.{key} is {coverage!r}; use one of {', '.join(COVERAGES)}")
         try:
             self._constants = {Fraction(str(constant)) for constant in config.constants}
         except ValueError:
@@ -167,7 +163,7 @@ class RulesJudge:
                 )
         self._coverage = {task: config.coverage_by_task.get(task, config.coverage) for task in tools_by_task}
         self._tools, self._form = tools_by_task, form
-        own = [f"{task}.{coverage}" for task, coverage in sorted(config.coverage_by_task.items())]
+        own = [f"{task}.{coverage}" for task, coverage in sorted(self._coverage.items()) if coverage != config.coverage]
         self.id = "-".join([f"rules-v{VERSION}-{config.coverage}", *own])
         if self._constants != {Fraction(str(constant)) for constant in RulesConfig().constants}:
             self.id += f"-constants.{_hash_json(sorted(map(str, self._constants)))}"
@@ -201,9 +197,10 @@ class RulesJudge:
         if results is None:
             return
         considered: list[_Result | None] = []
+        one_too_many = _one_too_many(state, action)
         for call in action.calls:
             try:
-                considered.append(self._consider_call(state, question, call)[1])
+                considered.append(None if one_too_many else self._consider_call(state, question, call)[1])
             except _Bad:
                 considered.append(None)
             state.calls.add(_call_key(call))
@@ -223,6 +220,8 @@ class RulesJudge:
                     reason, "the answer stands in a search result, or is a yes or no after both were looked up"
                 )
             return _number_answer(state, question, action.argument)
+        if _one_too_many(state, action):
+            raise _Bad("one calculation is enough")
         reasons = []
         for call in action.calls:
             reasons.append(self._consider_call(state, question, call)[0])
@@ -341,6 +340,11 @@ class RulesJudge:
         return covers, frozenset(source.result for source in chosen if source.result >= 0)
 
 
+def _one_too_many(state: _State, action: Action) -> bool:
+    """Whether a turn holds several calculations where one must do."""
+    return state.coverage in ("full", "single") and sum(call.tool == "calculator" for call in action.calls) > 1
+
+
 def _pass(fault: str, reason: str) -> str:
     if fault:
         raise _Bad(fault)
@@ -387,7 +391,7 @@ def _number_answer(state: _State, question: _Question, argument: str) -> str:
             "no accepted result rests on all numbers of the question: "
             f"{_show(nearest.shown)} is without {_list(without)}, which other results use"
         )
-    if single and not question.asked.below_zero:  # 5 - 12 tells the difference of 12 and 5, too
+    if single and question.asked.size:  # 5 - 12 tells the difference of 12 and 5, too
         last = replace(last, value=abs(last.value), shown=abs(last.shown))
     if not any(_equal(answer, last) for answer in wanted):
         raise _Bad(f"the answer {_show(stated.value)} is not the last result, {_show(last.shown)}")
