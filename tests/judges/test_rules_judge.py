@@ -514,7 +514,7 @@ def test_ids_name_what_changes_verdicts():
     assert len(ids) == 6
     same = RulesConfig(coverage_by_task={"sums": "connected", "elsewhere": "single"})
     assert RulesJudge(same, TOOLS).id == RulesJudge(RulesConfig(), TOOLS).id
-    assert all(id.startswith(("rules-v5-connected", "rules-v5-full")) for id in ids)
+    assert all(id.startswith(("rules-v6-connected", "rules-v6-full")) for id in ids)
 
 
 def test_tools_of_the_task_decide_what_is_malformed():

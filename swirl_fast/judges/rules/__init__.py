@@ -22,9 +22,9 @@ ones.
 Limits, so that nobody takes it for more. In a word problem it does not see a wrong operation (`a + b` for `a * b`) or
 sign (under "single" some), takes every number in digits but 1 as needed (under "single" none), and number words and
 units (`three`, `half`, `week`) as allowed, not as needed. Right solutions that it refuses do arithmetic in the head, use
-facts of the world (eight legs), or leave out a number that does not matter. In search, any span of a
-passage that has the form asked for passes, and so does a guessed yes or no when both sides were looked up. Use a model as
-judge where that matters; benchmarks/judges and benchmarks/judge_people measure it.
+facts of the world (eight legs), or leave out a number that does not matter. In search, any span of a passage that has the
+form asked for passes, and so does a guessed yes or no when both sides were looked up. Use a model as judge where that
+matters; benchmarks/judges and benchmarks/judge_people measure it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
-VERSION = 5  # of the rules: part of the judge's id, under which verdicts are cached
+VERSION = 6  # of the rules: part of the judge's id, under which verdicts are cached
 MAX_ANSWER_CHARS = 40  # of a number with its unit
 
 _SPOKEN = {  # word -> numbers it may stand for

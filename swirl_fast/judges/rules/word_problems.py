@@ -32,11 +32,15 @@ _NEEDS: tuple[tuple[re.Pattern[str], str, frozenset[type]], ...] = (
         "a difference",
         frozenset({ast.Sub}),
     ),
-    (re.compile(r"\b(?:left|remain\w*|still)\b(?!.*\beach\b)", re.I), "what is left", frozenset({ast.Sub, ast.Mod})),
+    (
+        re.compile(r"\b(?:left|remain\w*|still)\b(?!.{0,200}\beach\b)", re.I),
+        "what is left",
+        frozenset({ast.Sub, ast.Mod}),
+    ),
     (re.compile(r"\b(?:altogether|in all|in total)\b", re.I), "a total", frozenset({ast.Add, ast.Mult})),
-    (re.compile(r"\b(?:each|every|per|average)\b(?!.*\bnow\b)", re.I), "a share", _MULTIPLIED),
+    (re.compile(r"\b(?:each|every|per|average)\b(?!.{0,200}\bnow\b)", re.I), "a share", _MULTIPLIED),
 )
-_RATE = re.compile(r"\d[^.?!]*\b(?:each|every|per)\b|\b(?:each|every|per)\b[^.?!]*\d", re.I)
+_RATE = re.compile(r"\d[^.?!]{0,200}\b(?:each|every|per)\b|\b(?:each|every|per)\b[^.?!]{0,200}\d", re.I)
 _NOT_BY_RATES = re.compile(r"\b(?:more|fewer|less|left|still|remain\w*|now)\b", re.I)
 _GROUPS = re.compile(  # words of which there is one where something is multiplied or divided
     r"\b(?:each|per|every|apiece|times|twice|thrice|doubl\w+|tripl\w+|half|halves|quarters?|thirds?|fourths?|fifths?|equal\w*|same|evenly|"
