@@ -10,7 +10,11 @@ from swirl_fast.config import Config, ConfigError, check, dump, load
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configs_load(path: Path, tmp_path: Path) -> None:
+def test_shipped_configs_load(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("svamp.json", "gsm8k.jsonl"):
+        (tmp_path / "data" / name).write_text("[]")
     data = tmp_path / "data.json"
     data.write_text("[]")
     config = load(path, [f"tasks.path={data}"])

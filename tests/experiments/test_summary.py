@@ -197,11 +197,11 @@ def test_the_main_arms_of_the_study_see_no_gold_label(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     experiment = read_experiment(of_one_seed("study", tmp_path))
     cells = {cell.arm: cell for cell in experiment.cells}
-    for arm in ("process", "none", "raft", "sft", "sft_seconds", "sft_process", "few_process", "few_sft"):
+    for arm in ("process", "none", "raft", "sft", "sft_process"):
         config = cells[arm].config
         assert (config.judge.kind, config.collect.source, config.algorithm.reward) == ("rules", "policy", "process")
         assert config.filter.kind in ("none", "process")
-    assert {cell.start for cell in cells.values()} == {None, *(cells[arm].name for arm in ("base", "sft", "few"))}
+    assert {cell.start for cell in cells.values()} == {None, *(cells[arm].name for arm in ("base", "sft"))}
     learned = [{**entry, "limit": 0} for entry in cells["base"].config.tasks.mix]
     passed = [entry["limit"] for entry in cells["base"].config.tasks.mix]
     assert [{**entry, "limit": 0} for entry in cells["process"].config.tasks.mix] == [
