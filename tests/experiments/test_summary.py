@@ -164,8 +164,9 @@ def test_the_numbers_of_a_study_are_those_of_its_cells(file: Path) -> None:
     pairs = {name: tuple(pair["arms"]) for name, pair in study.get("pairs", {}).items()}
     fewer = study.get("fewer_seeds", {})
     again = summarise(arms, evaluations, study["seeds"], tuple(study["compare"]), results, pairs, fewer)  # type: ignore[arg-type]
-    assert study["complete"] and len(results) == len(cells) == sum(len(fewer.get(arm, study["seeds"])) for arm in arms)
-    assert json.loads(json.dumps(again)) == study
+    assert len(results) == len(cells)
+    assert study["complete"] == (len(cells) == sum(len(fewer.get(arm, study["seeds"])) for arm in arms))
+    assert json.loads(json.dumps({"pairs": {}, **again})) == {"pairs": {}, **study}
 
 
 def of_one_seed(name: str, folder: Path) -> Path:
