@@ -64,7 +64,7 @@ setup(
     packages=[*find_packages(include=["swirl_fast", "swirl_fast.*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={"swirl_fast": ["py.typed"], **dict.fromkeys(SHIPPED, ["*.*"])},
-    exclude_package_data={"swirl_fast.shipped.configs.experiments": ["study.yaml", "study_reference_judge.yaml"]},
+    exclude_package_data={"swirl_fast.shipped.configs.experiments": ["study*.yaml"]},
     install_requires=[
         f"swirl-kernels == {VERSION}",
         "torch>=2.11",
