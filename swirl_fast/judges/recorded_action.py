@@ -4,10 +4,12 @@ trajectory, by whomever.
     kinds       a call is compared with a recorded call, an answer with a recorded answer; anything else is 0
     calls       of one turn are matched so that they agree best; the reward is F1, with how far two matched calls agree in place of hits
     a call      tool by name, arguments by name: the mean over all names of either, where one that is missing or surplus counts 0
-    numbers     by value: 5, 5.0 and "$5" are one number; what is given to the calculator by the value of its calculation
+    numbers     and texts that are nothing else, by value: 5, 5.0 and "$5" are one number; "5%" is 0.05, and "$5" is not "5 €". What is
+                given to the calculator by the value of its calculation
     texts       by token F1 of their words, as answers are scored; by their symbols, case and all, where they hold operators or brackets:
-                `a < 5` and `a > 5` are different calls. Equal texts are 1
-    lists of texts   such as several queries, of at most 64: matched so that they agree best, F1; below 1 in another order
+                `a < 5` and `a > 5` are different calls. The same words or symbols are 1, in another order less
+    lists of texts   such as several queries: 1 where each text agrees with the one in its place; else matched so that they agree best,
+                F1, below 1, with at most 64 texts
     other JSON  equal or not
 
 An answer is compared as a text or a number. The paper asks for functional equivalence, by a verifier of each domain, and leaves its form
@@ -36,14 +38,14 @@ from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import judge_malformed, tool_identities
 from swirl_fast.judges.own import OwnJudge, own_judge_id
 from swirl_fast.judges.rules.calculations import read_calculation
-from swirl_fast.tasks.scoring import same_number, score_text
+from swirl_fast.tasks.scoring import normalise_answer, score_text
 from swirl_fast.tools.arithmetic import CalculationError
-from swirl_fast.tools.numerals import number_in
+from swirl_fast.tools.numerals import currency_in, number_in
 from swirl_fast.tools.tool import CALCULATOR, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
-VERSION = 2  # of the comparison: part of the judge's id, under which verdicts are cached
+VERSION = 3  # of the comparison: part of the judge's id, under which verdicts are cached
 MOST_TEXTS = 64  # of a list that is matched: the work grows with their square
 OWN = "judge.recorded_action.turns_without_a_call"
 NONE = "unknown"  # its value where there is no function
@@ -133,16 +135,18 @@ class RecordedActionJudge:
                 return float(same)
         if isinstance(one, str) and isinstance(other, str):
             return self._texts(one, other)
-        if _is_texts(one) and _is_texts(other) and not self._exact:
+        if _is_texts(one) and _is_texts(other):
             return self._lists(one, other)
-        numbers = _number(one), _number(other)
-        if None not in numbers:
-            return float(numbers[0] == numbers[1])
+        same = _same_number(one, other)
+        if same is not None:
+            return float(same)
         return float(_same_json(one, other))
 
     def _lists(self, fresh: Sequence[str], recorded: Sequence[str]) -> float:
-        if fresh == recorded:
+        if len(fresh) == len(recorded) and all(one == 1.0 for one in map(text_agreement, fresh, recorded)):
             return 1.0
+        if self._exact or max(len(fresh), len(recorded)) > MOST_TEXTS:
+            return 0.0
         whole = len(fresh) + len(recorded)
         agreement = best_matching([[self._texts(one, other) for other in recorded] for one in fresh])
         return min(2 * agreement, whole - 1) / whole
@@ -181,11 +185,13 @@ def text_agreement(one: str, other: str) -> float:
     one, other = " ".join(one.split()), " ".join(other.split())
     if one == other:
         return 1.0
-    if number_in(one) is not None and number_in(other) is not None:
-        return float(same_number(one, other))
+    same = _same_number(one, other)
+    if same is not None:
+        return float(same)
     if _FORMAL.search(one) or _FORMAL.search(other):
         return _token_f1(_symbols(one), _symbols(other))
-    return score_text(one, [other]).f1
+    score = score_text(one, [other])
+    return min(score.f1, _token_f1(normalise_answer(one).split(), normalise_answer(other).split()))
 
 
 def _symbols(text: str) -> list[str]:
@@ -193,7 +199,7 @@ def _symbols(text: str) -> list[str]:
 
 
 def _token_f1(one: Sequence[str], other: Sequence[str]) -> float:
-    """Below 1 for the same symbols in another order: `a - b` is not `b - a`."""
+    """Below 1 for the same tokens in another order: `a - b` is not `b - a`, nor is "Paris to Rome" "Rome to Paris"."""
     if one == other:
         return 1.0
     common = sum((Counter(one) & Counter(other)).values())
@@ -216,17 +222,25 @@ def _same_calculation(one: str, other: str) -> bool | None:
 
 
 def _is_texts(value: Any) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and 0 < len(value) <= MOST_TEXTS and all(isinstance(one, str) for one in value)
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(one, str) for one in value)
 
 
-def _number(value: Any) -> Fraction | None:
-    """Of a JSON number, or of a text that states one."""
+def _same_number(one: Any, other: Any) -> bool | None:
+    """By value, and by currency where both name one; None where one of them is no number."""
+    left, right = _number(one), _number(other)
+    if left is None or right is None:
+        return None
+    return left[0] == right[0] and (left[1] == right[1] or "" in (left[1], right[1]))
+
+
+def _number(value: Any) -> tuple[Fraction, str] | None:
+    """A JSON number, or a text that is a number and nothing else, with its currency."""
     if isinstance(value, str):
         stated = number_in(value)
-        return stated.value if stated else None
+        return (stated.value, currency_in(value)) if stated and stated.whole else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    return Fraction(str(value)) if isinstance(value, float) else Fraction(value)
+    return Fraction(str(value)) if isinstance(value, float) else Fraction(value), ""
 
 
 def _same_json(one: Any, other: Any) -> bool:

@@ -52,6 +52,8 @@ _DASHES = "−–—‒‐‑⁃"
 _RAISED = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 
 _CODES = "USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD"
+_SYMBOLS = {"$": "USD", "US$": "USD", "€": "EUR", "£": "GBP", "¥": "JPY", "₹": "INR", "Rs": "INR"}
+_CURRENCY = re.compile(rf"{_CODES}|Rs|[A-Z]{{0,2}}\$|[¢-¥\u20a0-\u20cf]")
 _BEFORE = re.compile(
     r"(?P<sign>(?<![^\W_])(?i:minus|negative|neg\.?)\s|[-+]\s?)?"
     rf"(?P<currency>\\?(?:(?<![^\W_])(?:US|CA|AU|NZ|HK|[ACS]))?\$\s?|(?<![^\W_])(?:{_CODES}|Rs\.?)\s?)?(?P<inner>[-+])?$"
@@ -169,6 +171,12 @@ def number_in(text: str) -> Mention | None:
     value = -value if signs and signs[0] != "+" else value
     scale = Fraction(1, 100) if found["percent"] else _factor(found["factor"] or "")
     return Mention(value * scale, value, bool(found["percent"]), not before.strip() and after.strip() in ("", "."))
+
+
+def currency_in(text: str) -> str:
+    """The currency that a text with one number names, "" where none: USD of `$5`, `US$5` and `5 USD`."""
+    found = _CURRENCY.search(unicodedata.normalize("NFKC", text))
+    return _SYMBOLS.get(found[0], found[0]) if found else ""
 
 
 def _spelled(text: str) -> str:

@@ -79,10 +79,19 @@ CASES = [
     # lists of texts: matched, and not quite the same in another order
     (convert('{"more": ["red car", "sky"]}'), convert('{"more": ["red car", "sky"]}'), 1.0, 1.0),
     (convert('{"more": ["sky", "red car"]}'), convert('{"more": ["red car", "sky"]}'), 3 / 4, 0.0),
+    (convert('{"more": ["Who is X?", "$5"]}'), convert('{"more": ["who is X", "5"]}'), 1.0, 1.0),
+    (convert('{"more": ["the sky", "sky"]}'), convert('{"more": ["sky", "Sky!"]}'), 1.0, 1.0),
+    (convert('{"more": ["5", "Who is X?"]}'), convert('{"more": ["who is X", "5"]}'), 3 / 4, 0.0),
     (convert('{"more": ["sky"]}'), convert('{"more": ["red car", "sky"]}'), 2 / 3, 0.0),
     (convert('{"more": ["red bus"]}'), convert('{"more": ["red car"]}'), 1 / 2, 0.0),
     (convert('{"more": []}'), convert('{"more": ["sky"]}'), 0.0, 0.0),
     (convert('{"more": [' + ", ".join(['"sky"'] * 65) + "]}"), convert('{"more": ["sky"]}'), 0.0, 0.0),
+    (
+        convert('{"more": [' + ", ".join(['"sky"'] * 65) + "]}"),
+        convert('{"more": [' + ", ".join(['"Sky"'] * 65) + "]}"),
+        1.0,
+        1.0,
+    ),
     (convert('{"more": true}'), convert('{"more": 1}'), 0.0, 0.0),
     (
         convert('{"more": ' + "[" * 400 + "]" * 400 + "}"),
@@ -113,6 +122,23 @@ CASES = [
     (search("x=y"), search("x = y"), 1.0, 1.0),
     (search("N=m"), search("n=m"), 2 / 3, 0.0),
     (search("version 1.5"), search("version 15"), 2 / 6, 0.0),
+    # a number beside words is one word of several, and a currency or a percent sign belongs to it
+    (search("population of Spain 2020"), search("population of France 2020"), 3 / 4, 0.0),
+    (search("population of Spain 2021"), search("population of Spain 2020"), 3 / 4, 0.0),
+    (search("delete 3 files"), search("create 3 files"), 2 / 3, 0.0),
+    (search("10 minutes"), search("10 hours"), 1 / 2, 0.0),
+    (search("May 5"), search("June 5"), 1 / 2, 0.0),
+    (convert('{"value": "3 apples"}'), convert('{"value": 3}'), 0.0, 0.0),
+    (convert('{"value": "100 USD"}'), convert('{"value": "100 EUR"}'), 0.0, 0.0),
+    (convert('{"value": "$100"}'), convert('{"value": "€100"}'), 0.0, 0.0),
+    (convert('{"value": "$100"}'), convert('{"value": "100.00 USD"}'), 1.0, 1.0),
+    (convert('{"value": "₹100"}'), convert('{"value": "Rs. 100"}'), 1.0, 1.0),
+    (convert('{"value": "€100"}'), convert('{"value": 100}'), 1.0, 1.0),
+    (convert('{"value": "5%"}'), convert('{"value": "5"}'), 0.0, 0.0),
+    (convert('{"value": "5%"}'), convert('{"value": "0.05"}'), 1.0, 1.0),
+    # the same words in another order
+    (search("flights from Paris to Rome"), search("flights from Rome to Paris"), 9 / 10, 0.0),
+    (search("The dog bites a man"), search("man bites dog"), 5 / 6, 0.0),
     # answers
     (answer("$10.00"), answer("10"), 1.0, 1.0),
     (answer("11"), answer("10"), 0.0, 0.0),
@@ -264,4 +290,4 @@ def test_the_judge_stage_says_where_there_is_something_to_compare_with(
         keys = [key for one in store.trajectories() for key in one.content_hashes()]
         found = store.verdicts(store.main_judge(), keys)
     assert {one.reward for one in found.values()} == {1.0} and len(found) == 4
-    assert json.loads((tmp_path / "r" / "filter.json").read_text())["judge"].startswith("recorded_action-v2-fuzzy")
+    assert json.loads((tmp_path / "r" / "filter.json").read_text())["judge"].startswith("recorded_action-v3-fuzzy")

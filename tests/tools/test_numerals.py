@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from swirl_fast.tools.numerals import number_in, numbers
+from swirl_fast.tools.numerals import currency_in, number_in, numbers
 
 STATED = {
     # signs
@@ -251,3 +251,20 @@ def test_no_text_raises(text: str) -> None:
     stated = number_in(text)
     assert stated is None or isinstance(stated.value, Fraction)
     assert all(isinstance(value, Fraction) for value in numbers(text))
+
+
+def test_the_currency_beside_a_number() -> None:
+    for text in ("$5", "US$5", "5 USD", "＄5", "-$5", "USD 5", "**$5**", "$2.5M"):
+        assert currency_in(text) == "USD", text
+    others = {
+        "5 €": "EUR",
+        "£5": "GBP",
+        "￡5": "GBP",
+        "Rs. 5": "INR",
+        "₹5": "INR",
+        "5 CHF": "CHF",
+        "A$5": "A$",
+        "₿5": "₿",
+    }
+    assert {text: currency_in(text) for text in others} == others
+    assert [currency_in(text) for text in ("5", "5%", "5k", "1.5 million", "")] == [""] * 5
