@@ -43,7 +43,7 @@ def advantages(actions: Actions, name: str) -> tuple[Tensor, Tensor]:
 
     reinforce: the reward itself. rloo, ppo: reward minus the mean of the state's other known rewards (unbiased: the state does not
     depend on the policy). grpo: reward minus the state's mean, over its standard deviation + 1e-4 (DeepSeekMath, equation 3).
-    These need two known rewards at a state; with fewer its actions are not valid.
+    These need two known rewards at a state; with fewer its actions are not valid. Where all known ones are equal they are exactly 0.
     raft: 1 for every action with its state's best known reward, which makes the loss cross-entropy on them; the others, and states at which
     no action is worth anything, are not valid (best-of-G imitation: Dong et al. 2023, arXiv 2304.06767).
     """
@@ -53,19 +53,21 @@ def advantages(actions: Actions, name: str) -> tuple[Tensor, Tensor]:
         return best.float(), best
     if name == "reinforce":
         return rewards, known
-    count = _sum_by(known.float(), actions.states)
+    # Sums of float32 are exact in float64, so that equal rewards have an advantage of 0 and not a rounding error.
+    rewards = rewards.double()
+    count = _sum_by(known.double(), actions.states)
     total = _sum_by(rewards, actions.states)
     valid = known & (count >= 2)
     safe = count.clamp(min=2)
     if name in ("rloo", "ppo"):
         advantage = rewards - (total - rewards) / (safe - 1)
     elif name == "grpo":
-        centred = torch.where(known, rewards - total / safe, torch.zeros(()))
+        centred = torch.where(known, rewards - total / safe, 0.0)
         deviation = (_sum_by(centred**2, actions.states) / (safe - 1)).sqrt()
         advantage = centred / (deviation + 1e-4)
     else:
         raise ValueError(f"unknown algorithm {name!r}")
-    return torch.where(valid, advantage, torch.zeros(())), valid
+    return torch.where(valid, advantage, 0.0).float(), valid
 
 
 def imitation_advantages(actions: Actions) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swirl_fast.config import AlgorithmConfig
-from swirl_fast.objective import Actions, LossSums, advantages, counts, policy_loss, weights
+from swirl_fast.objective import Actions, LossSums, advantages, counts, policy_loss, trajectory_advantages, weights
 
 
 def actions_of(seed: int, states: int = 6, unknown: float = 0.3) -> Actions:
@@ -46,6 +46,22 @@ def test_advantages_by_hand() -> None:
     torch.testing.assert_close(advantage[:3], (torch.tensor([1.0, 0.0, 0.0]) - 1 / 3) / (deviation + 1e-4))
     advantage, valid = advantages(actions, "reinforce")
     assert advantage.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0] and valid.tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("group", [2, 3, 5, 6, 7, 8, 16])
+def test_equal_rewards_have_no_advantage_at_all(name: str, group: int) -> None:
+    """A rounding error in place of 0 would be an update of full size: Adam divides by the size of the gradients."""
+    rewards = torch.tensor([0.1, 0.3, 0.7, 0.9, 1 / 3, 2 / 3, 1e-3, 1.0]).repeat_interleave(group)
+    states = torch.arange(8).repeat_interleave(group)
+    known = torch.ones(len(states), dtype=torch.bool)
+    actions = Actions(rewards, known, states, torch.arange(len(states)), torch.ones_like(states))
+    advantage, valid = advantages(actions, name)
+    assert valid.all() and advantage.dtype == torch.float32 and (advantage == 0).all()
+    whole, valid = trajectory_advantages(actions, states, name)
+    assert valid.all() and (whole == 0).all()
+    rewards[0] += 0.25
+    assert (advantages(actions, name)[0][:group] != 0).all()
 
 
 def test_raft_imitates_the_best_of_each_state() -> None:
