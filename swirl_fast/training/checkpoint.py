@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 import warnings
@@ -46,6 +47,7 @@ from swirl_fast.training.checkpoint_reader import load
 SMALLER_IS_BETTER = ("malformed",)
 BEST = "best"  # a link to the checkpoint that `keep_best` keeps
 _MANIFEST, _STATE, _TEMPORARY = "manifest.json", "state.json", ".tmp"
+_NAME = re.compile(r"step_\d+")
 
 
 class Checkpoints:
@@ -284,8 +286,8 @@ class Checkpoints:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those that were finished, whole or not, in the order of their steps."""
-    return sorted((path for path in folder.glob("step_[0-9]*") if path.suffix == "" and path.is_dir()), key=_step)
+    """Those that were finished, whole or not, in the order of their steps. A copy, such as step_000010_backup, is none of them."""
+    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
 
 def best_of(paths: list[Path], metric: str) -> Path | None:

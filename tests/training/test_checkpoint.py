@@ -172,6 +172,23 @@ def test_no_fresh_start_when_every_checkpoint_is_damaged(
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "copy", ["step_000001_2", "step_000001_backup", "step_000001-copy", "step_000001 (copy)", "step_9_9", "step_"]
+)
+def test_a_copy_that_somebody_made_is_no_checkpoint(
+    written: tuple[Path, dict[int, list[torch.Tensor]]], copy: str
+) -> None:
+    """Of `step_000001_2` the step would be read as 12, and training would go on from step 1 in place of 3."""
+    folder, at = written
+    shutil.copytree(folder / "step_000001", folder / copy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step, found = load(folder)
+    assert step == 3 and same(found, at[3])
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step_000001", "step_000002", "step_000003"]
+    assert (folder / copy).is_dir()
+
+
 def test_nothing_there_is_a_fresh_start(tmp_path: Path) -> None:
     training = new_training()
     with Checkpoints(tmp_path / "checkpoints", ALONE, keep=2) as checkpoints:
