@@ -16,7 +16,6 @@ import asyncio
 import hashlib
 import inspect
 import json
-import math
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
@@ -107,19 +106,32 @@ class OwnJudge:
     def _judgement(self, outcome: Any) -> tuple[Judgement, BaseException | None]:
         if outcome is None:
             return Judgement(Verdict.UNKNOWN, "the judge cannot say"), None
-        if isinstance(outcome, Judgement):
-            return outcome, None
         if not isinstance(outcome, BaseException):
             try:
-                if isinstance(outcome, str | bytes):
-                    raise TypeError
-                reward = float(outcome)
-                if math.isnan(reward) or not 0 <= reward <= 1:
-                    raise ValueError
-                return Judgement.graded(reward, ""), None
-            except (TypeError, ValueError):
-                outcome = ValueError(f"it gave {outcome!r:.80}; a reward is a number in [0, 1], true, false or None")
+                return _checked(outcome), None
+            except (Exception, SystemExit):  # whatever a stranger's object raises
+                remedy = "a reward is a number in [0, 1], true, false or None; a Judgement has a Verdict, a text and such a reward"
+                outcome = ValueError(f"it gave {_shown(outcome)}; {remedy}")
         return Judgement(Verdict.UNKNOWN, f"the judge failed: {_described(outcome)}"), outcome
+
+
+def _checked(outcome: Any) -> Judgement:
+    """Of Python's own numbers and texts, whatever those of the outcome are. Raises anything for what is no reward."""
+    if isinstance(outcome, str | bytes):
+        raise TypeError
+    if not isinstance(outcome, Judgement):
+        return Judgement.graded(float(outcome), "")
+    if not isinstance(outcome.reason, str):
+        raise TypeError
+    reward = None if outcome.reward is None else float(outcome.reward)
+    return Judgement(Verdict(outcome.verdict), str(outcome.reason), reward)
+
+
+def _shown(outcome: Any) -> str:
+    try:
+        return f"{outcome!r:.80}"
+    except (Exception, SystemExit):  # such as of an int with more digits than Python prints
+        return f"a value of type {type(outcome).__name__} that cannot be shown"
 
 
 def own_judge_id(
@@ -177,8 +189,14 @@ def _batched(function: Any) -> Callable[[list[JudgedStep]], list[Any]]:
 
 
 def _single(function: Any) -> Callable[[list[JudgedStep]], list[Any]]:
+    async def outcome(waiting: Any) -> Any:
+        try:
+            return await waiting
+        except (Exception, SystemExit) as error:
+            return error
+
     async def together(waiting: list[Any]) -> list[Any]:
-        return await asyncio.gather(*waiting, return_exceptions=True)
+        return await asyncio.gather(*map(outcome, waiting), return_exceptions=True)
 
     def judge(steps: list[JudgedStep]) -> list[Any]:
         outcomes: list[Any] = []

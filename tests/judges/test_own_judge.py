@@ -91,6 +91,62 @@ def test_what_is_no_reward_is_unknown_and_shown_once(tmp_path: Path, bad: str) -
     assert all(one.reason.startswith("the judge failed: ") for one in found[1:])
 
 
+BATCH = """
+import numpy as np
+from swirl_fast.verdict import Judgement, Verdict
+
+class Odd:
+    def __float__(self): raise RuntimeError("no number")
+    def __repr__(self): raise RuntimeError("no text")
+
+class reward:
+    def judge(self, steps):
+        return [Judgement.graded(0.75, "because"), GIVEN]
+"""
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "10**400",
+        "10**5000",
+        "Odd()",
+        "np.zeros(2)",
+        "Judgement(Verdict.GOOD, None)",
+        "Judgement(Verdict.UNKNOWN, 5)",
+    ],
+)
+def test_a_batch_with_one_that_is_no_reward_keeps_the_others(tmp_path: Path, bad: str) -> None:
+    with pytest.warns(UserWarning, match="a step has no reward .UNKNOWN.: ValueError: it gave .*"):
+        good, unknown = judged(tmp_path, BATCH.replace("GIVEN", bad))
+    assert good == Judgement(Verdict.GOOD, "because", 0.75)
+    assert unknown.verdict is Verdict.UNKNOWN and unknown.reason.startswith("the judge failed: ValueError: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("Judgement.graded(np.float32(0.75), 'r')", Judgement(Verdict.GOOD, "r", 0.75)),
+        ("Judgement.graded(np.float64(0.25), np.str_('r'))", Judgement(Verdict.BAD, "r", 0.25)),
+        ("Judgement(Verdict.GOOD, 'r', True)", Judgement(Verdict.GOOD, "r", 1.0)),
+        ("Judgement('BAD', 'r')", Judgement(Verdict.BAD, "r", 0.0)),
+        ("Judgement(Verdict.UNKNOWN, 'r')", Judgement(Verdict.UNKNOWN, "r")),
+        ("np.float16(0.5)", Judgement(Verdict.GOOD, "", 0.5)),
+    ],
+)
+def test_judgements_are_kept_in_plain_numbers_and_texts(tmp_path: Path, given: str, wanted: Judgement) -> None:
+    found = judged(tmp_path, BATCH.replace("GIVEN", given))[1]
+    assert found == wanted
+    assert type(found.reward) is type(wanted.reward) and type(found.reason) is str and type(found.verdict) is Verdict
+
+
+def test_an_asynchronous_one_that_ends_the_process_is_unknown_too(tmp_path: Path) -> None:
+    source = "import sys\nasync def reward(step): return 1.0 if step.action.argument == '3' else sys.exit(3)"
+    with pytest.warns(UserWarning, match="a step has no reward .UNKNOWN.: SystemExit: 3"):
+        found = judged(tmp_path, source)
+    assert [one.reward for one in found] == [1.0, None]
+
+
 def test_one_that_fails_for_all_steps_stops(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"it failed for all of 2 steps: NameError: .* \(mine.py, line 1\)"):
         judged(tmp_path, "def reward(step): return missing_name")
