@@ -421,10 +421,12 @@ def test_wrong_arguments_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatc
     refused("temperature is 0", hidden, weight, targets, temperature=0.0)
     refused(r"temperature\[2\] is -1", hidden, weight, targets, temperature=torch.tensor([1.0, 1, -1, 1, 1, 1]))
     refused("without gradient", hidden, weight, targets, temperature=torch.ones(6, requires_grad=True))
-    refused("softcap is 0", hidden, weight, targets, softcap=0.0)
+    for cap in (0.0, -1.0, math.inf, math.nan):
+        refused(f"softcap is {cap}; use a positive finite number", hidden, weight, targets, softcap=cap)
     for scale in (0.0, -1.0, math.inf, math.nan, torch.tensor(2.0)):
         refused("logit_scale is .*; use a positive finite float", hidden, weight, targets, logit_scale=scale)
-    refused("workspace_mb is 0", hidden, weight, targets, workspace_mb=0)
+    for size in (0, -1.0, math.inf, math.nan):
+        refused(f"workspace_mb is {size}; use a positive finite", hidden, weight, targets, workspace_mb=size)
     refused("rows is 'every'; use 'live', or 'all'", hidden, weight, targets, rows="every")
     refused("invariant=True is what the Triton kernels do", hidden, weight, targets, invariant=True)
     monkeypatch.setenv("SWIRL_KERNELS_BACKEND", "triton")

@@ -308,10 +308,12 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
         tree_attention(q, k.float(), v, end)
     with pytest.raises(ValueError, match=r"query_index\[1\] is 8, outside \[0, 8\)"):
         tree_attention(q[:, :2], k, v, end, query_index=torch.tensor([0, 8]))
-    with pytest.raises(ValueError, match="window is 0"):
-        tree_attention(q, k, v, end, window=0)
-    with pytest.raises(ValueError, match="chunk is 0 and window None"):
-        tree_attention(q, k, v, end, chunk=0)
+    no_sizes: tuple[Any, ...] = (0, 2.5, 2.0, math.inf, math.nan)
+    for size in no_sizes:
+        with pytest.raises(ValueError, match=f"window is {size}; use an integer of at least 1"):
+            tree_attention(q, k, v, end, window=size)
+        with pytest.raises(ValueError, match=f"chunk is {size} and window None.*an integer"):
+            tree_attention(q, k, v, end, chunk=size)
     with pytest.raises(ValueError, match="chunk is 4 and window 4.*not both"):
         tree_plan(end, chunk=4, window=4)
     with pytest.raises(ValueError, match="chunk is None, but the plan was made for 4"):
@@ -320,8 +322,12 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
         tree_attention(q, k, v, end, sinks=torch.zeros(1))
     with pytest.raises(ValueError, match="sinks have shape .* and dtype torch.int64"):
         tree_attention(q, k, v, end, sinks=torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="softcap is -1"):
-        tree_attention(q, k, v, end, softcap=-1.0)
+    for cap in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"softcap is {cap}; use a positive finite number"):
+            tree_attention(q, k, v, end, softcap=cap)
+    for sink in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"sinks is {sink}; use a finite number"):
+            tree_attention(q, k, v, end, sinks=sink)
     for scale in (0.0, -0.5, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"scale is {scale}; use a positive finite number"):
             tree_attention(q, k, v, end, scale=scale)

@@ -213,14 +213,14 @@ def _checked(
     valid_vocab = vocab if valid_vocab is None else valid_vocab
     if not 1 <= valid_vocab <= vocab:
         raise ValueError(f"valid_vocab is {valid_vocab}; weight has {vocab} rows, so it must lie in [1, {vocab}]")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; use a positive number, or None for no cap")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap is {softcap}; use a positive finite number, or None for no cap")
     if isinstance(logit_scale, Tensor) or not 0 < logit_scale < float("inf"):
         raise ValueError(f"logit_scale is {logit_scale}; use a positive finite float (it has no gradient)")
     if workspace_mb is None:
         workspace_mb = WORKSPACE_MB_CUDA if hidden.is_cuda else WORKSPACE_MB
-    if not workspace_mb > 0:
-        raise ValueError(f"workspace_mb is {workspace_mb}; use a positive number of MiB")
+    if not 0 < workspace_mb < float("inf"):
+        raise ValueError(f"workspace_mb is {workspace_mb}; use a positive finite number of MiB")
     if choice not in ("live", "all"):
         raise ValueError(f"rows is {choice!r}; use 'live', or 'all' for targets that have been checked")
     if isinstance(temperature, Tensor):

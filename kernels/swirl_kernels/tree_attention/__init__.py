@@ -87,8 +87,8 @@ def tree_attention(
     """
     q, k, v = _one_dtype(q, k, v)
     plan = _checked_plan(q, k, v, subtree_end, depth, window, chunk, query_index, plan)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; use a positive number, or None for no cap")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; use a positive finite number, or None for no cap")
     if not q.shape[-1]:
         raise ValueError(f"q has shape {tuple(q.shape)}: a head dimension of 0 has no scores; use at least 1")
     if scale is not None and not 0 < scale < math.inf:
@@ -146,6 +146,8 @@ def _checked_sinks(sinks: Tensor | float | None, q: Tensor) -> Tensor | None:
     if sinks is None:
         return None
     if not isinstance(sinks, Tensor):
+        if not sinks < math.inf:
+            raise ValueError(f"sinks is {sinks}; use a finite number, or None for no sinks")
         return torch.full(q.shape[:1], float(sinks), device=q.device)
     if sinks.shape != q.shape[:1] or not sinks.is_floating_point() or sinks.device != q.device:
         raise ValueError(

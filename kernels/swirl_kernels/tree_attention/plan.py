@@ -23,6 +23,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -161,16 +162,18 @@ def tree_plan(
     The torch path adds one Python step per segment when it first uses the plan.
 
     Raises ValueError when subtree_end is no preorder (`j < end[j] <= T`, intervals nested), a shape or dtype is wrong,
-    an index lies outside, window or chunk < 1, both are given, or one of them and the depth does not rise from a token to its
-    child.
+    an index lies outside, window or chunk is no integer or < 1, both are given, or one of them and the depth does not rise from a
+    token to its child.
     """
     end = _integers(subtree_end, "subtree_end", subtree_end.device)
     num_keys, device = len(end), end.device
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; use at least 1 (a token always sees itself), or None for no window")
-    if chunk is not None and (chunk < 1 or window is not None):
+    if window is not None and not (isinstance(window, Integral) and window >= 1):
         raise ValueError(
-            f"chunk is {chunk} and window {window}; give a chunk of at least 1 token or a window, not both"
+            f"window is {window}; use an integer of at least 1 (a token always sees itself), or None for no window"
+        )
+    if chunk is not None and (not (isinstance(chunk, Integral) and chunk >= 1) or window is not None):
+        raise ValueError(
+            f"chunk is {chunk} and window {window}; give a chunk of at least 1 token, an integer, or a window, not both"
         )
     natural = count_ancestors(end) if depth is None or not trusted else end
     given = natural if depth is None else _integers(depth, "depth", device)
