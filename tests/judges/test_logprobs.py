@@ -11,7 +11,7 @@ from swirl_fast.cli import main
 from swirl_fast.config import ConfigError, EndpointConfig, load
 from swirl_fast.judges.model import GivenAnswer, model_answer_judge_id, model_step_judge_id
 from swirl_fast.judges.model.endpoint import ALTERNATIVES, FEW_ALTERNATIVES
-from swirl_fast.judges.model.logprobs import Token, Words, read_probability
+from swirl_fast.judges.model.logprobs import Token, Words, read_probability, read_tokens
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, Verdict
 
@@ -87,6 +87,19 @@ def test_the_probability_of_good(listed, reward):
     judgement = alone(listed)
     assert judgement.reward == (None if reward is None else pytest.approx(reward))
     assert judgement.verdict is (UNKNOWN if reward is None else GOOD if reward >= 0.5 else BAD)
+
+
+@pytest.mark.parametrize("drawn", [1e-6, 1e-3, 0.03, 0.0])
+@pytest.mark.parametrize("listed", [True, False], ids=["among the alternatives", "beside them"])
+def test_a_token_that_was_drawn_from_outside_the_alternatives_makes_nothing_certain(drawn, listed):
+    """BAD has at most the .04 of the least alternative; vLLM lists what was drawn in the place of one."""
+    tops = {" GOOD": 0.5, " The": 0.2, " It": 0.1, " So": 0.05, " A": 0.04}
+    entries = [{"token": text, "logprob": math.log(p)} for text, p in tops.items()]
+    own = {"token": " Fine", "logprob": math.log(drawn) if drawn else -9999.0}
+    content = [own | {"top_logprobs": [own, *entries] if listed else entries}]
+    tokens = (*said("x", "\n", "VERDICT", ":"), *read_tokens({"logprobs": {"content": content}}))
+    reward = read_probability("x\nVERDICT: Fine", tokens, WORDS, explained=True).reward
+    assert reward == pytest.approx(0.5 / 0.54)
 
 
 def test_a_token_that_begins_two_words_counts_for_neither():
@@ -236,7 +249,7 @@ def test_another_reading_is_another_judge():
 
     found = [ids(), ids(explain=False), ids(read="logprobs"), ids(read="logprobs", margin=0.1), ids(**ALONE)]
     assert found[0] == ids(margin=0.3) == ("model-m-v2", "outcome-m-v1"), "the margin is of log-probs alone"
-    assert found[4] == ("model-m-v2-unexplained-logprobs0.02", "outcome-m-v1-unexplained-logprobs0.02")
+    assert found[4] == ("model-m-v2-unexplained-logprobs.v2-0.02", "outcome-m-v1-unexplained-logprobs.v2-0.02")
     assert len({one for pair in found for one in pair}) == 10
 
 

@@ -143,7 +143,7 @@ def test_labelled_steps_are_judged_by_llama_cpp_from_the_command_line(llama: str
     arguments = ["judge", "--against", str(labels(tmp_path)), f"run.folder={tmp_path}", "run.name=r", *settings]
     assert cli.main(arguments) == 0
     report = json.loads((tmp_path / "r" / "agreement.json").read_text(encoding="utf-8"))
-    assert "-unexplained-" in report["judge"] and report["judge"].split("-tools")[0].endswith("-logprobs0.02")
+    assert "-unexplained-" in report["judge"] and report["judge"].split("-tools")[0].endswith("-logprobs.v2-0.02")
     assert report["steps"] == 4 and report["unknown"] == 0
     rewards = [one["reward"] for one in report["disagreements"]]
     assert all(0 <= reward <= 1 for reward in rewards)

@@ -23,6 +23,7 @@ from swirl_fast.formats.format import Format
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import Refusal, tool_identities
 from swirl_fast.judges.model.endpoint import Call, Failed, Refused, Reply, completions_url, describe_refusal
+from swirl_fast.judges.model.logprobs import VERSION as LOGPROBS_VERSION
 from swirl_fast.judges.model.logprobs import Words, read_probability
 from swirl_fast.judges.model.prompts import (
     ANSWER_PROMPT_VERSION,
@@ -78,7 +79,7 @@ def _model_suffix(config: EndpointConfig) -> str:
     # The default names no model: it is whatever this address serves. The replicas serve the same, by what they are declared to be, and
     # check() warns where they say otherwise; so adding one to a run loses no verdict.
     address = f"-{_hash_text(completions_url(config.url))}" if config.model == EndpointConfig().model else ""
-    read = f"-logprobs{config.margin:g}" if config.read == "logprobs" else ""
+    read = f"-logprobs.v{LOGPROBS_VERSION}-{config.margin:g}" if config.read == "logprobs" else ""
     return address + (f"-t{config.temperature:g}" if config.temperature else "") + read
 
 

@@ -6,7 +6,7 @@ where p(WORD) is the sum over the listed alternatives that say the word or begin
 "Good", "**GOOD" and " G" are all GOOD, "Goods" is none. So a word that is split into several tokens has the probability of its first one.
 An alternative that could begin two of the words counts for neither. A word that is not listed has at most the probability of the least one
 that is, and at most what the listed ones leave; it is taken to have that, so that an endpoint that lists few alternatives gives no more
-certainty than it has.
+certainty than it has. The token that was drawn is no least one: it is listed however improbable it was.
 
 A score is read in the same way: the mean of the scores' rewards, weighted by their probabilities (Liu et al. 2023, arXiv 2303.16634).
 
@@ -25,6 +25,7 @@ from typing import Any
 from swirl_fast.judges.model.prompts import MAX_REASON_CHARS
 from swirl_fast.verdict import Judgement, Verdict
 
+VERSION = 2  # of the reading: part of the judge's id
 LEAST_MASS = 0.01  # of all words together; with less the model says something else there
 LINE = 100  # characters of a line with a verdict at most
 
@@ -95,7 +96,7 @@ def read_probability(text: str, tokens: Sequence[Token], words: Words, explained
         return Judgement(
             Verdict.UNKNOWN, f"none of {named} is probable in the verdict's place; the reply ends with {last[-200:]!r}"
         )
-    reward = _mean(mass, words.rewards, listed)
+    reward = _mean(mass, words.rewards, tokens[place])
     if abs(reward - 0.5) < words.margin:
         return Judgement(
             Verdict.UNKNOWN, f"a probability of {reward:.3f}, nearer to 1/2 than judge.model.margin={words.margin:g}"
@@ -133,9 +134,11 @@ def _says(text: str, word: str) -> bool:
     return bool(said) and (word.startswith(said) or re.match(rf"{word}(?!\w)", said) is not None)
 
 
-def _mean(mass: Mapping[str, float], rewards: Mapping[str, float], listed: Mapping[str, float]) -> float:
+def _mean(mass: Mapping[str, float], rewards: Mapping[str, float], token: Token) -> float:
+    listed = token.alternatives
     unlisted = len(rewards) - len(mass)
     rest = max(0.0, 1.0 - sum(map(math.exp, listed.values())))
-    bound = min(math.exp(min(listed.values())), rest / unlisted) if unlisted else 0.0
+    others = [logprob for text, logprob in listed.items() if text != token.text]
+    bound = min(math.exp(min(others or listed.values())), rest / unlisted) if unlisted else 0.0
     weights = {word: mass.get(word, bound) for word in rewards}
     return sum(weights[word] * reward for word, reward in rewards.items()) / sum(weights.values())
