@@ -177,13 +177,13 @@ def log_writer(config: Config, tools: ToolsByTask, max_action_tokens: int = 0) -
         open_renderer(config.model),
         open_format(config.actions, config.model),
         tools,
-        max_log_tokens(config),
+        max_trajectory_tokens(config),
         max_action_tokens or config.training.max_action_tokens,
         config.collect.broken_lines == "skip",
     )
 
 
-def max_log_tokens(config: Config) -> int:
+def max_trajectory_tokens(config: Config) -> int:
     """Of a trajectory, so that its states can be trained on."""
     from swirl_fast.models.exact import context_of
     from swirl_fast.models.load import load_config

@@ -13,7 +13,7 @@ from swirl_fast.config.contents import contents
 from swirl_fast.engines.engine import Sampling
 from swirl_fast.rendering import Message, Renderer, open_format, open_renderer
 from swirl_fast.rollouts.collector import prompt_of
-from swirl_fast.rollouts.logged import max_log_tokens
+from swirl_fast.rollouts.logged import max_trajectory_tokens
 from swirl_fast.tasks import ToolsByTask, offered_tools
 from swirl_fast.tasks.conversations import Conversations
 from swirl_fast.tasks.corpus import corpus_hash
@@ -75,7 +75,7 @@ def _of_log(config: Config, task: Conversations) -> dict[str, Any]:
         "log": {name: collect[name] for name in ("path", "eval_path", "broken_lines")},
         "name": task.name,
         "tools": hashlib.sha256(json.dumps(tools).encode("utf-8", "surrogatepass")).hexdigest()[:16],
-        "max_tokens": max_log_tokens(config),
+        "max_tokens": max_trajectory_tokens(config),
         "max_action_tokens": config.training.max_action_tokens,
         "prompt": prompt_hash(renderer, [renderer.prompt(probe)]),
         **({"actions": form.identity} if form.identity else {}),

@@ -13,6 +13,7 @@ from swirl_fast.formats.format import Format
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.rendering import Renderer
 from swirl_fast.rollouts.collector import Collector, prompt_of
+from swirl_fast.rollouts.logged import max_trajectory_tokens
 from swirl_fast.seeds import seed_of
 from swirl_fast.tasks.task import Task
 from swirl_fast.tools.toolbox import Toolbox
@@ -39,7 +40,7 @@ class WholeRollouts:
         self._prompt = prompt = prompt_of(
             config, task, renderer, {name: box.specs for name, box in tools.items()}, form
         )
-        longest = min(training.token_budget, training.max_path_tokens or training.token_budget)
+        longest = max_trajectory_tokens(config)
         sampling = Sampling(training.max_action_tokens, temperature=training.temperature)
         seed = seed_of(config.run.seed, "outcomes")
         self._collector = Collector(

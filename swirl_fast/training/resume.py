@@ -14,6 +14,7 @@ from swirl_fast.files import describe_changes, read_json
 from swirl_fast.judges import judge_id
 from swirl_fast.models.load import model_fingerprint
 from swirl_fast.rendering import open_format
+from swirl_fast.rollouts.logged import max_trajectory_tokens
 from swirl_fast.tasks import offered_tools
 from swirl_fast.tasks.task import Task
 from swirl_fast.training.checkpoint import newest_state
@@ -71,13 +72,18 @@ def settings_of(config: Config, judge_id: str) -> dict[str, Any]:
     for name in ("skip", "max_solution_steps"):
         if not tasks[name]:  # as above
             del tasks[name]
-    outcome = {"max_steps": config.tasks.max_steps, "search": asdict(config.search), "tasks": tasks}
+    outcome: dict[str, Any] = {}
+    if config.algorithm.reward == "outcome":  # what whole fresh trajectories depend on
+        tools = {"timeout": config.tools.timeout, "result_chars": config.tools.result_chars}
+        length = {"least of token_budget, max_path_tokens and the context": max_trajectory_tokens(config)}
+        outcome = {"max_steps": config.tasks.max_steps, "search": asdict(config.search), "tasks": tasks}
+        outcome |= {"tools": tools, "training": length}
     return {
         "model": model_settings(config),
         "engine_dtype": config.engine.dtype,
         "judge": judge_id,
         "algorithm": asdict(config.algorithm),
-        **({"outcome": outcome} if config.algorithm.reward == "outcome" else {}),
+        **({"outcome": outcome} if outcome else {}),
         "training": training,
         "seed": config.run.seed,
     }

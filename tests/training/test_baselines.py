@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from support.stores import read_samples
 from transformers import AutoModelForCausalLM
 
 from swirl_fast import cli
+from swirl_fast.config import ConfigError
 from swirl_fast.data import samples
 from swirl_fast.metrics import read_metrics
 from swirl_fast.objective import Actions, advantages, trajectory_advantages
 from swirl_fast.rollouts.whole import WholeRollouts
 from swirl_fast.tasks import load_task
 from swirl_fast.training import build
+from swirl_fast.training.resume import check_state
 from swirl_fast.trajectory import Finish, Trajectory
 
 
@@ -186,3 +189,31 @@ def test_the_settings_of_an_outcome_training_hold_what_its_trajectories_depend_o
     assert of("tasks.max_steps=4") == of("tasks.max_steps=5")
     assert of("algorithm.reward=outcome", "tasks.max_steps=4") != of("algorithm.reward=outcome", "tasks.max_steps=5")
     json.dumps(of("algorithm.reward=outcome"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "other", "same"),
+    [
+        ("training.token_budget=120", "training.token_budget=130", "training.max_path_tokens=120"),
+        ("training.max_path_tokens=120", "training.max_path_tokens=130", "training.token_budget=120"),
+        ("tools.timeout=20", "tools.timeout=.inf", "tools.concurrency=3"),
+        ("tools.result_chars=500", "tools.result_chars=600", "tools.concurrency=3"),
+    ],
+)
+def test_an_outcome_training_is_not_resumed_where_its_trajectories_would_end_elsewhere(
+    tiny_model: Path, setting: str, other: str, same: str
+) -> None:
+    """Length and observations of whole fresh trajectories; of actions at recorded states neither depends on these."""
+    from swirl_fast.config import load
+
+    def of(*more: str) -> dict[str, Any]:
+        made = build.settings_of(load(None, settings(Path("x"), tiny_model, *more)), "judge")
+        return json.loads(json.dumps(made))
+
+    check_state(Path("x"), {"settings": of(setting), "step": 1}, of(other), 1)
+    whole = "algorithm.reward=outcome"
+    recorded = {"settings": of(whole, setting), "step": 1}
+    name = setting.partition("=")[0].rpartition(".")[2]
+    with pytest.raises(ConfigError, match=rf"x was trained with other settings: outcome\..*{name}.* was .*, is .* now"):
+        check_state(Path("x"), recorded, of(whole, other), 1)
+    check_state(Path("x"), recorded, of(whole, setting, same), 1)
