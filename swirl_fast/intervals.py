@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 4000
+KEPT_BYTES = 2**29  # of draws that are used again
+
 Floats = NDArray[np.float64]
+Sizes = tuple[tuple[int, ...], ...]
+Counts = tuple[NDArray[Any], NDArray[np.int64] | slice]  # how often each question was drawn, and which rows of it count
+Drawn = tuple[
+    int, NDArray[np.int64], dict[tuple[int, int], Counts]
+]  # a seed, the draws that drew it, by pair and number of questions
+
+_kept: dict[tuple[Sizes, tuple[int, ...], frozenset[int]], list[Drawn]] = {}  # what was used last is last
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -59,23 +68,36 @@ def bootstrap(
     seeds = len(groups[0])
     means = np.zeros((len(groups), DRAWS))
     sizes = tuple(tuple(map(len, values)) for values in groups)
-    for seed, here, shares in _draws(sizes, tuple(pairs), frozenset(crossed)):
+    for seed, here, counts in _draws(sizes, tuple(pairs), frozenset(crossed)):
+        shares = {key: times[rows].astype(np.float64) / key[1] for key, (times, rows) in counts.items()}
         for quantity, (pair, values) in enumerate(zip(pairs, groups, strict=True)):
             means[quantity, here] += shares[pair, len(values[seed])] @ values[seed] / seeds
     low, high = np.quantile(statistic(means), [0.025, 0.975])
     return [float(low), float(high)]
 
 
-@lru_cache(maxsize=8)  # drawing takes far longer than the means, and a summary draws the same for all its arms
-def _draws(
-    sizes: tuple[tuple[int, ...], ...], pairs: tuple[int, ...], crossed: frozenset[int]
-) -> list[tuple[int, NDArray[np.int64], dict[tuple[int, int], Floats]]]:
-    """(a seed, the draws that drew it, share of each of its questions in them by number of `pairs` and number of questions), as often as
-    there are seeds. sizes: questions of every seed, for each quantity."""
+def _draws(sizes: Sizes, pairs: tuple[int, ...], crossed: frozenset[int]) -> list[Drawn]:
+    """As `_draw`. Drawing takes far longer than the means, and a summary draws the same for all its arms: what was used last is kept, up
+    to KEPT_BYTES."""
+    key = sizes, pairs, crossed
+    found = _kept.pop(key, None) or _draw(*key)
+    _kept[key] = found
+    while _kept and sum(map(_bytes, _kept.values())) > KEPT_BYTES:
+        del _kept[next(iter(_kept))]
+    return found
+
+
+def _bytes(found: list[Drawn]) -> int:
+    each = {id(times): times.nbytes for _, _, counts in found for times, _ in counts.values()}
+    return sum(each.values())
+
+
+def _draw(sizes: Sizes, pairs: tuple[int, ...], crossed: frozenset[int]) -> list[Drawn]:
+    """As often as there are seeds. sizes: questions of every seed, for each quantity."""
     draw = np.random.default_rng(0)
     seeds = len(sizes[0])
     once = {
-        pair: draw.multinomial(own[0], np.full(own[0], 1 / own[0]), DRAWS) / own[0]
+        pair: _small(draw.multinomial(own[0], np.full(own[0], 1 / own[0]), DRAWS))
         for pair, own in dict(zip(pairs, sizes, strict=True)).items()
         if pair in crossed
     }
@@ -84,12 +106,17 @@ def _draws(
         chosen = draw.integers(0, seeds, DRAWS)
         for seed in range(seeds):
             here = np.flatnonzero(chosen == seed)
-            shares: dict[tuple[int, int], Floats] = {}
+            counts: dict[tuple[int, int], Counts] = {}
             for pair, own in zip(pairs, sizes, strict=True):
                 n = own[seed]
                 if pair in once:
-                    shares[pair, n] = once[pair][here]
-                elif (pair, n) not in shares:
-                    shares[pair, n] = draw.multinomial(n, np.full(n, 1 / n), len(here)) / n
-            found.append((seed, here, shares))
+                    counts[pair, n] = once[pair], here
+                elif (pair, n) not in counts:
+                    counts[pair, n] = _small(draw.multinomial(n, np.full(n, 1 / n), len(here))), slice(None)
+            found.append((seed, here, counts))
     return found
+
+
+def _small(counts: NDArray[np.int64]) -> NDArray[Any]:
+    """In the smallest integers that hold them: bytes, as a rule."""
+    return counts.astype(np.min_scalar_type(int(counts.max(initial=0))))

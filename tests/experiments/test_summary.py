@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from support.paths import ROOT
 from support.task_files import write_lines
 
+from swirl_fast import intervals
 from swirl_fast.experiments.grid import read_experiment
 from swirl_fast.experiments.summary import results_table, summarise
 from swirl_fast.report.experiment import write_experiment_report
@@ -56,6 +58,63 @@ def test_gains_and_their_intervals() -> None:
     assert (low, high) == (pytest.approx(0.2 - 0.045, abs=0.006), pytest.approx(0.2 + 0.045, abs=0.006))
     assert summary["arms"]["new"]["cost"]["trajectories"] == 4 and summary["arms"]["base"]["cost"] is None
     assert "new against base, in-domain: +150.0% relative" in results_table(summary)
+
+
+def plain_bootstrap(groups: Any, pairs: list[int], crossed: list[int]) -> list[float]:
+    """Of the mean of the means: every draw in full, nothing kept."""
+    draw, seeds = np.random.default_rng(0), len(groups[0])
+    sizes = [[len(own) for own in values] for values in groups]
+    once = {}
+    for pair, (n, *_) in dict(zip(pairs, sizes, strict=True)).items():
+        if pair in crossed:
+            once[pair] = draw.multinomial(n, np.full(n, 1 / n), intervals.DRAWS) / n
+    means = np.zeros((len(groups), intervals.DRAWS))
+    for _ in range(seeds):
+        chosen = draw.integers(0, seeds, intervals.DRAWS)
+        for seed in range(seeds):
+            here = np.flatnonzero(chosen == seed)
+            shares: dict[Any, Any] = {(pair, len(groups[0][0])): once[pair][here] for pair in once}
+            for quantity, (pair, values) in enumerate(zip(pairs, groups, strict=True)):
+                n = len(values[seed])
+                if (pair, n) not in shares:
+                    shares[pair, n] = draw.multinomial(n, np.full(n, 1 / n), len(here)) / n
+                means[quantity, here] += shares[pair, n] @ values[seed] / seeds
+    return [float(end) for end in np.quantile(means.mean(0), [0.025, 0.975])]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pairs", "crossed"),
+    [
+        ([[1]], [0], []),
+        ([[40, 30, 40]], [0], []),
+        ([[40, 40, 40]] * 2, [0, 0], [0]),
+        ([[30, 20], [25, 20]] * 2, [0, 1, 0, 1], []),
+    ],
+)
+@pytest.mark.parametrize("kept", [0, 2**29])
+def test_draws_that_are_kept_give_the_numbers_of_fresh_ones(
+    sizes: list[list[int]], pairs: list[int], crossed: list[int], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intervals, "KEPT_BYTES", kept)
+    values = np.random.default_rng(1)
+    groups = [[values.random(n) for n in own] for own in sizes]
+    wanted = plain_bootstrap(groups, pairs, crossed)
+    for _ in range(2):
+        assert intervals.bootstrap(groups, lambda means: means.mean(0), pairs, crossed) == wanted
+
+
+def test_what_is_kept_of_draws_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte for a question in a draw; the draws of questions that all seeds share are there once."""
+    monkeypatch.setattr(intervals, "_kept", kept := {})
+    own, shared = [[np.ones(50)] * 3], [[np.ones(60)] * 3]
+    monkeypatch.setattr(intervals, "KEPT_BYTES", intervals.DRAWS * (3 * 50 + 60))
+    intervals.bootstrap(own, lambda means: means[0])
+    intervals.bootstrap(shared, lambda means: means[0], crossed=[0])
+    assert sum(map(intervals._bytes, kept.values())) == intervals.KEPT_BYTES and len(kept) == 2
+    intervals.bootstrap([[np.ones(10)]], lambda means: means[0])
+    assert [key[0] for key in kept] == [((60, 60, 60),), ((10,),)], "the one that was not used for longest is gone"
+    intervals.bootstrap([[np.ones(1000)]], lambda means: means[0])
+    assert not kept
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
