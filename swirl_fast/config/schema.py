@@ -270,7 +270,7 @@ class RecordedActionConfig:
     """An agreement below it is worth 0, others what they are; 0: all are. 1: only full agreement counts, as a reward of 0 or 1."""
     turns_without_a_call: str = setting("unknown", reads="reference", known=("unknown",))
     """Where the recorded turn is neither a call nor an answer. unknown: no reward (UNKNOWN). Your own: a function as of judge.kind, whose
-    steps have `recorded`, the text of that turn."""
+    steps have `recorded`, the text of that turn; it also sees fresh turns without a call, of `action.kind` malformed."""
 
 
 @dataclass

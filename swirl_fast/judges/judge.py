@@ -25,6 +25,8 @@ class Refusal(ConfigError):
 
 
 class Judge(Protocol):
+    """One that may judge malformed actions too has `judges_malformed(step) -> bool`, which says at which states."""
+
     id: str  # names the judge and the version of its prompt or rules; verdicts are cached under it
 
     def stats(self) -> JudgeStats: ...
@@ -48,9 +50,17 @@ def judge_malformed(action: Action) -> Judgement:
     return Judgement(Verdict.BAD, f"malformed: {action.error}")
 
 
+def is_for(judge: Judge, view: StepView, action: Action) -> bool:
+    """Whether the judge sees an action. A malformed one is BAD by the environment's own rule (it did nothing), unless it is whole and the
+    judge says that it judges it."""
+    if action.kind != "malformed":
+        return True
+    judges_malformed = getattr(judge, "judges_malformed", None)
+    return judges_malformed is not None and not action.cut_off and judges_malformed(view)
+
+
 def judge_actions(judge: Judge, views: Sequence[StepView], actions: Sequence[Action]) -> list[Judgement]:
-    """One judgement an action. A malformed action is BAD by the environment's own rule (it did nothing); the judge sees the rest."""
-    judgements = {i: judge_malformed(action) for i, action in enumerate(actions) if action.kind == "malformed"}
-    rest = [i for i in range(len(views)) if i not in judgements]
-    judgements.update(zip(rest, judge.judge([views[i] for i in rest]), strict=True))
-    return [judgements[i] for i in range(len(views))]
+    """One judgement an action: the judge's, of those that are for it."""
+    seen = [i for i, (view, action) in enumerate(zip(views, actions, strict=True)) if is_for(judge, view, action)]
+    judgements = dict(zip(seen, judge.judge([views[i] for i in seen]), strict=True))
+    return [judgements[i] if i in judgements else judge_malformed(action) for i, action in enumerate(actions)]

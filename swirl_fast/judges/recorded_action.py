@@ -16,9 +16,10 @@ An answer is compared as a text or a number. The paper asks for functional equiv
 open: `arguments`, `threshold`, `turns_without_a_call` and the rules above are ours. A verifier of your own is judge.kind=FILE.py:NAME,
 whose steps have `recorded`.
 
-UNKNOWN, never 0: a state whose recorded turn is neither a call nor an answer, unless a function of a user's own judges it, and a step
-without a recorded one, as in an evaluation. The judge stage compares every recorded action with itself: 1, or UNKNOWN, which costs nothing
-and says only where there is something to compare with.
+UNKNOWN, never 0: every whole action at a state whose recorded turn is neither a call nor an answer, unless a function of a user's own
+judges it, and a step without a recorded one, as in an evaluation. The judge stage compares every recorded action with itself: 1, or
+UNKNOWN, which costs nothing and says only where there is something to compare with; recorded turns that are malformed are BAD there, as for
+every judge.
 """
 
 from __future__ import annotations
@@ -77,6 +78,13 @@ class RecordedActionJudge:
         if self._own is not None:
             self._own.close()
 
+    def judges_malformed(self, step: StepView) -> bool:
+        """Where the recorded turn is neither a call nor an answer, so that one like it is not worth less than another."""
+        tools = self._tools.get(step.task)
+        if tools is None or step.recorded is None:
+            return False
+        return self._form.parse(step.recorded, tools).kind == "malformed"
+
     def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
         """One judgement a step, in order."""
         judgements = [self._judge(step) for step in steps]
@@ -96,10 +104,10 @@ class RecordedActionJudge:
             return Judgement(Verdict.UNKNOWN, "no action is recorded at this state")
         fresh = self._form.parse(step.action_text, tools)
         recorded = self._form.parse(step.recorded, tools)
-        if fresh.kind == "malformed":
-            return judge_malformed(fresh)
         if recorded.kind == "malformed":
             return None
+        if fresh.kind == "malformed":
+            return judge_malformed(fresh)
         if fresh.kind != recorded.kind:
             names = {"tool": "a call", "answer": "an answer"}
             return Judgement.graded(0.0, f"{names[fresh.kind]}, where {names[recorded.kind]} is recorded")

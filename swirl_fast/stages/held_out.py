@@ -18,7 +18,7 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.store import Store
 from swirl_fast.engines.engine import Engine, Sampling
 from swirl_fast.judges.cached import NOT_JUDGED, judge_missing
-from swirl_fast.judges.judge import Judge, judge_malformed
+from swirl_fast.judges.judge import Judge, is_for, judge_malformed
 from swirl_fast.rollouts.at_states import SampledAction, sample_actions, state_view
 from swirl_fast.rollouts.logged import LogWriter, log_writer
 from swirl_fast.seeds import seed_of
@@ -69,14 +69,14 @@ def score_states(
             log_writer(config, offered_tools(task), sampling.max_new_tokens).write(task.conversations("eval"))
         )
 
-    judge_missing(store, judge.id, _to_judge(store, written(), count), judge.judge, f"judge {what}")
+    judge_missing(store, judge.id, _to_judge(store, judge, written(), count), judge.judge, f"judge {what}")
     scores, actions = StateScores(task, questions, writer.form), 0
     for batch in written():
         fresh = list(_fresh(store, batch, count))
         stored = store.verdicts(judge.id, [key for _, key, _ in fresh])
-        for trajectory, key, _ in fresh:
+        for trajectory, key, view in fresh:
             last = trajectory.steps[-1].action
-            judgement = judge_malformed(last) if last.kind == "malformed" else stored.get(key, NOT_JUDGED)
+            judgement = stored.get(key, NOT_JUDGED) if is_for(judge, view, last) else judge_malformed(last)
             scores.add(
                 trajectory, [NOT_JUDGED] * (trajectory.num_steps - 1) + [judgement], first=trajectory.num_steps - 1
             )
@@ -148,8 +148,10 @@ def _fresh(store: Store, recorded: Sequence[Trajectory], count: int) -> Iterator
             yield trajectory, view.content_hash(), view
 
 
-def _to_judge(store: Store, written: Iterable[list[Trajectory]], count: int) -> Iterator[tuple[str, StepView]]:
+def _to_judge(
+    store: Store, judge: Judge, written: Iterable[list[Trajectory]], count: int
+) -> Iterator[tuple[str, StepView]]:
     for batch in written:
         for trajectory, key, view in _fresh(store, batch, count):
-            if trajectory.steps[-1].action.kind != "malformed":
+            if is_for(judge, view, trajectory.steps[-1].action):
                 yield key, view

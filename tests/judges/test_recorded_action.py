@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,16 @@ from support.collected import collected
 from swirl_fast import cli
 from swirl_fast.config import ConfigError, JudgeConfig, RecordedActionConfig, TrainingConfig, load
 from swirl_fast.data.store import Store
-from swirl_fast.engines.engine import Completion, Request
+from swirl_fast.engines.engine import Completion, Request, Sampling
 from swirl_fast.formats.format import Call
-from swirl_fast.formats.tags import parse
+from swirl_fast.formats.tags import TAGS, parse
 from swirl_fast.judges import judge_id, load_judge
+from swirl_fast.judges.judge import judge_actions
 from swirl_fast.judges.recorded_action import RecordedActionJudge, best_matching
 from swirl_fast.rollouts.at_states import judge_sampled, sample_actions
+from swirl_fast.stages import held_out
+from swirl_fast.tasks.scoring import ZERO
+from swirl_fast.tasks.task import Question
 from swirl_fast.tools.tool import CALCULATOR, SEARCH, ToolSpec
 from swirl_fast.trajectory import Step, StepView, Trajectory
 from swirl_fast.verdict import Verdict
@@ -233,6 +238,33 @@ def test_turns_without_a_call_may_be_judged_by_a_function_of_ones_own(tmp_path: 
         load(None, ["judge.recorded_action.turns_without_a_call=none"])
 
 
+CLOSE = """
+def same_text(step):
+    assert step.action.kind == "malformed"
+    return step.action_text == step.recorded
+"""
+PLAIN = "Shall I go on?"
+
+
+@pytest.mark.parametrize("recorded", [PLAIN, "<answer>1</answer><answer>2</answer>", "<no_tool>x</no_tool>"])
+def test_where_no_call_is_recorded_one_without_a_call_is_not_worth_less(recorded: str, tmp_path: Path) -> None:
+    (tmp_path / "close.py").write_text(CLOSE, encoding="utf-8")
+    own = RecordedActionConfig(turns_without_a_call=f"{tmp_path / 'close.py'}:same_text")
+    views = [StepView("t", "?", (), text, recorded) for text in (recorded, "Well.")]
+    actions = [parse(view.action_text, TOOLS["t"]) for view in views]
+    cut_off = parse(recorded, TOOLS["t"], truncated=True)
+    for config, rewards in ((RecordedActionConfig(), [None, None]), (own, [1.0, 0.0])):
+        judge = RecordedActionJudge(config, TOOLS)
+        assert [one.reward for one in judge.judge(views)] == rewards
+        assert [one.reward for one in judge_actions(judge, views, actions)] == rewards
+        (cut,) = judge_actions(judge, views[:1], [cut_off])
+        assert cut.verdict is Verdict.BAD, "it did not end"
+        call = [StepView("t", "?", (), PLAIN, calculate("1+2")), StepView("t", "?", (), PLAIN, answer("3"))]
+        bad = judge_actions(judge, call, [parse(PLAIN, TOOLS["t"])] * 2)
+        assert [one.reward for one in bad] == [0.0, 0.0]
+        assert all(one.reason.startswith("malformed: ") for one in bad)
+
+
 def test_the_id_names_all_that_a_reward_depends_on() -> None:
     configs = [{}, {"arguments": "exact"}, {"threshold": 0.5}, {"threshold": 0.5000001}]
     ids = [RecordedActionJudge(RecordedActionConfig(**one), TOOLS).id for one in configs]
@@ -271,6 +303,29 @@ def test_training_compares_with_the_turn_that_is_recorded_at_the_state() -> None
     assert rewards == [1.0, 1.0, None, None, 0.0, 0.0]
     own = [one.recorded for one in recorded.views(recorded=True)]
     assert own == [texts[0], None, texts[2]] and [one.recorded for one in recorded.views()] == [None] * 3
+
+
+def test_held_out_states_are_judged_as_those_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of three recorded turns is a call, the others are none, as every fresh action."""
+    texts = [calculate("1+2"), "Well.", PLAIN]
+    steps = [Step(1 + i, 2 + i, text, parse(text, TOOLS["t"]), [0.0], 0) for i, text in enumerate(texts)]
+    recorded = Trajectory("x/0", "x", "t", "?", 0, 1, np.arange(4), steps)
+    renderer: Any = SimpleNamespace(stop_ids=(1,), text=lambda tokens: PLAIN)
+    writer: Any = SimpleNamespace(renderer=renderer, form=TAGS, write=lambda _: iter([recorded]), notes=list)
+    monkeypatch.setattr(held_out, "log_writer", lambda *_: writer)
+    monkeypatch.setattr(held_out, "built_engine", lambda *_: contextlib.nullcontext(Answering()))
+    monkeypatch.setattr(held_out, "offered_tools", lambda _: TOOLS)
+    task: Any = SimpleNamespace(
+        name="t",
+        questions=lambda _: [Question("x", "t", "?", ())],
+        conversations=lambda _: [],
+        score=lambda *_: ZERO,
+    )
+    judge = RecordedActionJudge(RecordedActionConfig(), TOOLS)
+    with Store(tmp_path / "evaluation.db") as store:
+        config = load(None, ["evaluate.samples=1"])
+        summary = held_out.score_states(config, task, Sampling(8), judge, store, "evaluate", None).summary()
+    assert (summary["steps"], summary["process_label"], summary["unknown"]) == (3, 0.0, 2)
 
 
 def test_labelled_steps_have_nothing_to_compare_with() -> None:
