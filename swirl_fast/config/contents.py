@@ -1,10 +1,13 @@
-"""What settings stand for, for fingerprints: the hash of a file or of a user's code, in place of where it lies."""
+"""What settings stand for: for fingerprints the hash of a file or of a user's code, in place of where it lies; for a saved config the
+whole path of a file."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import operator
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +45,36 @@ def contents(section: Any, prefix: str) -> dict[str, Any]:
 def identified(config: Any) -> dict[str, Any]:
     """A whole config as a table, with the identity of a user's own code, and of the texts that steer a model or a judge, in place of their
     paths. Raises ConfigError as `contents` does."""
+
+    def change(entry: Setting, value: Any) -> Any:
+        known = entry.reads in ("reference", "tasks") or entry.key in TEXTS
+        return _content(entry, value, entry.key) if known else value
+
+    return _changed(config, change)
+
+
+def located(config: Any) -> dict[str, Any]:
+    """A whole config as a table, with the whole paths of the files and folders that it names, where they are there."""
+    return _changed(config, _located)
+
+
+def _changed(config: Any, change: Callable[[Setting, Any], Any]) -> dict[str, Any]:
+    """A config as a table, with what `change` makes of each setting and its value."""
     kind: type = type(config)
     table = dataclasses.asdict(config)
     for key, entry in settings(kind).items():
-        if entry.reads in ("reference", "tasks") or key in TEXTS:
-            *parents, name = key.split(".")
-            section = functools.reduce(operator.getitem, parents, table)
-            section[name] = _content(entry, section[name], key)
+        *parents, name = key.split(".")
+        section = functools.reduce(operator.getitem, parents, table)
+        section[name] = change(entry, section[name])
     return table
+
+
+def _located(entry: Setting, value: Any) -> Any:
+    if entry.reads == "tasks":
+        known = settings(entry.owner)
+        return [{name: _located(known[name], one) for name, one in table.items()} for table in value]
+    is_path = entry.reads in ("file", "template") and value and value != entry.default
+    return os.path.abspath(value) if is_path and os.path.exists(value) else value
 
 
 def _content(entry: Setting, value: Any, key: str) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from swirl_fast.config.check import check
+from swirl_fast.config.contents import located
 from swirl_fast.config.error import ConfigError
 from swirl_fast.config.read import Layer, fill, read_file, read_override
 from swirl_fast.config.schema import Config
@@ -62,5 +62,5 @@ def read_config(path: str | Path, option: str = "--config") -> Layer:
 
 
 def dump(config: Config) -> str:
-    """The whole config as YAML; `load` reads it back."""
-    return write(asdict(config))
+    """The whole config as YAML; `load` reads it back, from any folder: files that are there are named by their whole paths."""
+    return write(located(config))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,36 @@ def test_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(dump(config))
     assert load(file) == config
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model.path", "model.chat_template", "tasks.path", "tasks.instructions", "search.corpus", "judge.model.rubric"],
+)
+def test_a_saved_config_means_the_files_it_was_made_with(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what a run has put beside it under the same name, such as the trained model; from another folder, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").write_text("what was named")
+    config = load(None, [f"{key}=model"], files=False)
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    (run / "model").write_text("the run's own")
+    (run / "config.yaml").write_text(dump(config))
+    for folder in (tmp_path, run):
+        monkeypatch.chdir(folder)
+        assert attrgetter(key)(load(tmp_path / "runs/x/config.yaml", files=False)) == str(tmp_path / "model")
+
+
+def test_a_saved_mixture_means_the_files_it_was_made_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path, tmp_path / "run"):
+        place.mkdir(exist_ok=True)
+        (place / "d.jsonl").write_text("{}")
+    config = load(None, ["tasks.mix=[{kind: qa, path: d.jsonl, limit: 3}]"])
+    (tmp_path / "run" / "config.yaml").write_text(dump(config))
+    assert load("run/config.yaml").tasks.mix == [{"kind": "qa", "path": str(tmp_path / "d.jsonl"), "limit": 3}]
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
