@@ -305,9 +305,10 @@ def _cell(arm: str, seed: int, trained: bool, config: Config, evaluations: dict[
         one.pop("filter", None)
     cell = Cell(arm, seed, trained, config, evaluations, digest, _digest(whole))
     folder = Path(config.run.folder)
-    before = {key: content(config).get(key) for key in ("model", "tasks", "search", "collect")}
-    if actions := content(config).get("actions"):
-        before["actions"] = actions
+    settings_of = content(config)
+    settings_of.get("tools", {}).pop("concurrency", None)  # changes no trajectory
+    before = {key: settings_of.get(key) for key in ("model", "tasks", "search", "collect")}
+    before |= {key: settings_of[key] for key in ("actions", "tools") if settings_of.get(key)}
     collection = _digest({**before, "seed": seed, "dtype": config.engine.dtype})
     for one in (config, *evaluations.values()):
         one.run.name = cell.name

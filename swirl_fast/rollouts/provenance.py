@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from swirl_fast.config import Config
+from swirl_fast.config import Config, ToolsConfig
 from swirl_fast.config.contents import contents
 from swirl_fast.engines.engine import Sampling
 from swirl_fast.rendering import Message, Renderer, open_format, open_renderer
@@ -47,9 +47,16 @@ def fingerprint(config: Config, sampling: Sampling) -> dict[str, Any]:
         "search": search,
         "sampling": asdict(sampling),
         "max_steps": config.tasks.max_steps,
+        **_tool_limits(config.tools),
         **({"source": config.collect.source} if config.collect.source != "policy" else {}),
         "seed": config.run.seed,
     }
+
+
+def _tool_limits(tools: ToolsConfig) -> dict[str, Any]:
+    """What decides what a model is shown of a call, where it is not the default."""
+    limits = {name: getattr(tools, name) for name in ("timeout", "result_chars")}
+    return {f"tools.{name}": value for name, value in limits.items() if value != getattr(ToolsConfig(), name)}
 
 
 def prompt_hash(renderer: Renderer, prompts: Sequence[Sequence[int]]) -> str:

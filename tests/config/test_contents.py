@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -82,3 +83,12 @@ def test_a_part_of_a_mixture(data: Path) -> None:
     assert mixed("gsm.jsonl") == mixed("./gsm.jsonl") == mixed("two.jsonl")
     (data / "two.jsonl").write_text(ROWS.replace("4", "5"), encoding="utf-8")
     assert mixed("gsm.jsonl") != mixed("two.jsonl")
+
+
+@pytest.mark.parametrize("limit", ["tools.result_chars=50", "tools.timeout=2", "tools.timeout=.inf"])
+def test_what_a_model_is_shown_of_a_call_is_part_of_a_collection(data: Path, limit: str) -> None:
+    """The defaults are not written down, so that what was made with them is gone on with."""
+    first = made_of("tasks.path=gsm.jsonl")
+    assert first != made_of("tasks.path=gsm.jsonl", limit)
+    assert first == made_of("tasks.path=gsm.jsonl", "tools.concurrency=3", "tools.timeout=30")
+    assert not any(key.startswith("tools.") for key in cast("dict[str, object]", first))

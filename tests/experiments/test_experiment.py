@@ -297,6 +297,17 @@ def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> N
     assert experiment.compare == (experiment.arms[-1], "base")
 
 
+def test_arms_whose_models_are_shown_other_parts_of_a_result_share_no_collection(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    limits = [{}, {"concurrency": 1}, {"timeout": 30}, {"timeout": 3}, {"result_chars": 50}]
+    arms = {f"arm{i}": {"tools": tools} for i, tools in enumerate(limits)}
+    experiment = read_experiment(write(tmp_path, tiny_model, arms=arms, compare=[], seeds=[0]))
+    first, one_at_a_time, same, *others = (cell.config.collect.store for cell in experiment.cells)
+    assert first == one_at_a_time == same
+    assert len({first, *others}) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
