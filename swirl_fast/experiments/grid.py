@@ -295,7 +295,7 @@ def _crossed(spec: ExperimentSpec, path: Path) -> dict[str, tuple[bool, str | No
 def _cell(arm: str, seed: int, trained: bool, config: Config, evaluations: dict[str, Config]) -> Cell:
     def content(config: Config) -> dict[str, Any]:
         """What differs from the defaults, so that a new setting changes no digest."""
-        return {**_changed(identified(config), asdict(Config())), "run": {"seed": seed}}
+        return {**_changed(identified(config), asdict(Config())), "run": {"seed": config.run.seed}}
 
     whole = {"trained": trained, "evaluations": {name: content(one) for name, one in evaluations.items()}}
     if trained:

@@ -297,6 +297,18 @@ def test_a_grid_crosses_trained_arms_only(tmp_path: Path, tiny_model: Path) -> N
     assert experiment.compare == (experiment.arms[-1], "base")
 
 
+def test_an_evaluation_with_another_seed_is_another_cell(tmp_path: Path, tiny_model: Path) -> None:
+    def cells(**evaluation: Any) -> dict[tuple[str, int], str]:
+        evaluations = {"in_domain": {}, "again": evaluation}
+        experiment = read_experiment(write(tmp_path, tiny_model, evaluations=evaluations))
+        return {(cell.arm, cell.seed): cell.digest for cell in experiment.cells}
+
+    plain, other, third = cells(), cells(**{"run.seed": 7}), cells(run={"seed": 8})
+    assert all(len({plain[one], other[one], third[one]}) == 3 for one in plain)
+    same = cells(**{"run.seed": 1})
+    assert {one for one in plain if same[one] == plain[one]} == {one for one in plain if one[1] == 1}
+
+
 def test_arms_whose_models_are_shown_other_parts_of_a_result_share_no_collection(
     tmp_path: Path, tiny_model: Path
 ) -> None:
