@@ -84,6 +84,11 @@ def fill(kind: type[T], layers: Sequence[Layer]) -> T:
     return _made(kind, values, "")
 
 
+def keys_of(kind: type, layer: Layer) -> set[str]:
+    """The settings that a layer sets. Raises ConfigError as `fill` does."""
+    return {entry.key for entry, _ in _values(kind, layer.tree, layer.source)}
+
+
 def _made(kind: type[T], values: dict[str, Any], prefix: str) -> T:
     owner: type = kind
     declared = declared_types(owner)

@@ -30,7 +30,7 @@ import hashlib
 import itertools
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,9 +39,12 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.config.contents import identified
 from swirl_fast.config.fields import sections, setting, settings
 from swirl_fast.config.load import load_layers, read_config
-from swirl_fast.config.read import AsWritten, Layer, check_each, fill, read_file, read_override, truth
+from swirl_fast.config.read import AsWritten, Layer, check_each, fill, keys_of, read_file, read_override, truth
 from swirl_fast.config.shipped import find, ready
 from swirl_fast.config.yaml_text import Word, plain, shown
+
+# What an experiment sets for every run, and the key of its own that says so.
+SET_BY = {"run.name": "name", "run.folder": "folder", "run.seed": "seeds"}
 
 
 @dataclass
@@ -153,7 +156,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     spec = _read_spec(path)
     name, folder = spec.name or path.stem, Path(spec.folder).expanduser()
     base = [read_config(path.parent / spec.config, f"{path}: config")] if spec.config else []
-    base += [
+    own = [
         Layer(spec.settings, f"{path}, settings", path.parent),
         *(read_override(Config, override) for override in overrides),
     ]
@@ -162,7 +165,9 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     for (arm, (trained, start, entries, seeds)), seed in itertools.product(arms.items(), spec.seeds):
         if seed not in seeds:
             continue
-        layers = [*base, Layer(entries, f"{path}, arms.{arm}", path.parent)]
+        entered = Layer(entries, f"{path}, arms.{arm}", path.parent)
+        more = {key: Layer(tree, f"{path}, evaluations.{key}", path.parent) for key, tree in spec.evaluations.items()}
+        layers = [*base, *own, entered]
         layers.append(
             Layer({"run.seed": Word(str(seed)), "run.folder": Word(str(folder / name), quoted=True)}, str(path))
         )
@@ -175,11 +180,11 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
                 )
             layers.append(Layer({"model.path": Word(str(earlier.model), quoted=True)}, str(path)))
         try:
+            _refuse([*own, entered], SET_BY)
+            _refuse([entered], {"model.path": f"arms.{arm}.from"} if start is not None else {})
+            _refuse(more.values(), {key: SET_BY[key] for key in ("run.name", "run.folder")})
             config = load_layers(layers)
-            evaluations = {
-                key: load_layers([*layers, Layer(more, f"{path}, evaluations.{key}", path.parent)])
-                for key, more in spec.evaluations.items()
-            }
+            evaluations = {key: load_layers([*layers, layer]) for key, layer in more.items()}
         except ConfigError as error:
             raise ConfigError(f"{path}, arm {arm}: {error}") from None
         if any(one.collect.source == "conversations" for one in (config, *evaluations.values())):
@@ -198,6 +203,15 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return Experiment(
         name, results, summary, tuple(spec.seeds), tuple(cells), compare, spec.keep, pairs, differs, command
     )
+
+
+def _refuse(layers: Iterable[Layer], keys: Mapping[str, str]) -> None:
+    """Raises ConfigError for a setting that would be overwritten. keys: setting -> what sets it."""
+    for layer in layers:
+        for key in keys_of(Config, layer) & keys.keys():
+            raise ConfigError(
+                f"{key} (in {layer.source}): is set by the experiment's own key {keys[key]}: leave it out, or change that one"
+            )
 
 
 def chosen(experiment: Experiment, arms: str | None, seeds: str | None) -> list[Cell]:

@@ -366,6 +366,26 @@ def test_arms_whose_models_are_shown_other_parts_of_a_result_share_no_collection
             {"arms": {"a": {"train": False}, "b": {"from": "a"}}, "compare": []},
             "arms.b.from=a: must be a trained arm",
         ),
+        (
+            {"settings": {"run.folder": "elsewhere"}},
+            "run.folder (in {path}, settings): is set by the experiment's own key folder",
+        ),
+        (
+            {"settings": {"run": {"seed": 4}}},
+            "run.seed (in {path}, settings): is set by the experiment's own key seeds",
+        ),
+        (
+            {"arms": {"a": {"run.name": "mine"}}, "compare": []},
+            "run.name (in {path}, arms.a): is set by the experiment's own key name",
+        ),
+        ({"arms": {"a": {"run": {"seed": 4}}}, "compare": []}, "run.seed (in {path}, arms.a)"),
+        ({"arms": {"a": {}}, "grid": {"run.seed": [4, 5]}, "compare": []}, "run.seed (in {path}, arms.a,seed=4)"),
+        ({"evaluations": {"in_domain": {"run": {"name": "x"}}}}, "run.name (in {path}, evaluations.in_domain)"),
+        ({"evaluations": {"in_domain": {"run.folder": "/x"}}}, "run.folder (in {path}, evaluations.in_domain)"),
+        (
+            {"arms": {"a": {}, "b": {"from": "a", "model": {"path": "x"}}}, "compare": []},
+            "model.path (in {path}, arms.b): is set by the experiment's own key arms.b.from: leave it out, or change",
+        ),
         ({"seeds": []}, "seeds=[]: must be a list of whole numbers"),
         ({"name": "a/b"}, "name=a/b: must be a plain folder name"),
         ({"arms": {"a/b": {}}, "compare": []}, "arms.a/b: a name must not contain /"),
@@ -380,7 +400,16 @@ def test_a_wrong_file_is_refused_before_any_work(
     path = write(tmp_path, tiny_model, **change)
     with pytest.raises(ConfigError) as caught:
         read_experiment(path)
-    assert message in str(caught.value) and str(path) in str(caught.value)
+    assert message.replace("{path}", str(path)) in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["run.seed=3", "run.folder=elsewhere", "run.name=mine"])
+def test_what_an_experiment_sets_itself_is_refused_on_the_command_line(
+    tmp_path: Path, tiny_model: Path, override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["experiment", str(write(tmp_path, tiny_model)), override]) == 2
+    key = override.partition("=")[0]
+    assert f"{key} (in command line): is set by the experiment's own key" in capsys.readouterr().err
 
 
 def test_the_config_of_a_run_is_no_experiment(capsys: pytest.CaptureFixture[str]) -> None:
@@ -417,7 +446,7 @@ grid: {training.learning_rate: [1e-5, 1e-4]}
 evaluations: {in_domain: {}, on: {tasks.options: {max_terms: 5}}}
 """
     )
-    experiment = read_experiment(path, ["model.path=1e3", "run.folder=elsewhere"])
+    experiment = read_experiment(path, ["model.path=1e3"])
     assert experiment.name == "3.10" and experiment.results == Path("${nope}/3.10")
     assert experiment.arms == ["yes,learning_rate=1e-05", "yes,learning_rate=0.0001", "1e3"]
     assert experiment.evaluations == ["in_domain", "on"] and experiment.compare == ("1e3", "yes,learning_rate=1e-05")
