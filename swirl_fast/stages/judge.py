@@ -11,7 +11,7 @@ from typing import Any
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.config.rubric import read_rubric, rubric_hash
 from swirl_fast.data.store import Store
-from swirl_fast.files import write_json
+from swirl_fast.files import read_json, write_json
 from swirl_fast.judges.agreement import agreement, describe
 from swirl_fast.judges.cached import judge_missing, judge_steps, judged_trajectories, lacks_verdict
 from swirl_fast.judges.judge import Judge
@@ -123,6 +123,9 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
         )
     rubric = read_rubric(config.judge.model.rubric) if config.judge.kind == "model" else ""
     criteria = {"file": config.judge.model.rubric, "hash": rubric_hash(rubric)} if rubric else None
+    name = f"agreement-rubric.{criteria['hash']}.json" if criteria else "agreement.json"
+    path = Path(out) if out else config.folder / name
+    _check_out(path)
     tools_by_task = {step.view.task: step.tools for step in labelled}
     keys = [step.view.content_hash() for step in labelled]
     with labels_judge(config, tools_by_task) as process_judge, Store(config.folder / "agreement.db") as store:
@@ -137,8 +140,6 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
         "not_labelled": not_labelled,
         **agreement(labelled, [stored[key] for key in keys]),
     }
-    name = f"agreement-rubric.{criteria['hash']}.json" if criteria else "agreement.json"
-    path = Path(out) if out else config.folder / name
     write_json(path, report)
     if not_labelled:
         print(f"judge: {not_labelled} of the {len(steps)} steps in {labels} have no label yet and are left out")
@@ -146,6 +147,18 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
         print(f"judge: by the criteria in {criteria['file']} (rubric {criteria['hash']})")
     print(f"judge: {process_judge.id} against {labels}\n\n{describe(report)}\n\n{path}")
     return report
+
+
+def _check_out(path: Path) -> None:
+    """Raises ConfigError for a file that is there and is no report of an earlier comparison."""
+    try:
+        found = read_json(path)
+    except ValueError:
+        found = "no JSON"
+    if path.is_dir() or not (found is None or (isinstance(found, dict) and {"labels", "confusion"} <= set(found))):
+        raise ConfigError(
+            f"--out {path}: is there already and is no report of --against, perhaps labels; name another file"
+        )
 
 
 def export_steps(config: Config, path: str, count: int) -> None:

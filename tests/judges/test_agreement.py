@@ -107,6 +107,23 @@ def test_the_command_prints_and_writes_the_report(tmp_path: Path, capsys: pytest
     assert json.loads((tmp_path / "x" / "o.json").read_text()) == report
 
 
+@pytest.mark.parametrize("many", [True, False])
+def test_a_report_is_not_written_over_labels(many: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not over those that are compared with, by whatever path, nor over others; a single line is a JSON object as well."""
+    file = labels(tmp_path)
+    if not many:
+        file.write_text(file.read_text().splitlines(keepends=True)[0])
+    (tmp_path / "link.jsonl").symlink_to(file)
+    (tmp_path / "other.json").write_text('["mine"]')
+    before = file.read_text()
+    for out in (file, tmp_path / "link.jsonl", tmp_path / "other.json", tmp_path):
+        arguments = ["judge", f"run.folder={tmp_path}", "--against", str(file), "--out", str(out)]
+        assert cli.main(arguments) == 2
+        assert f"--out {out}: is there already and is no report of --against" in capsys.readouterr().err
+    assert file.read_text() == before and (tmp_path / "other.json").read_text() == '["mine"]'
+    assert not (tmp_path / "run").exists(), "nothing was judged"
+
+
 def test_the_verdicts_of_a_model_are_kept_and_unknown_ones_asked_anew(tmp_path: Path) -> None:
     asked: list[str] = []
 
