@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import re
+import secrets
 import socket
 import time
 import zlib
@@ -203,12 +204,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_parts(path: Path, parts: Iterable[str]) -> None:
-    """As `write_text`, of a text that is taken piece by piece."""
+    """As `write_text`, of a text that is taken piece by piece. Of two processes that write at a time one wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(parts)
-    temporary.rename(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,39 @@ def test_a_cache_that_cannot_be_read_or_written_costs_only_time(
     files._hashes.clear()
     monkeypatch.setenv("SWIRL_FAST_CACHE", str(path))  # no folder
     assert content_hash(path) == hash_file(path)
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+
+    def parts() -> Iterator[str]:
+        yield "first "
+        files.write_json(path, {"by": "another process"})
+        assert files.read_json(path) == {"by": "another process"}, "whole, while this one is written"
+        yield "second"
+
+    files.write_parts(path, parts())
+    assert path.read_text(encoding="utf-8") == "first second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
+    path = tmp_path / "file"
+    if there:
+        path.write_text("old", encoding="utf-8")
+    for value, error in (("half of a pair \ud83d", UnicodeEncodeError), (["no text"], TypeError)):
+        with pytest.raises(error):
+            files.write_parts(path, ["begin", value])  # type: ignore[list-item]
+    assert [one.name for one in tmp_path.iterdir()] == ["file"] * there
+    assert not there or path.read_text(encoding="utf-8") == "old"
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "file", list[tuple[int, bool]]()
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (seen.append((os.fstat(file).st_size, path.exists())), fsync(file))[1]
+    )
+    files.write_text(path, "text")
+    assert seen == [(4, False)] and path.read_text(encoding="utf-8") == "text"

@@ -150,7 +150,8 @@ def drop_samples(folder: Path, after: int) -> None:
     """Removes what is there of later steps than `after`, and what a process left that was killed while it wrote."""
     for path in (folder / FOLDER).glob("*"):
         match = _NAME.fullmatch(path.name)
-        if path.name.endswith((".jsonl.tmp", f"{FULL}.tmp")) or (match and int(match[1]) > after):
+        cut_off = path.name.startswith(("step_", FULL)) and path.name.endswith(".tmp")
+        if cut_off or (match and int(match[1]) > after):
             path.unlink()
 
 

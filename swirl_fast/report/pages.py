@@ -13,7 +13,7 @@ from swirl_fast.report.page import page
 
 FOLDER = "report"
 PAGE_CHARS = 1_000_000  # of HTML; a block is never cut
-_OURS = re.compile(r"(samples-\d+|collected|evaluations)-\d+\.html(\.tmp)?")
+_OURS = re.compile(r"(samples-\d+|collected|evaluations)-\d+\.html(\.\w+\.tmp)?")
 
 
 @dataclass(frozen=True)

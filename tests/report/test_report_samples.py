@@ -180,7 +180,7 @@ def test_pages_of_earlier_reports_are_removed_and_other_files_stay(tmp_path: Pat
     write_report(tmp_path)
     first = (tmp_path / "report" / "samples-000001-0001.html").read_text(encoding="utf-8")
     samples_file(tmp_path, 2).unlink()
-    for name in ("collected-0001.html", "evaluations-0007.html", "samples-000001-0002.html.tmp", "mine.html"):
+    for name in ("collected-0001.html", "evaluations-0007.html", "samples-000001-0002.html.0af1.tmp", "mine.html"):
         (tmp_path / "report" / name).write_text("", encoding="utf-8")
     write_report(tmp_path)
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"samples-000001-0001.html", "mine.html"}

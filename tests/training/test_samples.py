@@ -136,7 +136,7 @@ def test_steps_that_are_repeated_are_rewritten_and_earlier_ones_stay(llama: Path
     samples_file(config.folder, 1).write_bytes(before["step_000001.jsonl"] + b"\n")  # to be told from a new one
     (folder / "step_000003.jsonl").write_text("of a run that died after its last checkpoint", encoding="utf-8")
     (folder / "step_000009.jsonl").write_text("the same", encoding="utf-8")
-    (folder / "step_000003.jsonl.tmp").write_text("half", encoding="utf-8")
+    (folder / "step_000003.jsonl.0af1.tmp").write_text("half", encoding="utf-8")
     (folder / "notes.txt").write_text("of the user", encoding="utf-8")
     config.training.steps = 3
     trained(config)
@@ -277,7 +277,7 @@ def test_any_text_is_read_back_and_other_readers_see_lines_of_json(kept: Path) -
     assert [row["text"] for row in rows] == ["one \u2028 \ud83d", "two\n\\ud83d", "three 日本"] and "日本" in text
     assert [vars(sample) for sample in read_samples(kept, 12)] == rows
     (kept / "samples" / "step_x.jsonl").touch()
-    (kept / "samples" / "step_000002.jsonl.tmp").touch()
+    (kept / "samples" / "step_000002.jsonl.0af1.tmp").touch()
     assert sample_steps(kept) == [12]
 
 
