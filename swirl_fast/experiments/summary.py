@@ -82,16 +82,17 @@ def _one(arm: str, evaluation: str, seeds: Sequence[int], results: Results) -> d
     found = _means(evaluation, cells)
     rows = [cell["evaluations"][evaluation] for cell in cells]
     for key in ("malformed", "repeated", "answered", "steps"):
-        found[key] = float(np.mean([row[key] for row in rows]))
+        values = [row[key] for row in rows if row[key] is not None]  # without a step nothing is repeated
+        found[key] = float(np.mean(values)) if values else None
     found["questions"] = sum(row["questions"] for row in rows)
     found["by_seed"] = [row["accuracy"] for row in rows]
     if tasks := _tasks(evaluation, results):
         found["by_task"] = {task: _means(f"{evaluation}/{task}", cells) for task in tasks}
         for task in tasks:
-            values = [_values(cell, f"{evaluation}/{task}", "accuracy") for cell in cells]
+            by_seed = [_values(cell, f"{evaluation}/{task}", "accuracy") for cell in cells]
             found["by_task"][task] |= {
-                "questions": sum(map(len, values)),
-                "by_seed": [float(own.mean()) for own in values],
+                "questions": sum(map(len, by_seed)),
+                "by_seed": [float(own.mean()) for own in by_seed],
             }
     return found
 

@@ -76,7 +76,7 @@ class EvaluationScores:
         scores = self._scores
         accuracy, accuracy_interval = _mean_over_questions(scores, lambda one: one.score.exact_match)
         process_label, process_interval = _mean_over_questions(scores, lambda one: one.label)
-        steps, count = max(self._steps, 1), max(len(scores), 1)
+        count = max(len(scores), 1)
         signs = {
             name: None if math.isnan(value) else value for name, value in gaming_metrics(vars(self._signs)).items()
         }
@@ -90,10 +90,10 @@ class EvaluationScores:
             "recall": _mean_over_questions(scores, lambda one: one.score.recall)[0],
             "process_label": process_label,
             "process_label_interval": process_interval,
-            "malformed": self._malformed / steps,
+            "malformed": self._malformed / max(self._steps, 1),
             **signs,
             "answered": self._answered / count,
-            "steps": steps / count,
+            "steps": self._steps / count,
             "unknown": self._unknown,
             **(self._judged_accuracy() if outcome_judge else {}),
             **self._by_task(),

@@ -214,6 +214,22 @@ def test_a_judge_that_answered_nothing_gives_no_label(tmp_path: Path) -> None:
     assert "<td>–</td>" in write_experiment_report(tmp_path, "silent", summary, {("new", 0): one}, {}, "").read_text()
 
 
+def test_what_there_was_nothing_to_average_of_is_left_out(tmp_path: Path) -> None:
+    """Of a seed whose model took no step at all."""
+    results = {("base", seed): cell("base", seed, [0, 1]) for seed in (0, 1, 2)}
+    results["base", 0]["evaluations"]["in_domain"] |= {"repeated": None, "steps": 0}
+    results["base", 1]["evaluations"]["in_domain"] |= {"repeated": 0.5}
+    results["base", 2]["evaluations"]["in_domain"] |= {"repeated": 0.25}
+    summary = summarise(["base"], ["in_domain"], [0, 1, 2], ("base", "base"), results)
+    found = summary["arms"]["base"]["in_domain"]
+    assert found["repeated"] == 0.375 and found["steps"] == pytest.approx(4 / 3)
+    none = {("base", 0): results["base", 0]}
+    summary = summarise(["base"], ["in_domain"], [0], ("base", "base"), none)
+    assert summary["arms"]["base"]["in_domain"]["repeated"] is None
+    assert "base" in results_table(summary)
+    write_experiment_report(tmp_path, "e", summary, none, {}, "")
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("study*.json")), ids=lambda file: file.stem)
 def test_the_numbers_of_a_study_are_those_of_its_cells(file: Path) -> None:
     study = json.loads(file.read_text(encoding="utf-8"))

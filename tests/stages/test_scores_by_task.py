@@ -44,6 +44,18 @@ def test_an_evaluation_of_a_mixture_says_each_tasks_numbers() -> None:
     assert "by_task" not in alone
 
 
+def test_an_evaluation_without_a_step_counts_none() -> None:
+    """Where prompts fill the context, say."""
+    pairs = [answered("a", 0, "yes"), answered("a", 1, "yes")]
+    for _, one in pairs:
+        one.steps, one.finish = [], Finish.CONTEXT_LIMIT
+    task: Any = SimpleNamespace(score=lambda question, answer: score_auto(answer, question.answers))
+    summary = scored(task, [q for q, _ in pairs], [t for _, t in pairs], {one.id: [] for _, one in pairs}).summary()
+    assert (summary["trajectories"], summary["steps"], summary["malformed"]) == (2, 0, 0)
+    assert summary["repeated"] is None and summary["process_label"] is None
+    assert "0.00" in accuracy_table({"base": summary})
+
+
 def batch(tasks: str, rewards: list[float | None], questions: list[int] | None = None, trajectories: str = "") -> Any:
     judgements = [
         Judgement(Verdict.UNKNOWN, "") if reward is None else Judgement.graded(reward, "") for reward in rewards
