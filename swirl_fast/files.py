@@ -78,6 +78,16 @@ def unpacker(path: Path) -> Callable[..., Any] | None:
     )
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; `~` is the home folder. False for what can be no path, such as a long text; Path.is_file raises."""
+    return os.path.isfile(os.path.expanduser(path))
+
+
+def is_folder(path: str | Path) -> bool:
+    """As `is_file`."""
+    return os.path.isdir(os.path.expanduser(path))
+
+
 def hash_file(path: Path) -> str:
     """xxh64 of a file, in hex."""
     import xxhash  # here, so that the GPU check runs where the package is missing

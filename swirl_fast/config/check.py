@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from swirl_fast.config import references
@@ -18,6 +17,7 @@ from swirl_fast.config.fields import settings
 from swirl_fast.config.read import check_each
 from swirl_fast.config.rubric import read_rubric
 from swirl_fast.config.shipped import ready
+from swirl_fast.files import is_file, is_folder
 
 if TYPE_CHECKING:
     from swirl_fast.config.schema import Config, TasksConfig
@@ -34,7 +34,7 @@ DATA_FILES = tuple(
 
 def looks_like_file(path: str) -> bool:
     """Whether a path is one of a file, and not the name of a Hugging Face data set, NAME or OWNER/NAME, or a folder that datasets loads."""
-    nested = path.count("/") > 1 and not Path(path.partition(":")[0]).is_dir()
+    nested = path.count("/") > 1 and not is_folder(path.partition(":")[0])
     return nested or path.startswith((".", "/", "~")) or path.lower().endswith(DATA_FILES)
 
 
@@ -138,14 +138,10 @@ def _check_files(config: Config, values: _Values) -> None:
     for prefix, tasks in task_configs(config):
         for key in ("path", "eval_path", "worked_examples"):
             value = getattr(tasks, key)
-            if (
-                value
-                and (looks_like_file(value) or key == "worked_examples")
-                and not Path(value).expanduser().is_file()
-            ):
+            if value and (looks_like_file(value) or key == "worked_examples") and not is_file(value):
                 raise ConfigError(f"{prefix}.{key}={value}: no such file")
     for key in ("collect.path", "collect.eval_path"):
-        if values[key] and not Path(values[key]).expanduser().is_file():
+        if values[key] and not is_file(values[key]):
             values.fail(key, "no such file")
     kind: type = type(config)
     for key, entry in settings(kind).items():
@@ -153,13 +149,13 @@ def _check_files(config: Config, values: _Values) -> None:
             for name in values[key] if isinstance(values[key], list) else [values[key]]:
                 if name.rpartition(":")[0].endswith(".py"):
                     references.identity(key, name, entry.known)
-    if config.search.corpus and not Path(config.search.corpus).expanduser().exists():
+    if config.search.corpus and not (is_file(config.search.corpus) or is_folder(config.search.corpus)):
         values.fail("search.corpus", "no such file")
     read_rubric(config.judge.model.rubric)
-    if config.model.chat_template and not Path(config.model.chat_template).expanduser().is_file():
+    if config.model.chat_template and not is_file(config.model.chat_template):
         values.fail("model.chat_template", f"no such file; give the path of a Jinja template; {ready('template')}")
     model = config.search.model
-    if model and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+    if model and model.startswith((".", "/", "~")) and not is_folder(model):
         values.fail("search.model", "no such folder")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from swirl_fast.config import references
 from swirl_fast.config.fields import Setting, settings
-from swirl_fast.files import UNPACKING_ERRORS, content_hash, hash_tree, unpacker
+from swirl_fast.files import UNPACKING_ERRORS, content_hash, hash_tree, is_file, is_folder, unpacker
 
 DATA = (
     ".parquet",
@@ -87,15 +87,15 @@ def _content(entry: Setting, value: Any, key: str) -> Any:
     if entry.reads == "reference":
         names = [references.identity(key, one, entry.known) for one in (value if isinstance(value, list) else [value])]
         return names if isinstance(value, list) else names[0]
-    if entry.reads not in ("file", "template") or not value or "\n" in value or len(value) >= 4096:
+    if entry.reads not in ("file", "template") or not value:
         return value
     place = Path(value).expanduser()
-    if place.is_file():
+    if is_file(place):
         return f"xxh64 {_unpacked_hash(place) or content_hash(place)}"
-    if key == "search.corpus" and place.is_dir():
+    if key == "search.corpus" and is_folder(place):
         return hash_tree(place, (".txt", ".md"))
     folder, _, configuration = value.partition(":")  # as tasks/rows.py reads the name of a data set
-    if key.endswith(("path", "eval_path")) and key.startswith("tasks") and Path(folder).expanduser().is_dir():
+    if key.endswith(("path", "eval_path")) and key.startswith("tasks") and is_folder(folder):
         return f"{hash_tree(Path(folder).expanduser(), DATA)}:{configuration}"
     return value
 

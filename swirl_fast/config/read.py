@@ -23,6 +23,7 @@ from swirl_fast.config.fields import AsWritten, Setting, declared_types, section
 from swirl_fast.config.hints import unknown_key
 from swirl_fast.config.shipped import find, ready
 from swirl_fast.config.yaml_text import Tree, Word, parse, plain, shown, unquoted
+from swirl_fast.files import is_file
 
 T = TypeVar("T")
 
@@ -41,10 +42,11 @@ class Layer(NamedTuple):
 def read_file(path: str | Path, option: str = "") -> Layer:
     """Raises ConfigError for a file that is missing, not readable as YAML, or no table. option: put before the path in messages."""
     shown = f"{option} {path}".strip()
-    if not Path(path).is_file():
+    if not is_file(path):
         raise ConfigError(f"{shown}: no such file; {ready('config')}")
+    file = Path(path).expanduser()
     try:
-        tree = parse(Path(path).read_text(encoding="utf-8-sig"))
+        tree = parse(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{shown}: not readable as YAML: {error}") from None
     if _is_nothing(tree):
@@ -53,7 +55,7 @@ def read_file(path: str | Path, option: str = "") -> Layer:
         raise ConfigError(
             f"{shown}: must hold sections (run:, model:, …), not a {'list' if isinstance(tree, list) else 'word'}"
         )
-    return Layer(tree, str(path), Path(path).parent)
+    return Layer(tree, str(path), file.parent)
 
 
 def read_override(kind: type, override: str) -> Layer:
@@ -113,9 +115,9 @@ def _found(entry: Setting, value: Any, folder: Path | None) -> Any:
     if entry.reads == "reference":
         alike = [name for name in entry.known if name.lower() == value.strip().lower()]
         return alike[0] if alike else references.absolute(value.strip(), folder)
-    if entry.reads not in ("file", "template") or len(value) >= 4096 or "\n" in value:
+    if entry.reads not in ("file", "template"):
         return value
-    if folder is not None and (path := folder / value).exists():
+    if folder is not None and os.path.exists(path := folder / value):
         here = os.path.exists(value) and os.path.samefile(path, value)
         return value if here else os.path.abspath(path)
     return str(find("template", value)) if entry.reads == "template" else value

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from swirl_fast.config.error import ConfigError
+from swirl_fast.files import is_file
 
 FORM = "FILE.py:NAME or MODULE:NAME of your own"
 _loaded: dict[Path, tuple[str, ModuleType]] = {}  # file -> digest of its sources, module
@@ -35,7 +36,7 @@ def absolute(text: str, folder: str | Path | None) -> str:
     if not separator or not place.endswith(".py"):
         return text
     path = Path(place).expanduser()
-    if folder is not None and (Path(folder) / path).is_file():
+    if folder is not None and is_file(Path(folder) / path):
         path = Path(folder) / path
     return f"{os.path.abspath(path)}:{name}"
 
@@ -92,7 +93,7 @@ def _split(key: str, text: str, known: Sequence[str]) -> tuple[str, str]:
 def _source(key: str, text: str, place: str) -> Path:
     if place.endswith(".py"):
         path = Path(place).expanduser()
-        if not path.is_file():
+        if not is_file(path):
             raise ConfigError(f"{key}={text}: there is no file {path}")
         return path.resolve()
     try:

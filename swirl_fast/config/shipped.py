@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from swirl_fast.files import is_file
+
 Kind = Literal["config", "experiment", "template"]
 
 _PACKAGE = Path(__file__).parents[1]
@@ -29,7 +31,7 @@ def shipped(kind: Kind) -> dict[str, Path]:
 
 def find(kind: Kind, given: str | Path) -> Path:
     """`given`, or the shipped file of this name where it is a bare name and there is no such file."""
-    if Path(given).is_file() or not re.fullmatch(r"[\w.-]+", str(given)):
+    if is_file(given) or not re.fullmatch(r"[\w.-]+", str(given)):
         return Path(given)
     return shipped(kind).get(str(given), Path(given))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from swirl_fast.config import Config, ConfigError
-from swirl_fast.files import hash_file
+from swirl_fast.files import hash_file, is_file
 from swirl_fast.models.load import model_fingerprint
 from swirl_fast.tools.search.dense import folder_hash, model_folder
 
@@ -29,7 +29,7 @@ def inputs(configs: Iterable[Config]) -> dict[str, str]:
             with contextlib.suppress(ConfigError):
                 found[config.search.model] = folder_hash(model_folder(config.search.model))
         for file in (config.tasks.path, config.tasks.eval_path, config.model.chat_template):
-            if file and file not in found and Path(file).expanduser().is_file():
+            if file and file not in found and is_file(file):
                 found[file] = hash_file(Path(file).expanduser())
     return found
 

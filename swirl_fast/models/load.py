@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from swirl_fast.config import EMBEDDED_MODEL, ConfigError, ModelConfig
-from swirl_fast.files import content_hash
+from swirl_fast.files import content_hash, is_file, is_folder
 from swirl_fast.models.embedded import embedded_folder
 from swirl_fast.models.manifest import check_manifest
 
@@ -49,7 +49,7 @@ def resolve(path: str) -> str:
     if path == EMBEDDED_MODEL:
         return str(embedded_folder())
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if is_folder(folder):
         refuse_adapter(folder, f"model.path={path}")
         if not (folder / "config.json").is_file():
             raise ConfigError(
@@ -65,7 +65,7 @@ def resolve(path: str) -> str:
 def refuse_adapter(folder: Path, setting: str) -> None:
     """Raises ConfigError, with the model that it belongs to, for a folder that holds adapters and no whole model."""
     file = folder / _ADAPTER
-    if not file.is_file():
+    if not is_file(file):
         return
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -119,7 +119,7 @@ def check_weights_folder(config: ModelConfig, folder: str) -> None:
     """Raises ConfigError for a folder whose weights cannot be evaluated in place of model.path's: without a config.json, or with a
     tokenizer of another vocabulary, whose prompts would mean something else to these weights."""
     refuse_adapter(Path(folder), f"--of {folder}")
-    if not (Path(folder) / "config.json").is_file():
+    if not is_file(Path(folder) / "config.json"):
         raise ConfigError(
             f"--of {folder}: no folder with a config.json; give base, trained, or a folder that save_pretrained wrote (for a name on the "
             f"Hugging Face hub: model.path={folder} --of base --name NAME)"
@@ -153,7 +153,7 @@ def load_model(config: ModelConfig, dtype: str, weights: str | None = None) -> P
 def local_folder(config: ModelConfig) -> Path:
     """The folder of `config.path` on this machine; downloaded from the Hugging Face hub where it is a name there."""
     source = resolve(config.path)
-    if Path(source).is_dir():
+    if is_folder(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 
@@ -186,7 +186,7 @@ def licences(folder: Path) -> list[Path]:
 def load_config(config: ModelConfig) -> transformers.PreTrainedConfig:
     source = resolve(config.path)
     with named_errors(config):
-        if not Path(source).is_dir() and (named := _cached(source, _ADAPTER)) is not None:
+        if not is_folder(source) and (named := _cached(source, _ADAPTER)) is not None:
             # transformers would load its base model with the adapters on
             refuse_adapter(Path(named).parent, f"model.path={config.path}")
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -223,7 +223,7 @@ def model_fingerprint(config: ModelConfig) -> str:
     """Names the weights that sampled something, wherever they lie: the hash of a local folder (`weights_hash`), else the name on the
     hub."""
     folder = Path(resolve(config.path))
-    return f"weights {weights_hash(folder)}" if folder.is_dir() else config.path
+    return f"weights {weights_hash(folder)}" if is_folder(folder) else config.path
 
 
 def weights_hash(folder: Path) -> str:

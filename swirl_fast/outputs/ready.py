@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from swirl_fast.config import Config, ConfigError
+from swirl_fast.files import is_file
 
 MANIFEST = "manifest.json"  # as data/shards.py writes it, last
 
@@ -14,7 +15,7 @@ def check_shards(config: Config) -> None:
     given, made = config.training.shards, config.folder / "shards"
     if "://" in given:
         return
-    if given and not (Path(given) / MANIFEST).is_file():
+    if given and not is_file(Path(given) / MANIFEST):
         raise ConfigError(
             f"training.shards={given}: {Path(given) / MANIFEST} does not exist; give a folder that filter wrote"
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from swirl_fast.config import Config, ConfigError, load
 from swirl_fast.data import samples
 from swirl_fast.data.store import Store
+from swirl_fast.files import is_folder
 from swirl_fast.outputs.folder import RunFolder, by_question
 from swirl_fast.outputs.readings import Reading, Readings
 from swirl_fast.outputs.text import clean
@@ -36,7 +37,7 @@ class OpenRun:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
-        if not self.folder.is_dir():
+        if not is_folder(self.folder):
             raise ValueError(f"{self.folder} is not a folder: check run.folder and run.name, or start a run first")
         self._stores: dict[str, Store] = {}
         self._closed = False
@@ -185,7 +186,7 @@ def find_run(name: str | None, config: Config) -> Path:
     """
     above = Path(config.run.folder).expanduser()
     tried = [config.folder] if name is None else list(dict.fromkeys([Path(name).expanduser(), above / name]))
-    folder = next((folder for folder in tried if folder.is_dir()), None)
+    folder = next((folder for folder in tried if is_folder(folder)), None)
     if folder is not None and (not (inside := _runs(folder)) or _is_run(folder)):
         return folder
     if folder is not None:

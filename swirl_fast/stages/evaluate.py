@@ -14,7 +14,7 @@ from swirl_fast.config import Config, ConfigError
 from swirl_fast.data.store import Store, trajectory_ids
 from swirl_fast.data.store_tables import REMEDY
 from swirl_fast.engines.engine import Sampling
-from swirl_fast.files import read_json, write_json
+from swirl_fast.files import is_folder, read_json, write_json
 from swirl_fast.judges.cached import judge_steps, judged_trajectories, lacks_verdict
 from swirl_fast.judges.judge import Judge
 from swirl_fast.judges.outcome import judge_outcomes, lacks_outcome, outcome_judge_id, read_outcomes
@@ -119,7 +119,7 @@ def _plan(config: Config, name: str, weights: str | None) -> _Plan:
     sampling = Sampling(settings.max_action_tokens or config.collect.max_action_tokens, settings.temperature)
     offered = {name: specs if settings.use_tools else () for name, specs in offered_tools(task).items()}
     source = Path(weights or resolve(config.model.path))
-    hashed = weights_hash(source) if source.is_dir() else None
+    hashed = weights_hash(source) if is_folder(source) else None
     fingerprint = provenance(config, task, offered, sampling) | {
         "weights": weights and hashed,
         "use_tools": settings.use_tools,

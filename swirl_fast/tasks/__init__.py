@@ -7,6 +7,7 @@ from pathlib import Path
 
 from swirl_fast.config import Config, ConfigError, TasksConfig
 from swirl_fast.config.references import is_reference
+from swirl_fast.files import is_file
 from swirl_fast.tasks.beerqa import BeerQA
 from swirl_fast.tasks.cofca import CofCA
 from swirl_fast.tasks.conversations import Conversations, LogPart
@@ -94,7 +95,4 @@ def offered_tools(task: Task) -> ToolsByTask:
 
 
 def _instructions(written: str) -> str:
-    path = Path(written).expanduser()
-    if "\n" not in written and len(written) < 4096 and path.is_file():
-        return path.read_text(encoding="utf-8-sig").strip()
-    return written
+    return Path(written).expanduser().read_text(encoding="utf-8-sig").strip() if is_file(written) else written

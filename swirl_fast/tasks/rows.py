@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from swirl_fast.config import ConfigError
 from swirl_fast.config.check import looks_like_file
-from swirl_fast.files import UNPACKING_ERRORS, unpacker
+from swirl_fast.files import UNPACKING_ERRORS, is_file, is_folder, unpacker
 from swirl_fast.tasks.task import Split
 from swirl_fast.tools.characters import whole_values
 
@@ -116,9 +116,9 @@ def plain_name(path: str, otherwise: str) -> str:
 
 def _read(key: str, path: str, configuration: str, split: str) -> list[Row]:
     file = Path(path).expanduser()
-    if file.is_dir() and looks_like_file(path):
+    if is_folder(file) and looks_like_file(path):
         raise ConfigError(f"{key}={path}: is a folder; name a data file in it")
-    if file.is_file():
+    if is_file(file):
         rows = read_file(file)
     elif looks_like_file(path):
         raise ConfigError(f"{key}={path}: no such file")

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 from swirl_fast.config import TasksConfig
+from swirl_fast.files import is_file
 from swirl_fast.tasks.paragraph_qa import ParagraphQA, titled
 from swirl_fast.tasks.rows import Row, read_file
 
@@ -25,8 +26,8 @@ class TwoWikiMultihopQA(ParagraphQA):
     name = "2wikimultihopqa"
 
     def __init__(self, config: TasksConfig, seed: int = 0) -> None:
-        files = [Path(path).expanduser() for path in (config.path, config.eval_path) if path]
-        folders = dict.fromkeys(file.parent for file in files if file.is_file())
+        files = [Path(path).expanduser() for path in (config.path, config.eval_path) if path and is_file(path)]
+        folders = dict.fromkeys(file.parent for file in files)
         self._aliases: dict[str, list[str]] = {}
         for file in (folder / ALIASES for folder in folders):
             for row in read_file(file) if file.is_file() else ():

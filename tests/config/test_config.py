@@ -8,6 +8,9 @@ import pytest
 from support.paths import ROOT
 
 from swirl_fast.config import Config, ConfigError, check, dump, load
+from swirl_fast.config.contents import contents
+from swirl_fast.outputs.run import find_run
+from swirl_fast.tasks import load_task
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -34,6 +37,29 @@ def test_a_data_file_that_is_not_there_is_named_at_once(key: str, name: str) -> 
     """And not looked for on the Hugging Face hub."""
     with pytest.raises(ConfigError, match=f"^{key}={name}: no such file$"):
         load(None, ["tasks.kind=gsm8k", *["tasks.path=org/name"] * (key != "tasks.path"), f"{key}={name}"])
+
+
+@pytest.mark.parametrize("length", [256, 300, 5000])
+def test_a_long_text_is_no_file(length: int, tmp_path: Path) -> None:
+    """No file system has a name of more than 255 bytes, and no path of more than 4096."""
+    text = "Answer in one word. " * (length // 20 + 1)
+    file = tmp_path / "c.yaml"
+    file.write_text(f"tasks.instructions: '{text}'\ntasks.mix: [{{instructions: '{text}'}}]")
+    config = load(file)
+    assert config.tasks.instructions == text == config.tasks.mix[0]["instructions"]
+    assert load_task(load(None, [f"tasks.instructions={text}"]).tasks, 0).instructions == text
+    assert contents(config.tasks, "tasks")["instructions"] == text
+    file.write_text(dump(config))
+    assert load(file) == config
+    for setting in ("tasks.path", "search.corpus", "model.chat_template", "collect.path", "judge.model.rubric"):
+        with pytest.raises(ConfigError, match=f"^{setting}=xxx"):
+            load(None, [f"{setting}={'x' * length}.jsonl", "collect.source=conversations", "judge.kind=model"])
+    with pytest.raises(ConfigError, match="no such file; ready ones go by their names"):
+        load("x" * length)
+    with pytest.raises(ConfigError, match="there is no file"):
+        load(None, [f"judge.kind={'x' * length}.py:name"])
+    with pytest.raises(ConfigError, match="there is no run"):
+        find_run("x" * length, config)
 
 
 def test_round_trip(tmp_path: Path) -> None:

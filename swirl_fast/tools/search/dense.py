@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from swirl_fast.files import content_hash
+from swirl_fast.files import content_hash, is_folder
 from swirl_fast.tools.characters import whole_characters
 from swirl_fast.tools.search.index import Passages
 
@@ -140,7 +140,7 @@ class Dense:
 def model_folder(model: str) -> Path:
     """Raises ValueError when there is no such model."""
     folder = Path(model).expanduser()
-    if not folder.is_dir():
+    if not is_folder(folder):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
