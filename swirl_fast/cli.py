@@ -209,7 +209,7 @@ def _run_stage(call: _Call, options: argparse.Namespace) -> int:
     if options.dry_run:
         from swirl_fast.stages.dry_run import dry_run
 
-        if found := dry_run(config, options.stage):
+        if found := dry_run(config, options.stage, vars(options)):
             print(found)
         return 0
     call(stages, config, options)
@@ -234,12 +234,9 @@ def _judge(stages: Any, config: Config, options: argparse.Namespace) -> None:
 
 
 def _evaluate(stages: Any, config: Config, options: argparse.Namespace) -> None:
-    if options.of == "base":
-        stages.evaluate(config, options.name or "base")
-    elif options.of == "trained":
-        stages.evaluate_trained(config, options.name or "trained")
-    else:
-        stages.evaluate(config, options.name or os.path.basename(os.path.normpath(options.of)), options.of)
+    from swirl_fast.stages.evaluate import named_weights
+
+    stages.evaluate(config, *named_weights(config, options.of, options.name))
 
 
 def _about_a_run(commands: Any, name: str, text: str) -> argparse.ArgumentParser:

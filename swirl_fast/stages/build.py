@@ -24,12 +24,17 @@ def build_task(config: Config) -> Task:
     return open_task(config)
 
 
-@contextlib.contextmanager
-def opened_tools(config: Config, task: Task, offered: ToolsByTask) -> Iterator[dict[str, Toolbox]]:
-    """Those on offer, ready for calls, by the name of a question's task. Says afterwards which failed, and how often. Raises ConfigError
-    for a corpus that no tool searches."""
+def check_corpus(config: Config, task: Task) -> None:
+    """Raises ConfigError for a corpus that no tool searches."""
     if config.search.corpus and not any("search" in part.tools for part in parts_of(task).values()):
         raise ConfigError(f"search.corpus={config.search.corpus}: no tool searches in it; add search to tasks.tools")
+
+
+@contextlib.contextmanager
+def opened_tools(config: Config, task: Task, offered: ToolsByTask) -> Iterator[dict[str, Toolbox]]:
+    """Those on offer, ready for calls, by the name of a question's task. Says afterwards which failed, and how often. Raises as
+    `check_corpus` does."""
+    check_corpus(config, task)
     with contextlib.ExitStack() as stack:
         boxes = {
             name: stack.enter_context(

@@ -11,22 +11,29 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from swirl_fast.config import EMBEDDED_MODEL, Config, ConfigError
 from swirl_fast.data.shard_source import check_clients
+from swirl_fast.data.store import Store
 from swirl_fast.files import cache_folder
 from swirl_fast.models.exact import context_of, why_not_shared
 from swirl_fast.outputs.ready import check_shards
+from swirl_fast.outputs.run import OpenRun
 from swirl_fast.ranks import Ranks, start, stop
 from swirl_fast.rendering import open_renderer
-from swirl_fast.stages.build import build_task, task_judge
+from swirl_fast.stages.build import build_task, check_corpus, labels_judge, task_judge
 from swirl_fast.stages.collect import check_collection
+from swirl_fast.stages.evaluate import check_evaluation, named_weights
+from swirl_fast.stages.export import export_folder
+from swirl_fast.stages.judge import check_tasks, labelled_steps, refuse_existing, report_file
 from swirl_fast.tasks import offered_tools, parts_of
 from swirl_fast.tasks.task import Split, Task
-from swirl_fast.training.build import check_machine
+from swirl_fast.training.build import check_export, check_machine
 from swirl_fast.training.memory import estimate, on_disk, shapes
 from swirl_fast.training.resume import check_newest
 
@@ -43,19 +50,28 @@ NEEDS = {
 }
 
 
-def dry_run(config: Config, stage: str) -> str:
-    """What the stage would work with, a line a thing; empty on all ranks but the first. Raises ConfigError, ValueError, ImportError or
-    OSError as the stage would."""
+def dry_run(config: Config, stage: str, options: Mapping[str, Any]) -> str:
+    """What the stage would work with, a line a thing; empty on all ranks but the first. options: those of its command line. Raises
+    ConfigError, ValueError, ImportError or OSError as the stage would."""
     ranks = start()
     try:
-        lines = _lines(config, stage, ranks)
+        lines = _lines(config, stage, options, ranks)
     finally:
         stop()
     return "\n".join(lines) if ranks.main else ""
 
 
-def _lines(config: Config, stage: str, ranks: Ranks) -> list[str]:
-    needs, lines = NEEDS[stage], list[str]()
+def _lines(config: Config, stage: str, options: Mapping[str, Any], ranks: Ranks) -> list[str]:
+    against = options.get("against")
+    needs, lines = () if against else NEEDS[stage], list[str]()
+    if against:
+        lines += _check_labels(config, against, options["out"])
+    elif stage in ("judge", "filter") and ranks.main:
+        Store(config.store, writable=False).close()
+    if options.get("export_steps"):
+        refuse_existing(options["export_steps"])
+    if stage == "report":
+        OpenRun(config.folder).close()
     if stage in ("run", "filter"):
         check_clients(config.filter.upload)
     if "shards" in needs:
@@ -63,6 +79,11 @@ def _lines(config: Config, stage: str, ranks: Ranks) -> list[str]:
         lines.append(f"shards: {config.training.shards or config.folder / 'shards'}")
     if "model" in needs:
         lines += _check_model(config, stage, ranks)
+    if stage == "export":
+        name, adapter = options["checkpoint"], options["adapter"]
+        check_export(config, name, export_folder(config, name, options["out"], adapter), adapter)
+    if stage == "evaluate":
+        check_evaluation(config, *named_weights(config, options["of"], options["name"]))
     if "task" in needs:
         task = build_task(config)
         lines += _check_task(config, task, stage)
@@ -71,6 +92,13 @@ def _lines(config: Config, stage: str, ranks: Ranks) -> list[str]:
                 lines.append(f"judge: {judge.id}")
     lines.append(_check_folder(config))
     return [*lines, f"nothing was started; `swirl-fast {stage}` without --dry-run does it"]
+
+
+def _check_labels(config: Config, labels: str, out: str | None) -> list[str]:
+    steps, labelled = labelled_steps(config, labels)
+    path = report_file(config, out)
+    with labels_judge(config, {step.view.task: step.tools for step in labelled}) as judge:
+        return [f"labels: {len(labelled)} of {steps} steps in {labels}; the report: {path}", f"judge: {judge.id}"]
 
 
 def _check_model(config: Config, stage: str, ranks: Ranks) -> list[str]:
@@ -135,6 +163,10 @@ def _check_task(config: Config, task: Task, stage: str) -> list[str]:
     ):
         if stage in stages and (there := counts[split].total()) < wanted and not config.tasks.mix:
             lines.append(f"task: there are {there:,} {what}, and {key}={wanted} would take more")
+    if stage in ("judge", "run"):
+        check_tasks(config, task)
+    if stage in ("collect", "evaluate", "run"):
+        check_corpus(config, task)
     if stage in ("collect", "run"):
         check_collection(config)
         if config.collect.source == "policy":

@@ -3,6 +3,7 @@ runs/NAME/evaluations/NAME.json."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -93,13 +94,28 @@ def _begin(config: Config, plan: _Plan, store: Store) -> float:
 
 
 def evaluate_trained(config: Config, name: str = "trained") -> dict[str, Any]:
+    return evaluate(config, *named_weights(config, "trained", name))
+
+
+def named_weights(config: Config, of: str, name: str | None = None) -> tuple[str, str | None]:
+    """The name of an evaluation, and the folder of its weights, None for those of model.path. of: base, trained, or a folder, which name an
+    evaluation that is given no name. Raises ConfigError where there is no trained model yet."""
+    if of == "base":
+        return name or of, None
+    if of != "trained":
+        return name or os.path.basename(os.path.normpath(of)), of
     folder = config.folder / "model"
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"run.name={config.run.name}: {folder} holds no trained model yet; run train first, or copy the folder here where "
             "it was trained on another machine"
         )
-    return evaluate(config, name, str(folder))
+    return name or of, str(folder)
+
+
+def check_evaluation(config: Config, name: str, weights: str | None) -> None:
+    """Raises what `evaluate` would raise for these, and writes nothing."""
+    _plan(config, name, weights)
 
 
 def _plan(config: Config, name: str, weights: str | None) -> _Plan:

@@ -21,7 +21,10 @@ def export(
         config = replace(config, training=replace(config.training, export_dtype=dtype))
     ranks = start()
     try:
-        target = Path(out or config.folder / f"{'adapter' if adapter else 'model'}-{checkpoint}")
-        export_checkpoint(config, ranks, checkpoint, target, adapter)
+        export_checkpoint(config, ranks, checkpoint, export_folder(config, checkpoint, out, adapter), adapter)
     finally:
         stop()
+
+
+def export_folder(config: Config, checkpoint: str, out: str | None, adapter: bool) -> Path:
+    return Path(out or config.folder / f"{'adapter' if adapter else 'model'}-{checkpoint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from swirl_fast.files import read_json, write_json
 from swirl_fast.judges.agreement import agreement, describe
 from swirl_fast.judges.cached import judge_missing, judge_steps, judged_trajectories, lacks_verdict
 from swirl_fast.judges.judge import Judge
-from swirl_fast.judges.labels import read_labels, steps_to_label, write_labels
+from swirl_fast.judges.labels import LabelledStep, read_labels, steps_to_label, write_labels
 from swirl_fast.judges.outcome import judge_outcomes, lacks_outcome, outcome_judge_id
 from swirl_fast.ranks import Ranks, joined
 from swirl_fast.stages.build import build_task, labels_judge, questions_by_id, task_judge
@@ -33,7 +34,7 @@ def judge(config: Config) -> None:
     """Under torchrun, one call a rank: the trajectories are dealt over the ranks, by their questions."""
     with joined() as ranks:
         task = build_task(config)
-        _check_tasks(config, task)
+        check_tasks(config, task)
         if ranks.main:
             Store(config.store, writable=False).close()  # says so when nothing was collected yet
         with task_judge(config, task) as process_judge, main_store(ranks, config.store) as store:
@@ -46,7 +47,7 @@ def judge(config: Config) -> None:
             ranks.meet()
 
 
-def _check_tasks(config: Config, task: Task) -> None:
+def check_tasks(config: Config, task: Task) -> None:
     """Raises ConfigError for a coverage of a task that is not there. Evaluations may be of other tasks than those it is meant for."""
     known = offered_tools(task)
     if config.judge.kind == "rules" and (unknown := sorted(set(config.judge.rules.coverage_by_task) - set(known))):
@@ -114,25 +115,17 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
 
     The judge is asked about every step, also about malformed ones, which the stages call BAD without asking.
     """
-    known = {**BUILT_IN, **{spec.name: spec for spec in describe_tools(config.tasks.tools)}}
-    steps = read_labels(labels, known)
-    labelled = [step for step in steps if step.label is not None]
-    if not labelled:
-        raise ConfigError(
-            f"--against {labels}: none of its {len(steps)} lines has a label yet; write GOOD or BAD into them"
-        )
-    rubric = read_rubric(config.judge.model.rubric) if config.judge.kind == "model" else ""
-    criteria = {"file": config.judge.model.rubric, "hash": rubric_hash(rubric)} if rubric else None
-    name = f"agreement-rubric.{criteria['hash']}.json" if criteria else "agreement.json"
-    path = Path(out) if out else config.folder / name
-    _check_out(path)
+    steps, labelled = labelled_steps(config, labels)
+    rubric = _rubric_hash(config)
+    criteria = {"file": config.judge.model.rubric, "hash": rubric} if rubric else None
+    path = report_file(config, out)
     tools_by_task = {step.view.task: step.tools for step in labelled}
     keys = [step.view.content_hash() for step in labelled]
     with labels_judge(config, tools_by_task) as process_judge, Store(config.folder / "agreement.db") as store:
         asked = ((key, step.view) for key, step in zip(keys, labelled, strict=True))
         judge_missing(store, process_judge.id, asked, process_judge.judge, "judge")
         stored = store.verdicts(process_judge.id, keys)
-    not_labelled = len(steps) - len(labelled)
+    not_labelled = steps - len(labelled)
     report = {
         "labels": labels,
         "judge": process_judge.id,
@@ -142,15 +135,35 @@ def judge_against(config: Config, labels: str, out: str | None = None) -> dict[s
     }
     write_json(path, report)
     if not_labelled:
-        print(f"judge: {not_labelled} of the {len(steps)} steps in {labels} have no label yet and are left out")
+        print(f"judge: {not_labelled} of the {steps} steps in {labels} have no label yet and are left out")
     if criteria:
         print(f"judge: by the criteria in {criteria['file']} (rubric {criteria['hash']})")
     print(f"judge: {process_judge.id} against {labels}\n\n{describe(report)}\n\n{path}")
     return report
 
 
-def _check_out(path: Path) -> None:
-    """Raises ConfigError for a file that is there and is no report of an earlier comparison."""
+def labelled_steps(config: Config, labels: str) -> tuple[int, list[LabelledStep]]:
+    """How many lines a file of labelled steps has, and those with a label. Raises ConfigError where none has one, and as `read_labels`."""
+    known = {**BUILT_IN, **{spec.name: spec for spec in describe_tools(config.tasks.tools)}}
+    steps = read_labels(labels, known)
+    labelled = [step for step in steps if step.label is not None]
+    if not labelled:
+        raise ConfigError(
+            f"--against {labels}: none of its {len(steps)} lines has a label yet; write GOOD or BAD into them"
+        )
+    return len(steps), labelled
+
+
+def _rubric_hash(config: Config) -> str:
+    """Empty for the built-in criteria."""
+    rubric = read_rubric(config.judge.model.rubric) if config.judge.kind == "model" else ""
+    return rubric_hash(rubric) if rubric else ""
+
+
+def report_file(config: Config, out: str | None) -> Path:
+    """Where the report of a comparison goes. Raises ConfigError for a file that is there and is no report of an earlier one."""
+    rubric = _rubric_hash(config)
+    path = Path(out) if out else config.folder / (f"agreement-rubric.{rubric}.json" if rubric else "agreement.json")
     try:
         found = read_json(path)
     except ValueError:
@@ -159,16 +172,20 @@ def _check_out(path: Path) -> None:
         raise ConfigError(
             f"--out {path}: is there already and is no report of --against, perhaps labels; name another file"
         )
+    return path
+
+
+def refuse_existing(path: str) -> None:
+    """Raises ConfigError for a file of labels that is there."""
+    if os.path.exists(path):
+        raise ConfigError(f"--export-steps {path}: the file is there already, perhaps with labels; name another one")
 
 
 def export_steps(config: Config, path: str, count: int) -> None:
     """Steps of a run, drawn at random, into a file for people to label."""
+    refuse_existing(path)
     task = build_task(config)
     with Store(config.store, writable=False) as store:
         ids = collected_ids(config, task, store, "judge")
-        if Path(path).exists():
-            raise ConfigError(
-                f"--export-steps {path}: the file is there already, perhaps with labels; name another one"
-            )
         written = write_labels(path, steps_to_label(store, ids, offered_tools(task), count, config.run.seed))
     print(f'judge: {written} steps in {path}; write GOOD or BAD into "label", then: swirl-fast judge --against {path}')

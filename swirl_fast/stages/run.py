@@ -14,7 +14,7 @@ from swirl_fast.stages.build import build_task
 from swirl_fast.stages.collect import check_collection, collect
 from swirl_fast.stages.evaluate import evaluate, evaluate_trained
 from swirl_fast.stages.filter import filter
-from swirl_fast.stages.judge import judge
+from swirl_fast.stages.judge import check_tasks, judge
 from swirl_fast.stages.report import report
 from swirl_fast.stages.scores import accuracy_table
 from swirl_fast.stages.train import train
@@ -43,6 +43,7 @@ def _run(config: Config, ranks: Ranks) -> None:
     previous = read_json(config.folder / "summary.json")
     check_clients(config.filter.upload)
     check_machine(config, ranks)  # hours before training would say so
+    check_tasks(config, build_task(config))
     check_collection(config)  # before the evaluation sets an earlier one aside
     check_newest(config, build_task)
     base = evaluate(config, "base")

@@ -333,21 +333,8 @@ def _export(
 
 def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path, adapter: bool = False) -> None:
     """Writes the weights of `checkpoints/NAME` (best, step_000020) to `target`, a Hugging Face folder, or their adapters alone, a folder
-    of peft's. Collective.
-
-    Raises ConfigError when the checkpoint is of another model or `target` is there already, ValueError when it is not there or damaged.
-    """
-    if adapter and config.model.lora.rank is None:
-        raise ConfigError(
-            "--adapter: without model.lora.rank all weights were trained, and there is no adapter; leave it out"
-        )
-    check_lora(config.model, load_config(config.model))
-    if target.exists():
-        raise ConfigError(f"{target} is already there; remove it, or name another folder with --out")
-    source = named(config.folder / "checkpoints", name)
-    recorded, wanted = recorded_state(source)["settings"]["model"], model_settings(config)
-    if recorded != wanted:
-        raise ConfigError(f"{source} was trained from another model: {describe_changes(recorded, wanted, 'model')}")
+    of peft's. Collective. Raises as `check_export` does."""
+    source = check_export(config, name, target, adapter)
     policy = make_policy(config, ranks, routed=False)
     load_weights(source, policy)
     tokenizer, taken = load_tokenizer(config.model), source.resolve().name
@@ -362,3 +349,20 @@ def export_checkpoint(config: Config, ranks: Ranks, name: str, target: Path, ada
         said = f"the adapters of {taken}, to be loaded onto {base} by peft"
     if ranks.main:
         print(f"export: {target} holds {said}")
+
+
+def check_export(config: Config, name: str, target: Path, adapter: bool = False) -> Path:
+    """The folder of a checkpoint that `export_checkpoint` can write. Raises ConfigError when it is of another model or `target` is there
+    already, ValueError when it is not there or damaged."""
+    if adapter and config.model.lora.rank is None:
+        raise ConfigError(
+            "--adapter: without model.lora.rank all weights were trained, and there is no adapter; leave it out"
+        )
+    check_lora(config.model, load_config(config.model))
+    if target.exists():
+        raise ConfigError(f"{target} is already there; remove it, or name another folder with --out")
+    source = named(config.folder / "checkpoints", name)
+    recorded, wanted = recorded_state(source)["settings"]["model"], model_settings(config)
+    if recorded != wanted:
+        raise ConfigError(f"{source} was trained from another model: {describe_changes(recorded, wanted, 'model')}")
+    return source

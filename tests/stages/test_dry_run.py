@@ -7,20 +7,31 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.labels import labels
 from support.runs import attempt, free_port, overrides
 
 from swirl_fast.models import load
 
 
 @pytest.fixture(autouse=True)
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_weights(monkeypatch: pytest.MonkeyPatch, done: Path) -> None:
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("weights are loaded")
 
     monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", loaded)
 
 
-@pytest.mark.parametrize("stage", ["run", "collect", "judge", "filter", "evaluate", "export", "report"])
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The folder above a run that went through all stages."""
+    folder = tmp_path_factory.mktemp("done")
+    run = attempt(["run", *overrides(folder, tiny_model, "training.steps=1")])
+    assert run.returncode == 0, run.stderr
+    labels(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["run", "collect"])
 def test_a_stage_that_can_work(stage: str, tmp_path: Path, tiny_model: Path) -> None:
     done = attempt([stage, *overrides(tmp_path, tiny_model), "--dry-run"])
     assert done.returncode == 0, done.stderr
@@ -37,6 +48,63 @@ def test_a_stage_that_can_work(stage: str, tmp_path: Path, tiny_model: Path) -> 
             "train: 4 steps of 4 trajectories, 4 actions at each of their states",
         ]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["judge"],
+        ["judge", "--against", "{done}/labels.jsonl"],
+        ["judge", "--export-steps", "{done}/new.jsonl"],
+        ["filter"],
+        ["train"],
+        ["evaluate"],
+        ["evaluate", "--of", "{done}/r/model", "--name", "again"],
+        ["export", "--checkpoint", "step_000001"],
+        ["report"],
+    ],
+)
+def test_a_stage_that_has_what_it_reads(arguments: list[str], done: Path, tiny_model: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+    given = [argument.format(done=done) for argument in arguments]
+    tried = attempt([*given, *overrides(done, tiny_model, "training.steps=1"), "--dry-run"])
+    assert tried.returncode == 0, tried.stderr
+    assert tried.stdout.splitlines()[-2].startswith(f"folder: {done}/r (what lies there is gone on with; ")
+    assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["judge", "--against", "/nonexistent.jsonl"], "/nonexistent.jsonl"),
+        (["judge", "--against", "{done}/labels.jsonl", "--out", "{done}/labels.jsonl"], "is no report of --against"),
+        (["judge", "--export-steps", "{done}/labels.jsonl"], "the file is there already"),
+        (["judge", "judge.rules.coverage_by_task={{nosuch: single}}"], "no task here is called nosuch"),
+        (["run", "judge.rules.coverage_by_task={{nosuch: single}}"], "no task here is called nosuch"),
+        (["evaluate", "--of", "/nonexistent"], "--of /nonexistent: no folder with a config.json"),
+        (["evaluate", "--of", "base", "--name", "a/b"], "--name a/b: must be a plain file name"),
+        (["export", "--checkpoint", "nosuch"], "nosuch is not a checkpoint; those in"),
+        (["export", "--out", "{done}"], "is already there"),
+        (["export", "--adapter"], "without model.lora.rank all weights were trained"),
+        (["evaluate", "search.corpus={done}/labels.jsonl"], "no tool searches in it; add search to tasks.tools"),
+        (["collect", "search.corpus={done}/labels.jsonl"], "no tool searches in it; add search to tasks.tools"),
+        (["judge", "run.name=new"], "trajectories.db"),
+        (["filter", "run.name=new"], "trajectories.db"),
+        (["report", "run.name=new"], "new is not a folder: check run.folder and run.name"),
+        (["evaluate", "run.name=new"], "holds no trained model yet; run train first"),
+        (["export", "run.name=new"], "is not a checkpoint; those in"),
+    ],
+)
+@pytest.mark.parametrize("dry", ["--dry-run", ""])
+def test_what_a_stage_is_given_and_cannot_use_is_said(
+    dry: str, arguments: list[str], message: str, done: Path, tiny_model: Path
+) -> None:
+    """Before any work, as the stage itself says it."""
+    stage, *given = (argument.format(done=done) for argument in arguments)
+    if not dry and "search.corpus" in arguments[-1]:
+        pytest.skip("tools are opened with the engine")
+    tried = attempt([stage, *overrides(done, tiny_model, "training.steps=1"), *given, *[dry] * bool(dry)])
+    assert tried.returncode in (1, 2) and message in tried.stderr, tried.stderr
 
 
 def test_what_is_less_than_asked_for_is_said(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +125,7 @@ def test_what_is_less_than_asked_for_is_said(tmp_path: Path, tiny_model: Path, m
         ("run", ["model.path=/nowhere"], "model.path=/nowhere"),
         ("run", ["filter.upload=s3://bucket/x"], "pip install s3fs"),
         (
-            "judge",
+            "run",
             ["judge.kind=model", "judge.model.retries=0", "judge.model.url=http://127.0.0.1:{port}/v1"],
             "judge.model.url",
         ),
