@@ -20,7 +20,7 @@ class LaunchConfig:
     """Devices of one server, which splits every layer over them (tensor parallelism)."""
     gpus: list[int] = setting([], minimum=0)
     """Numbers of the devices to take, in order; empty: 0, 1, 2, …"""
-    python: str = ""
+    python: str = setting("", reads="place")
     """The interpreter that has sglang, where that is in an environment of its own; empty: this one."""
     host: str = "127.0.0.1"
     """The address that the servers listen on. Another node reaches them only at one of this node's own."""

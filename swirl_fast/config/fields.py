@@ -60,15 +60,16 @@ class Range:
         return "" if high is None else f"{'at most' if self.below is None else 'below'} {high:g}"
 
 
-Reads = Literal["", "file", "template", "reference", "tasks"]
+Reads = Literal["", "file", "place", "template", "reference", "tasks"]
 
 
 def setting(default: Any, *, reads: Reads = "", known: Sequence[str] = (), **limits: Any) -> Any:
     """A dataclass field with more than a type. limits: those of `Range`. known: the built-in names that a text accepts.
 
     reads: what a text names, which is found beside the YAML file that says it. file: a file or folder, where there is one of this name.
-    template: as file, or a shipped chat template (shipped.py). reference: also a user's own Python (references.py). tasks: of a list of
-    tables, each with the keys of a task.
+    place: a file, folder or URL that is looked for in the working directory alone; `~` is the home folder. template: as file, or a shipped
+    chat template (shipped.py). reference: also a user's own Python (references.py). tasks: of a list of tables, each with the keys of a
+    task.
     """
     metadata = {"range": Range(**limits), "reads": reads, "known": tuple(known)}
     if isinstance(default, list):

@@ -115,6 +115,8 @@ def _found(entry: Setting, value: Any, folder: Path | None) -> Any:
     if entry.reads == "reference":
         alike = [name for name in entry.known if name.lower() == value.strip().lower()]
         return alike[0] if alike else references.absolute(value.strip(), folder)
+    if entry.reads == "place":
+        return os.path.expanduser(value)
     if entry.reads not in ("file", "template"):
         return value
     if folder is not None and os.path.exists(path := folder / value):

@@ -311,7 +311,7 @@ class FilterConfig:
     """variance: the largest mean reward of a state that is kept; lower it to leave out what the model can do already."""
     states_min_variance: float = setting(0.0, minimum=0, below=0.25)
     """variance: a state is kept where the variance of its rewards is larger; of rewards of 0 and 1 it is 0.25 at most."""
-    upload: str = ""
+    upload: str = setting("", reads="place")
     """A folder or a URL (s3://, gs://, …) that the finished shards are copied to as well; empty: none."""
 
 
@@ -443,7 +443,7 @@ class TrainingConfig:
     """Weights & Biases: the project that metrics go to as well (pip install wandb); empty: none."""
     peak_tflops: float = setting(0.0, minimum=0)
     """Peak of a rank's device in 1e12 FLOP/s, for the metric MFU; 0: by the GPU's name, and no MFU for devices that are not known."""
-    shards: str = ""
+    shards: str = setting("", reads="place")
     """A folder, or a URL (s3://, gs://, hf://datasets/ORG/NAME, …) whose shards are copied when they are needed; empty: this run's."""
     shards_cache: str = "~/.cache/swirl_fast/shards"
     """The folder that shards are copied to; ranks and runs may share it."""

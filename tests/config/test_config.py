@@ -89,6 +89,18 @@ def test_a_saved_config_means_the_files_it_was_made_with(
         assert attrgetter(key)(load(tmp_path / "runs/x/config.yaml", files=False)) == str(tmp_path / "model")
 
 
+@pytest.mark.parametrize("key", ["training.shards", "filter.upload", "engine.launch.python"])
+def test_the_home_folder_in_a_place(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the command line, where no shell expands it, and in a file; not in a URL, nor in the middle of a path."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{key}: ~/x/y")
+    for config in (load(file), load(None, [f"{key}=~/x/y"])):
+        assert attrgetter(key)(config) == "/home/somebody/x/y"
+    for same in ("s3://bucket/~/x", "a/~/x", "x", ""):
+        assert attrgetter(key)(load(None, [f"{key}={same}"])) == same
+
+
 def test_a_saved_mixture_means_the_files_it_was_made_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for place in (tmp_path, tmp_path / "run"):
