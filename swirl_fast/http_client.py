@@ -177,6 +177,17 @@ def read_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def wrong_address(url: str) -> str:
+    """Why a URL cannot be asked, such as a port that is no number; empty for one that can."""
+    try:
+        address = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        return str(error)
+    if address.port is not None and not 0 < address.port < 2**16:
+        return f"there is no port {address.port}"
+    return "" if address.host else "it has no host"
+
+
 def is_loopback(url: str) -> bool:
     """Whether a URL names this machine. HTTP_PROXY is not for such a one, and httpx, unlike others, would use it."""
     host = httpx.URL(url).host

@@ -44,6 +44,7 @@ def check(config: Config, files: bool = True) -> None:
     for key, urls in _urls(config):
         for url in urls:
             refuse_secrets(key, url)
+            _check_address(key, url)
     values = _Values(config)
     _check_data(config, values)
     if files:
@@ -85,6 +86,15 @@ def refuse_secrets(key: str, url: str) -> None:
         raise ConfigError(
             f"{key}: the address has a query or a fragment (? or #), to which no path can be added: leave it out, and put {where}"
         )
+
+
+def _check_address(key: str, url: str) -> None:
+    """Raises ConfigError for an address of HTTP that names no server."""
+    if url.startswith(HTTP):
+        from swirl_fast.http_client import wrong_address  # here, so that a config without servers needs no httpx
+
+        if problem := wrong_address(url):
+            raise ConfigError(f"{key}={url}: is not the address of a server, such as http://10.0.0.2:30000: {problem}")
 
 
 class _Values:

@@ -45,8 +45,7 @@ class Range:
             and (self.above is None or value > self.above)
             and (self.maximum is None or value <= self.maximum)
             and (self.below is None or value < self.below)
-            and not math.isnan(value)
-            and (self.endless or math.isfinite(value))
+            and (isinstance(value, int) or math.isfinite(value) or (self.endless and not math.isnan(value)))
         )
 
     def __str__(self) -> str:

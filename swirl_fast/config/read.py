@@ -190,7 +190,9 @@ def _value(entry: Setting, node: Tree, source: str) -> Any:
         return _converted(entry.plain_kind, node)
     except UnicodeError:
         remedy = "holds a character that no file can hold, NUL or half of a surrogate pair"
-    except (ValueError, OverflowError):
+    except OverflowError:
+        remedy = f"is too large; must be {_article(entry.accepted)}, and below 2**63"
+    except ValueError:
         remedy = f"must be {_article(entry.accepted)}"
     raise ConfigError(f"{entry.key}={shown(node)}: {remedy}{_place(source)}")
 
@@ -241,11 +243,14 @@ def truth(word: Word) -> bool:
 
 
 def _whole(word: Word) -> int:
-    """`010` is ten; `0x10`, `0o10`, `0b10` and `1_000` as in Python."""
+    """`010` is ten; `0x10`, `0o10`, `0b10` and `1_000` as in Python. Raises OverflowError for one that takes more than 64 bits."""
     try:
-        return int(word)
+        number = int(word)
     except ValueError:
-        return int(word, 0)
+        number = int(word, 0)
+    if abs(number) >= 2**63:
+        raise OverflowError
+    return number
 
 
 def _number(word: Word) -> float:

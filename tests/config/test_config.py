@@ -206,6 +206,20 @@ def test_an_empty_table_drops_what_was_in_it(tmp_path: Path) -> None:
         ("engine.timeout=nan", ["engine.timeout=nan", "above 0"]),
         ("engine.urls=[10.0.0.2:30000]", ["engine.urls", "'10.0.0.2:30000'", "http://10.0.0.2:30000"]),
         ("engine.urls=['http://a:1/v1']", ["engine.urls", "'http://a:1/v1'", "not the address of a server"]),
+        ("engine.urls=['http://h:port']", ["engine.urls=http://h:port", "not the address of a server", "Invalid port"]),
+        ("engine.urls=['http://h:99999']", ["engine.urls=http://h:99999", "there is no port 99999"]),
+        ("engine.urls=['http://[::1']", ["engine.urls=http://[::1", "not the address of a server"]),
+        ("judge.model.url=http://h:port/v1", ["judge.model.url=http://h:port/v1", "Invalid port: 'port'"]),
+        ("judge.model.url=http:///v1", ["judge.model.url=http:///v1", "it has no host"]),
+        ("judge.model.replicas=['http://1.2.3.999/v1']", ["judge.model.replicas=http://1.2.3.999/v1"]),
+        (
+            f"run.seed={9 * 10**400}",
+            ["run.seed=9", "is too large; must be a whole number, at least 0, and below 2**63"],
+        ),
+        (f"tasks.limit={2**63}", [f"tasks.limit={2**63}: is too large"]),
+        (f"training.steps=-{2**63}", ["training.steps=-9", "is too large"]),
+        (f"engine.launch.gpus=[{2**70}]", ["engine.launch.gpus=", "is too large"]),
+        (f"training.learning_rate=0x{'f' * 400}", ["training.learning_rate=0xfff", "is too large"]),
         ("engine.urls=['http://a:1','http://a:1/']", ["engine.urls", "twice"]),
         ("engine.launch.servers=0", ["engine.launch.servers=0", "at least 1"]),
         ("engine.launch.gpus_per_server=0", ["engine.launch.gpus_per_server=0", "at least 1"]),
@@ -262,6 +276,14 @@ def test_sampling_beside_the_training_needs_an_engine_of_its_own() -> None:
         load(None, [*lagging, engine])
     with pytest.raises(ConfigError, match="training.lag=1: engine.kind=local generates.*engine.own_process=true"):
         load(None, lagging)
+
+
+def test_a_number_that_no_float_can_hold_is_compared_all_the_same() -> None:
+    """Of a config that was made in Python."""
+    config = Config()
+    config.run.seed = -(10**400)
+    with pytest.raises(ConfigError, match="run.seed=-1.*must be at least 0"):
+        check(config)
 
 
 def test_a_folder_in_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
