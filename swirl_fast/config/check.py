@@ -32,6 +32,16 @@ DATA_FILES = tuple(
 )
 
 
+PLAIN = "printable characters, no /, no dot at the beginning, at most 200 bytes"
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a run, an evaluation or an arm may be called so: it becomes the name of a file or a folder, with an ending."""
+    return (
+        bool(name) and "/" not in name and not name.startswith(".") and name.isprintable() and len(name.encode()) <= 200
+    )
+
+
 def looks_like_file(path: str) -> bool:
     """Whether a path is one of a file, and not the name of a Hugging Face data set, NAME or OWNER/NAME, or a folder that datasets loads."""
     nested = path.count("/") > 1 and not is_folder(path.partition(":")[0])
@@ -113,9 +123,8 @@ class _Values:
 def _check_data(config: Config, values: _Values) -> None:
     """run, tasks, search."""
     fail, search = values.fail, config.search
-    name = config.run.name
-    if not name or "/" in name or name.startswith(".") or not name.isprintable() or len(name.encode()) > 200:
-        fail("run.name", "must be a plain folder name")
+    if not is_plain_name(config.run.name):
+        fail("run.name", f"must be a plain folder name: {PLAIN}")
     for prefix, tasks in task_configs(config):
         generated = tasks.kind in ("reasoning_gym", "two_step") or references.is_reference(tasks.kind)
         if not generated and not tasks.path:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swirl_fast.config import Config, ConfigError
+from swirl_fast.config.check import PLAIN, is_plain_name
 from swirl_fast.config.contents import identified
 from swirl_fast.config.fields import sections, setting, settings
 from swirl_fast.config.load import load_layers, read_config
@@ -154,7 +156,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     path = find("experiment", path)
     spec = _read_spec(path)
-    name, folder = spec.name or path.stem, Path(spec.folder).expanduser()
+    name, folder = spec.name, Path(spec.folder).expanduser()
     base = [read_config(path.parent / spec.config, f"{path}: config")] if spec.config else []
     own = [
         Layer(spec.settings, f"{path}, settings", path.parent),
@@ -260,18 +262,18 @@ def _read_spec(path: Path) -> ExperimentSpec:
     def fail(key: str, remedy: str) -> ConfigError:
         return ConfigError(f"{path}: {key}: {remedy}")
 
-    if "/" in spec.name or spec.name.startswith("."):
-        raise fail(f"name={spec.name}", "must be a plain folder name")
+    spec.name = spec.name or path.stem
+    if not is_plain_name(spec.name):
+        raise fail(f"name={spec.name}", f"must be a plain folder name: {PLAIN}")
     if not spec.seeds:
         raise fail("seeds=[]", "must be a list of whole numbers, such as [0, 1, 2]")
     if not spec.arms:
         raise fail("arms", "give at least one, such as swirl: {filter.kind: process}")
     if "in_domain" not in spec.evaluations:
         raise fail("evaluations", "one must be called in_domain, e.g. in_domain: {}")
-    for key, names in (("arms", spec.arms), ("evaluations", spec.evaluations)):
-        for name in names:
-            if "/" in name:
-                raise fail(f"{key}.{name}", "a name must not contain /")
+    for name in spec.evaluations:
+        if not is_plain_name(name) or name == "collected":  # as the report calls the collection
+            raise fail(f"evaluations.{name}", f"must have a plain name: {PLAIN}; and not collected")
     for key, values in spec.grid.items():
         if not values:
             raise fail(f"grid.{key}=[]", "must be a list of values")
@@ -297,13 +299,23 @@ def _crossed(spec: ExperimentSpec, path: Path) -> dict[str, tuple[bool, str | No
             raise ConfigError(f"{path}: arms.{name}.train={shown(train)}: must be true or false") from None
         for values in itertools.product(*spec.grid.values()) if trained and spec.grid else [()]:
             chosen = dict(zip(spec.grid, values, strict=False))
-            label = ",".join([name, *(f"{key.split('.')[-1]}={plain(value)}" for key, value in chosen.items())])
+            label = ",".join([name, *(f"{key.split('.')[-1]}={_word(value)}" for key, value in chosen.items())])
+            if not is_plain_name(label):
+                raise ConfigError(f"{path}: arms.{label}: must have a plain name: {PLAIN}")
             arms[label] = trained, start and str(start), {**entries, **chosen}, seeds
     for key, pair in {"compare": spec.compare, **{f"pairs.{name}": pair for name, pair in spec.pairs.items()}}.items():
         two = isinstance(pair, list) and len(pair) == 2 and {str(arm) for arm in pair} <= set(arms)
         if not two and (pair or key != "compare"):
             raise ConfigError(f"{path}: {key}={shown(pair)}: must be two of the arms {', '.join(arms)}")
     return arms
+
+
+def _word(value: Any) -> str:
+    """A value of a grid in the name of an arm: as it is, but for a path and what is long, which are cut and told apart by a hash."""
+    text = str(plain(value))
+    if len(text) <= 40 and is_plain_name(text.lstrip(".")):
+        return text
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', text).strip('_')[-24:]}-{_digest(text)[:4]}"
 
 
 def _cell(arm: str, seed: int, trained: bool, config: Config, evaluations: dict[str, Config]) -> Cell:

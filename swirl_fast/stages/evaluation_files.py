@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import ConfigError
+from swirl_fast.config.check import PLAIN, is_plain_name
 from swirl_fast.data.store import Store
 from swirl_fast.files import lock
+from swirl_fast.outputs.run import COLLECTED
 
 FILES = (
     "db",
@@ -25,11 +27,11 @@ FILES = (
 
 
 def check_evaluation_name(name: str) -> None:
-    """Raises ConfigError for a name of an evaluation that is not a plain file name."""
-    if not name or "/" in name or name.startswith("."):
-        raise ConfigError(
-            f"--name {name}: must be a plain file name, e.g. --name {name.strip('./').replace('/', '-') or 'other'}"
-        )
+    """Raises ConfigError for a name of an evaluation that is not a plain file name, or that of the collection."""
+    if not is_plain_name(name):
+        raise ConfigError(f"--name {name}: must be a plain file name: {PLAIN}")
+    if name == COLLECTED:
+        raise ConfigError(f"--name {name}: is what `show` and the report call the collection; give another one")
 
 
 def make_room(folder: Path, name: str, wanted: Mapping[str, Any]) -> None:

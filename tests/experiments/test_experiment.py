@@ -320,6 +320,16 @@ def test_arms_whose_models_are_shown_other_parts_of_a_result_share_no_collection
     assert len({first, *others}) == 3
 
 
+def test_paths_and_long_values_of_a_grid_make_names_of_folders(tmp_path: Path, tiny_model: Path) -> None:
+    paths = ["/a/b", "/c/b", "org/name", "./x", "x" * 300]
+    grid = {"judge.model.model": [*paths, "plain", "0.5"]}
+    experiment = read_experiment(write(tmp_path, tiny_model, arms={"a": {}}, compare=[], grid=grid, seeds=[0]))
+    assert [cell.config.judge.model.model for cell in experiment.cells] == grid["judge.model.model"]
+    assert all(cell.config.folder.parent == tmp_path / "e" for cell in experiment.cells)
+    assert len(set(experiment.arms)) == 7 and experiment.arms[-2:] == ["a,model=plain", "a,model=0.5"]
+    assert experiment.arms[0].startswith("a,model=a_b-") and all(len(arm) < 60 for arm in experiment.arms)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -388,7 +398,13 @@ def test_arms_whose_models_are_shown_other_parts_of_a_result_share_no_collection
         ),
         ({"seeds": []}, "seeds=[]: must be a list of whole numbers"),
         ({"name": "a/b"}, "name=a/b: must be a plain folder name"),
-        ({"arms": {"a/b": {}}, "compare": []}, "arms.a/b: a name must not contain /"),
+        ({"arms": {"a/b": {}}, "compare": []}, "arms.a/b: must have a plain name: printable characters, no /"),
+        ({"arms": {"a" * 250: {}}, "compare": []}, f"arms.{'a' * 250}: must have a plain name"),
+        ({"arms": {"a\nb": {}}, "compare": []}, "arms.a\nb: must have a plain name"),
+        ({"name": "n" * 201}, ": must be a plain folder name"),
+        ({"evaluations": {"in_domain": {}, "e" * 201: {}}}, ": must have a plain name"),
+        ({"evaluations": {"in_domain": {}, "collected": {}}}, "evaluations.collected: must have a plain name"),
+        ({"arms": {"a" * 190: {}}, "grid": {"filter.kind": ["process"]}, "compare": []}, ",kind=process: must have"),
         ({"grid": {"filter.kind": []}}, "grid.filter.kind=[]: must be a list of values"),
         ({"keep": "some"}, "keep=some: must be one of results, models, all"),
         ({"config": "missing.yaml"}, "missing.yaml: no such file"),

@@ -43,9 +43,11 @@ def test_weights_that_model_path_cannot_ask_are_refused_before_anything_is_writt
     train_tokenizer(["quite another text, of which other words are made"] * 3).save_pretrained(other)
     assert cli.main([*arguments, str(other)]) == 2
     assert f"use model.path={other} --of base --name other" in capsys.readouterr().err
-    for name in ("a/b", ".hidden"):
+    for name in ("a/b", ".hidden", "a\nb<b>", "e" * 260, "ä" * 150):
         assert cli.main([*arguments, str(tiny_model), "--name", name]) == 2
-        assert f"--name {name}: must be a plain file name" in capsys.readouterr().err
+        assert f"--name {name}: must be a plain file name: printable characters" in capsys.readouterr().err
+    assert cli.main([*arguments, "base", "--name", "collected"]) == 2
+    assert "--name collected: is what `show` and the report call the collection" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
