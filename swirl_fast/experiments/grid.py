@@ -267,6 +267,8 @@ def _read_spec(path: Path) -> ExperimentSpec:
         raise fail(f"name={spec.name}", f"must be a plain folder name: {PLAIN}")
     if not spec.seeds:
         raise fail("seeds=[]", "must be a list of whole numbers, such as [0, 1, 2]")
+    if len(set(spec.seeds)) < len(spec.seeds):
+        raise fail(f"seeds={spec.seeds}", "names a seed twice, whose runs would be alike and count twice")
     if not spec.arms:
         raise fail("arms", "give at least one, such as swirl: {filter.kind: process}")
     if "in_domain" not in spec.evaluations:

@@ -405,6 +405,8 @@ def test_paths_and_long_values_of_a_grid_make_names_of_folders(tmp_path: Path, t
         ({"evaluations": {"in_domain": {}, "e" * 201: {}}}, ": must have a plain name"),
         ({"evaluations": {"in_domain": {}, "collected": {}}}, "evaluations.collected: must have a plain name"),
         ({"arms": {"a" * 190: {}}, "grid": {"filter.kind": ["process"]}, "compare": []}, ",kind=process: must have"),
+        ({"seeds": [0, 0]}, "seeds=[0, 0]: names a seed twice"),
+        ({"seeds": [2, 1, 0, 1]}, "seeds=[2, 1, 0, 1]: names a seed twice"),
         ({"grid": {"filter.kind": []}}, "grid.filter.kind=[]: must be a list of values"),
         ({"keep": "some"}, "keep=some: must be one of results, models, all"),
         ({"config": "missing.yaml"}, "missing.yaml: no such file"),
