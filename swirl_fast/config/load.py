@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from swirl_fast.config.check import check
 from swirl_fast.config.contents import located
@@ -43,7 +46,28 @@ def _read_table(table: Mapping[str, Any]) -> Layer:
             table = OmegaConf.to_container(table, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
             raise ConfigError(f"the table of settings cannot be resolved: {str(error).splitlines()[0]}") from None
-    return Layer(parse(write(dict(table))), "table")
+    return Layer(parse(write(_plain(table, ""))), "table")
+
+
+def _plain(value: Any, key: str) -> Any:
+    """As YAML can write it: a path is its text, and a scalar of numpy or torch its number. Raises ConfigError for what is no setting."""
+    if isinstance(value, Mapping):
+        return {name: _plain(entry, f"{key}.{name}".lstrip(".")) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, f"{key}[{i}]") for i, entry in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass, such as an Enum
+    try:
+        write([value])
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{key}: a {type(value).__name__} is no setting; give a text, a path, a number, a truth value, a list or a table of them"
+        ) from None
+    return value
 
 
 def load_layers(layers: Sequence[Layer], files: bool = True) -> Config:
