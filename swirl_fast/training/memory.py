@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import copy
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -250,6 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
+    if options.ranks < 0:
+        parser.error(f"--ranks {options.ranks}: must be at least 1, or 0 for one process without torchrun")
+    if options.longest_path is not None and not 0 < options.longest_path < math.inf:
+        parser.error(f"--longest-path {options.longest_path:g}: must be a number of GiB above 0")
     try:
         config = load(options.config, options.overrides, files=False)  # none is read
         model_config = load_config(config.model)

@@ -337,6 +337,23 @@ def test_the_longest_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "4 GiB: before the first token training needs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "-3"], "--ranks -3: must be at least 1, or 0 for one process"),
+        *(
+            (["--longest-path", gib], f"--longest-path {gib}: must be a number of GiB above 0")
+            for gib in ("nan", "inf", "0")
+        ),
+        (["--longest-path=-1"], "--longest-path -1: must be a number of GiB above 0"),
+    ],
+)
+def test_options_that_cannot_be(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        memory.main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_the_table_of_longest_paths() -> None:
     """docs/memory.md"""
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
