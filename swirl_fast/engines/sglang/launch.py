@@ -128,7 +128,7 @@ class ServerProcess:
             line += ["--attention-backend", backend]
         if cpu:
             line += ["--device", "cpu", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-        return [*line, *_without_config(c.flags), "--config", str(self._settings)]
+        return [*line, *_without_config(_words(c.flags)), "--config", str(self._settings)]
 
     @property
     def _settings(self) -> Path:
@@ -136,7 +136,7 @@ class ServerProcess:
 
     def _write_settings(self) -> None:
         """Everybody sees a process's arguments, so the key is not among them. SGLang reads one such file: what the user's says is in it."""
-        settings = _config_of(self.config.flags) | ({"api-key": self.key} if self.key else {})
+        settings = _config_of(_words(self.config.flags)) | ({"api-key": self.key} if self.key else {})
         self._settings.unlink(missing_ok=True)
         with open(self._settings, "x", opener=_private, encoding="utf-8") as file:
             json.dump(settings, file)  # which is YAML too
@@ -253,6 +253,11 @@ class ServerProcess:
     def tail(self) -> str:
         self._hide_key()
         return self.log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:] if self.log.is_file() else ""
+
+
+def _words(flags: Sequence[str]) -> list[str]:
+    """With `--config=FILE` as the two words that argparse makes of it."""
+    return [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
 
 
 def _config_of(flags: Sequence[str]) -> dict[str, Any]:

@@ -130,10 +130,11 @@ def test_a_process_that_does_not_lead_asks_with_the_leaders_key(launch, model: P
         follower.close()
 
 
-def test_a_file_of_settings_among_the_flags_is_read_with_the_key(tmp_path: Path, temporary: Path) -> None:
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_a_file_of_settings_among_the_flags_is_read_with_the_key(form: str, tmp_path: Path, temporary: Path) -> None:
     more = tmp_path / "more.yaml"
     more.write_text("kv-cache-dtype: fp8_e5m2\napi_key: theirs\n", encoding="utf-8")
-    config = LaunchConfig(flags=["--a", "1", "--config", str(more), "--b"])
+    config = LaunchConfig(flags=["--a", "1", *form.format(more).split(), "--b"])
     process = sglang_launch.ServerProcess(config, 0, 7, "float32", 1, 0, "ours", tmp_path / "log")
     line = process.command("m", "v")
     assert line[-5:] == ["--a", "1", "--b", "--config", str(temporary / "7.yaml")] and line.count("--config") == 1
