@@ -187,5 +187,8 @@ def export_steps(config: Config, path: str, count: int) -> None:
     task = build_task(config)
     with Store(config.store, writable=False) as store:
         ids = collected_ids(config, task, store, "judge")
-        written = write_labels(path, steps_to_label(store, ids, offered_tools(task), count, config.run.seed))
+        steps = steps_to_label(store, ids, offered_tools(task), count, config.run.seed)
+    if not steps:
+        raise ValueError(f"--export-steps {path}: none of the {len(ids)} trajectories has a step that is not malformed")
+    written = write_labels(path, steps)
     print(f'judge: {written} steps in {path}; write GOOD or BAD into "label", then: swirl-fast judge --against {path}')

@@ -7,9 +7,11 @@ import pytest
 from support.collected import collected
 
 from swirl_fast import cli
+from swirl_fast.config import load
 from swirl_fast.data.store import Store
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges.labels import LabelledStep, read_labels, steps_to_label, write_labels
+from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question
 from swirl_fast.tools.tool import CALCULATOR, SEARCH
 from swirl_fast.trajectory import Finish, Step, StepView, Trajectory
@@ -113,6 +115,21 @@ def test_steps_of_a_run_to_be_labelled(tmp_path: Path) -> None:
         assert len(some) == 5 and some == drawn(5, seed=0)
         assert some != drawn(5, seed=1)
     assert all(step.label is None and step.tools == (CALCULATOR,) for step in some)
+
+
+def test_malformed_steps_alone_are_nothing_to_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = collected(tmp_path), tmp_path / "l.jsonl"
+    with Store(tmp_path / "r" / "trajectories.db") as store:
+        made = list(store.trajectories(store.ids()))
+    (tmp_path / "r" / "trajectories.db").unlink()
+    for trajectory in made:
+        trajectory.steps[0].text, trajectory.steps[0].action = "no tag", parse("no tag", [CALCULATOR])
+    with Store(tmp_path / "r" / "trajectories.db") as store:
+        store.add_questions(load_task(load(None, run).tasks, 0).questions("train"))
+        store.record(made)
+    assert cli.main(["judge", "--export-steps", str(file), *run]) == 1
+    assert "none of the 4 trajectories has a step that is not malformed" in capsys.readouterr().err
+    assert not file.exists()
 
 
 def test_steps_are_exported_labelled_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
