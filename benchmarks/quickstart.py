@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
+    for name in ("summary.json", "filter.json", "metrics.jsonl"):
+        if not (options.run / name).is_file():
+            parser.error(f"--run {options.run}: there is no {name}; give the folder of a finished run")
     result = {
         "environment": environment(),
         "summary": json.loads((options.run / "summary.json").read_text(encoding="utf-8")),
