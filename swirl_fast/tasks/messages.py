@@ -19,10 +19,9 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NoReturn
 
-from swirl_fast.tools.arguments import strict_json
+from swirl_fast.tools.arguments import schema_problem, strict_json
 from swirl_fast.tools.characters import whole_values
 from swirl_fast.tools.tool import ToolSpec
 
@@ -175,7 +174,11 @@ class _Reader:
             description = inner.get("description") or ""
             if not isinstance(schema, Mapping) or not isinstance(description, str):
                 self._fail(place, "its parameters must be a JSON schema, and its description a text", entry)
-            if problem := _schema_problem(json.dumps(schema, sort_keys=True)):
+            if (kind := schema.get("type", "object")) != "object":
+                self._fail(
+                    place, f"its parameters are no JSON schema of an object: type {kind!r} is not object", inner["name"]
+                )
+            if problem := schema_problem(schema):
                 self._fail(place, f"its parameters are no JSON schema: {problem}", inner["name"])
             if inner["name"] in found:
                 self._fail(place, "a tool of this name comes twice; leave one out", inner["name"])
@@ -418,22 +421,6 @@ def log_tool(name: str, description: str, parameters: Mapping[str, Any]) -> Tool
 def open_tool(name: str) -> ToolSpec:
     """Of a log that has no schemas: any arguments."""
     return log_tool(name, "", {"type": "object", "properties": {}, "additionalProperties": True})
-
-
-@lru_cache(maxsize=4096)
-def _schema_problem(schema: str) -> str:
-    """Empty for a schema by which arguments can be checked."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-
-    table = json.loads(schema)
-    if table.get("type", "object") != "object":
-        return f"type {table['type']!r} is not object"
-    try:
-        Draft202012Validator.check_schema(table)
-    except SchemaError as error:
-        return str(error.message)[:200]
-    return ""
 
 
 def _arguments_in(text: str) -> Any:

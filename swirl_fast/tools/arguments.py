@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -39,23 +39,75 @@ def checked_arguments(spec: ToolSpec, arguments: Any, usage: str | None = None) 
     if surplus and not spec.parameters.get("additionalProperties", False):
         allowed = ", ".join(known) or "no arguments"
         raise ArgumentError(f"{spec.name} does not know {', '.join(surplus)[:100]}; it takes {allowed}.")
+    error = next(_validator(json.dumps(spec.parameters)).iter_errors(arguments), None)
+    if error is not None:
+        raise ArgumentError(_said(spec, arguments, error))
     for name, value in arguments.items():
-        schema = known.get(name, {})
-        error = next(iter(_validator(json.dumps(schema, sort_keys=True)).iter_errors(value)), None)
-        if error is not None:
-            shown = json.dumps(value, ensure_ascii=False)
-            wanted = f"must be {type_name(schema)}" if error.validator in ("type", "enum") else error.message[:200]
-            raise ArgumentError(f"The argument {name} of {spec.name} is {shown[:100]}: {wanted}.")
-        if isinstance(value, float) and schema.get("type") == "integer":
+        schema = known.get(name)
+        if isinstance(value, float) and isinstance(schema, Mapping) and schema.get("type") == "integer":
             arguments[name] = int(value)  # 3.0 is a whole number to JSON
     return arguments
 
 
+def _said(spec: ToolSpec, arguments: dict[str, Any], error: Any) -> str:
+    """A ValidationError in a sentence."""
+    path = list(error.absolute_path)
+    what, value = (
+        (f"argument {path[0]} of {spec.name} is", arguments[path[0]])
+        if path
+        else (f"arguments of {spec.name} are", arguments)
+    )
+    named = len(path) == 1 and error.validator in ("type", "enum")
+    wanted = f"must be {type_name(error.schema)}" if named else error.message[:200]
+    return f"The {what} {json.dumps(value, ensure_ascii=False)[:100]}: {wanted}."
+
+
 @lru_cache(maxsize=256)
 def _validator(schema: str) -> Any:
+    """Of the whole schema, for its parts may refer to its `$defs`; nothing is fetched."""
     from jsonschema import Draft202012Validator  # only where a tool takes more than a text
+    from referencing import Registry
 
-    return Draft202012Validator(json.loads(schema))
+    return Draft202012Validator(json.loads(schema), registry=Registry())
+
+
+def schema_problem(schema: Any) -> str:
+    """What is wrong with a JSON schema; empty for one by which arguments can be checked."""
+    return _schema_problem(json.dumps(schema))
+
+
+@lru_cache(maxsize=4096)
+def _schema_problem(text: str) -> str:
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
+    schema, reference = json.loads(text), ""
+    try:
+        Draft202012Validator.check_schema(schema)
+        resolver = Registry().resolver_with_root(DRAFT202012.create_resource(schema))
+        for reference in _references(schema):
+            Draft202012Validator.check_schema(resolver.lookup(reference).contents)
+    except SchemaError as error:
+        return str(error.message)[:200]
+    except (Unresolvable, ValueError):
+        shown = repr(reference)[:100]
+        return f"$ref = {shown} names nothing in it, and nothing is fetched; refer to its own parts, as #/$defs/NAME"
+    return ""
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """The `$ref`s of a schema and of all its parts."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield from (part[key] for key in ("$ref", "$dynamicRef") if isinstance(part.get(key), str))
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
 
 
 def strict_json(text: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 from swirl_fast.config import ConfigError
 from swirl_fast.config.references import identity, load
+from swirl_fast.tools.arguments import schema_problem
 from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 
 KEY = "tasks.tools"
@@ -97,21 +98,15 @@ def _of_class(reference: str, found: Any) -> tuple[str, str, Any]:
 
 
 def _checked_schema(reference: str, parameters: Any) -> dict[str, Any]:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-
     try:
         schema = json.loads(json.dumps(parameters))
-        Draft202012Validator.check_schema(schema)
-    except (TypeError, ValueError, RecursionError, SchemaError) as error:
-        message = error.message if isinstance(error, SchemaError) else str(error)
-        raise ConfigError(f"{KEY}={reference}: parameters is not a JSON schema: {message[:300]}") from None
+        problem = schema_problem(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        problem = str(error)[:300]
+    if problem:
+        raise ConfigError(f"{KEY}={reference}: parameters is not a JSON schema: {problem}")
     properties = schema.get("properties", {}) if isinstance(schema, dict) else None
-    if (
-        properties is None
-        or schema.get("type", "object") != "object"
-        or not all(isinstance(one, dict) for one in properties.values())
-    ):
+    if properties is None or schema.get("type", "object") != "object":
         raise ConfigError(
             f'{KEY}={reference}: parameters must be a JSON schema of an object, as {{"type": "object", "properties": {{"value": {{"type": '
             '"number"}}, "required": ["value"]}'
@@ -121,7 +116,7 @@ def _checked_schema(reference: str, parameters: Any) -> dict[str, Any]:
             f"{KEY}={reference}: parameters requires {', '.join(unknown)}, which are not among its properties"
         )
     for one in properties.values():
-        if one.pop("nullable", False) and isinstance(one.get("type"), str):
+        if isinstance(one, dict) and one.pop("nullable", False) and isinstance(one.get("type"), str):
             one["type"] = [one["type"], "null"]
     return {"type": "object", **schema, "properties": properties, "required": list(schema.get("required", ()))}
 

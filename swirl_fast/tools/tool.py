@@ -36,7 +36,8 @@ class ToolSpec:
         if len(properties) != 1 or self.parameters.get("required") != list(properties):
             return None
         ((name, schema),) = properties.items()
-        return name if schema.get("type") == "string" and "enum" not in schema else None
+        text = isinstance(schema, Mapping) and schema.get("type") == "string" and "enum" not in schema
+        return name if text else None
 
     @property
     def usage(self) -> str:
@@ -63,7 +64,8 @@ class ToolSpec:
         parts = []
         for name, schema in properties.items():
             kind = type_name(schema) + ("" if name in required else ", optional")
-            meaning = f": {schema['description']}" if schema.get("description") else ""
+            described = isinstance(schema, Mapping) and schema.get("description")
+            meaning = f": {schema['description']}" if described else ""
             if self.text_parameter:
                 return meaning.removeprefix(": ")
             parts.append(f"{name} ({kind}){meaning}")

@@ -204,6 +204,12 @@ def messages(*more: Any, tools: Any = None) -> dict[str, Any]:
 
 SAID = {"role": "assistant", "content": "Yes."}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [call()]}
+
+
+def remote(reference: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {"town": {"anyOf": [{"type": "null"}, {"$ref": reference}]}}}
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "data:…"}}
 
 
@@ -241,6 +247,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:…"}}
         (messages(SAID, tools=[WEATHER, WEATHER]), "tools[1] = 'weather': a tool of this name comes twice"),
         (messages(SAID, tools=[{"name": "a", "parameters": {"type": "object", "properties": 3}}]), "are no JSON schema"),
         (messages(SAID, tools=[{"name": "a", "parameters": {"type": "string"}}]), "type 'string' is not object"),
+        (messages(SAID, tools=[{"name": "a", "parameters": remote("http://a.org/x")}]), "$ref = 'http://a.org/x' names nothing"),
+        (messages(SAID, tools=[{"name": "a", "input_schema": remote("#/$defs/Town")}]), "$ref = '#/$defs/Town' names nothing in it"),
         ({**messages(SAID), "id": [1]}, "id = [1]: must be a text or a whole number"),
     ],
 )  # fmt: skip
@@ -307,6 +315,20 @@ def test_files_that_cannot_be_read_at_all(tmp_path: Path) -> None:
     for name in ("log.jsonl.gz", "log.parquet"):
         with pytest.raises(ValueError, match=f"{name}: not readable as"):
             list(read_log(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "object", "properties": {"x": {"$ref": "#/$defs/Town"}}, "$defs": {"Town": {"type": "string"}}},
+        {"type": "object", "properties": {"x": True}, "required": ["x"]},
+        {"$ref": "#/definitions/All", "definitions": {"All": {"type": "object"}}},
+    ],
+)
+def test_schemas_with_references_and_those_that_are_true(parameters: dict[str, Any]) -> None:
+    row = messages({**CALLED, "tool_calls": [call({}, name="a")]}, tools=[{"name": "a", "parameters": parameters}])
+    (spec,) = read_conversation("log.jsonl:1", row).tools
+    assert spec.parameters == parameters and spec.text_parameter is None
 
 
 @pytest.mark.skipif(not (DATA / "agent_process_bench").is_dir(), reason="the real logs are not here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,20 @@ class Open(Table):
     def call(self, **anything):
         return anything
 
+class Place(Table):
+    name = "place"
+    parameters = {
+        "properties": {"where": {"$ref": "#/$defs/Where"}, "note": True, "kind": {"$ref": "#/$defs/Kind"}},
+        "required": ["where"],
+        "$defs": {
+            "Where": {"type": "object", "properties": {"town": {"type": "string"}, "in": {"$ref": "#/$defs/Where"}}},
+            "Kind": {"enum": ["a", "b"]},
+        },
+    }
+
+    def call(self, where, note, kind):
+        return where
+
 instance = Table()
 """
 
@@ -138,9 +153,37 @@ def test_a_class_or_an_object_is_a_tool(tmp_path: Path) -> None:
     assert tools(tmp_path, "instance", text=CLASS)[0].name == "table"
 
 
+def test_references_inside_a_schema_and_schemas_that_are_true(tmp_path: Path) -> None:
+    """As pydantic writes nested models."""
+    (place,) = tools(tmp_path, "Place", text=CLASS)
+    assert place.text_parameter is None and place.arguments.startswith("where (any value); note (any value, optional)")
+    for text in ('{"where": {"town": "Bonn", "in": {"town": "NRW"}}}', '{"where": {}, "note": [1], "kind": "a"}'):
+        assert parse(f"<place>{text}</place>", [place]).arguments == json.loads(text)
+    for text, said in (
+        ('{"where": "Bonn"}', 'The argument where of place is "Bonn": must be table.'),
+        ('{"where": {"in": {"town": 3}}}', "3 is not of type 'string'"),
+        ('{"where": {}, "kind": "c"}', 'The argument kind of place is "c": must be "a" or "b".'),
+    ):
+        action = parse(f"<place>{text}</place>", [place])
+        assert action.kind == "malformed" and said in action.error
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        *(
+            (
+                CLASS
+                + f"class thing(Table):\n    parameters = {{'properties': {{'row': {{'$ref': {reference!r}}}}}}}\n",
+                f"parameters is not a JSON schema: \\$ref = '{reference}' names nothing in it, and nothing is fetched",
+            )
+            for reference in ("http://127.0.0.1:9/x", "file:///etc/passwd", "#/definitions/Row", "other.json")
+        ),
+        (
+            CLASS
+            + "class thing(Table):\n    parameters = {'properties': {'row': {'items': {'$ref': '#/required'}}}, 'required': ['row']}\n",
+            "parameters is not a JSON schema: .*'row'",
+        ),
         (
             "def thing(a):\n    'Doc.'\n",
             "Argument a is missing a type hint .*A tool needs a type for every argument, and a docstring",
