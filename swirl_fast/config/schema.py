@@ -111,8 +111,9 @@ class TasksConfig:
     fields: dict[str, str] = field(default_factory=dict)
     """qa: what the columns are called, as {question: q, answer: a, id: key}; those that are not named here are called so."""
     score: str = setting("auto", reads="reference", known=SCORES)
-    """qa: how an answer is compared with the gold one. exact: same words. number: same number. f1: words in common, by degrees. auto:
-    number where the gold answer is one, else exact. Your own: a function of question and answer that gives a number in [0, 1]."""
+    """qa: how an answer is compared with the gold one. exact: same words, whatever their case, articles and punctuation, but for that which
+    makes another number or name (2.5, -5, 12:30, C#). number: same number. f1: words in common, by degrees. auto: number where the gold
+    answer is one, else exact. Your own: a function of question and answer that gives a number in [0, 1]."""
     tools: list[str] = setting([], reads="reference", known=TOOLS)
     """The tools on offer: built-in ones, and functions or classes of your own. Empty: those of the task."""
     instructions: str = setting("", reads="file")

@@ -12,14 +12,14 @@ from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.config.references import is_reference
 from swirl_fast.tasks.own import own_score
 from swirl_fast.tasks.rows import Row, gold_answers, plain_name, question_id, read_splits
-from swirl_fast.tasks.scoring import score_auto, score_f1, score_number, score_text
+from swirl_fast.tasks.scoring import score_auto, score_exact, score_f1, score_number
 from swirl_fast.tasks.task import Question, Score, Split, TaskDefaults
 from swirl_fast.tools.characters import same_text
 
 COLUMNS = ("question", "answer", "id")
 _SCORES: dict[str, Callable[[str | None, Sequence[str]], Score]] = {
     "auto": score_auto,
-    "exact": score_text,
+    "exact": score_exact,
     "number": score_number,
     "f1": score_f1,
 }

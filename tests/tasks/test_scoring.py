@@ -14,6 +14,8 @@ from swirl_fast.tasks.scoring import (
     number,
     same_number,
     score_auto,
+    score_exact,
+    score_f1,
     score_number,
     score_text,
 )
@@ -110,6 +112,72 @@ def test_a_number_may_equal_any_gold_answer() -> None:
 )
 def test_gold_answers_that_are_numbers_are_compared_as_numbers(answer: str, gold: str, right: bool) -> None:
     assert (score_auto(answer, [gold]).exact_match == 1) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("25 km", "2.5 km", False),
+        ("2.5 km.", "2.5 km", True),
+        ("1,230 km", "1230 km", True),
+        (".5 km", "5 km", False),
+        ("5 °C", "-5 °C", False),
+        ("−5 °C", "-5 °C", True),
+        ("$150 each", "$1.50 each", False),
+        ("1.50 each", "$1.50 each", True),
+        ("-$5 each", "$5 each", False),
+        ("1230", "12:30", False),
+        ("20200105", "2020-01-05", False),
+        ("12 cups", "1/2 cups", False),
+        ("3–5", "3-5", True),
+        ("35", "3-5", False),
+        ("v123", "v1.2.3", False),
+        ("C", "C#", False),
+        ("C", "C++", False),
+        ("c++.", "C++", True),
+        ("O-", "O+", False),
+        ("x < 5", "x > 5", False),
+        ("x<5", "x < 5", True),
+        ("x = 5", "x != 5", False),
+        ("**Paris**, France.", "paris france", True),
+        ("# A Boeing 747", "the Boeing 747", True),
+        ("AT&T", "ATT", True),
+        ("yes they are", "yes", False),
+        # nothing but articles and punctuation
+        ("A", "A", True),
+        ("(a)", "A", True),
+        ("**A.**", "A", True),
+        ("B", "A", False),
+        ("A+", "A", False),
+        ("An", "A", False),
+        ("The", "the", True),
+        ("+", "+", True),
+        ("-", "+", False),
+        ("==", "!=", False),
+        ("", "+", False),
+    ],
+)
+def test_punctuation_that_makes_another_answer(answer: str, gold: str, right: bool) -> None:
+    for score in (score_exact, score_auto, score_f1):
+        assert (score(answer, [gold]).exact_match == 1) is right, score
+    assert score_exact(None, [gold]) == ZERO
+
+
+def test_each_gold_answer_is_compared_in_its_own_way() -> None:
+    golds = ["5.0", "five", "2.5 km"]
+    for answer, right in (
+        ("5", 1),
+        ("$5", 1),
+        ("Five.", 1),
+        ("2.5 km", 1),
+        ("50", 0),
+        ("25 km", 0),
+        ("-5", 0),
+        (None, 0),
+    ):
+        assert score_auto(answer, golds).exact_match == right, answer
+    assert score_auto("five apples", golds).f1 == pytest.approx(2 / 3)
+    assert score_exact("15", ["1.5"]) == score_exact("5", ["-5"]) == ZERO
 
 
 @pytest.mark.parametrize(
