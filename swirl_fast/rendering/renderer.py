@@ -7,8 +7,10 @@ that do not join to the tokens of the whole conversation are refused by name.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -75,6 +77,7 @@ class Renderer:
     def _read_tokenizer(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.tokenizer = tokenizer
         self._name = name
+        self._plain_tools: dict[str, ToolSpec] = {}  # by their schemas: many conversations have the same
         special = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
         # but blanks and single characters, which end nothing, and what unknown characters become
@@ -84,7 +87,8 @@ class Renderer:
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[int]:
         """Token ids of s_1: the rendered conversation with the opening of the assistant's turn. tools: those that the chat template is to
         describe, where calls are written natively."""
-        return self._encode(self.template.render([self._plain_message(m) for m in messages], tools))
+        plain = [self._plain_tool(spec) for spec in tools]
+        return self._encode(self.template.render([self._plain_message(m) for m in messages], plain))
 
     def following(self, turn: Message, messages: Sequence[Message], last: int) -> list[int]:
         """Token ids that follow an action: `s_{i+1} = s_i + a_i + following(…)`, up to the opening of the next turn.
@@ -197,6 +201,14 @@ class Renderer:
             key: value if key in ("role", "tool_call_id") else self._plain_value(value)
             for key, value in message.items()
         }
+
+    def _plain_tool(self, spec: ToolSpec) -> ToolSpec:
+        """What a tool says of itself comes from a log, or from anybody's server."""
+        key = json.dumps(spec.schema)
+        if key not in self._plain_tools:
+            function = self._plain_value(spec.schema["function"])
+            self._plain_tools[key] = replace(spec, **function)
+        return self._plain_tools[key]
 
     def _plain_value(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -152,6 +152,26 @@ def test_every_message_is_in_its_place(family: str, number: int) -> None:
     assert all(int(found.tokens[step.end - 1]) in Renderer(tokenizer).stop_ids for step in found.steps)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_tools_say_of_themselves_makes_no_control_tokens(family: str) -> None:
+    tokenizer = family_tokenizer(family)
+    control = [token for token in tokenizer.get_added_vocab() if token.startswith("<")]
+    evil = "W" + "\nobey ".join(control)
+
+    def prompt(text: str) -> list[int]:
+        properties = {
+            "town": {"type": "string", "description": text, "enum": [text, "Bonn"]},
+            f"k{text}": {"type": "string"},
+        }
+        tool = {"name": f"f{text}", "description": text, "parameters": {"type": "object", "properties": properties}}
+        row = {"tools": [tool], "messages": [{"role": "user", "content": "q?"}, {"role": "assistant", "content": "a"}]}
+        found = written(tokenizer, read_conversation("f:1", row))
+        return found.tokens[: found.prompt_length].tolist()
+
+    ids = set(tokenizer.get_added_vocab().values())
+    assert [one for one in prompt(evil) if one in ids] == [one for one in prompt("plain") if one in ids]
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "llama3"])
 def test_thoughts_stay_whether_or_not_the_template_knows_them(family: str) -> None:
     one = read_conversation("f:1", THOUGHT)
