@@ -5,6 +5,7 @@ What is read:
     {"messages": [{"role", "content", "tool_calls"?, "tool_call_id"?, …}, …], "tools": […]?, "id"?}    OpenAI
     the same with content blocks: text, thinking, tool_use, tool_result; tools with input_schema       Anthropic
     {"conversations": [{"from", "value"}, …], "system"?, "tools"?}                                     ShareGPT, Hermes
+    either with calls and results in the text, <tool_call>{…}</tool_call>, <tool_response>…</tool_response>
     a bare list of messages
 
 What comes out: at most one system message, at the head. Arguments of calls are objects; every call has an id, and every result names its
@@ -34,8 +35,6 @@ _ROLES = {
 }
 _TEXTS = ("text", "input_text", "output_text")  # types of content blocks
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _ENDLESS = 1 << 31  # characters of a call: what was logged was accepted, and tools of logs never run
 
 
@@ -202,15 +201,11 @@ class _Reader:
         if str(item[named]).lower() == "function_call":
             yield {"role": role, "content": "", "tool_calls": self._written_calls(content, place_of)}
         elif role == "assistant":
-            message = self._assistant(item, content, place, place_of)
-            yield self._with_calls_in_text(message, place_of) if named == "from" else message
-        elif role == "tool" and named == "from" and (results := _RESPONSE.findall(str(content))):
-            for result in results:
-                yield self._result(None, None, result, place)
-        elif role == "tool":
-            yield self._result(item.get("tool_call_id"), item.get("name"), self._text(content, place_of), place)
+            yield self._with_calls_in_text(self._assistant(item, content, place, place_of), place_of)
         elif role == "user" and isinstance(content, list):
             yield from self._user_blocks(content, place, place_of)
+        elif role == "tool" or (role == "user" and self._waiting):
+            yield from self._results(item, role, self._text(content, place_of), place)
         else:
             yield {"role": role, "content": self._text(content, place_of)}
 
@@ -320,12 +315,24 @@ class _Reader:
         }
 
     def _with_calls_in_text(self, message: Message, place: str) -> Message:
-        """ShareGPT has no other place for calls: Hermes' logs have `<tool_call>{…}</tool_call>` in the text."""
-        written = _CALL.findall(message["content"])
-        if not written:
+        """Where calls have no other place: ShareGPT has none, and an endpoint without a parser of calls fills none. Hermes and Qwen write
+        `<tool_call>{…}</tool_call>`."""
+        written, around = _blocks(message["content"], "tool_call")
+        if not written or "tool_calls" in message:
             return message
         calls = [self._called(self._json(text, place), place) for text in written]
-        return {**message, "content": _CALL.sub("", message["content"]).strip(), "tool_calls": calls}
+        return {**message, "content": around.strip(), "tool_calls": calls}
+
+    def _results(self, item: Mapping[str, Any], role: str, text: str, place: str) -> Iterator[Message]:
+        """Of a message of a tool, or of the user: their templates write results as `<tool_response>…</tool_response>`, several perhaps."""
+        results, around = _blocks(text, "tool_response")
+        id_ = item.get("tool_call_id")
+        if role == "tool" and (around.strip() or not results or id_):
+            results, around = [text], ""
+        for result in results:
+            yield self._result(id_, item.get("name"), result, place)
+        if role == "user" and (around.strip() or not results):
+            yield {"role": "user", "content": around.strip() if results else text}
 
     def _result(self, id_: Any, name: Any, text: str, place: str) -> Message:
         """Belongs to the call that it names, or to the first without a result where it names none, or where calls have no ids."""
@@ -395,6 +402,17 @@ class _Reader:
             )
         if "assistant" not in roles[roles.index("user") :]:
             self._fail(key, "the assistant says nothing after the first message of the user; leave the row out")
+
+
+def _blocks(text: str, tag: str) -> tuple[list[str], str]:
+    """(the texts between <tag> and </tag>, the text around them)."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    inside, around, at = [], [], 0
+    while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
+        inside.append(text[start + len(opening) : end].strip())
+        around.append(text[at:start])
+        at = end + len(closing)
+    return inside, "".join([*around, text[at:]])
 
 
 def _without_thoughts(text: str) -> tuple[str, str]:

@@ -137,6 +137,57 @@ def test_the_old_form_of_calls_and_a_bare_list() -> None:
     assert texts(read_conversation("f:1", OPENAI["messages"])) == WANTED
 
 
+IN_TEXT = '<tool_call>\n{"name": "weather", "arguments": {"town": "Bonn"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"role": "user", "content": f"<tool_response>\n{RESULT}\n</tool_response>"},
+        {"role": "tool", "content": f"<tool_response>{RESULT}</tool_response>\n"},
+        {"role": "tool", "content": RESULT},
+    ],
+)
+def test_calls_in_the_text_of_messages_with_roles(result: dict[str, Any]) -> None:
+    """As an endpoint without a parser of calls logs them."""
+    said = {"role": "assistant", "content": f"<think>\nHm.\n</think>\n\nI look.\n{IN_TEXT}"}
+    assert (
+        texts(read_conversation("f:1", [SYSTEM, USER, said, result, {"role": "assistant", "content": ANSWER}]))
+        == WANTED
+    )
+
+
+def test_several_calls_and_results_in_texts() -> None:
+    said = {"role": "assistant", "content": IN_TEXT + IN_TEXT.replace("weather", "time")}
+    seen = {"role": "user", "content": "<tool_response>a</tool_response>\n<tool_response>b</tool_response>\nAnd now?"}
+    read = read_conversation("f:1", [USER, said, seen, {"role": "assistant", "content": ANSWER}])
+    assert [(m["role"], m["content"], m.get("name")) for m in read.messages[1:]] == [
+        ("assistant", "", None), ("tool", "a", "weather"), ("tool", "b", "time"), ("user", "And now?", None),
+        ("assistant", ANSWER, None),
+    ]  # fmt: skip
+
+
+def test_texts_that_only_look_like_calls_and_results_stay() -> None:
+    shown = {"role": "user", "content": "<tool_response>a</tool_response>"}
+    both = {"role": "assistant", "content": f"as {IN_TEXT}", "tool_calls": [call(id_="c1")]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": f"<tool_response>{RESULT}</tool_response>"}
+    open_ = {"role": "assistant", "content": "</tool_call> <tool_call>{"}
+    read = read_conversation("f:1", [shown, both, result, open_])
+    assert [m["content"] for m in read.messages] == [m["content"] for m in (shown, both, result, open_)]
+    assert [len(m.get("tool_calls", ())) for m in read.messages] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "text", ["<tool_call>", "<tool_response>" + " " * 300_000, "<tool_call>{</tool_call", "<think>", "</think>"]
+)
+def test_marks_that_are_not_closed_are_read_in_no_time(text: str) -> None:
+    """Patterns that look for their end from every beginning would take minutes."""
+    said = {"role": "assistant", "content": text * (300_000 // len(text) or 1)}
+    user = {"role": "user", "content": said["content"]}
+    read = read_conversation("f:1", [USER, CALLED, user, said, user])
+    assert read.messages[2] == user and len(read.messages) == 5
+
+
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
@@ -233,6 +284,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:…"}}
         (messages(CALLED, {"role": "tool", "tool_call_id": "c9", "content": "a"}), "names the call 'c9'"),
         (messages(SAID, {"role": "tool", "content": "a"}), "is a result, and no call waits for one"),
         (messages(CALLED, SAID), "speaks before the calls of the message before have a result"),
+        (messages({"role": "assistant", "content": "<tool_call>{</tool_call>"}), "messages[1].content = '{': is not valid JSON"),
         (messages({**CALLED, "tool_calls": [call([1])]}), "tool_calls[0].arguments = [1]: must be a JSON object"),
         (messages({**CALLED, "tool_calls": [call(name="")]}), "tool_calls[0].name = '': must be the name of a tool"),
         (messages({**CALLED, "tool_calls": {}} | {"tool_calls": "x"}), "messages[1].tool_calls = 'x': must be a list of calls"),
