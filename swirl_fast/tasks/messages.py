@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from swirl_fast.tools.arguments import schema_problem, strict_json
 from swirl_fast.tools.characters import whole_values
@@ -98,14 +98,23 @@ def _fail(where: str, field: str, remedy: str, *value: Any) -> NoReturn:
     raise BrokenRow(f"{where}: {field}{shown}: {remedy}")
 
 
+class _Waiting(NamedTuple):
+    """A call without a result. turn: the number of its turn. made: whether the id is ours."""
+
+    turn: int
+    id: str
+    name: str
+    made: bool
+
+
 class _Reader:
     """Of one row."""
 
     def __init__(self, where: str) -> None:
         self._where = where
         self._found: list[Message] = []
-        self._waiting: list[tuple[str, str, bool]] = []  # calls without a result: id, name, whether the id is ours
-        self._calls = 0
+        self._waiting: list[_Waiting] = []
+        self._calls = self._turns = 0
         self._tools: dict[str, ToolSpec] = {}
 
     def read(self, row: Any) -> Conversation:
@@ -204,7 +213,7 @@ class _Reader:
             yield self._with_calls_in_text(self._assistant(item, content, place, place_of), place_of)
         elif role == "user" and isinstance(content, list):
             yield from self._user_blocks(content, place, place_of)
-        elif role == "tool" or (role == "user" and self._waiting):
+        elif role == "tool" or (role == "user" and any(call.turn == self._turns for call in self._waiting)):
             yield from self._results(item, role, self._text(content, place_of), place)
         else:
             yield {"role": role, "content": self._text(content, place_of)}
@@ -335,23 +344,26 @@ class _Reader:
             yield {"role": "user", "content": around.strip() if results else text}
 
     def _result(self, id_: Any, name: Any, text: str, place: str) -> Message:
-        """Belongs to the call that it names, or to the first without a result where it names none, or where calls have no ids."""
-        waiting = self._waiting
-        given = id_ not in (None, "")
-        at = next((i for i, (call, _, made) in enumerate(waiting) if not given or made or call == str(id_)), None)
-        if at is None:
+        """Belongs to the call that it names, by its id, or else by its tool; or to the first without a result where it names none. Calls of
+        a later turn come before those of an earlier one, which were never answered."""
+        waiting = sorted(self._waiting, key=lambda call: -call.turn)
+        if id_ not in (None, ""):
+            fitting = [call for call in waiting if call.id == str(id_)] or [call for call in waiting if call.made]
+        else:
+            fitting = [call for call in waiting if call.name == name] or waiting
+        if not fitting:
             what = (
                 f"names the call {id_!r}, and no call of this id waits for a result"
-                if given
+                if id_ not in (None, "")
                 else "is a result, and no call waits for one"
             )
             self._fail(place, f"{what}; add the assistant's call before it, or leave the result out", text)
-        call, called, _ = waiting.pop(at)
+        self._waiting.remove(fitting[0])
         return {
             "role": "tool",
             "content": text,
-            "tool_call_id": call,
-            "name": name if isinstance(name, str) and name else called,
+            "tool_call_id": fitting[0].id,
+            "name": name if isinstance(name, str) and name else fitting[0].name,
         }
 
     def _json(self, text: str, place: str) -> Any:
@@ -368,10 +380,12 @@ class _Reader:
             second = any(one["role"] == "system" for one in self._found)
             remedy = "is a second system message; put both into one" if second else "a system message must be the first"
             self._fail(place, remedy, message["content"])
+        joined = last if last is not None and role == last["role"] == "assistant" else None
+        self._turns += role == "assistant" and joined is None
         for call in message.get("tool_calls", ()):
-            self._waiting.append((call["id"], call["function"]["name"], call.pop("made", False)))
-        if role == "assistant" and last is not None and last["role"] == "assistant":
-            self._join(last, message, place)
+            self._waiting.append(_Waiting(self._turns, call["id"], call["function"]["name"], call.pop("made", False)))
+        if joined is not None:
+            self._join(joined, message, place)
         else:
             self._found.append(message)
 

@@ -228,6 +228,39 @@ def test_results_without_ids_belong_to_the_calls_in_order() -> None:
     assert [(m["tool_call_id"], m["name"]) for m in read.messages[2:]] == [("call_1", "weather"), ("call_2", "time")]
 
 
+def asked(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": list(entries)}
+
+
+def seen(text: str, **fields: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": text, **fields}
+
+
+NEVER = [USER, asked(call(id_="c1")), {"role": "user", "content": "Well?"}]  # a call that has no result
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ([asked(call(id_="c2", name="time")), seen("9")], [("c2", "time")]),
+        ([asked(call(id_=None, name="time")), seen("9")], [("call_2", "time")]),
+        ([asked(call(id_="c1", name="time")), seen("9", tool_call_id="c1")], [("c1", "time")]),
+        ([asked(call(id_=None, name="time")), seen("9", tool_call_id="x9")], [("call_2", "time")]),
+        ([asked(call(id_="c2", name="time")), seen("9"), seen("rain")], [("c2", "time"), ("c1", "weather")]),
+        ([asked(call(id_="c2", name="time")), seen("rain", tool_call_id="c1"), seen("9")], [("c1", "weather"), ("c2", "time")]),
+        (
+            [asked(call(id_="c2"), call(id_="c3", name="time")), seen("9", role="function", name="time"), seen("rain")],
+            [("c3", "time"), ("c2", "weather")],
+        ),
+        ([asked(call(id_="c2")), seen("9", name="other.name")], [("c2", "other.name")]),
+    ],
+)  # fmt: skip
+def test_results_belong_to_the_newest_turn_that_they_fit(more: list[Any], wanted: list[Any]) -> None:
+    read = read_conversation("f:1", [*NEVER, *more])
+    found = {m["content"]: (m["tool_call_id"], m["name"]) for m in read.messages if m["role"] == "tool"}
+    assert [found[m["content"]] for m in more[1:]] == wanted
+
+
 def test_a_greeting_belongs_to_the_prompt_and_a_call_may_be_the_end() -> None:
     greeting = {"role": "assistant", "content": "Hello!"}
     read = read_conversation(
