@@ -126,6 +126,7 @@ class _Reader:
             for message in self._read_message(item, f"{key}[{i}]"):
                 self._add(message, f"{key}[{i}]")
         self._check_whole(key)
+        self._sort_results()
         return Conversation(self._where, self._id(table), tuple(self._found), tuple(self._tools.values()))
 
     def _fail(self, field: str, remedy: str, *value: Any) -> NoReturn:
@@ -416,6 +417,18 @@ class _Reader:
             )
         if "assistant" not in roles[roles.index("user") :]:
             self._fail(key, "the assistant says nothing after the first message of the user; leave the row out")
+
+    def _sort_results(self) -> None:
+        """Those of one turn into the order of its calls: most chat templates write neither id nor name beside a result."""
+        places: dict[str, int] = {}
+        keys, start = [], 0
+        for at, message in enumerate(self._found):
+            if message["role"] != "tool":
+                start = at
+                if calls := message.get("tool_calls"):
+                    places = {call["id"]: place for place, call in reversed(list(enumerate(calls, 1)))}
+            keys.append((start, places.get(message["tool_call_id"], len(places) + 1) if at > start else 0))
+        self._found = [message for _, message in sorted(zip(keys, self._found, strict=True), key=lambda pair: pair[0])]
 
 
 def _blocks(text: str, tag: str) -> tuple[list[str], str]:

@@ -261,6 +261,18 @@ def test_results_belong_to_the_newest_turn_that_they_fit(more: list[Any], wanted
     assert [found[m["content"]] for m in more[1:]] == wanted
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+@pytest.mark.parametrize("ids", [("a", "b", "c"), ("c", "b", "a")])
+def test_results_of_one_turn_stand_in_the_order_of_its_calls(order: tuple[int, ...], ids: tuple[str, ...]) -> None:
+    """Agents log them as they come in; most chat templates write neither id nor name beside a result."""
+    turn = asked(*(call(id_=id_, name=f"tool_{i}") for i, id_ in enumerate(ids)))
+    results = [seen(f"result {i}", tool_call_id=ids[i]) for i in order]
+    read = read_conversation("f:1", [USER, turn, *results, SAID, USER, turn, *results, SAID])
+    found = [(m["content"], m["name"], m["tool_call_id"]) for m in read.messages if m["role"] == "tool"]
+    assert found == [(f"result {i}", f"tool_{i}", ids[i]) for i in (0, 1, 2, 0, 1, 2)]
+    assert [m["role"] for m in read.messages[1:6]] == ["assistant", "tool", "tool", "tool", "assistant"]
+
+
 def test_a_greeting_belongs_to_the_prompt_and_a_call_may_be_the_end() -> None:
     greeting = {"role": "assistant", "content": "Hello!"}
     read = read_conversation(
