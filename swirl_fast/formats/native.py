@@ -15,7 +15,7 @@ from typing import Any, Literal
 from swirl_fast.formats.format import CUT_OFF, Action, Call, malformed
 from swirl_fast.formats.syntaxes import CallError, Syntax, WrittenCall
 from swirl_fast.formats.tags import ANSWER_TAG
-from swirl_fast.tools.arguments import ArgumentError, checked_arguments
+from swirl_fast.tools.arguments import ArgumentError, checked_arguments, strict_json
 from swirl_fast.tools.tool import MAX_ARGUMENT_CHARS, ToolSpec
 
 MAX_CALLS = 32
@@ -124,8 +124,8 @@ def _value(text: str, schema: Any) -> Any:
     if kinds == ["string"]:
         return text
     try:
-        value = json.loads(text.strip(), parse_constant=lambda word: text)
-    except (ValueError, RecursionError):
+        value = strict_json(text.strip())
+    except ValueError:
         words = {"True": True, "False": False, "None": None}  # as templates in Jinja write them
         return words.get(text.strip(), text)
     return value

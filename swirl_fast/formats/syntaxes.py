@@ -169,7 +169,7 @@ def _python_calls(text: str) -> list[WrittenCall]:
             raise CallError("The calls are not written as [NAME(KEY=VALUE)].")
         try:
             arguments = {str(one.arg): _literal(one.value) for one in node.keywords if one.arg}
-        except (ValueError, RecursionError):
+        except (ValueError, TypeError, RecursionError):
             raise CallError(f"The arguments of {node.func.id[:100]} are not plain values.") from None
         if len(arguments) < len(node.keywords):
             raise CallError(f"The arguments of {node.func.id[:100]} are not plain values, or one comes twice.")
@@ -345,6 +345,8 @@ def schema_syntax(schema: Any, parse: Callable[[str], Any]) -> Syntax:
             TypeError,
             LookupError,
             AttributeError,
+            ArithmeticError,
+            RecursionError,
         ) as error:  # what parse_response raises for a turn that does not fit
             raise CallError(f"The turn cannot be read ({str(error)[:200]}).") from None
         if not calls and not text.strip().endswith(rest or "\0"):  # a schema passes over a call that is not closed

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from swirl_fast.tools.arguments import schema_problem, strict_json
+from swirl_fast.tools.arguments import check_json, schema_problem, strict_json
 from swirl_fast.tools.characters import whole_values
 from swirl_fast.tools.tool import ToolSpec
 
@@ -166,6 +166,7 @@ class _Reader:
             return []
         if not isinstance(value, list):
             self._fail("tools", "must be a list of tool schemas", value)
+        self._check_json(value, "tools")
         found: dict[str, ToolSpec] = {}
         for i, entry in enumerate(value):
             place = f"tools[{i}]"
@@ -313,6 +314,8 @@ class _Reader:
             arguments = _arguments_in(arguments)
         elif not isinstance(arguments, dict):
             self._fail(f"{place}.{field}", "must be a JSON object, or the text of one", arguments)
+        else:
+            self._check_json(arguments, f"{place}.{field}")
         if id_ is not None and not isinstance(id_, str | int):
             self._fail(f"{place}.id", "must be a text", id_)
         self._calls += 1
@@ -372,6 +375,12 @@ class _Reader:
             return strict_json(text)
         except ValueError as error:
             self._fail(place, f"is not valid JSON ({error}); write it as JSON", text)
+
+    def _check_json(self, value: Any, place: str) -> None:
+        try:
+            check_json(value)
+        except ValueError as error:
+            self._fail(place, f"cannot be written as JSON ({error}); change it, or leave the row out", value)
 
     # ---- the whole
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 from swirl_fast.tools.tool import ToolSpec, type_name
+
+MAX_DEPTH = 64  # of lists and tables in each other
+MAX_BITS = 14_000  # of a whole number: Python writes none of more than 4,300 digits
 
 
 class ArgumentError(ValueError):
@@ -31,6 +35,10 @@ def checked_arguments(spec: ToolSpec, arguments: Any, usage: str | None = None) 
     usage = usage or spec.usage
     if not isinstance(arguments, dict):
         raise ArgumentError(f"The arguments of {spec.name} must be a JSON object. Write {usage}.")
+    try:
+        check_json(arguments)
+    except ValueError as problem:
+        raise ArgumentError(f"The arguments of {spec.name} cannot be read: {problem}. Write {usage}.") from None
     known = spec.parameters.get("properties", {})
     missing = [name for name in spec.parameters.get("required", ()) if name not in arguments]
     surplus = [name for name in arguments if name not in known]
@@ -39,7 +47,10 @@ def checked_arguments(spec: ToolSpec, arguments: Any, usage: str | None = None) 
     if surplus and not spec.parameters.get("additionalProperties", False):
         allowed = ", ".join(known) or "no arguments"
         raise ArgumentError(f"{spec.name} does not know {', '.join(surplus)[:100]}; it takes {allowed}.")
-    error = next(_validator(json.dumps(spec.parameters)).iter_errors(arguments), None)
+    try:
+        error = next(_validator(json.dumps(spec.parameters)).iter_errors(arguments), None)
+    except (ArithmeticError, RecursionError) as problem:  # 10**400 is no multiple of 0.01; a schema refers to itself
+        raise ArgumentError(f"The arguments of {spec.name} cannot be checked: {problem}.") from None
     if error is not None:
         raise ArgumentError(_said(spec, arguments, error))
     for name, value in arguments.items():
@@ -111,11 +122,35 @@ def _references(schema: Any) -> Iterator[str]:
 
 
 def strict_json(text: str) -> Any:
-    """Raises ValueError for what is no JSON, is nested too deeply, has a name twice, or numbers that JSON does not have."""
+    """Raises ValueError for what is no JSON, has a name twice, or is refused by `check_json`."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    check_json(value)
+    return value
+
+
+def check_json(value: Any) -> None:
+    """Raises ValueError for what is nested more than MAX_DEPTH deep, which not all can write again that can read it, for numbers that JSON
+    does not have or nobody can write, and for what is no value of JSON, such as a date."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        for one in level:
+            if not isinstance(one, dict | list | str | int | float | None):
+                raise ValueError(f"{type(one).__name__} is no value of JSON")
+            if (
+                isinstance(one, float)
+                and not math.isfinite(one)
+                or isinstance(one, int)
+                and one.bit_length() > MAX_BITS
+            ):
+                raise ValueError("a number is too large")
+        inside = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [one for values in inside for one in values]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:

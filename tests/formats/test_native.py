@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,6 +165,16 @@ def test_broken_calls_are_malformed(syntax: str) -> None:
         ("python", "<|tool_call_start|>[convert(3, 'm')]<|tool_call_end|>", "not written as [NAME(KEY=VALUE)]"),
         ("python", "<|tool_call_start|>[convert(value=open('x'))]<|tool_call_end|>", "not plain values"),
         ("python", "<|tool_call_start|>[convert(**{})]<|tool_call_end|>", "not plain values"),
+        *(
+            ("python", f"<|tool_call_start|>[convert(value={value})]<|tool_call_end|>", "not plain values")
+            for value in ("{[1]}", "{1}", "[{{}: 1}]", "1j", "b'x'", "-'x'")
+        ),
+        ("python", "<|tool_call_start|>[convert(value=1e999, to='m')]<|tool_call_end|>", "a number is too large"),
+        (
+            "python",
+            f"<|tool_call_start|>[convert(value=0x{'f' * 9000}, to='m')]<|tool_call_end|>",
+            "a number is too large",
+        ),
         ("gemma", '<|tool_call>call:convert{to:<|"|>m}<tool_call|>', "is not closed"),
         ("mistral", "[TOOL_CALLS]convert[ARGS]{", "not valid JSON"),
         ("llama", '{"name": "convert", "parameters": {"value": 3', "not valid JSON"),
@@ -171,6 +183,37 @@ def test_broken_calls_are_malformed(syntax: str) -> None:
 def test_malformed_turns_say_why(syntax: str, text: str, said: str) -> None:
     action = parse(syntax, text)
     assert action.kind == "malformed" and said in action.error, action
+
+
+@pytest.mark.parametrize("syntax", ["hermes", "llama", "mistral", "harmony", "phi", "qwen_xml", "glm", "atem"])
+@pytest.mark.parametrize(
+    "value", ["1e999", "-1e999", "9" * 5000, "[" * 200 + "]" * 200, '{"a":' * 100 + "1" + "}" * 100]
+)
+def test_values_that_nobody_could_write_again_are_malformed(syntax: str, value: str) -> None:
+    arguments = FORMS[syntax][1].replace("3", value)
+    action = parse(syntax, written(syntax, arguments=arguments))
+    assert action.kind == "malformed" and len(action.error) < 500
+
+
+@pytest.mark.parametrize("form", [TagsFormat(), NativeFormat(BY_NAME["hermes"])])
+@pytest.mark.parametrize(
+    ("schema", "value", "kind"),
+    [
+        ({"type": "number", "multipleOf": 0.01}, "1" + "0" * 400, "malformed"),
+        ({"$ref": "#/properties/x"}, "1", "malformed"),
+        ({"items": {"$ref": "#/properties/x"}}, "[" * 60 + "]" * 60, "tool"),
+        ({"additionalProperties": {"$ref": "#"}, "type": "object"}, '{"x":' * 60 + "{}" + "}" * 60, "tool"),
+        ({}, "1e400", "malformed"),
+        ({}, "[" * 100 + "]" * 100, "malformed"),
+    ],
+)
+def test_no_schema_makes_a_parser_raise(form: TagsFormat | NativeFormat, schema: dict, value: str, kind: str) -> None:
+    spec = replace(CONVERT, parameters={"type": "object", "properties": {"x": schema}, "required": ["x"]})
+    call = f'<convert>{{"x": {value}}}</convert>'
+    if form.native:
+        call = f'<tool_call>{{"name": "convert", "arguments": {{"x": {value}}}}}</tool_call>'
+    action = form.parse(call, [spec])
+    assert action.kind == kind, action
 
 
 def test_a_turn_that_was_cut_off_is_malformed_whatever_it_holds() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,10 @@ def remote(reference: str) -> dict[str, Any]:
     return {"type": "object", "properties": {"town": {"anyOf": [{"type": "null"}, {"$ref": reference}]}}}
 
 
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else []
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "data:…"}}
 
 
@@ -331,6 +336,12 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:…"}}
         (messages(CALLED, SAID), "speaks before the calls of the message before have a result"),
         (messages({"role": "assistant", "content": "<tool_call>{</tool_call>"}), "messages[1].content = '{': is not valid JSON"),
         (messages({**CALLED, "tool_calls": [call([1])]}), "tool_calls[0].arguments = [1]: must be a JSON object"),
+        (messages({**CALLED, "tool_calls": [call({"day": date(2026, 1, 5)})]}), "date is no value of JSON"),
+        (messages({**CALLED, "tool_calls": [call({"x": [b"a"]})]}), "bytes is no value of JSON"),
+        (messages({**CALLED, "tool_calls": [call({"x": 1e999})]}), "a number is too large"),
+        (messages({**CALLED, "tool_calls": [call({"x": nested(700)})]}), "nested too deeply"),
+        (messages({"role": "assistant", "content": [{"type": "tool_use", "name": "b", "input": {"x": nested(99)}}]}), "input = {'x': [["),
+        (messages(SAID, tools=[{**WEATHER, "examples": [date(2026, 1, 5)]}]), "date is no value of JSON"),
         (messages({**CALLED, "tool_calls": [call(name="")]}), "tool_calls[0].name = '': must be the name of a tool"),
         (messages({**CALLED, "tool_calls": {}} | {"tool_calls": "x"}), "messages[1].tool_calls = 'x': must be a list of calls"),
         (messages({**CALLED, "tool_calls": [{"type": "custom", "custom": {}}]}), "tool_calls[0] = "),
@@ -436,7 +447,19 @@ def test_real_logs() -> None:
     assert len(found) == 125 and len({one.opening_key() for one in found if isinstance(one, Conversation)}) == 25
 
 
-@pytest.mark.parametrize("text", ["{", '{"a": NaN}', "[1]", "plain words", '"twice"', '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'{{"x": {"[" * 700}{"]" * 700}}}',
+        '{"x": 1e999}',
+        "{",
+        '{"a": NaN}',
+        "[1]",
+        "plain words",
+        '"twice"',
+        '{"a": 1, "a": 2}',
+    ],
+)
 def test_what_an_agent_wrote_in_place_of_arguments_stays(text: str) -> None:
     """Its call was malformed, and is learned from as one. A tool that is not there was called, too."""
     row = messages({**CALLED, "tool_calls": [call(text, name="nothing")]})
