@@ -7,7 +7,7 @@ afresh at the states.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jinja2 import TemplateError
@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from swirl_fast.config import Config
 from swirl_fast.formats.format import Format
 from swirl_fast.rendering import Message, Renderer, open_format, open_renderer
+from swirl_fast.rendering.template import call_id
 from swirl_fast.tasks import ToolsByTask
 from swirl_fast.tasks.messages import BrokenRow, Conversation
 from swirl_fast.tasks.task import Question
@@ -102,7 +103,7 @@ class LogWriter:
         return found
 
     def _written(self, question: Question, conversation: Conversation) -> Trajectory:
-        specs, messages = self._tools[question.task], conversation.messages
+        specs, messages = self._tools[question.task], _numbered(conversation.messages)
         first = conversation.first_action
         places = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         tokens = np.asarray(self.renderer.prompt(messages[:first], conversation.tools), np.int32)
@@ -190,6 +191,20 @@ def max_trajectory_tokens(config: Config) -> int:
 
     context: int = context_of(load_config(config.model))
     return min(context, config.training.max_path_tokens or context, config.training.token_budget)
+
+
+def _numbered(messages: Sequence[Message]) -> list[Message]:
+    """With the ids that calls and results have in rollouts, in every turn from the first on: Mistral's templates refuse others."""
+    ids: dict[str, str] = {}
+    found = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            ids |= {call["id"]: call_id(i) for i, call in reversed(list(enumerate(calls)))}
+            message = {**message, "tool_calls": [{**call, "id": call_id(i)} for i, call in enumerate(calls)]}
+        if message["role"] == "tool":
+            message = {**message, "tool_call_id": ids[message["tool_call_id"]]}
+        found.append(message)
+    return found
 
 
 def _cut(trajectory: Trajectory) -> Trajectory:

@@ -234,6 +234,34 @@ def test_text_that_a_template_drops_beside_calls_is_counted() -> None:
         )
 
 
+# As Mistral's: an id of nine characters beside every call and every result.
+NINE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}{{ raise_exception('length 9!') }}{% endif %}"
+    "<tool_call>{{ c.function | tojson }}</tool_call>{{ c.id }}{% endfor %}"
+    "{% if m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('length 9!') }}{% endif %}"
+    "={{ m.tool_call_id }}{% endif %}<|end|>{% endfor %}"
+    "{{ tools | tojson if tools else '' }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("ids", [("call_A1", "b"), (None, None), ("000000001", "000000000")])
+def test_ids_of_calls_are_those_of_rollouts(ids: tuple[str | None, ...]) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Rain?"}]
+    for turn in (ids, ids[::-1]):
+        ask = [
+            {"id": one, "function": {"name": "weather", "arguments": {"town": f"T{i}"}}} for i, one in enumerate(turn)
+        ]
+        messages.append({"role": "assistant", "content": "", "tool_calls": ask})
+        messages += [{"role": "tool", "tool_call_id": one, "content": f"S{i}"} for i, one in enumerate(turn)]
+    one = read_conversation("f:1", {"tools": TOOLS, "messages": [*messages, {"role": "assistant", "content": "No."}]})
+    tokenizer = tokenizer_for(NINE)
+    found = written(tokenizer, one, form=TagsFormat("message"))
+    text = tokenizer.decode(found.tokens.tolist())
+    for i in range(2):
+        assert text.count(f"</tool_call>{i:09d}<") == text.count(f"S{i}={i:09d}<|end|>") == 2
+
+
 def test_the_trunk_is_what_the_template_writes_of_the_whole() -> None:
     one = read_conversation("f:1", LOGS[0])
     tokenizer = family_tokenizer("qwen2_5")
