@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -242,7 +243,8 @@ def _bytes(size: str) -> int:
 
 
 def upload_shards(folder: Path, target: str) -> bool:
-    """Copies a shard folder to a URL or another folder, the manifest last. Returns False when it is there already.
+    """Copies a shard folder to a URL or another folder, the manifest last; shards that a folder held beyond it are removed. Returns False
+    when it is there already.
 
     A reader that opens `target` during the upload of other contents over it finds a shard of another hash, and stops.
 
@@ -258,6 +260,7 @@ def upload_shards(folder: Path, target: str) -> bool:
         else:
             there.close()
             if there.manifest == manifest:
+                _remove_surplus(target, manifest)  # left by an upload that was killed before it did so
                 return False
     address = target if is_url(target) else f"file://{target}"
     try:
@@ -270,7 +273,15 @@ def upload_shards(folder: Path, target: str) -> bool:
             f"{target} cannot be written ({type(error).__name__}: {error}): check the address, the credentials and the "
             f"network, then start again; the shards lie in {folder}"
         ) from error
+    _remove_surplus(target, manifest)
     return True
+
+
+def _remove_surplus(target: str, manifest: Manifest) -> None:
+    """Of a folder, shards of earlier contents that were more: a folder that is read in place must hold no others than its manifest says."""
+    for path in Path(target).glob("shard.*.mds") if not is_url(target) else ():
+        if path.name not in manifest.files and re.fullmatch(r"shard\.\d{5,}\.mds", path.name):
+            path.unlink()
 
 
 def check_clients(*locations: str) -> None:

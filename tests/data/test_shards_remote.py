@@ -724,6 +724,21 @@ def test_uploaded_shards_are_whole_and_the_manifest_comes_last(
     assert batches(cached(target, tmp_path / "cache", 3), 1) == batches(open_stream(other, 3), 1)
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_an_upload_of_fewer_shards_leaves_a_folder_that_can_be_read(remote: Path, tmp_path: Path, scheme: str) -> None:
+    other, target = tmp_path / "other", tmp_path / "store"
+    write_shards(other, make_samples(3), fingerprint=FINGERPRINT)
+    assert upload_shards(remote, f"{scheme}{target}") and len(shard_names(target)) > len(shard_names(other))
+    (target / "shard.mine.mds").write_bytes(b"")  # another name than ours is not touched
+    assert upload_shards(other, f"{scheme}{target}")
+    assert shard_names(target) == [*shard_names(other), "shard.mine.mds"]
+    (target / "shard.mine.mds").unlink()
+    assert batches(open_stream(target, 3), 1) == batches(open_stream(other, 3), 1)
+    shutil.copy(other / shard_names(other)[0], target / "shard.00009.mds")  # killed between the two
+    assert not upload_shards(other, f"{scheme}{target}"), "there already"
+    verify_shards(target)
+
+
 def test_a_target_that_cannot_be_written_is_named(
     remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
