@@ -191,8 +191,8 @@ class CollectConfig:
     """policy: the model acts. solutions: actions are written from the task's worked solutions. conversations: those of an agent's log, at
     collect.path; no tool is called, then or later."""
     path: str | None = setting(None, reads="file")
-    """conversations: JSON Lines (also .gz), a JSON list or Parquet, a conversation a row: messages of OpenAI, Anthropic or ShareGPT, with
-    their tool calls, results and tool schemas."""
+    """conversations: JSON Lines (also .gz, .bz2, .xz), a JSON list or Parquet, a conversation a row: messages of OpenAI, Anthropic or
+    ShareGPT, with their tool calls, results and tool schemas."""
     eval_path: str | None = setting(None, reads="file")
     """conversations: a file of held-out ones. null: a tenth of collect.path is held out, all with the same opening on one side."""
     broken_lines: Literal["error", "skip"] = "error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def _of_folder(folder: Path) -> list[tuple[str, str]]:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"search.corpus: {file}: not UTF-8 at byte {error.start}") from None
-        paragraphs = (" ".join(part.split()) for part in text.replace("\r\n", "\n").split("\n\n"))
+        paragraphs = (" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n")))
         passages += [(whole_characters(file.stem), paragraph) for paragraph in paragraphs if paragraph]
     return passages
 

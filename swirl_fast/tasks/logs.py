@@ -1,15 +1,15 @@
-"""Files of logged conversations, read a row at a time: JSON Lines, a JSON list, Parquet, each also .gz."""
+"""Files of logged conversations, read a row at a time: JSON Lines or a JSON list, also packed (.gz, .bz2, .xz), and Parquet."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from swirl_fast.config import ConfigError
+from swirl_fast.files import UNPACKING_ERRORS, unpacker
 from swirl_fast.tasks.messages import BrokenRow, Conversation, read_conversation
 
 
@@ -31,8 +31,7 @@ def read_log(file: Path) -> Iterator[Conversation | BrokenRow]:
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     """(place, row as JSON gives it, or a BrokenRow)."""
-    name = file.name.lower()
-    if name.removesuffix(".gz").endswith(".parquet"):
+    if re.search(r"\.parquet(\.(gz|bz2|xz))?$", file.name.lower()):
         yield from _parquet_rows(file)
         return
     try:
@@ -46,12 +45,13 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
             for i, line in enumerate(lines, 1):
                 if line.removeprefix(b"\xef\xbb\xbf").strip():
                     yield f"{file}:{i}", _parsed(f"{file}:{i}", line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: not readable as gzip: {error}; unpack it, or write it again") from None
+    except UNPACKING_ERRORS as error:
+        kind = "gzip, bzip2 or xz" if file.is_file() and unpacker(file) else "a file"
+        raise ValueError(f"{file}: not readable as {kind}: {error}; unpack it, or write it again") from None
 
 
 def _opened(file: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(file, "rb")) if file.name.lower().endswith(".gz") else file.open("rb")
+    return cast(IO[bytes], (unpacker(file) or open)(file, "rb"))
 
 
 def _parsed(where: str, line: bytes) -> Any:
@@ -83,7 +83,7 @@ def _whole(file: Path, first: bytes) -> list[Any] | None:
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    if file.name.lower().endswith(".gz"):
+    if unpacker(file):
         raise ConfigError(f"{file}: Parquet is compressed inside; unpack the file")
     try:
         import pyarrow

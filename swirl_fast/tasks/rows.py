@@ -232,9 +232,10 @@ def _listed(file: Path, text: str) -> list[Any] | None:
     """The rows of a file that is one JSON value; None where they stand one a line."""
     try:
         whole = _parsed(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4,300 digits
         if text.lstrip().startswith("["):
-            raise ValueError(f"{file}:{getattr(error, 'lineno', 1)}: not valid JSON: {error}") from None
+            line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise ValueError(f"{file}{line}: not valid JSON: {error}") from None
         return None
     if (
         isinstance(whole, dict)

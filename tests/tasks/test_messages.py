@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -381,7 +383,10 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
     rows = [{**OPENAI, "id": "a"}, messages(CALLED)]
     wanted = [texts(read_conversation("", row)) for row in rows]
     lines = written(tmp_path / "log.jsonl", *rows)
-    (tmp_path / "log.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf\n" + lines.read_bytes()))
+    for ending, pack in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
+        content = pack(b"\xef\xbb\xbf\n" + lines.read_bytes())
+        (tmp_path / f"log.jsonl{ending}").write_bytes(content)
+        (tmp_path / f"packed{ending[1:]}.jsonl").write_bytes(content)  # named as if it were not packed
     (tmp_path / "list.json").write_text(json.dumps(rows), encoding="utf-8")
     (tmp_path / "pretty.json").write_text(json.dumps({"data": rows}, indent=1), encoding="utf-8")
     written(tmp_path / "bare.jsonl", *(row["messages"] for row in rows))
@@ -419,8 +424,10 @@ def test_broken_lines_do_not_stop_the_reading(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_at_all(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl.gz").write_bytes(gzip.compress(json.dumps(OPENAI).encode())[:-9])
+    (tmp_path / "log.jsonl.bz2").write_bytes(bz2.compress(json.dumps(OPENAI).encode())[:-9])
+    (tmp_path / "log.jsonl.xz").write_bytes(b"no xz")
     (tmp_path / "log.parquet").write_bytes(b"PAR1")
-    for name in ("log.jsonl.gz", "log.parquet"):
+    for name in ("log.jsonl.gz", "log.jsonl.bz2", "log.jsonl.xz", "log.parquet"):
         with pytest.raises(ValueError, match=f"{name}: not readable as"):
             list(read_log(tmp_path / name))
 

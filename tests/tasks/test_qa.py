@@ -221,6 +221,11 @@ def test_files_and_settings_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / "a.jsonl.x").write_bytes(begin)
         with pytest.raises(ValueError, match=f"a.jsonl.x: is {what}, which is not read: unpack it, or save it as CSV"):
             load(tmp_path / "a.jsonl.x")
+    long = f'{{"question": "?", "answer": {"9" * 5000}}}'
+    for text, place in ((f"[{long}]", ""), (long, ":1"), (f"{json.dumps(ROWS[0])}\n{long}", ":2"), ("[\n{]", ":2")):
+        (tmp_path / "a.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"a.json{place}: not "):
+            load(tmp_path / "a.json")
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="a.parquet: not readable as Parquet"):
         load(tmp_path / "a.parquet")
@@ -248,9 +253,12 @@ def test_a_corpus_of_ones_own(tmp_path: Path) -> None:
     assert read_corpus(path) == passages
     folder = tmp_path / "texts"
     (folder / "deep").mkdir(parents=True)
-    (folder / "deep" / "Alps.md").write_text("The Alps\nare high.\n\n\nSecond.", encoding="utf-8")
+    (folder / "deep" / "Alps.md").write_text(
+        "The Alps\nare high.\n\n\nSecond.\n \t\nThird.\r\n  \r\n\r\nFourth.", encoding="utf-8"
+    )
     (folder / "picture.png").write_bytes(b"\xff")
-    assert read_corpus(str(folder)) == [("Alps", "The Alps are high."), ("Alps", "Second.")]
+    texts = ("The Alps are high.", "Second.", "Third.", "Fourth.")
+    assert read_corpus(str(folder)) == [("Alps", text) for text in texts]
     before = corpus_hash(str(folder))
     (folder / "deep" / "Alps.md").write_text("The Alps\nare low.", encoding="utf-8")
     assert corpus_hash(str(folder)) != before
