@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -81,16 +80,22 @@ def malformed(error: str) -> Action:
     return Action("malformed", error=error)
 
 
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-
-
 def without_thoughts(text: str) -> str:
     """A turn without what stands between <think> and </think>. A chat template may have opened the first thought already, so all before
     the first </think> is one."""
-    if "</think>" not in text:
+    head, closed, rest = text.partition("</think>")
+    if not closed:
         return text
-    head, _, rest = text.partition("</think>")
-    return (head.split("<think>", 1)[0] if "<think>" in head else "") + _THOUGHT.sub("", rest)
+    return (head.split("<think>", 1)[0] if "<think>" in head else "") + without_blocks(rest, "<think>", "</think>")
+
+
+def without_blocks(text: str, opening: str, closing: str) -> str:
+    """Without the marks and what stands between them. Linear in the length: a pattern looks for its end from every beginning."""
+    kept, at = [], 0
+    while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
+        kept.append(text[at:start])
+        at = end + len(closing)
+    return "".join([*kept, text[at:]])
 
 
 def observation_of(calls: Collection[Call], results: Collection[str]) -> str:

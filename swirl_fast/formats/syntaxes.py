@@ -24,11 +24,12 @@ import ast
 import hashlib
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from swirl_fast.formats.format import without_thoughts
+from swirl_fast.formats.format import without_blocks, without_thoughts
 from swirl_fast.tools.arguments import strict_json
 
 
@@ -117,7 +118,8 @@ def _json_calls(text: str) -> list[WrittenCall]:
 def _tagged_call(
     head: re.Pattern[str], argument: re.Pattern[str], foot: str, shown: str
 ) -> Callable[[str], list[WrittenCall]]:
-    """Of a call whose arguments are texts between tags. head: its name, at the start. foot: what may stand at the end."""
+    """Of a call whose arguments are texts between tags. head: its name, at the start. argument: with the blanks after it. foot: what may
+    stand at the end."""
 
     def read(text: str) -> list[WrittenCall]:
         match = head.match(text)
@@ -127,9 +129,15 @@ def _tagged_call(
         if foot and not body.endswith(foot):
             raise CallError(f"The call does not end with {foot}. Write {shown}.")
         body = body.removesuffix(foot)
-        pairs = [(found["key"].strip(), found["value"]) for found in argument.finditer(body)]
-        if argument.sub("", body).strip():
-            raise CallError(f"The arguments of {match['name'][:100]} are not written as they should be. Write {shown}.")
+        pairs, at = [], 0
+        while at < len(body):
+            found = argument.match(body, at)
+            if found is None:
+                raise CallError(
+                    f"The arguments of {match['name'][:100]} are not written as they should be. Write {shown}."
+                )
+            pairs.append((found["key"].strip(), found["value"]))
+            at = found.end()
         if len(dict(pairs)) < len(pairs):
             raise CallError(f"An argument of {match['name'][:100]} comes twice.")
         return [WrittenCall(match["name"].strip(), dict(pairs), typed=False)]
@@ -139,19 +147,19 @@ def _tagged_call(
 
 _QWEN_XML = _tagged_call(
     re.compile(r"<function=(?P<name>[^>\n]+)>"),
-    re.compile(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>", re.DOTALL),
+    re.compile(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>\s*", re.DOTALL),
     "</function>",
     "<function=NAME><parameter=KEY>VALUE</parameter></function>",
 )
 _GLM = _tagged_call(
     re.compile(r"(?P<name>[^\s<]+)"),
-    re.compile(r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>", re.DOTALL),
+    re.compile(r"<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>\s*", re.DOTALL),
     "",
     "NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>",
 )
 _ATEM = _tagged_call(
     re.compile(r'<atem:invoke name="(?P<name>[^"\n]+)">'),
-    re.compile(r'<atem:parameter name="(?P<key>[^"\n]+)">(?P<value>.*?)</atem:parameter>', re.DOTALL),
+    re.compile(r'<atem:parameter name="(?P<key>[^"\n]+)">(?P<value>.*?)</atem:parameter>\s*', re.DOTALL),
     "</atem:invoke>",
     '<atem:invoke name="NAME"><atem:parameter name="KEY">VALUE</atem:parameter></atem:invoke>',
 )
@@ -160,7 +168,7 @@ _ATEM = _tagged_call(
 def _python_calls(text: str) -> list[WrittenCall]:
     """`[f(x=1, y='text'), g()]`, with the words of JSON for true, false and null too."""
     try:
-        tree = ast.parse(_QUOTED.sub(_escaped, text), mode="eval").body
+        tree = ast.parse(_with_escapes(text), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise CallError("The calls are not written as [NAME(KEY=VALUE)].") from None
     calls = []
@@ -178,18 +186,31 @@ def _python_calls(text: str) -> list[WrittenCall]:
 
 
 # A text in quotes, which the template does not escape: it ends with a quote before the next argument, the next call or the end.
-_QUOTED = re.compile(
-    r"(?<==)(?P<quote>['\"])(?P<text>.*?)(?P=quote)(?=\s*(?:,\s*\w+\s*=|\)\s*(?:,\s*\w+\s*\(|\]|$)))", re.DOTALL
-)
+_OPENED = re.compile(r"(?<==)['\"]")
+_CLOSED = re.compile(r"['\"](?=\s*(?:,\s*\w+\s*=|\)\s*(?:,\s*\w+\s*\(|\]|$)))")
 
 
-def _escaped(match: re.Match[str]) -> str:
+def _with_escapes(text: str) -> str:
+    ends: dict[str, list[int]] = {"'": [], '"': []}
+    for closed in _CLOSED.finditer(text):
+        ends[closed[0]].append(closed.end())
+    pieces, at = [], 0
+    for opened in _OPENED.finditer(text):
+        places = ends[opened[0]]
+        first = bisect_right(places, opened.end())
+        if opened.start() >= at and first < len(places):
+            pieces += [text[at : opened.start()], _escaped(text[opened.start() : places[first]])]
+            at = places[first]
+    return "".join([*pieces, text[at:]])
+
+
+def _escaped(written: str) -> str:
     try:
-        if isinstance(ast.literal_eval(match[0]), str):  # it was escaped, or need not be
-            return match[0]
+        if isinstance(ast.literal_eval(written), str):  # it was escaped, or need not be
+            return written
     except (SyntaxError, ValueError):
         pass
-    return repr(match["text"])
+    return repr(written[1:-1])
 
 
 def _literal(node: ast.expr) -> Any:
@@ -229,19 +250,23 @@ def _gemma_call(text: str) -> list[WrittenCall]:
 
 
 _DEEPSEEK_CALL = re.compile(
-    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n(?P<arguments>.*?)\n```"
-    r"|(?P<name2>[^\n<]+)<｜tool▁sep｜>(?P<arguments2>.*?))<｜tool▁call▁end｜>\s*",
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n(?P<arguments>.*)\n```"
+    r"|(?P<name2>[^\n<]+)<｜tool▁sep｜>(?P<arguments2>.*))",
     re.DOTALL,
 )
 
 
 def _deepseek_calls(text: str) -> list[WrittenCall]:
-    calls = [
-        _call_of({"name": (m["name"] or m["name2"]).strip(), "arguments": m["arguments"] or m["arguments2"] or "{}"})
-        for m in _DEEPSEEK_CALL.finditer(text)
-    ]
-    if not calls or _DEEPSEEK_CALL.sub("", text).strip():
+    *written, rest = text.split("<｜tool▁call▁end｜>")
+    found = [_DEEPSEEK_CALL.fullmatch(one.strip()) for one in written]
+    if not found or rest.strip():
         raise CallError("The calls are not written as they should be.")
+    calls = []
+    for match in found:
+        if match is None:
+            raise CallError("The calls are not written as they should be.")
+        name, arguments = match["name"] or match["name2"], match["arguments"] or match["arguments2"]
+        calls.append(_call_of({"name": name.strip(), "arguments": arguments or "{}"}))
     return calls
 
 
@@ -277,8 +302,8 @@ def _llama(text: str) -> tuple[list[WrittenCall], str]:
 
 _HARMONY_CALL = re.compile(
     r"(?:^|<\|start\|>assistant)\s*"
-    r"(?:to=functions\.(?P<name>\S+?)\s*<\|channel\|>\w+|<\|channel\|>\w+\s+to=functions\.(?P<name2>[^\s<]+))"
-    r"\s*(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>(?P<arguments>.*?)(?=<\|call\|>|<\|end\|>|<\|start\|>|$)",
+    r"(?:to=functions\.(?P<name>[^\s<]+)\s*<\|channel\|>\w+|<\|channel\|>\w+\s+to=functions\.(?P<name2>[^\s<]+))"
+    r"\s*(?:<\|constrain\|>\s*)?(?:\b\w+\s*)?<\|message\|>(?P<arguments>.*?)(?=<\|call\|>|<\|end\|>|<\|start\|>|$)",
     re.DOTALL,
 )
 _HARMONY_THOUGHT = re.compile(
@@ -298,7 +323,6 @@ def _harmony(text: str) -> tuple[list[WrittenCall], str]:
     return calls, _HARMONY_HEAD.sub("", rest)
 
 
-_GEMMA_THOUGHT = re.compile(r"<\|channel>thought\n.*?<channel\|>", re.DOTALL)
 _ATEM_TURN = re.compile(r"(?:<\|eom\|><\|start\|>assistant)? to=(?P<to>[^\s<]+)<\|message\|>")
 
 
@@ -320,7 +344,11 @@ SYNTAXES = (
     Syntax("glm", _between("<tool_call>", "</tool_call>", _GLM)),
     Syntax("mistral", _mistral),
     Syntax("python", _between("<|tool_call_start|>", "<|tool_call_end|>", _python_calls)),
-    Syntax("gemma", _between("<|tool_call>", "<tool_call|>", _gemma_call), lambda text: _GEMMA_THOUGHT.sub("", text)),
+    Syntax(
+        "gemma",
+        _between("<|tool_call>", "<tool_call|>", _gemma_call),
+        lambda text: without_blocks(text, "<|channel>thought\n", "<channel|>"),
+    ),
     Syntax("harmony", _harmony, lambda text: _HARMONY_THOUGHT.sub("", text)),
     Syntax("deepseek", _between("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _deepseek_calls)),
     Syntax("actions", _between("<|START_ACTION|>", "<|END_ACTION|>", _json_calls)),

@@ -6,6 +6,7 @@ GSM8K's official solutions mark each one, `48/2 = <<48/2=24>>24`; those of gener
 from __future__ import annotations
 
 import re
+import string
 from fractions import Fraction
 
 from swirl_fast.tasks.scoring import number
@@ -14,14 +15,15 @@ from swirl_fast.tools.numerals import mentions, numbers
 
 _MARKED = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 _RESULT = re.compile(
-    r"=\s*[$£€]?\s*(-?[\d,]*\.?\d+(?: ?(?:hundred|thousand|million|billion|trillion)\b|[kKMB]\b)?)(?![\d.,]*\s*[-+*/x×÷])"
+    r"=\s*(?:[$£€]\s*)?(-?(?>[\d,]*\.?\d+)(?: ?(?:hundred|thousand|million|billion|trillion)\b|[kKMB]\b)?)(?![\d.,]*\s*[-+*/x×÷])"
 )
-_EQUATION = re.compile(r"([\d.,+\-*/×÷x()% ]*\d[\d.,%]*[)\s]*)=\s*(-?[\d,]*\.?\d+)(?![\d.,]*\s*[-+*/x×÷=])")
+_LEFT = "0123456789.,+-*/×÷x()% "  # characters of a calculation
+_RIGHT = re.compile(r"=\s*(-?(?>[\d,]*\.?\d+))(?![\d.,]*\s*[-+*/x×÷=])")
 _CONSTANTS = {
     Fraction(one)
     for one in ("1", "2", "3", "4", "7", "10", "12", "24", "30", "52", "60", "100", "365", "1/2", "1/4", "3/4")
 }
-_UNIT = re.compile(r"(?<=[\d)%])\s*[A-Za-z][A-Za-z/\- ]*?(?=\s*[-+*/×÷=)])")  # `64 pears + 52 pears = `
+_UNIT = re.compile(r"(?<=[\d)%])\s*(?>[A-Za-z]+(?: +[A-Za-z]+)*)(?=\s*[-+*/×÷=)])")  # `64 pears + 52 pears = `
 
 
 def marked_steps(solution: str) -> int:
@@ -43,7 +45,7 @@ def step_expressions(question: str, solution: str, answer: str) -> tuple[str, ..
     marked = _MARKED.findall(solution)
     text = re.sub(r"[$£€]", "", solution)
     found: dict[Fraction, str] = {}
-    for expression, result in marked or _EQUATION.findall(_UNIT.sub("", text)):
+    for expression, result in marked or _equations(_UNIT.sub("", text)):
         expression = re.sub(r"^[,.)\s]+", "", re.sub(r"[$£€]", "", expression)).strip()
         try:
             value = evaluate(expression)
@@ -59,3 +61,17 @@ def step_expressions(question: str, solution: str, answer: str) -> tuple[str, ..
     if not found or list(found)[-1] != number(answer):
         return ()
     return tuple(found.values())
+
+
+def _equations(text: str) -> list[tuple[str, str]]:
+    """(calculation, number) on both sides of the equals signs."""
+    found, at = [], 0
+    for sign in re.finditer("=", text):
+        before = text[at : sign.start()]
+        ended = before.rstrip(")" + string.whitespace)
+        right = _RIGHT.match(text, sign.start())
+        at = sign.end()
+        if right and ended.rstrip(".,%")[-1:].isdecimal():
+            found.append((before[len(ended.rstrip(_LEFT)) :], right[1]))
+            at = right.end()
+    return found

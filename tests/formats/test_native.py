@@ -296,6 +296,53 @@ def test_a_megabyte_is_parsed(syntax: str, piece: str) -> None:
     parse(syntax, piece * (1_000_000 // len(piece)))
 
 
+@pytest.mark.parametrize(
+    ("syntax", "around", "piece"),
+    [
+        ("hermes", ("</think>", ""), "<think>"),
+        ("gemma", ("", ""), "<|channel>thought\n"),
+        ("qwen_xml", ("<tool_call><function=f>", "</function></tool_call>"), "<parameter=a>"),
+        ("qwen_xml", ("<tool_call><function=f>", "</function></tool_call>"), "</parameter><parameter=a>"),
+        ("glm", ("<tool_call>f", "</tool_call>"), "<arg_key>a"),
+        ("glm", ("<tool_call>f", "</tool_call>"), "<arg_key>a</arg_key>"),
+        ("atem", ('<atem:invoke name="f">', "</atem:invoke>"), '<atem:parameter name="a">'),
+        (
+            "deepseek",
+            ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+            "<｜tool▁call▁begin｜>function<｜tool▁sep｜>a\n```json\n",
+        ),
+        ("deepseek", ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"), "<｜tool▁call▁begin｜>a<｜tool▁sep｜>"),
+        ("harmony", ("to=functions.f<|channel|>x", ""), " "),
+        ("harmony", ("to=functions.f<|channel|>", ""), "x"),
+        ("harmony", ("", ""), "<|start|>assistantto=functions.f"),
+        ("python", ("<|tool_call_start|>[f(x", "<|tool_call_end|>"), "='"),
+        ("python", ("<|tool_call_start|>[f(x='", "')]<|tool_call_end|>"), '<a href="x" '),
+    ],
+)
+def test_marks_that_are_not_closed_are_parsed(syntax: str, around: tuple[str, str], piece: str) -> None:
+    """Patterns that look for their end from every beginning would take minutes, or years."""
+    before, after = around
+    assert parse(syntax, before + piece * (200_000 // len(piece)) + after).kind == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("'a'", "a"),
+        ("'it's'", "it's"),
+        ("""'say "hi", y'""", 'say "hi", y'),
+        (r"'a\'b'", "a'b"),
+        ("""'<a href="x">'""", '<a href="x">'),
+        ("'a='b''", "a='b'"),
+        ('"two\nlines"', "two\nlines"),
+    ],
+)
+def test_texts_in_quotes_that_the_template_does_not_escape(written: str, value: str) -> None:
+    turn = f"<|tool_call_start|>[calculator(expression={written}), calculator(expression='1')]<|tool_call_end|>"
+    action = parse("python", turn)
+    assert [call.arguments for call in action.calls] == [{"expression": value}, {"expression": "1"}], action.error
+
+
 def test_results_of_several_calls_are_found_again() -> None:
     calls = (Call("calculator", "1 + 2"), Call("search", "who"), Call("calculator", "3"))
     for results in (["3", "a\nb -> c", "3"], ["", "", ""]):

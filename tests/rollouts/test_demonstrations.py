@@ -31,10 +31,18 @@ from swirl_fast.trajectory import Finish
         ("4 boxes of 17?", "4 * 17 = 69", "69", ()),  # wrong
         ("4 boxes of 17, 8 lost?", "4 * 17 = 68, so 60 are left.", "60", ()),  # the last step is in words
         ("4 boxes?", "There are 4 = 4 boxes.", "4", ()),
+        ("4 and 17 of 10 cm³?", "Boxes = 4\n(4 + 17) = 21 and (4 + 17)cm³ = 21", "21", ("(4 + 17)",)),
+        ("4 and 17?", "4 + 17\n= 21, 21 * 2 = 42", "42", ("4 + 17", "21 * 2")),
     ],
 )
 def test_the_calculations_of_a_solution(question: str, solution: str, answer: str, expected: tuple[str, ...]) -> None:
     assert step_expressions(question, solution, answer) == expected
+
+
+@pytest.mark.parametrize("piece", ["1", "1 ", "1,", "1a ", "a ", "= ", "=$ ", "1=", "(1)"])
+def test_the_calculations_of_what_is_no_solution(piece: str) -> None:
+    """Patterns that try all beginnings and ends of a run of digits would take hours."""
+    assert step_expressions("4 boxes?", "5a" + piece * 10_000 + " #### 4", "4") == ()
 
 
 def settings(folder: Path, model: Path, *more: str) -> list[str]:
