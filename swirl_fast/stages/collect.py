@@ -17,7 +17,7 @@ from swirl_fast.seeds import seed_of
 from swirl_fast.stages.build import build_task, save_config
 from swirl_fast.stages.parts import Parts, agree, main_store
 from swirl_fast.stages.roll_out import finished_ids, roll_out, write_conversations, write_demonstrations
-from swirl_fast.tasks import offered_tools
+from swirl_fast.tasks import offered_tools, parts_of
 from swirl_fast.tasks.conversations import Conversations
 from swirl_fast.tasks.task import Question, Task
 
@@ -51,6 +51,8 @@ def collect(config: Config) -> None:
                 ids = write_demonstrations(config, task, questions, store)
             if store is not None:
                 steps, tokens = store.count(ids)
+                for note in (note for part in parts_of(task).values() for note in part.notes):
+                    print(f"collect: {note}")
                 print(f"collect: {len(ids)} trajectories of {len(questions)} questions, {steps} steps, {tokens} tokens")
             ranks.meet()
 

@@ -31,6 +31,8 @@ from swirl_fast.tools.characters import same_text, whole_characters, whole_value
 class OwnTask:
     """Adds what a user's class leaves out. Raises ConfigError for what it must have and forgets."""
 
+    notes: Sequence[str] = ()
+
     def __init__(self, config: TasksConfig, seed: int) -> None:
         self._reference = config.kind
         made = load("tasks.kind", config.kind, TASKS)

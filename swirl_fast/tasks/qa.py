@@ -6,7 +6,9 @@ or a list of those, any of which is right. All columns are there for tools and s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.config.references import is_reference
@@ -25,47 +27,100 @@ _SCORES: dict[str, Callable[[str | None, Sequence[str]], Score]] = {
 }
 
 
+class _Asked(NamedTuple):
+    """A row. same: equal for texts that look the same."""
+
+    row: Row
+    text: str
+    same: str
+    answers: tuple[str, ...]
+
+
 class QA(TaskDefaults):
     """Without tasks.eval_path the last tenth of the rows is held out. A training question that is also held out is left out, and of equal
-    questions the first stays."""
+    questions the first stays; they are equal where their texts are, unless both their answers and their other columns differ.
+
+    notes: how many were left out."""
 
     def __init__(self, config: TasksConfig, seed: int = 0) -> None:
         if unknown := sorted(set(config.fields) - set(COLUMNS)):
             raise ConfigError(
                 f"tasks.fields.{unknown[0]}: must be one of {', '.join(COLUMNS)}; other columns need no name here"
             )
+        self.notes: list[str] = []
         self.name = config.name or plain_name(config.path or "", "qa")
         self._columns = {name: config.fields.get(name, name) for name in COLUMNS}
         self._needs_id = "id" in config.fields
         self._own = own_score(config.score) if is_reference(config.score) else None
         self._score = None if self._own else _SCORES[config.score]
         splits = read_splits(config.path, config.eval_path, hub=("default", "test"))
-        held_out = self._parse(splits["eval"], set(), config.score)
-        self.held_out = frozenset(same_text(question.text) for question in held_out)
-        train = self._parse(splits["train"], set(self.held_out), config.score)
+        asked = {split: [self._asked(row, config.score) for row in rows] for split, rows in splits.items()}
+        self._templates = self._find_templates([*asked["train"], *asked["eval"]])
+        held_out = self._questions_of(asked["eval"], set())
+        self.held_out = frozenset(one.same for one in asked["eval"] if one.same not in self._templates)
+        train = self._questions_of(asked["train"], {self._key(one) for one in asked["eval"]})
         train = train[config.skip :][: config.limit or None]
         self._questions = {"train": train, "eval": held_out[: config.eval_limit or None]}
 
-    def _parse(self, rows: list[Row], held_out: set[str], score: str) -> list[Question]:
+    def _asked(self, row: Row, score: str) -> _Asked:
+        text, answers = self._column(row, "question", row.text), self._answers(row)
+        if score == "number" and (
+            wrong := [answer for answer in answers if not score_number(answer, [answer]).exact_match]
+        ):
+            raise row.error(
+                self._columns["answer"],
+                f"tasks.score=number needs one number, and {wrong[0]!r} is none; write one such as 1200 or 3/4",
+            )
+        return _Asked(row, text, same_text(text), answers)
+
+    def _find_templates(self, asked: list[_Asked]) -> set[str]:
+        """Texts that are asked of several things, which other columns say: their rows differ in those and in their answers."""
+        rows: dict[str, list[_Asked]] = {}
+        for one in asked:
+            rows.setdefault(one.same, []).append(one)
+        several = {same: found for same, found in rows.items() if len(found) > 1}
+        return {
+            same
+            for same, found in several.items()
+            if len({self._others(one) for one in found}) > 1
+            and (self._own or len({frozenset(one.answers) for one in found}) > 1)
+        }
+
+    def _others(self, one: _Asked) -> str:
+        """The columns that tools and score functions see beside the question, as a text."""
+        named = set(self._columns.values())
+        others = {str(name): value for name, value in one.row.fields.items() if name not in named}
+        return json.dumps(others, sort_keys=True, default=str)
+
+    def _key(self, one: _Asked) -> str:
+        return f"{one.same}\n{self._others(one)}" if one.same in self._templates else one.same
+
+    def _questions_of(self, asked: list[_Asked], held_out: set[str]) -> list[Question]:
         found: dict[str, Question] = {}
-        texts: set[str] = set()
-        for row in rows:
-            text, answers = self._column(row, "question", row.text), self._answers(row)
-            if score == "number" and (
-                wrong := [answer for answer in answers if not score_number(answer, [answer]).exact_match]
-            ):
-                raise row.error(
-                    self._columns["answer"],
-                    f"tasks.score=number needs one number, and {wrong[0]!r} is none; write one such as 1200 or 3/4",
-                )
-            key = same_text(text)
-            if key in held_out or key in texts:
+        first: dict[str, _Asked] = {}
+        again = kept_out = 0
+        for one in asked:
+            key = self._key(one)
+            if key in held_out:
+                kept_out += 1
                 continue
-            texts.add(key)
-            id_ = self._id(row, text)
+            if (same := first.setdefault(key, one)) is not one:
+                if set(same.answers) != set(one.answers):
+                    raise one.row.error(
+                        self._columns["answer"],
+                        f"{same.row.where} asks the same and has another answer; give all right answers as a list in one row, or "
+                        "leave one of the rows out",
+                    )
+                again += 1
+                continue
+            id_ = self._id(one.row, key if one.same in self._templates else one.text)
             if id_ in found:
-                raise row.error(self._columns["id"], "an earlier row has the same id")
-            found[id_] = Question(id_, self.name, text, answers, row.fields)
+                raise one.row.error(self._columns["id"], "an earlier row has the same id")
+            found[id_] = Question(id_, self.name, one.text, one.answers, one.row.fields)
+        if again:
+            self.notes.append(f"{again} rows of {self.name} ask what an earlier one asks, and are left out")
+        if kept_out:
+            self.notes.append(f"{kept_out} rows of {self.name} ask what is held out, and are left out")
         return list(found.values())
 
     def _column(self, row: Row, name: str, read: Callable[[str], str]) -> str:

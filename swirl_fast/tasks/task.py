@@ -67,6 +67,7 @@ class TaskDefaults:
     examples: tuple[Example, ...] = ()
     instructions = ""
     held_out: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
 
     def passages(self) -> Sequence[tuple[str, str]]:
         return ()
@@ -84,6 +85,11 @@ class Task(Protocol):
     examples: tuple[Example, ...]  # worked examples, best first
     instructions: str  # in place of the built-in system message; empty: that one
     held_out: frozenset[str]  # `same_text` of all questions that are held out, also where tasks.eval_limit asks fewer
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What was left out, in sentences."""
+        ...
 
     def questions(self, split: Split) -> Sequence[Question]:
         """The questions of a split, in a fixed order. Raises ValueError naming file, line and field for a malformed row."""

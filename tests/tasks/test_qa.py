@@ -88,13 +88,59 @@ def test_columns_ids_and_the_rest_of_a_row(tmp_path: Path) -> None:
 
 
 def test_a_question_is_asked_once_and_not_both_trained_and_held_out(tmp_path: Path) -> None:
-    train = write_lines(tmp_path / "train.jsonl", [*ROWS[:4], {**ROWS[0], "answer": "other"}, *ROWS[6:8]])
+    train = write_lines(tmp_path / "train.jsonl", [*ROWS[:4], {**ROWS[0], "level": "easy"}, *ROWS[6:8]])
     held_out = write_lines(tmp_path / "eval.jsonl", ROWS[6:])
     task = load(train, eval_path=held_out)
     assert texts(task, "train") == [row["question"] for row in ROWS[:4]] and task.questions("train")[0].answers == (
         "answer 0",
     )
     assert texts(task, "eval") == [row["question"] for row in ROWS[6:]]
+    assert task.notes == [
+        "1 rows of train ask what an earlier one asks, and are left out",
+        "2 rows of train ask what is held out, and are left out",
+    ]
+
+
+BOARDS = [{"question": "Who wins?", "answer": who, "board": f"{i}{who}"} for i in range(5) for who in ("X", "O")]
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_one_text_that_is_asked_of_several_things_is_several_questions(tmp_path: Path, ids: bool) -> None:
+    """Which only other columns tell apart; tools and score functions see them."""
+    rows = [{**row, "id": i} for i, row in enumerate(BOARDS)] if ids else BOARDS
+    path = write_lines(tmp_path / "a.jsonl", [*rows[:3], {**rows[0], **({"id": 99} if ids else {})}, *rows[3:]])
+    task = load(path, eval_path=write_lines(tmp_path / "b.jsonl", rows[8:]), name="games")
+    train = task.questions("train")
+    assert [question.fields["board"] for question in train] == [row["board"] for row in BOARDS[:8]]
+    assert len({question.id for question in [*train, *task.questions("eval")]}) == 10 and not task.held_out
+    assert [note.partition(" ")[0] for note in task.notes] == ["1", "2"]
+    back = load(write_lines(tmp_path / "c.jsonl", rows[::-1]), eval_path=str(tmp_path / "b.jsonl"), name="games")
+    by_board = {question.fields["board"]: question.id for question in back.questions("train")}
+    assert all(by_board[question.fields["board"]] == question.id for question in train), "in every order"
+
+
+def test_columns_that_tell_nothing_apart_make_no_second_question(tmp_path: Path) -> None:
+    """Such as the number of a row: the same question would be trained on and held out."""
+    rows = [{"question": f"{i % 4}?", "answer": i % 4, "row": i} for i in range(8)]
+    task = load(write_lines(tmp_path / "a.jsonl", rows), eval_path=write_lines(tmp_path / "b.jsonl", rows[7:]))
+    assert texts(task, "train") == ["0?", "1?", "2?"]
+    (tmp_path / "mine.py").write_text("def score(question, answer): return 1.0", encoding="utf-8")
+    own = load(tmp_path / "a.jsonl", score=f"{tmp_path}/mine.py:score", eval_path=str(tmp_path / "b.jsonl"))
+    assert len(own.questions("train")) == 7, "a score function sees all columns"
+
+
+@pytest.mark.parametrize("more", [{}, {"board": "5"}])
+def test_another_answer_to_the_same_question_names_both_rows(tmp_path: Path, more: dict[str, str]) -> None:
+    rows = [
+        *ROWS,
+        {"question": "Who wins?", "answer": ["X", "x"], **more},
+        {"question": "Who  wins?", "answer": "O", **more},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", [*rows, *ROWS[:2]])
+    with pytest.raises(
+        ValueError, match=f"a.jsonl:{len(ROWS) + 2}: field 'answer' = 'O': .*a.jsonl:{len(ROWS) + 1} asks the same"
+    ):
+        load(path, eval_path=write_lines(tmp_path / "b.jsonl", ROWS[:2]))
 
 
 def test_one_question_in_two_spellings_of_unicode_is_not_both_trained_and_held_out(tmp_path: Path) -> None:
