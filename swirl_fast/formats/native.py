@@ -15,7 +15,7 @@ from typing import Any, Literal
 from swirl_fast.formats.format import CUT_OFF, Action, Call, malformed
 from swirl_fast.formats.syntaxes import CallError, Syntax, WrittenCall
 from swirl_fast.formats.tags import ANSWER_TAG
-from swirl_fast.tools.arguments import ArgumentError, checked_arguments, strict_json
+from swirl_fast.tools.arguments import ArgumentError, checked_arguments, fits, strict_json
 from swirl_fast.tools.tool import MAX_ARGUMENT_CHARS, ToolSpec
 
 MAX_CALLS = 32
@@ -113,19 +113,20 @@ def argument_text(spec: ToolSpec, arguments: dict[str, Any]) -> str:
 
 
 def _typed(call: WrittenCall, spec: ToolSpec) -> dict[str, Any]:
-    """Texts as values of the types that the schema names: what it says is text stays text, all else is read as JSON where it is JSON."""
+    """Texts as values of the types that the schema names: what is JSON is read as JSON, unless only the text itself fits the schema. A
+    JSON text in its quotes stays as it is where it fits, for templates write texts without quotes."""
     properties = spec.parameters.get("properties", {})
-    return {name: _value(text, properties.get(name, {})) for name, text in call.arguments.items()}
+    return {name: _value(spec, name, text, properties.get(name)) for name, text in call.arguments.items()}
 
 
-def _value(text: str, schema: Any) -> Any:
-    kinds = schema.get("type", ()) if isinstance(schema, dict) else ()
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    if kinds == ["string"]:
+def _value(spec: ToolSpec, name: str, text: str, schema: Any) -> Any:
+    if isinstance(schema, dict) and schema.get("type") in ("string", ["string"]):
         return text
     try:
         value = strict_json(text.strip())
     except ValueError:
         words = {"True": True, "False": False, "None": None}  # as templates in Jinja write them
-        return words.get(text.strip(), text)
+        value = words.get(text.strip(), text)
+    if fits(spec, name, text) and (isinstance(value, str) or not fits(spec, name, value)):
+        return text
     return value

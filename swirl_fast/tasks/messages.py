@@ -35,6 +35,7 @@ _ROLES = {
 }
 _TEXTS = ("text", "input_text", "output_text")  # types of content blocks
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_ANYTHING = {"type": "object", "properties": {}, "additionalProperties": True}  # of a tool whose schema the log lacks
 _ENDLESS = 1 << 31  # characters of a call: what was logged was accepted, and tools of logs never run
 
 
@@ -178,9 +179,7 @@ class _Reader:
                     entry,
                 )
             keys = ("parameters", "input_schema", "inputSchema")
-            schema = next(
-                (inner[key] for key in keys if inner.get(key) is not None), {"type": "object", "properties": {}}
-            )
+            schema = next((inner[key] for key in keys if inner.get(key) is not None), _ANYTHING)
             description = inner.get("description") or ""
             if not isinstance(schema, Mapping) or not isinstance(description, str):
                 self._fail(place, "its parameters must be a JSON schema, and its description a text", entry)
@@ -474,7 +473,7 @@ def log_tool(name: str, description: str, parameters: Mapping[str, Any]) -> Tool
 
 def open_tool(name: str) -> ToolSpec:
     """Of a log that has no schemas: any arguments."""
-    return log_tool(name, "", {"type": "object", "properties": {}, "additionalProperties": True})
+    return log_tool(name, "", _ANYTHING)
 
 
 def _arguments_in(text: str) -> Any:

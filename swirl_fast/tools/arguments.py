@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -41,10 +42,10 @@ def checked_arguments(spec: ToolSpec, arguments: Any, usage: str | None = None) 
         raise ArgumentError(f"The arguments of {spec.name} cannot be read: {problem}. Write {usage}.") from None
     known = spec.parameters.get("properties", {})
     missing = [name for name in spec.parameters.get("required", ()) if name not in arguments]
-    surplus = [name for name in arguments if name not in known]
+    surplus = [name for name in arguments if name not in known and not _is_open(spec, name)]
     if missing:
         raise ArgumentError(f"The call of {spec.name} lacks {', '.join(missing)}. Write {usage}.")
-    if surplus and not spec.parameters.get("additionalProperties", False):
+    if surplus:
         allowed = ", ".join(known) or "no arguments"
         raise ArgumentError(f"{spec.name} does not know {', '.join(surplus)[:100]}; it takes {allowed}.")
     try:
@@ -58,6 +59,24 @@ def checked_arguments(spec: ToolSpec, arguments: Any, usage: str | None = None) 
         if isinstance(value, float) and isinstance(schema, Mapping) and schema.get("type") == "integer":
             arguments[name] = int(value)  # 3.0 is a whole number to JSON
     return arguments
+
+
+def _is_open(spec: ToolSpec, name: str) -> bool:
+    """Whether a tool takes an argument that is not among its properties: JSON Schema lets all pass where nothing is said of them; here it
+    must say so, or say nothing of any argument. What it says of them, the whole schema checks."""
+    schema = spec.parameters
+    if "properties" not in schema or schema.get("additionalProperties", False) is not False:
+        return True
+    return any(re.search(pattern, name) for pattern in schema.get("patternProperties", ()))
+
+
+def fits(spec: ToolSpec, name: str, value: Any) -> bool:
+    """Whether an argument may have a value."""
+    schema = spec.parameters.get("properties", {}).get(name, True)
+    try:
+        return next(_validator(json.dumps(spec.parameters)).descend(value, schema), None) is None
+    except (ArithmeticError, RecursionError):
+        return False
 
 
 def _said(spec: ToolSpec, arguments: dict[str, Any], error: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -263,6 +264,75 @@ def test_texts_get_the_types_of_the_schema() -> None:
     assert parse("qwen_xml", spaced).arguments == {"expression": "  1\n+ 2 "}, (
         "one line break on either side is the template's"
     )
+
+
+REFERRED = {"$ref": "#/$defs/Code"}
+
+
+@pytest.mark.parametrize("syntax", ["qwen_xml", "glm", "atem"])
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "12345", "12345"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "None", None),
+        ({"type": ["string", "null"]}, "12345", "12345"),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"type": ["string", "null"]}, '"a"', '"a"'),
+        ({"type": ["string", "integer"]}, "12345", 12345),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"enum": [1, 2]}, "1", 1),
+        ({"enum": ["a", "b"]}, '"a"', "a"),
+        ({"const": "true"}, "true", "true"),
+        (REFERRED, "007", "007"),
+        (REFERRED, "7", "7"),
+        (True, "7", 7),
+        ({}, "[7]", [7]),
+        ({"type": "string", "maxLength": 9}, "7", "7"),
+        ({"type": "array", "items": {"type": "string"}}, '["7"]', ["7"]),
+    ],
+)
+def test_a_text_stays_one_where_only_a_text_fits(syntax: str, schema: Any, text: str, value: Any) -> None:
+    parameters = {"type": "object", "properties": {"value": schema}, "$defs": {"Code": {"type": "string"}}}
+    form = {
+        "qwen_xml": f"<parameter=value>\n{text}\n</parameter>",
+        "glm": f"<arg_key>value</arg_key>\n<arg_value>{text}</arg_value>",
+        "atem": f'<atem:parameter name="value">{text}</atem:parameter>',
+    }
+    turn = written(syntax, arguments=form[syntax])
+    action = NativeFormat(BY_NAME[syntax]).parse(turn, [replace(CONVERT, parameters=parameters)])
+    assert action.arguments == {"value": value} and type(action.arguments["value"]) is type(value), action.error
+
+
+@pytest.mark.parametrize(
+    ("parameters", "arguments", "said"),
+    [
+        ({"type": "object"}, '{"x": 1}', ""),
+        ({}, '{"x": 1}', ""),
+        ({"properties": {}}, '{"x": 1}', "does not know x; it takes no arguments"),
+        ({"properties": {}, "additionalProperties": {}}, '{"x": 1}', ""),
+        ({"properties": {}, "additionalProperties": True}, '{"x": 1}', ""),
+        (
+            {"properties": {}, "additionalProperties": {"type": "string"}},
+            '{"x": 1}',
+            "The argument x of convert is 1: must be text",
+        ),
+        ({"properties": {}, "additionalProperties": False}, '{"x": 1}', "does not know x"),
+        ({"additionalProperties": False}, '{"x": 1}', "'x' was unexpected"),
+        ({"properties": {"y": {}}, "patternProperties": {"^x": {"type": "integer"}}}, '{"x1": 1, "y": 2}', ""),
+        (
+            {"properties": {"y": {}}, "patternProperties": {"^x": {"type": "integer"}}},
+            '{"x1": "1"}',
+            "must be whole number",
+        ),
+        ({"properties": {"y": {}}, "patternProperties": {"^x": {}}}, '{"z": 1}', "does not know z; it takes y"),
+        ({"$ref": "#/$defs/All", "$defs": {"All": {"required": ["x"]}}}, '{"y": 1}', "'x' is a required property"),
+        ({"properties": {"x": {}, "y": {}}, "minProperties": 1}, "{}", "The arguments of convert are {}"),
+    ],
+)
+def test_which_arguments_a_schema_lets_pass(parameters: dict, arguments: str, said: str) -> None:
+    turn = written("hermes", arguments=arguments)
+    action = NativeFormat(BY_NAME["hermes"]).parse(turn, [replace(CONVERT, parameters=parameters)])
+    assert action.kind == ("malformed" if said else "tool") and said in action.error, action
 
 
 def test_what_stands_outside_calls_answers_and_thoughts_is_counted() -> None:

@@ -15,6 +15,7 @@ from support.paths import DATA
 
 from swirl_fast.tasks.logs import read_log
 from swirl_fast.tasks.messages import BrokenRow, Conversation, read_conversation
+from swirl_fast.tools.arguments import checked_arguments
 
 WEATHER = {
     "name": "weather",
@@ -444,6 +445,12 @@ def test_schemas_with_references_and_those_that_are_true(parameters: dict[str, A
     row = messages({**CALLED, "tool_calls": [call({}, name="a")]}, tools=[{"name": "a", "parameters": parameters}])
     (spec,) = read_conversation("log.jsonl:1", row).tools
     assert spec.parameters == parameters and spec.text_parameter is None
+
+
+def test_a_tool_without_a_schema_takes_any_arguments() -> None:
+    row = messages({**CALLED, "tool_calls": [call({"x": 1}, name="a")]}, tools=[{"name": "a", "description": "A."}])
+    (spec,) = read_conversation("log.jsonl:1", row).tools
+    assert checked_arguments(spec, {"x": 1}) == {"x": 1} and spec.description == "A."
 
 
 @pytest.mark.skipif(not (DATA / "agent_process_bench").is_dir(), reason="the real logs are not here")
