@@ -194,7 +194,7 @@ class CollectConfig:
     """conversations: JSON Lines (also .gz, .bz2, .xz), a JSON list or Parquet, a conversation a row: messages of OpenAI, Anthropic or
     ShareGPT, with their tool calls, results and tool schemas."""
     eval_path: str | None = setting(None, reads="file")
-    """conversations: a file of held-out ones. null: a tenth of collect.path is held out, all with the same opening on one side."""
+    """conversations: a file of held-out ones. null: about a tenth of collect.path is held out, all with the same opening on one side."""
     broken_lines: Literal["error", "skip"] = "error"
     """conversations: what to do about a row that cannot be read. skip leaves it out and counts it."""
     trajectories_per_question: int = setting(5, minimum=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from swirl_fast.config import Config, ConfigError
 from swirl_fast.tasks.logs import read_log
 from swirl_fast.tasks.messages import BrokenRow, Conversation, open_tool
-from swirl_fast.tasks.rows import HELD_OUT, plain_name
+from swirl_fast.tasks.rows import HELD_OUT, held_out_groups, plain_name
 from swirl_fast.tasks.scoring import ZERO
 from swirl_fast.tasks.task import Question, Score, Split, TaskDefaults
 from swirl_fast.tools import describe_tools
@@ -51,9 +51,10 @@ class _Entry:
 class Conversations(LogPart):
     """Reads the log once, and keeps of each conversation no more than its question and its keys.
 
-    Held out are those of collect.eval_path, or else a tenth, by a hash of the messages before the first action: so conversations with the
-    same opening, as several attempts at one question are, all lie on the same side, in whatever order the log has them. Where all have the
-    same opening, a hash of the whole conversation decides. A conversation that comes again is left out.
+    Held out are those of collect.eval_path, or else about a tenth, by a hash of the messages before the first action: so conversations with
+    the same opening, as several attempts at one question are, all lie on the same side, in whatever order the log has them. An opening of
+    more than half of them, such as a greeting, says little: there a hash of the whole conversation decides. A conversation that comes again
+    is left out.
 
     notes: what was left out, in sentences. Raises ValueError for a row that cannot be read, with file, line, field and remedy, unless
     collect.broken_lines=skip; ConfigError where nothing is left.
@@ -151,8 +152,11 @@ class Conversations(LogPart):
     def _split(self, indexed: dict[str, list[_Entry]], config: Config) -> dict[Split, list[_Entry]]:
         train = indexed["train"]
         entries = [*train, *indexed.get("eval", ())]
-        alike = len({entry.opening for entry in entries}) == 1
-        key = (lambda entry: entry.content[:8]) if alike else (lambda entry: entry.opening)
+        shared = Counter(entry.opening for entry in entries)
+
+        def key(entry: _Entry) -> bytes:
+            return entry.content[:8] if 2 * shared[entry.opening] > len(entries) else entry.opening
+
         if "eval" in indexed:
             held_out = {key(entry) for entry in indexed["eval"]}
             kept = [entry for entry in train if key(entry) not in held_out]
@@ -165,17 +169,18 @@ class Conversations(LogPart):
                     f"collect.path={config.collect.path}: every conversation is also held out; give another collect.eval_path"
                 )
             return {"train": kept, "eval": indexed["eval"]}
-        keys = {key(entry) for entry in train}
-        if len(keys) < 2:
+        sizes = Counter(map(key, train))
+        if len(sizes) < 2:
             raise ConfigError(
                 f"collect.path={config.collect.path}: {len(train)} conversation(s) cannot be split into those to train on and those to "
                 "evaluate on; give more, or collect.eval_path"
             )
-        held_out = set(sorted(keys)[: max(1, round(len(keys) * HELD_OUT))])
-        return {
-            "train": [entry for entry in train if key(entry) not in held_out],
-            "eval": [entry for entry in train if key(entry) in held_out],
-        }
+        held_out = held_out_groups(sizes, HELD_OUT)
+        kept_out = [entry for entry in train if key(entry) in held_out]
+        self.notes.append(
+            f"{len(kept_out)} of {len(train)} conversations are held out; collect.eval_path gives them a file of their own"
+        )
+        return {"train": [entry for entry in train if key(entry) not in held_out], "eval": kept_out}
 
     def _limited(self, split: Split, entries: list[_Entry], limit: int) -> dict[int, Question]:
         """Number of the row -> its question, in order."""

@@ -10,9 +10,9 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from swirl_fast.config import ConfigError
 from swirl_fast.config.check import looks_like_file
@@ -27,6 +27,7 @@ _FOREIGN = {
     b"ARROW1": "an Arrow file",
     b"SQLite format 3": "a database",
 }
+Key = TypeVar("Key", str, bytes)
 HELD_OUT = 0.1  # share of the rows, from the end, that is held out when there is no eval_path
 
 
@@ -76,6 +77,22 @@ def read_splits(path: str | None, eval_path: str | None, hub: tuple[str, str]) -
     if len(rows) <= held_out:
         raise ConfigError(f"tasks.path={path}: {len(rows)} rows cannot be split; give at least 2, or tasks.eval_path")
     return {"train": rows[:-held_out], "eval": rows[-held_out:]}
+
+
+def held_out_groups(sizes: Mapping[Key, int], share: float) -> set[Key]:
+    """Of groups that are not divided, those with the smallest keys, until they have about the share of all: a group that would make it more
+    than half as much again is passed over. The smallest group where none is small enough.
+
+    sizes: by keys that are hashes, so that the choice is the same in every order, and a later group moves few.
+    """
+    wanted = max(1, round(share * sum(sizes.values())))
+    found: set[Key] = set()
+    held = 0
+    for key in sorted(sizes):
+        if held < wanted and held + sizes[key] <= 1.5 * wanted:
+            found.add(key)
+            held += sizes[key]
+    return found or {min(sizes, key=lambda key: (sizes[key], key))}
 
 
 def gold_answers(value: object) -> tuple[str, ...] | None:

@@ -19,12 +19,12 @@ import numpy as np
 
 from swirl_fast.config import ConfigError, TasksConfig
 from swirl_fast.tasks.gsm8k import GSM8K
-from swirl_fast.tasks.rows import Row, read_splits
+from swirl_fast.tasks.rows import Row, held_out_groups, read_splits
 from swirl_fast.tasks.scoring import number
 from swirl_fast.tasks.task import Split
 from swirl_fast.tools.arithmetic import CalculationError, evaluate
 
-HELD_OUT = 0.3  # share of the rows that is held out, at least, where there is no eval_path
+HELD_OUT = 0.3  # share of the rows that is held out, about, where there is no eval_path
 ALIKE = 0.5  # shared words over all words of two rows (Jaccard), above which they tell one story
 BLOCK = 512  # rows that are compared with all others at a time
 
@@ -70,12 +70,8 @@ class SVAMP(GSM8K):
 def held_out_rows(texts: Sequence[str]) -> set[int]:
     """Places of the rows of the stories that are held out: those whose hash is smallest, until they have HELD_OUT of all rows."""
     by_hash = {min(_hash(texts[at]) for at in story): story for story in stories(texts)}
-    found: set[int] = set()
-    for _, story in sorted(by_hash.items()):
-        if len(found) >= HELD_OUT * len(texts):
-            break
-        found |= story
-    return found
+    chosen = held_out_groups({key: len(story) for key, story in by_hash.items()}, HELD_OUT)
+    return set().union(*(by_hash[key] for key in chosen))
 
 
 def stories(texts: Sequence[str]) -> list[set[int]]:

@@ -72,14 +72,17 @@ def test_conversations_with_the_same_opening_lie_on_one_side(tmp_path: Path) -> 
     assert all(read.question == question.text and read.id == question.id for question, read in pairs)
     assert set(texts(opened(tmp_path, list(reversed(rows))), "eval")) == held_out
     grown = opened(tmp_path, [*rows, *(log(f"more {i}", id=f"m{i}") for i in range(40))])
-    assert len(set(texts(grown, "eval"))) == 8 and len(held_out & set(texts(grown, "eval"))) >= 3
+    assert 16 <= len(grown.questions("eval")) <= 18 and len(held_out & set(texts(grown, "eval"))) >= 3
 
 
 def test_duplicates_are_left_out_and_never_on_both_sides(tmp_path: Path) -> None:
     rows = [log(f"q{i}") for i in range(30)]
     task = opened(tmp_path, [*rows, *rows, *rows[:3]])
     assert len(task.questions("train")) + len(task.questions("eval")) == 30
-    assert task.notes == [f"33 conversations of {tmp_path / 'log.jsonl'} come a second time and are left out"]
+    assert task.notes == [
+        f"33 conversations of {tmp_path / 'log.jsonl'} come a second time and are left out",
+        "3 of 30 conversations are held out; collect.eval_path gives them a file of their own",
+    ]
     ids = [question.id for split in ("train", "eval") for question in task.questions(split)]  # type: ignore[arg-type]
     assert len(set(ids)) == 30 and all(id_.startswith("log-") for id_ in ids)
 
@@ -88,6 +91,34 @@ def test_where_all_have_one_opening_the_whole_decides(tmp_path: Path) -> None:
     rows = [log("Hello", {"role": "assistant", "content": f"Hello {i}"}) for i in range(30)]
     task = opened(tmp_path, rows)
     assert task.questions("eval") and len(task.questions("train")) + len(task.questions("eval")) == 30
+
+
+@pytest.mark.parametrize(
+    ("openings", "least", "most"),
+    [
+        ({"Hi": 99, "x": 1}, 10, 10),
+        ({"Hi": 60, **{f"q{i}": 1 for i in range(40)}}, 10, 10),
+        ({"Hi": 45, "Hello": 45, **{f"q{i}": 1 for i in range(10)}}, 10, 10),
+        ({f"q{i}": 30 if i < 3 else 1 for i in range(30)}, 10, 15),
+        ({f"q{i}": 4 for i in range(5)}, 4, 4),
+        ({"a": 33, "b": 34, "c": 33}, 33, 33),
+        ({"a": 50, "b": 50}, 50, 50),
+    ],
+)
+def test_about_a_tenth_is_held_out_whatever_they_begin_with(
+    tmp_path: Path, openings: dict[str, int], least: int, most: int
+) -> None:
+    rows = [
+        log(opening, {"role": "assistant", "content": f"{opening} {i}"})
+        for opening in openings
+        for i in range(openings[opening])
+    ]
+    task = opened(tmp_path, rows)
+    held_out = len(task.questions("eval"))
+    assert least <= held_out <= most and held_out + len(task.questions("train")) == len(rows)
+    both = set(texts(task, "train")) & set(texts(task, "eval"))
+    assert both <= {"Hi"} and f"{held_out} of {len(rows)} conversations are held out" in task.notes[-1]
+    assert sorted(texts(opened(tmp_path, rows[::-1]), "eval")) == sorted(texts(task, "eval"))
 
 
 def test_a_held_out_file_of_its_own(tmp_path: Path) -> None:
@@ -124,7 +155,7 @@ def test_a_part_for_each_set_of_tools(tmp_path: Path) -> None:
 def test_limits_are_said(tmp_path: Path) -> None:
     task = opened(tmp_path, [log(f"q{i}") for i in range(60)], "tasks.limit=5", "tasks.eval_limit=1")
     assert len(task.questions("train")) == 5 and len(task.questions("eval")) == 1
-    assert ["tasks.limit=5" in task.notes[0], "tasks.eval_limit=1" in task.notes[1]] == [True, True]
+    assert ["tasks.limit=5" in task.notes[1], "tasks.eval_limit=1" in task.notes[2]] == [True, True]
 
 
 def test_broken_rows_stop_the_reading_or_are_counted(tmp_path: Path) -> None:

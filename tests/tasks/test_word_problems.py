@@ -14,7 +14,7 @@ from swirl_fast.config import ConfigError, RulesConfig, TasksConfig, load
 from swirl_fast.judges.rules import RulesJudge
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.scoring import ZERO, number
-from swirl_fast.tasks.svamp import bare
+from swirl_fast.tasks.svamp import HELD_OUT, bare, held_out_rows
 from swirl_fast.tasks.two_step import TEMPLATES
 from swirl_fast.tools import describe_tools
 from swirl_fast.tools.arithmetic import evaluate, render_value
@@ -80,6 +80,18 @@ def test_svamp_holds_whole_stories_out_whatever_the_seed_and_the_order(tmp_path:
     assert set(texts(other, "eval")) == set(texts(task, "eval"))
     assert texts(svamp(path, limit=3, eval_limit=2), "eval") == texts(task, "eval")[:2]
     assert texts(svamp(path, limit=3, skip=2), "train") == texts(task, "train")[2:5]
+
+
+@pytest.mark.parametrize("salt", "abcde")  # other words, and so other hashes
+@pytest.mark.parametrize("sizes", [[90, 2, 3, 5], [70, *range(1, 8)], [1] * 26, [5] * 20, [40, 40, 20]])
+def test_a_large_story_is_not_held_out_where_smaller_ones_will_do(sizes: list[int], salt: str) -> None:
+    stories = [" ".join(f"{salt}{chr(97 + story)}{chr(97 + i)}" for i in range(9)) for story in range(len(sizes))]
+    told = [story for story, size in zip(stories, sizes, strict=True) for _ in range(size)]
+    held_out = held_out_rows(told)
+    most, kept_out = 1.5 * HELD_OUT * len(told), {told[at] for at in held_out}
+    fitting = sum(size for size in sizes if size <= most)
+    assert min(fitting, HELD_OUT * len(told)) / 2 <= len(held_out) <= most
+    assert held_out == {at for at, text in enumerate(told) if text in kept_out}
 
 
 @pytest.mark.parametrize(
