@@ -116,6 +116,7 @@ class _Reader:
         self._found: list[Message] = []
         self._waiting: list[_Waiting] = []
         self._calls = self._turns = 0
+        self._calls_in_text = True
         self._tools: dict[str, ToolSpec] = {}
 
     def read(self, row: Any) -> Conversation:
@@ -123,6 +124,7 @@ class _Reader:
         self._tools = {spec.name: spec for spec in self._read_tools(table.get("tools") or table.get("functions"))}
         if table.get("system") not in (None, ""):
             self._add({"role": "system", "content": self._text(table["system"], "system")}, "system")
+        self._calls_in_text = not any(map(_has_calls, items))
         for i, item in enumerate(items):
             for message in self._read_message(item, f"{key}[{i}]"):
                 self._add(message, f"{key}[{i}]")
@@ -328,9 +330,10 @@ class _Reader:
 
     def _with_calls_in_text(self, message: Message, place: str) -> Message:
         """Where calls have no other place: ShareGPT has none, and an endpoint without a parser of calls fills none. Hermes and Qwen write
-        `<tool_call>{…}</tool_call>`."""
-        written, around = _blocks(message["content"], "tool_call")
-        if not written or "tool_calls" in message:
+        `<tool_call>{…}</tool_call>`. Beside messages that have their calls in a place of their own it is a call that the model got wrong,
+        and stays what it wrote."""
+        written, around = _blocks(message["content"], "tool_call") if self._calls_in_text else ([], "")
+        if not written:
             return message
         calls = [self._called(self._json(text, place), place) for text in written]
         return {**message, "content": around.strip(), "tool_calls": calls}
@@ -437,6 +440,20 @@ class _Reader:
                     places = {call["id"]: place for place, call in reversed(list(enumerate(calls, 1)))}
             keys.append((start, places.get(message["tool_call_id"], len(places) + 1) if at > start else 0))
         self._found = [message for _, message in sorted(zip(keys, self._found, strict=True), key=lambda pair: pair[0])]
+
+
+def _has_calls(item: Any) -> bool:
+    """Whether a message of a log has calls outside its text."""
+    if not isinstance(item, Mapping):
+        return False
+    content = item.get("content")
+    blocks = content if isinstance(content, list) else []
+    return bool(
+        item.get("tool_calls")
+        or item.get("function_call")
+        or "function_call" in (item.get("role"), item.get("from"))
+        or any(isinstance(block, Mapping) and block.get("type") == "tool_use" for block in blocks)
+    )
 
 
 def _blocks(text: str, tag: str) -> tuple[list[str], str]:

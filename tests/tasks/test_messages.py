@@ -181,6 +181,27 @@ def test_texts_that_only_look_like_calls_and_results_stay() -> None:
     assert [len(m.get("tool_calls", ())) for m in read.messages] == [0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("wrong", ["<tool_call>plain words</tool_call>", IN_TEXT])
+@pytest.mark.parametrize(
+    "called",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [call()]},
+        {"role": "assistant", "content": None, "function_call": call()["function"]},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "c1", "name": "weather", "input": {"town": "Bonn"}}],
+        },
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"town": "Bonn"}}'},
+    ],
+)
+def test_beside_calls_in_a_place_of_their_own_texts_are_what_the_model_wrote(
+    called: dict[str, Any], wrong: str
+) -> None:
+    read = read_conversation("f:1", [USER, {"role": "assistant", "content": wrong}, USER, called])
+    assert read.messages[1] == {"role": "assistant", "content": wrong}
+    assert len(read.messages[3]["tool_calls"]) == 1
+
+
 @pytest.mark.parametrize(
     "text", ["<tool_call>", "<tool_response>" + " " * 300_000, "<tool_call>{</tool_call", "<think>", "</think>"]
 )
