@@ -235,9 +235,10 @@ def test_the_numbers_of_a_study_are_those_of_its_cells(file: Path) -> None:
     study = json.loads(file.read_text(encoding="utf-8"))
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in (file.with_suffix("") / "cells").glob("*.json")]
     results = {(cell["arm"], cell["seed"]): cell for cell in cells}
-    evaluations, arms = list(cells[0]["evaluations"]), list(study["arms"])
     pairs = {name: tuple(pair["arms"]) for name, pair in study.get("pairs", {}).items()}
     fewer = study.get("fewer_seeds", {})
+    evaluations = list(cells[0]["evaluations"])
+    arms = list(dict.fromkeys([*study["arms"], *fewer]))  # the summary leaves out an arm without any cell
     again = summarise(arms, evaluations, study["seeds"], tuple(study["compare"]), results, pairs, fewer)  # type: ignore[arg-type]
     assert len(results) == len(cells)
     assert study["complete"] == (len(cells) == sum(len(fewer.get(arm, study["seeds"])) for arm in arms))
