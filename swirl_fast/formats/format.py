@@ -86,16 +86,17 @@ def without_thoughts(text: str) -> str:
     head, closed, rest = text.partition("</think>")
     if not closed:
         return text
-    return (head.split("<think>", 1)[0] if "<think>" in head else "") + without_blocks(rest, "<think>", "</think>")
+    return (head.split("<think>", 1)[0] if "<think>" in head else "") + blocks(rest, "<think>", "</think>")[1]
 
 
-def without_blocks(text: str, opening: str, closing: str) -> str:
-    """Without the marks and what stands between them. Linear in the length: a pattern looks for its end from every beginning."""
-    kept, at = [], 0
+def blocks(text: str, opening: str, closing: str) -> tuple[list[str], str]:
+    """(the texts between two marks, the text around them). Linear in the length: a pattern looks for its end from every beginning."""
+    inside, around, at = [], [], 0
     while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
-        kept.append(text[at:start])
+        inside.append(text[start + len(opening) : end])
+        around.append(text[at:start])
         at = end + len(closing)
-    return "".join([*kept, text[at:]])
+    return inside, "".join([*around, text[at:]])
 
 
 def observation_of(calls: Collection[Call], results: Collection[str]) -> str:

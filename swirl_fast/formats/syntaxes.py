@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from swirl_fast.formats.format import without_blocks, without_thoughts
+from swirl_fast.formats.format import blocks, without_thoughts
 from swirl_fast.tools.arguments import strict_json
 
 
@@ -347,7 +347,7 @@ SYNTAXES = (
     Syntax(
         "gemma",
         _between("<|tool_call>", "<tool_call|>", _gemma_call),
-        lambda text: without_blocks(text, "<|channel>thought\n", "<channel|>"),
+        lambda text: blocks(text, "<|channel>thought\n", "<channel|>")[1],
     ),
     Syntax("harmony", _harmony, lambda text: _HARMONY_THOUGHT.sub("", text)),
     Syntax("deepseek", _between("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _deepseek_calls)),

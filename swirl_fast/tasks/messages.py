@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
+from swirl_fast.formats.format import blocks
 from swirl_fast.tools.arguments import check_json, schema_problem, strict_json
 from swirl_fast.tools.characters import whole_values
 from swirl_fast.tools.tool import ToolSpec
@@ -332,20 +333,21 @@ class _Reader:
         """Where calls have no other place: ShareGPT has none, and an endpoint without a parser of calls fills none. Hermes and Qwen write
         `<tool_call>{…}</tool_call>`. Beside messages that have their calls in a place of their own it is a call that the model got wrong,
         and stays what it wrote."""
-        written, around = _blocks(message["content"], "tool_call") if self._calls_in_text else ([], "")
+        written, around = blocks(message["content"], "<tool_call>", "</tool_call>") if self._calls_in_text else ([], "")
         if not written:
             return message
-        calls = [self._called(self._json(text, place), place) for text in written]
+        calls = [self._called(self._json(text.strip(), place), place) for text in written]
         return {**message, "content": around.strip(), "tool_calls": calls}
 
     def _results(self, item: Mapping[str, Any], role: str, text: str, place: str) -> Iterator[Message]:
         """Of a message of a tool, or of the user: their templates write results as `<tool_response>…</tool_response>`, several perhaps."""
-        results, around = _blocks(text, "tool_response")
+        results, around = blocks(text, "<tool_response>", "</tool_response>")
         id_ = item.get("tool_call_id")
         if role == "tool" and (around.strip() or not results or id_):
-            results, around = [text], ""
+            yield self._result(id_, item.get("name"), text, place)
+            return
         for result in results:
-            yield self._result(id_, item.get("name"), result, place)
+            yield self._result(id_, item.get("name"), result.strip(), place)
         if role == "user" and (around.strip() or not results):
             yield {"role": "user", "content": around.strip() if results else text}
 
@@ -454,17 +456,6 @@ def _has_calls(item: Any) -> bool:
         or "function_call" in (item.get("role"), item.get("from"))
         or any(isinstance(block, Mapping) and block.get("type") == "tool_use" for block in blocks)
     )
-
-
-def _blocks(text: str, tag: str) -> tuple[list[str], str]:
-    """(the texts between <tag> and </tag>, the text around them)."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    inside, around, at = [], [], 0
-    while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
-        inside.append(text[start + len(opening) : end].strip())
-        around.append(text[at:start])
-        at = end + len(closing)
-    return inside, "".join([*around, text[at:]])
 
 
 def _without_thoughts(text: str) -> tuple[str, str]:
