@@ -8,6 +8,7 @@ only in a text.
 from swirl_fast.config.check import check, refuse_secrets, task_configs
 from swirl_fast.config.engine_schema import EngineConfig, LaunchConfig, WeightSyncConfig
 from swirl_fast.config.error import ConfigError
+from swirl_fast.config.judge_schema import EndpointConfig, JudgeConfig, RecordedActionConfig, RulesConfig
 from swirl_fast.config.load import dump, load
 from swirl_fast.config.schema import (
     EMBEDDED_MODEL,
@@ -15,14 +16,10 @@ from swirl_fast.config.schema import (
     AlgorithmConfig,
     CollectConfig,
     Config,
-    EndpointConfig,
     EvaluateConfig,
     FilterConfig,
-    JudgeConfig,
     LoraConfig,
     ModelConfig,
-    RecordedActionConfig,
-    RulesConfig,
     RunConfig,
     SearchConfig,
     TasksConfig,

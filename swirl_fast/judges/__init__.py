@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from swirl_fast.config import ConfigError, JudgeConfig
+from swirl_fast.config.judge_schema import JUDGES
 from swirl_fast.config.references import is_reference
-from swirl_fast.config.schema import JUDGES
 from swirl_fast.formats.format import Format
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import Judge

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from swirl_fast.config import ConfigError
+from swirl_fast.config.judge_schema import JUDGES
 from swirl_fast.config.references import identity, load, running
-from swirl_fast.config.schema import JUDGES
 from swirl_fast.formats.format import Action, Format
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import tool_identities

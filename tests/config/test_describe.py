@@ -16,7 +16,8 @@ from swirl_fast import cli
 from swirl_fast.config import Config, load
 from swirl_fast.config.describe import document, meaning, meanings
 from swirl_fast.config.fields import Range, sections, settings
-from swirl_fast.config.schema import CHECKPOINTING, COVERAGES, TASKS
+from swirl_fast.config.judge_schema import COVERAGES
+from swirl_fast.config.schema import CHECKPOINTING, TASKS
 from swirl_fast.experiments import grid
 from swirl_fast.tasks import _KINDS
 from swirl_fast.tools.search.dense import INDEXES

@@ -41,7 +41,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from swirl_fast.config import ConfigError, RulesConfig
-from swirl_fast.config.schema import COVERAGES
+from swirl_fast.config.judge_schema import COVERAGES
 from swirl_fast.formats.format import Action, Call, Format, results_in
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import tool_identities
