@@ -71,6 +71,9 @@ class Trajectory:
     tokens: NDArray[np.int32]
     steps: list[Step] = field(default_factory=list)
     finish: Finish | None = None  # None: still being collected
+    other_answers: tuple[
+        str, ...
+    ] = ()  # of the other trajectories of its question, where judge.self_consistency asks for them
 
     def __post_init__(self) -> None:
         self.tokens = np.asarray(self.tokens, np.int32)
@@ -105,14 +108,16 @@ class Trajectory:
 
     def view(self, i: int) -> StepView:
         """What a judge sees of step i."""
-        return StepView(self.task, self.question, self._turns(i), self.steps[i].text)
+        return StepView(self.task, self.question, self._turns(i), self.steps[i].text, None, self.other_answers)
 
     def views(self, recorded: bool = False) -> list[StepView]:
         """What a judge sees of each step; the turns in their histories are shared. recorded: with the step as the recorded one of its
         state."""
         turns = self._turns(self.num_steps)
         return [
-            StepView(self.task, self.question, turns[:i], step.text, step.recorded if recorded else None)
+            StepView(
+                self.task, self.question, turns[:i], step.text, step.recorded if recorded else None, self.other_answers
+            )
             for i, step in enumerate(self.steps)
         ]
 
@@ -152,7 +157,8 @@ class StepView:
     """One action with the text it followed: all that a process judge may look at (no gold answer, no later observation).
 
     history: (action text, observation text) of every earlier step. recorded: what was done at this state in the recorded trajectory, for
-    rewards that compare an action with it; None where nothing is recorded, as in an evaluation.
+    rewards that compare an action with it; None where nothing is recorded, as in an evaluation. other_answers: of the other trajectories
+    of the question, for judge.self_consistency; not part of `content_hash`, for verdicts are stored without the vote.
     """
 
     task: str
@@ -160,6 +166,7 @@ class StepView:
     history: tuple[tuple[str, str], ...]
     action_text: str
     recorded: str | None = None
+    other_answers: tuple[str, ...] = ()
 
     def content_hash(self) -> str:
         """Hex digest of everything a judge sees; the key under which its verdict is cached.

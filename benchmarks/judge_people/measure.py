@@ -3,6 +3,9 @@
     python -m benchmarks.judge_people --search FILE --calculator FILE --out FILE                 the rules judge, seconds
     python -m benchmarks.judge_people --search FILE --questions 20 --out FILE judge.kind=model judge.model.url=http://…/v1
 
+`search` and `calculator` are of the judge by itself. `self_consistency` is of the same verdicts under judge.self_consistency=true: an
+answer is also held against those of the other trajectories of its question in the file, whoever's they are.
+
 The files are AgentProcessBench's and GSM8K's own (trajectories.py says where they are from and how they are read); nothing of them is
 in the result. Every file is cut into halves by a hash of the question: `tune`, on which the rules judge was improved, and `check`, on
 which it was not.
@@ -29,10 +32,12 @@ from numpy.typing import NDArray
 from benchmarks.environment import environment
 from benchmarks.judge_people.trajectories import LabelledTrajectory, read_calculator, read_search
 from swirl_fast.config import load
+from swirl_fast.formats.tags import parse
 from swirl_fast.intervals import wilson
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.agreement import agreement
 from swirl_fast.judges.labels import LabelledStep
+from swirl_fast.judges.self_consistency import by_vote
 from swirl_fast.verdict import Judgement, Verdict
 
 HALVES = ("tune", "check")
@@ -158,6 +163,29 @@ def judged_by(overrides: Sequence[str], trajectories: Sequence[LabelledTrajector
     return judge.id, [(trajectory, [next(judgements) for _ in trajectory.steps]) for trajectory in trajectories]
 
 
+def with_votes(judged: Sequence[Judged]) -> list[Judged]:
+    """The same with the votes on answers."""
+    answers = [_answer(trajectory) for trajectory, _ in judged]
+    called = [
+        any(parse(s.view.action_text, s.tools).kind == "tool" for s in trajectory.steps) for trajectory, _ in judged
+    ]
+    of_question: dict[str, list[int]] = {}
+    for at, (trajectory, _) in enumerate(judged):
+        of_question.setdefault(trajectory.question, []).append(at)
+    found = []
+    for at, (trajectory, judgements) in enumerate(judged):
+        others = [other for i in of_question[trajectory.question] if i != at and (other := answers[i]) is not None]
+        vote = None if (answer := answers[at]) is None else by_vote(answer, others, called[at])
+        found.append((trajectory, judgements if vote is None else [*judgements[:-1], vote]))
+    return found
+
+
+def _answer(trajectory: LabelledTrajectory) -> str | None:
+    last = trajectory.steps[-1]
+    action = parse(last.view.action_text, last.tools)
+    return action.argument if action.kind == "answer" else None
+
+
 def describe(name: str, halves: dict[str, Any]) -> str:
     """A table of steps and a line of trajectories for each half."""
     lines = []
@@ -209,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "environment": environment(),
         "settings": {"questions": options.questions, "config": options.overrides},
         "judges": {},
+        "self_consistency": {},
     }
     for name, path, read in (
         ("search", options.search, read_search),
@@ -217,8 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if path:
             found = _chosen(read(path), options.halves, options.questions)
             result["judges"][name], judged = judged_by(options.overrides, found)
-            result[name] = {half: measure([one for one in judged if one[0].half == half]) for half in options.halves}
-            print(describe(name, result[name]))
+            voted = with_votes(judged)
+            for report, what, of in ((result, name, judged), (result["self_consistency"], f"{name}, votes", voted)):
+                report[name] = {half: measure([one for one in of if one[0].half == half]) for half in options.halves}
+                print(describe(what, report[name]))
     if options.out:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

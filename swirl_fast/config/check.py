@@ -259,6 +259,18 @@ def _check_stages(config: Config, values: _Values) -> None:
             "collect.temperature",
             f"greedy trajectories are all alike, and {collect.trajectories_per_question} a question are asked for; set it above 0",
         )
+    if config.judge.self_consistency:
+        if config.judge.kind in ("reference", "recorded_action"):
+            fail(
+                "judge.self_consistency",
+                f"judge.kind={config.judge.kind} knows what is right without a vote; leave it out",
+            )
+        if collect.source != "policy" or collect.trajectories_per_question < 2:
+            fail(
+                "judge.self_consistency",
+                "needs several trajectories of a question: collect.source=policy and collect.trajectories_per_question of 2 or more, "
+                "such as 5",
+            )
     if config.judge.model.scale == 1:
         fail("judge.model.scale", "must be 0, for GOOD or BAD, or the best grade of at least 2, such as 5")
     if config.judge.model.read == "logprobs" and config.judge.model.scale > 9:

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from swirl_fast.data.store_file import connect, set_journal
 from swirl_fast.data.store_tables import (
@@ -40,12 +39,15 @@ from swirl_fast.data.store_tables import (
     check_types,
     columns,
     damaged,
+    end_hash,
     further_calls,
     further_text,
+    int32_bytes,
     json_of,
     natural,
     row_hash,
     text_of,
+    utf8,
 )
 from swirl_fast.files import canonical_json, describe_changes, lock
 from swirl_fast.formats.format import Action
@@ -55,6 +57,7 @@ from swirl_fast.verdict import Judgement, Verdict
 
 BATCH = 64  # trajectories read in one transaction
 KINDS = ("tool", "answer", "malformed")  # of an Action
+ARGUMENT = 7  # its place among the columns of steps
 
 
 def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
@@ -262,7 +265,7 @@ class Store:
         trajectory.check()
         name = f"{self.path}: trajectory {trajectory.id!r}"
         tokens, steps = trajectory.tokens, trajectory.steps
-        prompt = _to_bytes(tokens[: trajectory.prompt_length])
+        prompt = int32_bytes(tokens[: trajectory.prompt_length])
         finish = trajectory.finish.value if trajectory.finish else None
         head = (trajectory.question_id, str(trajectory.seed), prompt)
         question = self._row("SELECT task, text FROM questions WHERE id = ?", trajectory.question_id)
@@ -294,7 +297,7 @@ class Store:
             select = "SELECT start, stop, text, observation, tokens, hash FROM steps WHERE trajectory = ? AND i = ?"
             *stored, before = self._row(select, number, count - 1)
             last = tuple(stored)
-            step, after = steps[count - 1], _to_bytes(tokens[at - len(last[-1]) // 4 : at])
+            step, after = steps[count - 1], int32_bytes(tokens[at - len(last[-1]) // 4 : at])
             if (step.start, step.end, step.text, step.observation, after) != last:
                 raise ValueError(f"{name}: step {count - 1} differs from the recorded one")
         if len(steps) > count and steps[count].start < at:
@@ -308,12 +311,12 @@ class Store:
                 *("steps", number, i, step.start, step.end, step.text),
                 *(action.kind, action.tool, action.argument, action.error, further_text(action.further)),
                 *(step.observation, step.policy_version),
-                *(_to_bytes(tokens[at:until]), np.asarray(step.logprobs, "<f4").tobytes()),
+                *(int32_bytes(tokens[at:until]), np.asarray(step.logprobs, "<f4").tobytes()),
                 more=before,
             )
             at = until
         if finish != stored_finish:
-            found = row_hash(number, trajectory.id, *head, finish, _end(len(steps), before))
+            found = row_hash(number, trajectory.id, *head, finish, end_hash(len(steps), before))
             self._db.execute("UPDATE trajectories SET finish = ?, hash = ? WHERE number = ?", (finish, found, number))
 
     def ids(self, finished: bool | None = None) -> list[str]:
@@ -385,7 +388,7 @@ class Store:
             action = Action(kind, tool, argument, error, further=further_calls(self.path, row, further))
             steps.append(Step(start, stop, text, action, values, version, observation))
             tokens.append(after)
-        check_row(self.path, "trajectories", head, b"" if finish is None else _end(len(rows), before))
+        check_row(self.path, "trajectories", head, b"" if finish is None else end_hash(len(rows), before))
         try:
             trunk = np.frombuffer(b"".join(tokens), "<i4")
             ended = None if finish is None else Finish(finish)
@@ -398,6 +401,21 @@ class Store:
         except ValueError as error:
             raise damaged(self.path, "trajectories", head, error) from error
         return trajectory
+
+    def answers(self, ids: Sequence[str]) -> dict[str, list[str]]:
+        """Question id -> the answers of all its finished trajectories, of the questions that the trajectories with these ids are about."""
+        rows = self._db.execute(
+            f"SELECT t.question_id, b.hash, {columns('steps', 's.')} FROM trajectories t "
+            "JOIN steps s ON s.trajectory = t.number AND s.kind = 'answer' "
+            "LEFT JOIN steps b ON b.trajectory = t.number AND b.i = s.i - 1 WHERE t.finish = 'answer' AND t.question_id IN "
+            "(SELECT question_id FROM trajectories WHERE id IN (SELECT value FROM json_each(?))) ORDER BY t.number",
+            (json.dumps(ids),),
+        )
+        found: dict[str, list[str]] = {}
+        for question, before, *row in rows:
+            check_row(self.path, "steps", row, before or b"")
+            found.setdefault(question, []).append(row[ARGUMENT])
+        return found
 
     def count(self, ids: Sequence[str]) -> tuple[int, int]:
         """(steps, tokens) of the trajectories with these ids, prompts included."""
@@ -473,7 +491,7 @@ class Store:
         """A row of all columns but the last, which is the hash of the others and of `more`. Returns the hash."""
         found = row_hash(*values, more)
         places = ", ".join("CAST(? AS TEXT)" if isinstance(value, str) else "?" for value in (*values, found))
-        given = [_utf8(value) if isinstance(value, str) else value for value in (*values, found)]
+        given = [utf8(value) if isinstance(value, str) else value for value in (*values, found)]
         self._db.execute(f"{verb} INTO {table} VALUES ({places}) {then}", given)
         return found
 
@@ -482,17 +500,3 @@ class Store:
 
     def _value(self, sql: str) -> Any:
         return self._row(sql)[0]
-
-
-def _end(steps: int, last: bytes) -> bytes:
-    """What the hash of a finished trajectory covers of its steps."""
-    return b"%d " % steps + last
-
-
-def _to_bytes(tokens: NDArray[np.int32]) -> bytes:
-    return tokens.astype("<i4", copy=False).tobytes()
-
-
-def _utf8(text: str) -> bytes:
-    """For CAST(? AS TEXT): SQLite's own binding of a str refuses the lone surrogates that JSON answers may contain."""
-    return text.encode("utf-8", "surrogatepass")

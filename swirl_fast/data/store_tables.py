@@ -16,6 +16,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from swirl_fast.formats.format import Call
 
 SCHEMA = 3
@@ -114,6 +117,15 @@ def text_of(data: bytes) -> str | bytes:
         return data
 
 
+def utf8(text: str) -> bytes:
+    """For CAST(? AS TEXT): SQLite's own binding of a str refuses the lone surrogates that JSON answers may contain."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def int32_bytes(tokens: NDArray[np.int32]) -> bytes:
+    return tokens.astype("<i4", copy=False).tobytes()
+
+
 def natural(id_: str) -> tuple[list[str | int], str]:
     """For sorting: 2 before 10."""
     parts: list[str | int] = list(re.split(r"([0-9]+)", id_))
@@ -137,6 +149,11 @@ def row_hash(*values: Any) -> bytes:
         digest.update(b"%d:" % len(value))
         digest.update(value)
     return digest.digest()
+
+
+def end_hash(steps: int, last: bytes) -> bytes:
+    """What the hash of a finished trajectory covers of its steps. last: the hash of the last one."""
+    return b"%d " % steps + last
 
 
 def check_types(path: Path, table: str, row: Sequence[Any]) -> None:

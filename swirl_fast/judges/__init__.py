@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from swirl_fast.config import ConfigError, JudgeConfig
@@ -15,6 +16,7 @@ from swirl_fast.judges.own import OwnJudge, own_judge_id
 from swirl_fast.judges.recorded_action import RecordedActionJudge, recorded_action_judge_id
 from swirl_fast.judges.reference import ReferenceJudge, reference_judge_id
 from swirl_fast.judges.rules import RulesJudge
+from swirl_fast.judges.self_consistency import PREFIX, SelfConsistentJudge
 from swirl_fast.tasks.task import Split, Task
 from swirl_fast.tools.tool import ToolSpec
 
@@ -37,6 +39,23 @@ def load_judge(
 
     Raises ValueError, with the key, the value and the remedy, for a setting or an endpoint that cannot work.
     """
+    if not config.self_consistency:
+        return _judge_of_kind(config, tools_by_task, probe, tasks, form)
+    if not tasks:
+        raise ConfigError(
+            "judge.self_consistency=true holds answers against those of other trajectories, and labelled steps (judge --against) come "
+            "without any; leave it out"
+        )
+    return SelfConsistentJudge(_judge_of_kind(config, tools_by_task, probe, tasks, form), tools_by_task, form)
+
+
+def _judge_of_kind(
+    config: JudgeConfig,
+    tools_by_task: Mapping[str, Collection[ToolSpec]],
+    probe: bool,
+    tasks: Sequence[Task],
+    form: Format,
+) -> Judge:
     if config.kind == "rules":
         return RulesJudge(config.rules, tools_by_task, form)
     if config.kind == "model":
@@ -66,6 +85,8 @@ def judge_id(config: JudgeConfig, tools_by_task: Mapping[str, Collection[ToolSpe
 
     Raises ValueError for a setting that cannot work.
     """
+    if config.self_consistency:
+        return PREFIX + judge_id(replace(config, self_consistency=False), tools_by_task, form)
     if config.kind == "rules":
         return RulesJudge(config.rules, tools_by_task, form).id
     if config.kind == "model":

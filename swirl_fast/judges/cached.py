@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from swirl_fast.data.store import Store
 from swirl_fast.judges.judge import GIVEN_UP, NO_REPLY, Judge, Refusal, judge_malformed
+from swirl_fast.judges.self_consistency import add_other_answers, by_vote, stored_id, votes
 from swirl_fast.trajectory import StepView, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
@@ -85,7 +86,7 @@ def _store_answers(store: Store, judge_id: str, keys: Sequence[str], judgements:
 def lacks_verdict(store: Store, judge_id: str, trajectory: Trajectory) -> bool:
     """Whether the judge would be asked about a step of it."""
     pairs = zip(trajectory.steps, trajectory.content_hashes(), strict=True)
-    return bool(store.missing(judge_id, [key for step, key in pairs if step.action.kind != "malformed"]))
+    return bool(store.missing(stored_id(judge_id), [key for step, key in pairs if step.action.kind != "malformed"]))
 
 
 def judge_steps(
@@ -103,21 +104,26 @@ def judge_steps(
                         yield key, view
                 bar.update()
 
-    judge_missing(store, judge.id, steps(), judge.judge, what)
+    judge_missing(store, stored_id(judge.id), steps(), judge.judge, what)
 
 
 def judged_trajectories(
     store: Store, judge_id: str, ids: Sequence[str]
 ) -> Iterator[tuple[Trajectory, list[Judgement]]]:
-    """Each of these trajectories, in order, with one judgement a step; NOT_JUDGED where the judge was not asked yet."""
+    """Each of these trajectories, in order, with one judgement a step; NOT_JUDGED where the judge was not asked yet. Votes are counted
+    here, over all trajectories of the store."""
+    answers = store.answers(ids) if votes(judge_id) else None
     for batch in store.batches(ids):
         keys = [trajectory.content_hashes() for trajectory in batch]
-        stored = store.verdicts(judge_id, chain.from_iterable(keys))
+        stored = store.verdicts(stored_id(judge_id), chain.from_iterable(keys))
         for trajectory, hashes in zip(batch, keys, strict=True):
-            yield (
-                trajectory,
-                [
-                    judge_malformed(step.action) if step.action.kind == "malformed" else stored.get(key, NOT_JUDGED)
-                    for step, key in zip(trajectory.steps, hashes, strict=True)
-                ],
-            )
+            judgements = [
+                judge_malformed(step.action) if step.action.kind == "malformed" else stored.get(key, NOT_JUDGED)
+                for step, key in zip(trajectory.steps, hashes, strict=True)
+            ]
+            if answers is not None:
+                add_other_answers([trajectory], answers)
+                if trajectory.answer is not None and judgements[-1] is not NOT_JUDGED:
+                    called = any(step.action.kind == "tool" for step in trajectory.steps)
+                    judgements[-1] = by_vote(trajectory.answer, trajectory.other_answers, called) or judgements[-1]
+            yield trajectory, judgements

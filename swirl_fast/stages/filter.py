@@ -48,7 +48,7 @@ def filter(config: Config) -> None:
         verdicts = {candidate.id: candidate.verdicts for candidate in candidates}
         samples = (
             StepSample(one, list(verdicts[one.id]), [] if states is None else states.kept[one.id])
-            for one in store.trajectories(selection.kept)
+            for one, _ in judged_trajectories(store, judge_id, selection.kept)  # with the answers of others, for a vote
         )
         fingerprint = _fingerprint(config, task, store, judge_id)
         write_shards(config.folder / "shards", samples, fingerprint=fingerprint, replace=True)

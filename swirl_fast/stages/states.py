@@ -23,6 +23,7 @@ from swirl_fast.files import canonical_json
 from swirl_fast.judges import judge_id
 from swirl_fast.judges.cached import SILENT_CHUNK
 from swirl_fast.judges.judge import NO_REPLY
+from swirl_fast.judges.self_consistency import add_other_answers
 from swirl_fast.models.load import model_fingerprint
 from swirl_fast.rendering import open_format, open_renderer
 from swirl_fast.rollouts.at_states import judge_sampled, sample_actions
@@ -70,7 +71,9 @@ def _rewards(config: Config, task: Task, store: Store, ids: Sequence[str]) -> It
         bar = stack.enter_context(
             tqdm(desc="filter: states", total=len(ids), unit="trajectory", disable=None, leave=False)
         )
+        answers = store.answers(ids) if config.judge.self_consistency else {}
         for batch in store.batches(ids):
+            add_other_answers(batch, answers)
             keys = [_key(fingerprint, trajectory) for trajectory in batch]
             missing = [i for i, key in enumerate(keys) if key not in known]
             found = {
@@ -126,6 +129,8 @@ def _key(fingerprint: str, trajectory: Trajectory) -> str:
     cut_off = [step.recorded is None for step in trajectory.steps]
     digest = hashlib.sha256(canonical_json([fingerprint, trajectory.id, starts, cut_off]).encode())
     digest.update(trajectory.content_hashes()[-1].encode() + trajectory.tokens.tobytes())
+    if trajectory.other_answers:
+        digest.update(canonical_json(trajectory.other_answers).encode("utf-8", "surrogatepass"))
     return f"rewards/{digest.hexdigest()[:32]}"
 
 

@@ -21,6 +21,7 @@ from swirl_fast.files import describe_changes, read_json, write_json
 from swirl_fast.formats.format import Format
 from swirl_fast.judges import close_judge, judge_id, load_judge
 from swirl_fast.judges.judge import Judge
+from swirl_fast.judges.self_consistency import votes
 from swirl_fast.models.check import compare, refuse_disagreement, refuse_untold_windows, stored_alike
 from swirl_fast.models.exact import context_of, refuse_inexact
 from swirl_fast.models.load import DTYPES, load_config, load_model, load_tokenizer, local_folder, resolve, stored_dtype
@@ -243,6 +244,11 @@ def _open_training(config: Config, ranks: Ranks, stack: contextlib.ExitStack) ->
         return Training(config, ranks, None, None, marker)
     check_budget(config, stream.manifest, context_of(model_config))  # once more when an engine says what it can do
     judged = config.algorithm.name != "sft" and config.algorithm.reward == "process"
+    if judged and config.judge.self_consistency and not votes(str(stream.manifest.fingerprint.get("judge"))):
+        raise ConfigError(
+            "judge.self_consistency=true: the shards hold no answers of other trajectories, for they were filtered without it; run filter "
+            "again, with the same judge.* settings"
+        )
     judge = load_judge(config.judge, tools_by_task, probe=judged, tasks=list(parts_of(task).values()), form=form)
     stack.callback(close_judge, judge)
     renderer = open_renderer(config.model)

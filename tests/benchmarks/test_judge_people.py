@@ -120,7 +120,9 @@ def test_the_command_measures_both_halves_and_keeps_no_text(
     text = out.read_text(encoding="utf-8")
     result = json.loads(text)
     assert result["judges"]["search"].startswith("rules-v") and "fox" not in text and "pens" not in text
+    assert result["self_consistency"].keys() == {"search", "calculator"}
     for name in ("search", "calculator"):
+        assert result["self_consistency"][name].keys() == result[name].keys()
         assert sum(result[name][half]["questions"] for half in measure.HALVES) == 6
         for half in measure.HALVES:
             assert (
@@ -133,6 +135,23 @@ def test_the_command_measures_both_halves_and_keeps_no_text(
         calculator["steps"]["good_kept"] == 1.0
         and calculator["trajectories"]["precision"] == calculator["trajectories"]["auc"] == 1.0
     )
+
+
+def test_answers_are_also_held_against_those_of_the_other_trajectories(tmp_path: Path) -> None:
+    """Of five answers to a question; of another question's there is one."""
+    rows = [search_row(QUESTIONS[0], {"6": 1}) for _ in range(5)]
+    for row, answer in zip(rows, ["Ann Lee", "It was Ann Lee.", "Foxes", "Bo", "Ann Lee"], strict=True):
+        row["messages"][-1] = {"role": "assistant", "content": f"<answer>{answer}</answer>"}
+    rows[4]["messages"] = [rows[4]["messages"][1], rows[4]["messages"][-1]]  # before any search
+    rows[4]["step_labels"] = {"1": 1}
+    trajectories = read_search(write(tmp_path / "s.jsonl", [*rows, search_row(QUESTIONS[1], {"6": 1})]))
+    _, judged = measure.judged_by([], trajectories)
+    voted = measure.with_votes(judged)
+    assert [given[:-1] for _, given in voted] == [given[:-1] for _, given in judged]
+    alone, both = ([given[-1].verdict.value for _, given in of] for of in (judged, voted))
+    assert alone == ["GOOD", "BAD", "GOOD", "BAD", "BAD", "GOOD"]
+    assert both == ["GOOD", "GOOD", "BAD", "BAD", "BAD", "GOOD"]
+    assert [given[-1].reason.count("other trajectories") for _, given in voted] == [1, 1, 1, 1, 0, 0]
 
 
 def test_the_numbers_are_those_of_a_slow_count(calculator_file: str) -> None:

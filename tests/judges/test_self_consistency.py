@@ -1,0 +1,308 @@
+"""The vote on answers: which answers agree, whom the vote decides about, and when it is counted."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swirl_fast.config import ConfigError, JudgeConfig, load
+from swirl_fast.data.shards import StepSample, decode_sample, encode_sample
+from swirl_fast.data.store import Store
+from swirl_fast.formats.tags import parse
+from swirl_fast.judges import judge_id, load_judge
+from swirl_fast.judges.cached import NOT_JUDGED, judge_steps, judged_trajectories, lacks_verdict
+from swirl_fast.judges.judge import Refusal
+from swirl_fast.judges.self_consistency import (
+    PREFIX,
+    SelfConsistentJudge,
+    add_other_answers,
+    by_vote,
+    same_answer,
+    stored_id,
+)
+from swirl_fast.tasks import load_task
+from swirl_fast.tasks.task import Question
+from swirl_fast.tools.tool import CALCULATOR
+from swirl_fast.trajectory import Finish, Step, StepView, Trajectory
+from swirl_fast.verdict import Judgement, JudgeStats, Verdict
+
+TOOLS = {"t": (CALCULATOR,)}
+CALLED = (("<math_exp>2+3</math_exp>", "2+3 -> 5"),)
+GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("5", "5.0", True),
+        ("$1,200", "1200 dollars", True),
+        ("50%", "50", True),
+        ("5", "-5", False),
+        ("2.5 km", "25 km", False),
+        ("Yes", "yes, both are", True),
+        ("No.", "Yes", False),
+        ("No", "Norway", False),
+        ("Paris", "in Paris, France", True),
+        ("Émile Zola", "emile zola", True),
+        ("Paris", "not Paris", False),
+        ("Lee Ann", "Ann Lee", False),
+        ("Ann Lee", "Ann Leeson", False),
+        ("A", "a", True),
+        ("A", "B", False),
+        ("The Who", "Who", True),
+        ("", "", True),
+        ("", "5", False),
+        ("1990", "25 May 1990", True),
+    ],
+)
+def test_which_answers_agree(one: str, other: str, same: bool) -> None:
+    assert same_answer(one, other) is same_answer(other, one) is same
+
+
+def test_every_split_of_a_few_votes() -> None:
+    """Own answer 1, others 1, 2 or 3: all multisets of up to five others."""
+    for size in range(6):
+        for others in itertools.combinations_with_replacement("123", size):
+            counts = Counter(others)
+            own, rival = 1 + counts["1"], max(counts["2"], counts["3"])
+            wanted = GOOD if own > rival and own > 1 else BAD if rival >= 2 * own else None
+            found = by_vote("1", others, True)
+            assert (found and found.verdict) == wanted, others
+            uncalled = by_vote("1", others, False)
+            assert (uncalled and uncalled.verdict) == (BAD if wanted is BAD else None), "a guess is not voted right"
+
+
+def test_rivals_that_say_the_same_in_other_words_are_one() -> None:
+    found = by_vote("Rome", ["Paris", "in Paris, France"], True)
+    assert found == Judgement(BAD, "0 of the 2 other trajectories with an answer give this answer, and 2 another one")
+    assert by_vote("Rome", ["Paris", "Lyon"], True) is None
+    assert by_vote("Rome", ["rome", "Lyon"], True) == Judgement(
+        GOOD, "1 of the 2 other trajectories with an answer give this answer"
+    )
+
+
+ANSWERS = st.sampled_from(["5", "5.0", "6", "Paris", "in Paris, France", "not Paris", "", "yes", "Yes it is", "nobody"])
+
+
+@given(ANSWERS, st.lists(ANSWERS, max_size=9))
+def test_the_order_of_the_others_changes_nothing(answer: str, others: list[str]) -> None:
+    assert by_vote(answer, others, True) == by_vote(answer, sorted(others, reverse=True), True)
+
+
+class Asked:
+    """A judge that keeps what it was asked, and is unsure of everything. refuses: how many it answers before it refuses to go on."""
+
+    id = "asked-v1"
+
+    def __init__(self, refuses: int | None = None) -> None:
+        self.asked: list[str] = []
+        self.refuses, self.closed = refuses, False
+
+    def stats(self) -> JudgeStats:
+        return JudgeStats(7)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def judge(self, steps: Sequence[StepView]) -> list[Judgement]:
+        self.asked += [step.action_text for step in steps]
+        judged = [Judgement.graded(0.25, "unsure") for _ in steps]
+        if self.refuses is not None:
+            raise Refusal("key withdrawn", judged[: self.refuses])
+        return judged
+
+
+def answer(text: str, *others: str, history: tuple[tuple[str, str], ...] = CALLED, task: str = "t") -> StepView:
+    return StepView(task, "?", history, f"<answer>{text}</answer>", None, tuple(others))
+
+
+STEPS = [
+    answer("5", "5", "5", "6"),
+    answer("6", "5", "5"),
+    answer("7", "5", "6"),
+    StepView("t", "?", (), "<math_exp>2+3</math_exp>", None, ("5", "5")),
+    answer("5", "5", history=()),
+    answer("5", "5", history=(("<math_exp>", "malformed"),)),
+    answer("5"),
+    answer("5", "5", task="other"),
+]
+
+
+def test_the_judge_behind_it_is_asked_about_the_rest() -> None:
+    behind = Asked()
+    judge = SelfConsistentJudge(behind, TOOLS)
+    unsure = Judgement.graded(0.25, "unsure")
+    judged = judge.judge(STEPS)
+    assert [one.reward for one in judged[:2]] == [1.0, 0.0] and judged[2:] == [unsure] * 6
+    assert behind.asked == [step.action_text for step in STEPS[2:]]
+    assert (judge.id, stored_id(judge.id)) == (f"{PREFIX}asked-v1", "asked-v1") and judge.stats() == JudgeStats(7)
+    judge.close()
+    assert behind.closed
+    assert judge.judge([]) == []
+
+
+def test_what_was_answered_before_a_refusal_keeps_its_place() -> None:
+    with pytest.raises(Refusal, match="key withdrawn") as refused:
+        SelfConsistentJudge(Asked(refuses=2), TOOLS).judge([STEPS[2], STEPS[0], STEPS[6], STEPS[3]])
+    rewards = [one and one.reward for one in refused.value.answered]
+    assert rewards == [0.25, 1.0, 0.25, None]
+
+
+# ---- in a store
+
+
+def trajectory(
+    question: Question, index: int, given: str | None, finish: Finish | None = Finish.ANSWER, called: bool = True
+) -> Trajectory:
+    """A call, then an answer; given None: only the call."""
+    steps, tokens = [], [1, 2]
+    texts = ["<math_exp>2+3</math_exp>"] if called else []
+    texts += [] if given is None else [f"<answer>{given}</answer>"]
+    for text in texts:
+        action = parse(text, [CALCULATOR])
+        seen = "2+3 -> 5" if action.kind == "tool" else None
+        steps.append(Step(len(tokens), len(tokens) + 1, text, action, [-0.5], 0, seen))
+        tokens += [3, 4] if action.kind == "tool" else [3]
+    if given is None:
+        finish = finish and Finish.STEP_LIMIT
+    id_ = f"{question.id}/{index}"
+    return Trajectory(id_, question.id, question.task, question.text, index, 2, tokens, steps, finish)
+
+
+QUESTIONS = [Question(f"q{number}", "t", f"What is {number}?", ("5",)) for number in range(3)]
+COLLECTED = [
+    *(trajectory(QUESTIONS[0], i, given) for i, given in enumerate(["5", "5.0", "6", None])),
+    trajectory(QUESTIONS[0], 4, None, None),
+    *(trajectory(QUESTIONS[1], i, given) for i, given in enumerate(["7", "8"])),
+    trajectory(QUESTIONS[2], 0, "5", called=False),
+    trajectory(QUESTIONS[2], 1, "5"),
+]
+LATER = [trajectory(QUESTIONS[1], i, "8") for i in (2, 3)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    with Store(tmp_path / "t.db") as store:
+        store.add_questions(QUESTIONS)
+        store.record(COLLECTED)
+        yield store
+
+
+def rewards(store: Store, judge_id: str) -> dict[str, list[float | None]]:
+    ids = store.ids(finished=True)
+    return {one.id: [each.reward for each in judged] for one, judged in judged_trajectories(store, judge_id, ids)}
+
+
+def test_the_answers_of_a_question(store: Store) -> None:
+    assert store.answers(["q0/3"]) == {"q0": ["5", "5.0", "6"]}
+    assert store.answers(["q1/0", "q2/1", "q0/0"]) == {"q0": ["5", "5.0", "6"], "q1": ["7", "8"], "q2": ["5", "5"]}
+    assert store.answers([]) == {}
+
+
+def test_a_damaged_answer_is_noticed(store: Store) -> None:
+    with sqlite3.connect(store.path) as db:
+        db.execute("UPDATE steps SET argument = '9' WHERE argument = '8'")
+    with pytest.raises(ValueError, match=re.escape("steps") + ".*do not match their hash"):
+        store.answers(["q1/0"])
+    assert store.answers(["q0/0"]) == {"q0": ["5", "5.0", "6"]}
+
+
+def test_a_vote_is_counted_when_verdicts_are_read(store: Store) -> None:
+    behind = Asked()
+    judge = SelfConsistentJudge(behind, TOOLS)
+    assert all(lacks_verdict(store, judge.id, one) for one in COLLECTED)
+    assert all(
+        judged == [NOT_JUDGED] * len(judged)
+        for _, judged in judged_trajectories(store, judge.id, store.ids(finished=True))
+    ), "a vote does not stand for the verdict of a judge that was not asked"
+    judge_steps(judge, store, store.ids(finished=True), "judge")
+    assert {row[0] for row in store.judged()} == {"asked-v1"} and not lacks_verdict(store, judge.id, COLLECTED[0])
+    assert rewards(store, judge.id) == {
+        "q0/0": [0.25, 1.0],
+        "q0/1": [0.25, 1.0],
+        "q0/2": [0.25, 0.0],
+        "q0/3": [0.25],
+        "q1/0": [0.25, 0.25],
+        "q1/1": [0.25, 0.25],
+        "q2/0": [0.25],
+        "q2/1": [0.25, 1.0],
+    }
+    assert set(itertools.chain(*rewards(store, "asked-v1").values())) == {0.25}, "the judge by itself"
+    store.record(LATER)
+    asked = len(behind.asked)
+    judge_steps(judge, store, store.ids(finished=True), "judge")
+    assert len(behind.asked) == asked, "what looks the same is not asked about again"
+    found = rewards(store, judge.id)
+    assert {id_: found[id_][1] for id_ in ("q1/0", "q1/1", "q1/2", "q1/3")} == {
+        "q1/0": 0.0,
+        "q1/1": 1.0,
+        "q1/2": 1.0,
+        "q1/3": 1.0,
+    }
+    one = dict((one.id, judged) for one, judged in judged_trajectories(store, judge.id, ["q1/0"]))
+    assert [each.reward for each in one["q1/0"]] == [0.25, 0.0], "also of a part of the store"
+
+
+def test_votes_of_a_judge_and_of_the_store_are_the_same(store: Store) -> None:
+    judge = SelfConsistentJudge(Asked(), TOOLS)
+    ids = store.ids(finished=True)
+    judge_steps(judge, store, ids, "judge")
+    for one, judged in judged_trajectories(store, judge.id, ids):
+        assert judge.judge(one.views()) == judged
+        assert one.view(one.num_steps - 1) == one.views()[-1]
+
+
+def test_others_are_all_but_itself(store: Store) -> None:
+    found = {one.id: one for one in store.trajectories()}
+    assert all(one.other_answers == () for one in found.values())
+    before = {id_: one.content_hashes() for id_, one in found.items()}
+    add_other_answers(found.values(), store.answers(list(found)))
+    assert found["q0/0"].other_answers == ("5.0", "6") and found["q0/3"].other_answers == ("5", "5.0", "6")
+    assert found["q2/0"].other_answers == ("5",) and found["q1/1"].other_answers == ("7",)
+    for id_, one in found.items():
+        assert one.content_hashes() == before[id_] == [view.content_hash() for view in one.views()]
+        sample = StepSample(one, [GOOD] * one.num_steps)
+        encoded = encode_sample(sample)
+        assert decode_sample(encoded).trajectory.other_answers == one.other_answers
+        del encoded["meta"]["other_answers"]  # as filters of earlier versions, or without votes, write it
+        assert decode_sample(encoded).trajectory.other_answers == ()
+
+
+# ---- settings
+
+
+def test_ids_are_those_of_the_judge_behind_it() -> None:
+    config = load(None, ["judge.self_consistency=true", "tasks.limit=2", "tasks.eval_limit=1"])
+    task = load_task(config.tasks, 0)
+    tools = {"chain_sum": (CALCULATOR,)}
+    judge = load_judge(config.judge, tools, tasks=[task])
+    assert judge.id == judge_id(config.judge, tools) == PREFIX + judge_id(JudgeConfig(), tools)
+    assert load_judge(JudgeConfig(), tools).id == stored_id(judge.id)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["judge.kind=reference"], "judge.kind=reference knows what is right without a vote"),
+        (["judge.kind=recorded_action"], "judge.kind=recorded_action knows what is right without a vote"),
+        (["collect.trajectories_per_question=1"], "needs several trajectories of a question"),
+        (["collect.source=solutions"], "needs several trajectories of a question"),
+    ],
+)
+def test_settings_that_cannot_work(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"judge.self_consistency=True: .*{message}"):
+        load(None, ["judge.self_consistency=true", *settings])
+
+
+def test_labelled_steps_come_without_other_trajectories() -> None:
+    config = load(None, ["judge.self_consistency=true"])
+    with pytest.raises(ConfigError, match="judge --against.* leave it out"):
+        load_judge(config.judge, TOOLS)
