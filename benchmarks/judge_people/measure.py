@@ -174,7 +174,7 @@ def with_votes(judged: Sequence[Judged]) -> list[Judged]:
         of_question.setdefault(trajectory.question, []).append(at)
     found = []
     for at, (trajectory, judgements) in enumerate(judged):
-        others = [other for i in of_question[trajectory.question] if i != at and (other := answers[i]) is not None]
+        others = tuple(o for i in of_question[trajectory.question] if i != at and (o := answers[i]) is not None)
         vote = None if (answer := answers[at]) is None else by_vote(answer, others, called[at])
         found.append((trajectory, judgements if vote is None else [*judgements[:-1], vote]))
     return found

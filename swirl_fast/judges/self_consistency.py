@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from swirl_fast.formats.format import Format
@@ -28,7 +29,7 @@ from swirl_fast.judges.judge import Judge, Refusal
 from swirl_fast.judges.rules.queries import words
 from swirl_fast.tasks.scoring import same_number
 from swirl_fast.tools.characters import same_text
-from swirl_fast.tools.numerals import number_in
+from swirl_fast.tools.numerals import MAX_CHARS, Mention, number_in
 from swirl_fast.tools.tool import ToolSpec
 from swirl_fast.trajectory import StepView, Trajectory
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
@@ -96,7 +97,8 @@ def add_other_answers(trajectories: Iterable[Trajectory], answers: Mapping[str, 
         trajectory.other_answers = tuple(sorted((+others).elements()))
 
 
-def by_vote(answer: str, others: Sequence[str], called: bool) -> Judgement | None:
+@lru_cache(maxsize=1024)  # trajectories with the same answer have the same others
+def by_vote(answer: str, others: tuple[str, ...], called: bool) -> Judgement | None:
     """None where the vote does not decide. others: the answers of the other trajectories. called: whether a call came before the answer."""
     counts = Counter(others)
     same = {other for other in counts if same_answer(answer, other)}
@@ -115,17 +117,38 @@ def by_vote(answer: str, others: Sequence[str], called: bool) -> Judgement | Non
     return None
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2**16)  # pairs of one question
 def same_answer(one: str, other: str) -> bool:
     """Whether two answers to a question agree: the same number; both yes or both no; else the words of one within those of the other, side
-    by side (`Paris`, `in Paris, France`), where both deny something or neither does."""
-    if number_in(one) and number_in(other):
+    by side (`Paris`, `in Paris, France`), where both deny something or neither does. Of long texts only the same agree."""
+    left, right = _read(one), _read(other)
+    if left.text == right.text:
+        return True
+    if left.number and right.number:
         return same_number(one, other)
-    short, long = sorted((words(one), words(other)), key=len)
-    if not short:
-        return same_text(one).casefold() == same_text(other).casefold()
-    if {short[0], long[0]} & {"yes", "no"}:
-        return short[0] == long[0]
-    if bool(_DENIALS.intersection(short)) != bool(_DENIALS.intersection(long)):
+    if not left.words or not right.words:
         return False
-    return any(long[at : at + len(short)] == short for at in range(len(long) - len(short) + 1))
+    if {left.words[0], right.words[0]} & {"yes", "no"}:
+        return left.words[0] == right.words[0]
+    return left.denies == right.denies and (_within(left.words, right.words) or _within(right.words, left.words))
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    number: Mention | None = None
+    words: tuple[str, ...] = ()
+    denies: bool = False
+
+
+@lru_cache(maxsize=4096)
+def _read(answer: str) -> _Answer:
+    text = same_text(answer).casefold()
+    if len(answer) > MAX_CHARS:
+        return _Answer(text)
+    found = tuple(words(answer))
+    return _Answer(text, number_in(answer), found, not _DENIALS.isdisjoint(found))
+
+
+def _within(some: tuple[str, ...], more: tuple[str, ...]) -> bool:
+    return any(more[at : at + len(some)] == some for at in range(len(more) - len(some) + 1))

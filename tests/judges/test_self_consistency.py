@@ -61,6 +61,9 @@ GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
         ("", "", True),
         ("", "5", False),
         ("1990", "25 May 1990", True),
+        ("x " * 1500, "x", False),
+        ("x " * 1500, "X " * 1500, True),
+        ("x " * 900, "y " + "x " * 900, True),
     ],
 )
 def test_which_answers_agree(one: str, other: str, same: bool) -> None:
@@ -81,10 +84,10 @@ def test_every_split_of_a_few_votes() -> None:
 
 
 def test_rivals_that_say_the_same_in_other_words_are_one() -> None:
-    found = by_vote("Rome", ["Paris", "in Paris, France"], True)
+    found = by_vote("Rome", ("Paris", "in Paris, France"), True)
     assert found == Judgement(BAD, "0 of the 2 other trajectories with an answer give this answer, and 2 another one")
-    assert by_vote("Rome", ["Paris", "Lyon"], True) is None
-    assert by_vote("Rome", ["rome", "Lyon"], True) == Judgement(
+    assert by_vote("Rome", ("Paris", "Lyon"), True) is None
+    assert by_vote("Rome", ("rome", "Lyon"), True) == Judgement(
         GOOD, "1 of the 2 other trajectories with an answer give this answer"
     )
 
@@ -94,7 +97,7 @@ ANSWERS = st.sampled_from(["5", "5.0", "6", "Paris", "in Paris, France", "not Pa
 
 @given(ANSWERS, st.lists(ANSWERS, max_size=9))
 def test_the_order_of_the_others_changes_nothing(answer: str, others: list[str]) -> None:
-    assert by_vote(answer, others, True) == by_vote(answer, sorted(others, reverse=True), True)
+    assert by_vote(answer, tuple(others), True) == by_vote(answer, tuple(sorted(others, reverse=True)), True)
 
 
 class Asked:
