@@ -37,7 +37,7 @@ from swirl_fast.intervals import wilson
 from swirl_fast.judges import load_judge
 from swirl_fast.judges.agreement import agreement
 from swirl_fast.judges.labels import LabelledStep
-from swirl_fast.judges.self_consistency import by_vote
+from swirl_fast.judges.self_consistency import by_vote, has_result
 from swirl_fast.verdict import Judgement, Verdict
 
 HALVES = ("tune", "check")
@@ -166,8 +166,9 @@ def judged_by(overrides: Sequence[str], trajectories: Sequence[LabelledTrajector
 def with_votes(judged: Sequence[Judged]) -> list[Judged]:
     """The same with the votes on answers."""
     answers = [_answer(trajectory) for trajectory, _ in judged]
-    called = [
-        any(parse(s.view.action_text, s.tools).kind == "tool" for s in trajectory.steps) for trajectory, _ in judged
+    informed = [
+        any(has_result(parse(text, last.tools), seen) for text, seen in last.view.history)
+        for last in (trajectory.steps[-1] for trajectory, _ in judged)
     ]
     of_question: dict[str, list[int]] = {}
     for at, (trajectory, _) in enumerate(judged):
@@ -175,7 +176,7 @@ def with_votes(judged: Sequence[Judged]) -> list[Judged]:
     found = []
     for at, (trajectory, judgements) in enumerate(judged):
         others = tuple(o for i in of_question[trajectory.question] if i != at and (o := answers[i]) is not None)
-        vote = None if (answer := answers[at]) is None else by_vote(answer, others, called[at])
+        vote = None if (answer := answers[at]) is None else by_vote(answer, others, informed[at], recorded=True)
         found.append((trajectory, judgements if vote is None else [*judgements[:-1], vote]))
     return found
 

@@ -265,7 +265,7 @@ def _check_stages(config: Config, values: _Values) -> None:
                 "judge.self_consistency",
                 f"judge.kind={config.judge.kind} knows what is right without a vote; leave it out",
             )
-        if collect.source != "policy" or collect.trajectories_per_question < 2:
+        if collect.source != "policy" or (collect.trajectories_per_question < 2 and not config.training.shards):
             fail(
                 "judge.self_consistency",
                 "needs several trajectories of a question: collect.source=policy and collect.trajectories_per_question of 2 or more, "

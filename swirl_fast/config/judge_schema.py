@@ -82,8 +82,9 @@ class JudgeConfig:
     recorded_action: compares with what was done in the recorded trajectory (PivotRL). Your own: a function of a step that gives a reward in
     [0, 1], true, false, or none where it cannot say; or a class."""
     self_consistency: bool = False
-    """An answer is also held against those of the other trajectories of its question: GOOD where most give it, BAD where twice as many give
-    another one, else as judge.kind says. Without gold labels, and without a judge that could answer (docs/judges.md)."""
+    """An answer is also held against those of the other trajectories of its question: GOOD where more give it than any other one, BAD where
+    at least twice as many give another one, else as judge.kind says. Without gold labels, and without a judge that could answer
+    (docs/judges.md)."""
     rules: RulesConfig = field(default_factory=RulesConfig)
     model: EndpointConfig = field(default_factory=EndpointConfig)
     recorded_action: RecordedActionConfig = field(default_factory=RecordedActionConfig)

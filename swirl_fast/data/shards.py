@@ -200,7 +200,7 @@ def encode_sample(sample: StepSample) -> dict[str, Any]:
         "seed": trajectory.seed,
         "prompt_length": trajectory.prompt_length,
         "finish": trajectory.finish,
-        **({"other_answers": trajectory.other_answers} if trajectory.other_answers else {}),
+        **({"other_answers": Counter(trajectory.other_answers)} if trajectory.other_answers else {}),
         "steps": [
             {
                 "text": step.text,
@@ -238,7 +238,7 @@ def decode_sample(encoded: dict[str, Any]) -> StepSample:
         tokens=encoded["tokens"],
         steps=steps,
         finish=Finish(meta["finish"]) if meta["finish"] else None,
-        other_answers=tuple(meta.get("other_answers", ())),
+        other_answers=tuple(sorted(Counter(meta.get("other_answers")).elements())),
     )
     verdicts, kept = ([step[key] for step in meta["steps"]] for key in ("verdict", "kept"))
     if any(type(one) is not bool for one in kept) or not any(kept):

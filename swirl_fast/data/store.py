@@ -80,6 +80,7 @@ class Store:
         self.path = Path(path)
         self.writable = writable
         self._lock: int | None = None
+        self._answers: tuple[object, dict[str, list[str]]] = None, {}  # version of the database, what `answers` gave
         if writable:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path)
@@ -402,20 +403,21 @@ class Store:
             raise damaged(self.path, "trajectories", head, error) from error
         return trajectory
 
-    def answers(self, ids: Sequence[str]) -> dict[str, list[str]]:
-        """Question id -> the answers of all its finished trajectories, of the questions that the trajectories with these ids are about."""
-        rows = self._db.execute(
-            f"SELECT t.question_id, b.hash, {columns('steps', 's.')} FROM trajectories t "
-            "JOIN steps s ON s.trajectory = t.number AND s.kind = 'answer' "
-            "LEFT JOIN steps b ON b.trajectory = t.number AND b.i = s.i - 1 WHERE t.finish = 'answer' AND t.question_id IN "
-            "(SELECT question_id FROM trajectories WHERE id IN (SELECT value FROM json_each(?))) ORDER BY t.number",
-            (json.dumps(ids),),
-        )
-        found: dict[str, list[str]] = {}
-        for question, before, *row in rows:
-            check_row(self.path, "steps", row, before or b"")
-            found.setdefault(question, []).append(row[ARGUMENT])
-        return found
+    def answers(self) -> dict[str, list[str]]:
+        """Question id -> the answers of all its finished trajectories. Read once, and again when the store has changed."""
+        version = self._value("PRAGMA data_version"), self._db.total_changes
+        if version != self._answers[0]:
+            rows = self._db.execute(
+                f"SELECT t.question_id, b.hash, {columns('steps', 's.')} FROM trajectories t "
+                "JOIN steps s ON s.trajectory = t.number AND s.kind = 'answer' "
+                "LEFT JOIN steps b ON b.trajectory = t.number AND b.i = s.i - 1 WHERE t.finish = 'answer' ORDER BY t.number"
+            )
+            found: dict[str, list[str]] = {}
+            for question, before, *row in rows:
+                check_row(self.path, "steps", row, before or b"")
+                found.setdefault(question, []).append(row[ARGUMENT])
+            self._answers = version, found
+        return self._answers[1]
 
     def count(self, ids: Sequence[str]) -> tuple[int, int]:
         """(steps, tokens) of the trajectories with these ids, prompts included."""

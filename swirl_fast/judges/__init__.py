@@ -46,6 +46,10 @@ def load_judge(
             "judge.self_consistency=true holds answers against those of other trajectories, and labelled steps (judge --against) come "
             "without any; leave it out"
         )
+    if bare := [task for task, tools in tools_by_task.items() if not tools]:
+        raise ConfigError(
+            f"judge.self_consistency=true: task {bare[0]} has no tools, and no vote makes an answer GOOD before a call; leave it out"
+        )
     return SelfConsistentJudge(_judge_of_kind(config, tools_by_task, probe, tasks, form), tools_by_task, form)
 
 

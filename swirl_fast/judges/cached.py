@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from swirl_fast.data.store import Store
 from swirl_fast.judges.judge import GIVEN_UP, NO_REPLY, Judge, Refusal, judge_malformed
-from swirl_fast.judges.self_consistency import add_other_answers, by_vote, stored_id, votes
+from swirl_fast.judges.self_consistency import by_vote, has_result, stored_id, votes, with_other_answers
 from swirl_fast.trajectory import StepView, Trajectory
 from swirl_fast.verdict import Judgement, Verdict
 
@@ -112,8 +112,9 @@ def judged_trajectories(
 ) -> Iterator[tuple[Trajectory, list[Judgement]]]:
     """Each of these trajectories, in order, with one judgement a step; NOT_JUDGED where the judge was not asked yet. Votes are counted
     here, over all trajectories of the store."""
-    answers = store.answers(ids) if votes(judge_id) else None
-    for batch in store.batches(ids):
+    answers = store.answers() if votes(judge_id) else {}
+    for read in store.batches(ids):
+        batch = list(with_other_answers(read, answers))
         keys = [trajectory.content_hashes() for trajectory in batch]
         stored = store.verdicts(stored_id(judge_id), chain.from_iterable(keys))
         for trajectory, hashes in zip(batch, keys, strict=True):
@@ -121,9 +122,8 @@ def judged_trajectories(
                 judge_malformed(step.action) if step.action.kind == "malformed" else stored.get(key, NOT_JUDGED)
                 for step, key in zip(trajectory.steps, hashes, strict=True)
             ]
-            if answers is not None:
-                add_other_answers([trajectory], answers)
-                if trajectory.answer is not None and judgements[-1] is not NOT_JUDGED:
-                    called = any(step.action.kind == "tool" for step in trajectory.steps)
-                    judgements[-1] = by_vote(trajectory.answer, trajectory.other_answers, called) or judgements[-1]
+            if votes(judge_id) and trajectory.answer is not None and judgements[-1] is not NOT_JUDGED:
+                informed = any(has_result(step.action, step.observation) for step in trajectory.steps)
+                vote = by_vote(trajectory.answer, trajectory.other_answers, informed, recorded=True)
+                judgements[-1] = vote or judgements[-1]
             yield trajectory, judgements

@@ -13,6 +13,7 @@ from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
 NO_REPLY = "no reply"  # how the reason of an UNKNOWN begins when an endpoint did not answer
+BY_VOTE = "by vote: "  # how the reason of a verdict begins for which no judge was asked (self_consistency.py)
 GIVEN_UP = "no reply: given up"  # and when it was not asked, or not as often as it should have been
 
 

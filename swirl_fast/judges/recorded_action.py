@@ -46,13 +46,13 @@ from swirl_fast.tools.tool import CALCULATOR, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
-VERSION = 3  # of the comparison: part of the judge's id, under which verdicts are cached
+VERSION = 4  # of the comparison: part of the judge's id, under which verdicts are cached
 MOST_TEXTS = 64  # of a list that is matched: the work grows with their square
 OWN = "judge.recorded_action.turns_without_a_call"
 NONE = "unknown"  # its value where there is no function
 
 # Symbols that make another call of the same words: operators, brackets of code, and what stands between or before digits.
-_FORMAL = re.compile(r"[+*/^=<>%|&~\\{}\[\]_$#@]|\d[.,:-]\d|(?:^|\s)-\d|\d\s*[-−]")
+_FORMAL = re.compile(r"[+*/^=<>%|&~\\{}\[\]_$#@]|\d[.,:-]\d|(?<!\w)-\d|\d\s*[-−]")
 
 
 class RecordedActionJudge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Self
 
 import yaml
 
+from swirl_fast.data.store import Store
+from swirl_fast.judges.self_consistency import PREFIX
 from swirl_fast.metrics import METRICS_FILE, read_metrics
 from swirl_fast.outputs.text import is_number
 
@@ -69,9 +72,19 @@ class RunFolder:
 
     @property
     def judge_id(self) -> str | None:
-        """The judge of the collected trajectories: that of the filter; before there is one, that of the evaluations."""
-        named = [one.get("judge") for one in (self.filter or {}, *self.evaluations.values())]
-        return next((judge for judge in named if isinstance(judge, str)), None)
+        """The judge of the collected trajectories: that of the filter; before there is one, that of the evaluations. None: the one with
+        most verdicts in the store."""
+        if isinstance(judge := (self.filter or {}).get("judge"), str):
+            return judge
+        named = [one.get("judge") for one in self.evaluations.values()]
+        judge = next((judge for judge in named if isinstance(judge, str)), None)
+        if self.setting("judge.self_consistency") is True:  # which evaluations are without, and the stored verdicts
+            with (
+                contextlib.suppress(ValueError, RuntimeError),
+                contextlib.closing(Store(self.store, writable=False)) as store,
+            ):
+                judge = PREFIX + found if (found := judge or store.main_judge()) else None
+        return judge
 
     def _hardware(self) -> dict[str, Any] | None:
         """processor, cores (None on a GPU), ranks, nodes; a file that holds anything else is a problem."""

@@ -16,7 +16,7 @@ from swirl_fast.config import ConfigError, TrainingConfig
 from swirl_fast.engines.engine import Completion, Engine, Request, Sampling
 from swirl_fast.formats.format import Action, Format
 from swirl_fast.formats.tags import TAGS
-from swirl_fast.judges.judge import Judge, judge_actions
+from swirl_fast.judges.judge import BY_VOTE, Judge, judge_actions
 from swirl_fast.rendering import Renderer
 from swirl_fast.seeds import seed_of
 from swirl_fast.tasks import ToolsByTask
@@ -112,6 +112,12 @@ def recorded_actions(
             completion = Completion(np.asarray(tokens, np.int32), step.logprobs, finish, step.policy_version)
             sampled.append(SampledAction(t, len(sampled), completion, step.action, view))
     return sampled
+
+
+def asked_about(sampled: Sequence[SampledAction], judgements: Sequence[Judgement]) -> list[Judgement]:
+    """The judgements that a judge was asked for: of well-formed actions that no vote decided."""
+    pairs = zip(sampled, judgements, strict=True)
+    return [one for s, one in pairs if s.action.kind != "malformed" and not one.reason.startswith(BY_VOTE)]
 
 
 def judge_sampled(sampled: Sequence[SampledAction], judge: Judge) -> list[Judgement]:

@@ -28,7 +28,7 @@ from swirl_fast.judges.judge import NO_REPLY, Judge
 from swirl_fast.metrics import PhaseTimer, summed
 from swirl_fast.ranks import Ranks
 from swirl_fast.rendering import Renderer
-from swirl_fast.rollouts.at_states import SampledAction, judge_sampled, recorded_actions, sample_actions
+from swirl_fast.rollouts.at_states import SampledAction, asked_about, judge_sampled, recorded_actions, sample_actions
 from swirl_fast.rollouts.refill import states_with_signal, trained_states
 from swirl_fast.rollouts.whole import WholeRollouts
 from swirl_fast.seeds import seed_of
@@ -235,7 +235,7 @@ class RolloutPipeline:
         signal = states_with_signal(drawn.sampled, drawn.judgements)
         wanted = len(signal)
         # A judge that does not reply is not asked more: the trainer stops a run where that goes on.
-        asked = [j for s, j in zip(drawn.sampled, drawn.judgements, strict=True) if s.action.kind != "malformed"]
+        asked = asked_about(drawn.sampled, drawn.judgements)
         silent = bool(asked) and all(judgement.reason.startswith(NO_REPLY) for judgement in asked)
         while not silent and rounds < self._config.training.refill_rounds and (missing := wanted - sum(signal)) > 0:
             samples: list[StepSample] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from swirl_fast.config import Config, ConfigError, dump
@@ -56,11 +57,13 @@ def questions_by_id(questions: Sequence[Question]) -> dict[str, Question]:
 
 
 @contextlib.contextmanager
-def task_judge(config: Config, task: Task) -> Iterator[Judge]:
-    """The judge of the steps of a task. A model judge's endpoint is asked once, so that one that cannot work fails here."""
+def task_judge(config: Config, task: Task, votes: bool = True) -> Iterator[Judge]:
+    """The judge of the steps of a task. A model judge's endpoint is asked once, so that one that cannot work fails here. votes: False for
+    an evaluation, whose answers would be held against each other, and so every model's by another measure."""
     form = open_format(config.actions, config.model)
     tasks = list(parts_of(task).values())
-    with closing_judge(load_judge(config.judge, offered_tools(task), tasks=tasks, form=form)) as judge:
+    settings = config.judge if votes else replace(config.judge, self_consistency=False)
+    with closing_judge(load_judge(settings, offered_tools(task), tasks=tasks, form=form)) as judge:
         yield judge
 
 

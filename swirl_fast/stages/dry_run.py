@@ -88,7 +88,7 @@ def _lines(config: Config, stage: str, options: Mapping[str, Any], ranks: Ranks)
         task = build_task(config)
         lines += _check_task(config, task, stage)
         if "judge" in needs:
-            with task_judge(config, task) as judge:
+            with task_judge(config, task, votes=stage != "evaluate") as judge:
                 lines.append(f"judge: {judge.id}")
     lines.append(_check_folder(config))
     return [*lines, f"nothing was started; `swirl-fast {stage}` without --dry-run does it"]

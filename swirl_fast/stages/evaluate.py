@@ -63,7 +63,7 @@ def evaluate(config: Config, name: str, weights: str | None = None) -> dict[str,
         plan = _plan(config, name, weights)
         agree(ranks, {**asdict(config), "--name": name, "evaluation": plan.fingerprint})
         start, summary = time.perf_counter(), None
-        with task_judge(config, plan.task) as judge:
+        with task_judge(config, plan.task, votes=False) as judge:
             if ranks.main:
                 make_room(plan.folder, name, plan.fingerprint)  # not before the judge is there: it may fail
             with main_store(ranks, plan.folder / f"{name}.db") as store:

@@ -19,6 +19,7 @@ from swirl_fast.files import write_json
 from swirl_fast.judges import judge_id as id_of_judge
 from swirl_fast.judges.cached import NOT_JUDGED, judged_trajectories
 from swirl_fast.judges.outcome import outcome_judge_id, read_outcomes
+from swirl_fast.judges.self_consistency import with_other_answers
 from swirl_fast.ranks import by_rank_0
 from swirl_fast.rendering import open_format
 from swirl_fast.stages.build import build_task, questions_by_id
@@ -46,9 +47,10 @@ def filter(config: Config) -> None:
             if not selection.kept:
                 raise ValueError(_nothing_left(f"{selection.describe()}; {states.describe()}", selection))
         verdicts = {candidate.id: candidate.verdicts for candidate in candidates}
+        answers = store.answers() if config.judge.self_consistency else {}
         samples = (
             StepSample(one, list(verdicts[one.id]), [] if states is None else states.kept[one.id])
-            for one, _ in judged_trajectories(store, judge_id, selection.kept)  # with the answers of others, for a vote
+            for one in with_other_answers(store.trajectories(selection.kept), answers)
         )
         fingerprint = _fingerprint(config, task, store, judge_id)
         write_shards(config.folder / "shards", samples, fingerprint=fingerprint, replace=True)

@@ -18,6 +18,7 @@ from swirl_fast.judges.cached import judge_missing, judge_steps, judged_trajecto
 from swirl_fast.judges.judge import Judge
 from swirl_fast.judges.labels import LabelledStep, read_labels, steps_to_label, write_labels
 from swirl_fast.judges.outcome import judge_outcomes, lacks_outcome, outcome_judge_id
+from swirl_fast.judges.self_consistency import stored_id
 from swirl_fast.ranks import Ranks, joined
 from swirl_fast.stages.build import build_task, labels_judge, questions_by_id, task_judge
 from swirl_fast.stages.collect import collected_ids
@@ -77,7 +78,7 @@ def _judge(
         if asks_outcome:
             judge_outcomes(config.judge.model, into, into.trajectories(own), questions)
 
-    parts = Parts(ranks, config.store, "verdicts", [process_judge.id, outcome_id])
+    parts = Parts(ranks, config.store, "verdicts", [stored_id(process_judge.id), outcome_id])
     parts.gather(store, ())
     count = config.collect.trajectories_per_question
     parts.fill(store, list(questions.values()), count, lacks, work, absent=False)

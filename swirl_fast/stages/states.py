@@ -23,10 +23,10 @@ from swirl_fast.files import canonical_json
 from swirl_fast.judges import judge_id
 from swirl_fast.judges.cached import SILENT_CHUNK
 from swirl_fast.judges.judge import NO_REPLY
-from swirl_fast.judges.self_consistency import add_other_answers
+from swirl_fast.judges.self_consistency import with_other_answers
 from swirl_fast.models.load import model_fingerprint
 from swirl_fast.rendering import open_format, open_renderer
-from swirl_fast.rollouts.at_states import judge_sampled, sample_actions
+from swirl_fast.rollouts.at_states import asked_about, judge_sampled, sample_actions
 from swirl_fast.seeds import seed_of
 from swirl_fast.stages.build import built_engine, task_judge
 from swirl_fast.tasks import offered_tools
@@ -71,9 +71,9 @@ def _rewards(config: Config, task: Task, store: Store, ids: Sequence[str]) -> It
         bar = stack.enter_context(
             tqdm(desc="filter: states", total=len(ids), unit="trajectory", disable=None, leave=False)
         )
-        answers = store.answers(ids) if config.judge.self_consistency else {}
-        for batch in store.batches(ids):
-            add_other_answers(batch, answers)
+        answers = store.answers() if config.judge.self_consistency else {}
+        for read in store.batches(ids):
+            batch = list(with_other_answers(read, answers))
             keys = [_key(fingerprint, trajectory) for trajectory in batch]
             missing = [i for i, key in enumerate(keys) if key not in known]
             found = {
@@ -107,7 +107,7 @@ def _opened(
         seeds = [seed_of(config.run.seed, "states", trajectory.id) for trajectory in batch]
         sampled = sample_actions(batch, engine, renderer, tools, training, seeds, fits, form)
         judgements = judge_sampled(sampled, judge)
-        asked = [j for s, j in zip(sampled, judgements, strict=True) if s.action.kind != "malformed"]
+        asked = asked_about(sampled, judgements)
         if len(asked) >= SILENT_CHUNK and all(judgement.reason.startswith(NO_REPLY) for judgement in asked):
             raise RuntimeError(
                 f"filter.states=variance: the judge {judge.id} replied to none of {len(asked)} prompts: {asked[-1].reason}. What was drawn "

@@ -91,14 +91,15 @@ class Guards:
         self._warn(f"{what}: no update was made")
         return False
 
-    def answered(self, step: int, asked: int, known: int, malformed: int, judge: str, reason: str) -> bool:
+    def answered(self, step: int, asked: int, known: int, others: int, judge: str, reason: str) -> bool:
         """Whether there is something to learn from: False when the judge answered none of a step's well-formed actions, and there were
-        enough to tell or no other ones. Collective. All numbers are this rank's, reason: why a verdict was not given.
+        enough to tell or no other ones. Collective. All numbers are this rank's; others: actions that it was not asked
+        about; reason: why a verdict was not given.
 
         Raises ValueError when this was not so in `limit` steps in a row: a dead judge must not look like training.
         """
-        asked, known, malformed = map(int, self._ranks.sum(torch.tensor([asked, known, malformed])).tolist())
-        if known or not asked or (asked < ENOUGH_TO_TELL and malformed):
+        asked, known, others = map(int, self._ranks.sum(torch.tensor([asked, known, others])).tolist())
+        if known or not asked or (asked < ENOUGH_TO_TELL and others):
             return True
         self.counts.unknown_steps += 1
         self.counts.unanswered += asked

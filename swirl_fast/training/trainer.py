@@ -27,6 +27,7 @@ from swirl_fast.models.load import DTYPES
 from swirl_fast.models.policy import DeviceComb, Policy, model_size
 from swirl_fast.objective import Actions, advantages, counts, imitation_advantages, trajectory_advantages, weights
 from swirl_fast.ranks import Ranks, shared_store
+from swirl_fast.rollouts.at_states import asked_about
 from swirl_fast.rollouts.pipeline import RolloutPipeline, SampledBatch
 from swirl_fast.training import weight_sync
 from swirl_fast.training.backward import backward
@@ -286,10 +287,10 @@ class Trainer:
         """Whether the judge gave verdicts to learn from; imitation asks none."""
         if batch.judgements is None:
             return True
-        asked = [j for s, j in zip(batch.sampled, batch.judgements, strict=True) if s.action.kind != "malformed"]
+        asked = asked_about(batch.sampled, batch.judgements)
         known = sum(judgement.verdict is not Verdict.UNKNOWN for judgement in asked)
-        malformed, reason = len(batch.sampled) - len(asked), asked[0].reason if asked else ""
-        return self.guards.answered(self.step + 1, len(asked), known, malformed, self.rollouts.judge_id, reason)
+        others, reason = len(batch.sampled) - len(asked), asked[0].reason if asked else ""
+        return self.guards.answered(self.step + 1, len(asked), known, others, self.rollouts.judge_id, reason)
 
     def _update(self, batches: Sequence[MicroBatch], sums: StepSums, timer: PhaseTimer, first: bool) -> float:
         """Forward and backward over the micro-batches, one optimizer step. Returns the global gradient norm before clipping."""

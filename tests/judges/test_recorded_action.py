@@ -123,6 +123,7 @@ CASES = [
     (search("?"), search("!"), 0.0, 0.0),
     # operators, order and case count where there are operators
     (search("a < 5"), search("a > 5"), 2 / 3, 0.0),
+    (search("the town at (-1, 2)"), search("the town at (1, 2)"), 16 / 17, 0.0),
     (search("x = a - b"), search("x = b - a"), 9 / 10, 0.0),
     (search("x=y"), search("x = y"), 1.0, 1.0),
     (search("N=m"), search("n=m"), 2 / 3, 0.0),
@@ -345,4 +346,4 @@ def test_the_judge_stage_says_where_there_is_something_to_compare_with(
         keys = [key for one in store.trajectories() for key in one.content_hashes()]
         found = store.verdicts(store.main_judge(), keys)
     assert {one.reward for one in found.values()} == {1.0} and len(found) == 4
-    assert json.loads((tmp_path / "r" / "filter.json").read_text())["judge"].startswith("recorded_action-v3-fuzzy")
+    assert json.loads((tmp_path / "r" / "filter.json").read_text())["judge"].startswith("recorded_action-v4-fuzzy")

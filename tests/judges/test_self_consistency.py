@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from swirl_fast.config import ConfigError, JudgeConfig, load
 from swirl_fast.data.shards import StepSample, decode_sample, encode_sample
 from swirl_fast.data.store import Store
+from swirl_fast.engines.engine import Completion
+from swirl_fast.formats.format import Action
 from swirl_fast.formats.tags import parse
 from swirl_fast.judges import judge_id, load_judge
 from swirl_fast.judges.cached import NOT_JUDGED, judge_steps, judged_trajectories, lacks_verdict
@@ -23,11 +26,13 @@ from swirl_fast.judges.judge import Refusal
 from swirl_fast.judges.self_consistency import (
     PREFIX,
     SelfConsistentJudge,
-    add_other_answers,
     by_vote,
+    held_in_other,
     same_answer,
     stored_id,
+    with_other_answers,
 )
+from swirl_fast.rollouts.at_states import SampledAction, asked_about
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question
 from swirl_fast.tools.tool import CALCULATOR
@@ -45,29 +50,81 @@ GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
         ("5", "5.0", True),
         ("$1,200", "1200 dollars", True),
         ("50%", "50", True),
+        ("5 hundred", "500", True),
+        ("10", "10 clips", True),
+        ("10", "12 clips", False),
         ("5", "-5", False),
-        ("2.5 km", "25 km", False),
+        ("$5", "€5", None),
+        ("2 hours", "2 minutes", None),
+        ("2 hours", "120 minutes", None),
+        ("May 1990", "June 1990", None),
+        ("12 Angry Men", "12 Years a Slave", None),
+        ("5", "at least 5", None),
+        ("5", "5 mln", None),
+        ("5", "10 - 5", None),
+        ("35", "3-5", None),
+        ("1230", "12:30", None),
+        ("482", "48/2", None),
+        ("52", "5²", None),
+        ("(-1, 2)", "(1, 2)", None),
+        ("x < 3", "x > 3", None),
+        ("C", "C++", None),
+        ("B+", "B-", None),
         ("Yes", "yes, both are", True),
+        ("No.", "No - one of them is not", True),
         ("No.", "Yes", False),
-        ("No", "Norway", False),
-        ("Paris", "in Paris, France", True),
-        ("Émile Zola", "emile zola", True),
-        ("Paris", "not Paris", False),
-        ("Lee Ann", "Ann Lee", False),
-        ("Ann Lee", "Ann Leeson", False),
+        ("no", "The answer is no", None),
+        ("No", "No Doubt", None),
+        ("No. 5", "No. 7", False),
+        ("No Country for Old Men", "No Time to Die", False),
+        ("Paris", "paris", True),
+        ("Paris", "Paris.", True),
+        ("Paris", "Rome", False),
+        ("Paris", "in Paris, France", None),
+        ("Paris", "Paris or Rome", None),
+        ("Paris", "it isn't Paris", None),
+        ("Paris", "“Paris”", None),
+        ("Москва", "не Москва", None),
+        ("巴黎", "巴黎。", None),
+        ("巴黎", "北京", False),
+        ("Émile Zola", "emile zola", None),
+        ("Lee Ann", "Ann Lee", None),
+        ("Ann Lee", "Ann Leeson", None),
+        ("of", "University of Oxford", None),
+        ("The Who", "Who", True),
+        ("The Who", "The Band", False),
         ("A", "a", True),
         ("A", "B", False),
-        ("The Who", "Who", True),
         ("", "", True),
-        ("", "5", False),
-        ("1990", "25 May 1990", True),
-        ("x " * 1500, "x", False),
+        ("", "5", None),
+        ("x " * 1500, "x", None),
+        ("x " * 1500, "y", None),
         ("x " * 1500, "X " * 1500, True),
-        ("x " * 900, "y " + "x " * 900, True),
     ],
 )
-def test_which_answers_agree(one: str, other: str, same: bool) -> None:
+def test_which_answers_agree(one: str, other: str, same: bool | None) -> None:
     assert same_answer(one, other) is same_answer(other, one) is same
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "held"),
+    [
+        ("Paris", "It is Paris, in France.", True),
+        ("Ann Lee", "It was Ann Lee.", True),
+        ("1990", "25 May 1990 or so", True),
+        ("Lee Ann", "Ann Lee", None),
+        ("Ann Lee", "Ann Leeson", None),
+        ("Paris", "not Paris", None),
+        ("Paris", "It isn't Paris", None),
+        ("of", "University of Oxford", None),
+        ("Paris", "Rome", False),
+        ("2 hours", "2 minutes", None),
+        ("May 1990", "1990", True),
+        ("x " * 1500, "x", None),
+    ],
+)
+def test_which_recorded_answers_agree(one: str, other: str, held: bool | None) -> None:
+    assert held_in_other(one, other) is held_in_other(other, one) is held
 
 
 def test_every_split_of_a_few_votes() -> None:
@@ -85,11 +142,21 @@ def test_every_split_of_a_few_votes() -> None:
 
 def test_rivals_that_say_the_same_in_other_words_are_one() -> None:
     found = by_vote("Rome", ("Paris", "in Paris, France"), True)
-    assert found == Judgement(BAD, "0 of the 2 other trajectories with an answer give this answer, and 2 another one")
+    assert found == Judgement(BAD, "by vote: 0 of 2 other answers to the question agree, and 2 are another one")
     assert by_vote("Rome", ("Paris", "Lyon"), True) is None
-    assert by_vote("Rome", ("rome", "Lyon"), True) == Judgement(
-        GOOD, "1 of the 2 other trajectories with an answer give this answer"
-    )
+    agreed = Judgement(GOOD, "by vote: 1 of 2 other answers to the question agree")
+    assert by_vote("Rome", ("rome", "Lyon"), True) == agreed
+
+
+def test_naming_several_answers_wins_nothing() -> None:
+    """Fresh ones agree as they are; of recorded ones that hold others, these must not contradict each other."""
+    others = ("Paris", "Paris", "Rome", "London")
+    for hedge in ("Paris or Rome or London", "Paris Rome London", "Paris", "It is Paris", "it is not Paris"):
+        found = by_vote(hedge, others, True)
+        assert (found and found.verdict) == (GOOD if hedge == "Paris" else None), hedge
+        found = by_vote(hedge, others, True, recorded=True)
+        assert (found and found.verdict) == (GOOD if hedge in ("Paris", "It is Paris") else None), hedge
+    assert by_vote("5 or 6 or 7", ("5", "6", "7"), True, recorded=True) is None
 
 
 ANSWERS = st.sampled_from(["5", "5.0", "6", "Paris", "in Paris, France", "not Paris", "", "yes", "Yes it is", "nobody"])
@@ -97,7 +164,9 @@ ANSWERS = st.sampled_from(["5", "5.0", "6", "Paris", "in Paris, France", "not Pa
 
 @given(ANSWERS, st.lists(ANSWERS, max_size=9))
 def test_the_order_of_the_others_changes_nothing(answer: str, others: list[str]) -> None:
-    assert by_vote(answer, tuple(others), True) == by_vote(answer, tuple(sorted(others, reverse=True)), True)
+    one, other = tuple(others), tuple(sorted(others, reverse=True))
+    for recorded in (False, True):
+        assert by_vote(answer, one, True, recorded) == by_vote(answer, other, True, recorded)
 
 
 class Asked:
@@ -134,6 +203,8 @@ STEPS = [
     StepView("t", "?", (), "<math_exp>2+3</math_exp>", None, ("5", "5")),
     answer("5", "5", history=()),
     answer("5", "5", history=(("<math_exp>", "malformed"),)),
+    answer("5", "5", history=(("<math_exp>2/0</math_exp>", "2/0 -> ERROR: division by zero"),)),
+    answer("5", "5", history=(("<math_exp>2+3</math_exp> and so on, cut off", "The turn was cut off."),)),
     answer("5"),
     answer("5", "5", task="other"),
 ]
@@ -144,7 +215,7 @@ def test_the_judge_behind_it_is_asked_about_the_rest() -> None:
     judge = SelfConsistentJudge(behind, TOOLS)
     unsure = Judgement.graded(0.25, "unsure")
     judged = judge.judge(STEPS)
-    assert [one.reward for one in judged[:2]] == [1.0, 0.0] and judged[2:] == [unsure] * 6
+    assert [one.reward for one in judged[:2]] == [1.0, 0.0] and judged[2:] == [unsure] * 8
     assert behind.asked == [step.action_text for step in STEPS[2:]]
     assert (judge.id, stored_id(judge.id)) == (f"{PREFIX}asked-v1", "asked-v1") and judge.stats() == JudgeStats(7)
     judge.close()
@@ -154,7 +225,7 @@ def test_the_judge_behind_it_is_asked_about_the_rest() -> None:
 
 def test_what_was_answered_before_a_refusal_keeps_its_place() -> None:
     with pytest.raises(Refusal, match="key withdrawn") as refused:
-        SelfConsistentJudge(Asked(refuses=2), TOOLS).judge([STEPS[2], STEPS[0], STEPS[6], STEPS[3]])
+        SelfConsistentJudge(Asked(refuses=2), TOOLS).judge([STEPS[2], STEPS[0], STEPS[-2], STEPS[3]])
     rewards = [one and one.reward for one in refused.value.answered]
     assert rewards == [0.25, 1.0, 0.25, None]
 
@@ -204,18 +275,20 @@ def rewards(store: Store, judge_id: str) -> dict[str, list[float | None]]:
     return {one.id: [each.reward for each in judged] for one, judged in judged_trajectories(store, judge_id, ids)}
 
 
-def test_the_answers_of_a_question(store: Store) -> None:
-    assert store.answers(["q0/3"]) == {"q0": ["5", "5.0", "6"]}
-    assert store.answers(["q1/0", "q2/1", "q0/0"]) == {"q0": ["5", "5.0", "6"], "q1": ["7", "8"], "q2": ["5", "5"]}
-    assert store.answers([]) == {}
+def test_the_answers_of_all_questions(store: Store) -> None:
+    wanted = {"q0": ["5", "5.0", "6"], "q1": ["7", "8"], "q2": ["5", "5"]}
+    assert store.answers() == wanted and store.answers() is store.answers(), "read once"
+    with Store(store.path, writable=False) as reader:
+        assert reader.answers() == wanted
+        store.record(LATER[:1])
+        assert store.answers() == reader.answers() == {**wanted, "q1": ["7", "8", "8"]}, "and again when there are more"
 
 
 def test_a_damaged_answer_is_noticed(store: Store) -> None:
     with sqlite3.connect(store.path) as db:
         db.execute("UPDATE steps SET argument = '9' WHERE argument = '8'")
     with pytest.raises(ValueError, match=re.escape("steps") + ".*do not match their hash"):
-        store.answers(["q1/0"])
-    assert store.answers(["q0/0"]) == {"q0": ["5", "5.0", "6"]}
+        store.answers()
 
 
 def test_a_vote_is_counted_when_verdicts_are_read(store: Store) -> None:
@@ -259,7 +332,7 @@ def test_votes_of_a_judge_and_of_the_store_are_the_same(store: Store) -> None:
     ids = store.ids(finished=True)
     judge_steps(judge, store, ids, "judge")
     for one, judged in judged_trajectories(store, judge.id, ids):
-        assert judge.judge(one.views()) == judged
+        assert judge.judge(one.views()) == judged  # of answers that need no other words to agree
         assert one.view(one.num_steps - 1) == one.views()[-1]
 
 
@@ -267,7 +340,7 @@ def test_others_are_all_but_itself(store: Store) -> None:
     found = {one.id: one for one in store.trajectories()}
     assert all(one.other_answers == () for one in found.values())
     before = {id_: one.content_hashes() for id_, one in found.items()}
-    add_other_answers(found.values(), store.answers(list(found)))
+    assert list(with_other_answers(found.values(), store.answers())) == list(found.values())
     assert found["q0/0"].other_answers == ("5.0", "6") and found["q0/3"].other_answers == ("5", "5.0", "6")
     assert found["q2/0"].other_answers == ("5",) and found["q1/1"].other_answers == ("7",)
     for id_, one in found.items():
@@ -309,3 +382,20 @@ def test_labelled_steps_come_without_other_trajectories() -> None:
     config = load(None, ["judge.self_consistency=true"])
     with pytest.raises(ConfigError, match="judge --against.* leave it out"):
         load_judge(config.judge, TOOLS)
+
+
+def test_without_tools_no_vote_could_make_an_answer_good() -> None:
+    config = load(None, ["judge.self_consistency=true", "tasks.limit=2", "tasks.eval_limit=1"])
+    with pytest.raises(ConfigError, match="task bare has no tools"):
+        load_judge(config.judge, {**TOOLS, "bare": ()}, tasks=[load_task(config.tasks, 0)])
+
+
+def test_votes_do_not_hide_that_the_judge_is_dead() -> None:
+    """Neither from the guard that stops training, nor where states are chosen or a batch is filled up."""
+    action = Action("answer", argument="5")
+    completion = Completion(np.array([1], np.int32), [-1.0], "stop", 0)
+    sampled = [SampledAction(0, 0, completion, each, STEPS[0]) for each in (action, action, Action("malformed"))]
+    silent = Judgement(UNKNOWN, "no reply in 4 tries")
+    vote = by_vote("5", ("5", "5"), True)
+    assert vote is not None
+    assert asked_about(sampled, [vote, silent, Judgement(BAD, "malformed")]) == [silent]

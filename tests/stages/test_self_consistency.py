@@ -11,12 +11,13 @@ import pytest
 from support.runs import attempt, copy_of, overrides, start
 from support.stores import read_samples
 
-from swirl_fast.config import load
 from swirl_fast.data.samples import read_samples as read_training_samples
 from swirl_fast.data.shards import read_manifest
 from swirl_fast.data.store import Store
 from swirl_fast.judges.cached import judged_trajectories
-from swirl_fast.judges.self_consistency import PREFIX, stored_id
+from swirl_fast.judges.judge import BY_VOTE
+from swirl_fast.judges.self_consistency import PREFIX, has_result, stored_id
+from swirl_fast.outputs.folder import RunFolder
 from swirl_fast.tasks.scoring import number
 from swirl_fast.verdict import Verdict
 
@@ -61,7 +62,7 @@ def test_verdicts_shards_and_fresh_answers(filtered: Path, tiny_model: Path, tmp
         if one.answer is None:
             assert judged == alone[id_]
         elif verdict := naive(number(one.answer), [number(other) for other in others]):
-            called = any(step.action.kind == "tool" for step in one.steps)
+            called = any(has_result(step.action, step.observation) for step in one.steps)
             assert judged[-1].verdict is (verdict if called or verdict is Verdict.BAD else alone[id_][-1].verdict)
             decided += judged[-1] != alone[id_][-1]
     assert decided > 3, "or nothing here is tested"
@@ -75,12 +76,13 @@ def test_verdicts_shards_and_fresh_answers(filtered: Path, tiny_model: Path, tmp
     folder = copy_of(filtered, tmp_path)
     start(["train", *overrides(folder, tiny_model, *SETTINGS, VOTES)])
     drawn = [one for step in (1, 2) for one in read_training_samples(folder / "r", step) if one.kind == "answer"]
-    by_vote = [one for one in drawn if "other trajectories with an answer give this answer" in one.reason]
+    by_vote = [one for one in drawn if one.reason.startswith(BY_VOTE)]
     assert len(by_vote) > 3
     for one in drawn:
         others = [number(other) for other in samples[one.trajectory].trajectory.other_answers]
         verdict = naive(number(one.argument), others)
-        called = any(step.action.kind == "tool" for step in samples[one.trajectory].trajectory.steps[: one.state])
+        before = samples[one.trajectory].trajectory.steps[: one.state]
+        called = any(has_result(step.action, step.observation) for step in before)
         if verdict and (called or verdict is Verdict.BAD):
             assert one in by_vote and one.verdict == verdict.value
 
@@ -108,17 +110,19 @@ def test_states_are_chosen_by_what_the_vote_says(filtered: Path, tiny_model: Pat
     assert sorted(map(str, alone.values())) != sorted(str(both[key]) for key in both.keys() - alone.keys())
 
 
-def test_an_evaluation_of_several_samples_votes(filtered: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_evaluations_do_not_vote_and_what_is_shown_does(filtered: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Also before there is a filter.json, which names the judge."""
     folder = copy_of(filtered, tmp_path)
+    judge = RunFolder.read(folder / "r").judge_id
+    assert judge is not None and judge.startswith(PREFIX)
+    (folder / "r" / "filter.json").unlink()
+    assert RunFolder.read(folder / "r").judge_id == judge
     settings = overrides(folder, tiny_model, *SETTINGS, VOTES, "evaluate.samples=5", "evaluate.temperature=1")
+    planned = start(["evaluate", "--of", "base", "--dry-run", *settings])
+    assert f"judge: {stored_id(judge)}" in planned.stdout
     start(["evaluate", "--of", "base", *settings])
     found = json.loads((folder / "r" / "evaluations" / "base.json").read_text(encoding="utf-8"))
-    assert found["judge"].startswith(PREFIX)
-    with Store(folder / "r" / "evaluations" / "base.db", writable=False) as store:
-        ids = store.ids(finished=True)
-        labels = {}
-        for id_ in (found["judge"], stored_id(found["judge"])):
-            judged = [one for _, each in judged_trajectories(store, id_, ids) for one in each]
-            labels[id_] = [one.reward for one in judged]
-    assert labels[found["judge"]] != labels[stored_id(found["judge"])]
-    assert load(None, settings).judge.self_consistency
+    assert found["judge"] == stored_id(judge)
+    assert RunFolder.read(folder / "r").judge_id == judge
+    (folder / "r" / "trajectories.db").unlink()
+    assert RunFolder.read(folder / "r").judge_id == stored_id(judge), "nothing to count votes of"

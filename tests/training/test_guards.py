@@ -79,7 +79,7 @@ def test_the_limit_is_of_steps_in_a_row_of_either_kind_and_survives_a_checkpoint
     skip(found, 4)
     found.begin()
     with pytest.warns(UserWarning):
-        assert not found.answered(5, asked=8, known=0, malformed=0, judge="j", reason="")
+        assert not found.answered(5, asked=8, known=0, others=0, judge="j", reason="")
     found.end(5, 0.0)
     resumed = guards()
     resumed.load_state_dict(found.state_dict())
@@ -109,7 +109,7 @@ def test_a_batch_without_verdicts_is_no_update(asked: int, known: int, malformed
 
 
 def test_a_verdict_on_another_rank_is_a_verdict() -> None:
-    assert guards(beside(9, 1, 0)).answered(1, asked=9, known=0, malformed=0, judge="j", reason="")
+    assert guards(beside(9, 1, 0)).answered(1, asked=9, known=0, others=0, judge="j", reason="")
 
 
 def test_a_silent_judge_stops_training_only_when_it_was_asked_often_enough() -> None:
@@ -117,11 +117,11 @@ def test_a_silent_judge_stops_training_only_when_it_was_asked_often_enough() -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for step in (1, 2, 3):
-            assert not found.answered(step, asked=2, known=0, malformed=0, judge="j", reason="timeout")
+            assert not found.answered(step, asked=2, known=0, others=0, judge="j", reason="timeout")
     with pytest.raises(
         ValueError, match=r"step 4: the judge j gave no verdict on any of 2 actions \(timeout\).*4 steps"
     ):
-        found.answered(4, asked=2, known=0, malformed=0, judge="j", reason="timeout")
+        found.answered(4, asked=2, known=0, others=0, judge="j", reason="timeout")
 
 
 def test_a_kl_that_runs_away_warns_once_each_time() -> None:

@@ -24,7 +24,7 @@ from swirl_fast.tools.characters import without_accents
 MAX_ANSWER_WORDS = 12  # of a span
 MAX_QUERY_WORDS = 30
 
-_STOP_WORDS = frozenset(
+STOP_WORDS = frozenset(
     "a an the of in on at to for from by with and or but not no is are was were be been being am do does did has have "
     "had it its this that these those which what who whom whose when where why how many much as than then there their "
     "his her he she they them him i you we me my your our both also into about between can could will would should may "
@@ -54,13 +54,13 @@ def names(text: str) -> frozenset[str]:
     """Normalised words that begin with a capital letter or a digit; no stop words."""
     tokens = [token.strip(string.punctuation) for token in text.split()]
     marked = (token for token in tokens if token[:1].isupper() or token[:1].isdigit())
-    return frozenset(word for token in marked for word in words(token)) - _STOP_WORDS
+    return frozenset(word for token in marked for word in words(token)) - STOP_WORDS
 
 
 def query_fault(query: str, question: str, passages: Sequence[str]) -> str:
     """Why a query that was not made before does not help, "" when it may."""
     asked = words(query)
-    content = set(asked) - _STOP_WORDS
+    content = set(asked) - STOP_WORDS
     if not content or len(asked) > MAX_QUERY_WORDS:
         return f"a query needs a content word and at most {MAX_QUERY_WORDS} words; it has {len(asked)} words"
     known = content & {word for text in (question, *passages) for word in words(text)}
@@ -74,7 +74,7 @@ def query_fault(query: str, question: str, passages: Sequence[str]) -> str:
 def answer_fault(answer: str, question: str, passages: Sequence[str]) -> str:
     """Why an answer does not follow from the passages, "" when it may."""
     given = words(answer)
-    if not set(given) - _STOP_WORDS and given != ["no"] or len(given) > MAX_ANSWER_WORDS:
+    if not set(given) - STOP_WORDS and given != ["no"] or len(given) > MAX_ANSWER_WORDS:
         return f"the answer needs a content word and at most {MAX_ANSWER_WORDS} words; it has {len(given)} words"
     asked = words(question)
     read = [words(passage) for passage in passages]
@@ -96,7 +96,7 @@ def answer_fault(answer: str, question: str, passages: Sequence[str]) -> str:
 def _closed_fault(question: str, asked: set[str], read: set[str]) -> str:
     if not _CLAUSE.search(question) or re.search(r"\bor\b", question):  # a title has Or
         return "yes or no, but the question asks for something else"
-    if not (asked - _STOP_WORDS) & read:
+    if not (asked - STOP_WORDS) & read:
         return "yes or no, but no result shares a content word with the question"
     _, _, rest = question.strip().partition(" ")  # the first word has a capital anyway
     if missing := {name for name in names(rest) - read if not name.isdigit()}:
