@@ -33,7 +33,7 @@ from swirl_fast.formats.format import Action, Format, results_in
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import BY_VOTE, Judge, Refusal
 from swirl_fast.judges.recorded_action import text_agreement
-from swirl_fast.judges.rules.queries import STOP_WORDS, words
+from swirl_fast.judges.rules.queries import STOP_WORDS, words, yes_or_no
 from swirl_fast.tasks.scoring import same_number
 from swirl_fast.tools.characters import same_text, without_accents
 from swirl_fast.tools.numerals import MAX_CHARS, Mention, currency_in, number_in
@@ -44,8 +44,9 @@ from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
 VERSION = 1  # of the vote: part of the judge's id
 PREFIX = f"self_consistency-v{VERSION}-"  # of its id, before that of the judge behind it
-_DENIALS = frozenset(("not", "isnt", "never", "neither", "nor", "no", "nobody", "nothing", "none"))
-_CLOSED = re.compile(r"(yes|no)(?:\s*[,;:–—]|\s-|\.(?!\s*\d)|$)")  # no "No Doubt", no "No. 5"
+_TURNS = frozenset(  # words that make another answer of those beside them
+    "not isnt no never neither nor nobody nothing none or either both".split()
+)
 
 
 class SelfConsistentJudge:
@@ -119,20 +120,31 @@ def with_other_answers(
 def by_vote(answer: str, others: tuple[str, ...], informed: bool, recorded: bool = False) -> Judgement | None:
     """None where the vote does not decide. others: the answers of the other trajectories. informed: whether a call gave a result before the
     answer. recorded: whether the answer is a recorded one."""
-    counts = Counter(others)
-    agrees = {other: (held_in_other if recorded else same_answer)(answer, other) for other in counts}
-    with_it = [other for other in counts if agrees[other]]
-    if any(same_answer(one, other) is False for one, other in combinations(with_it, 2)):
-        return None  # it names several
-    against = [other for other in counts if agrees[other] is False]
+    plain = _plain(tuple(sorted({answer, *others} if recorded else set(others))))
+    if recorded and answer not in plain:
+        return None
+    counts = Counter(other for other in others if other in plain)
+    found = {other: (held_in_other if recorded else same_answer)(answer, other) for other in counts}
+    against = [other for other in counts if found[other] is False]
     rivals = (sum(counts[other] for other in against if held_in_other(one, other)) for one in against)
-    own, rival = 1 + sum(counts[other] for other in with_it), max(rivals, default=0)
+    own, rival = 1 + sum(count for other, count in counts.items() if found[other]), max(rivals, default=0)
     given = f"{BY_VOTE}{own - 1} of {len(others)} other answers to the question"
     if own >= 2 and own > rival and informed:
         return Judgement(Verdict.GOOD, f"{given} agree")
     if rival >= 2 * own:
         return Judgement(Verdict.BAD, f"{given} agree, and {rival} are another one")
     return None
+
+
+@lru_cache(maxsize=64)
+def _plain(answers: tuple[str, ...]) -> frozenset[str]:
+    """Those that do not agree with two which contradict each other, as one that names several does."""
+    agreeing = {answer: [other for other in answers if held_in_other(answer, other)] for answer in answers}
+    return frozenset(
+        answer
+        for answer, others in agreeing.items()
+        if not any(same_answer(one, other) is False for one, other in combinations(others, 2))
+    )
 
 
 @lru_cache(maxsize=2**16)  # pairs of one question
@@ -143,7 +155,7 @@ def held_in_other(one: str, other: str) -> bool | None:
     if found is not None or max(len(one), len(other)) > MAX_CHARS or (number_in(one) and number_in(other)):
         return found
     short, long = sorted((words(one), words(other)), key=len)
-    if STOP_WORDS.issuperset(short) or _DENIALS.isdisjoint(short) != _DENIALS.isdisjoint(long):
+    if STOP_WORDS.issuperset(short) or _TURNS.isdisjoint(short) != _TURNS.isdisjoint(long):
         return None
     return any(long[at : at + len(short)] == short for at in range(len(long) - len(short) + 1)) or None
 
@@ -188,7 +200,4 @@ def _read(answer: str) -> _Answer:
     text = same_text(answer).casefold()
     found = re.findall(r"\w+", without_accents(answer[:MAX_CHARS]))
     units = frozenset(word for word in found if not re.search(r"\d", word))
-    closed = _CLOSED.match(text)
-    return _Answer(
-        text, closed[1] if closed else "", number_in(answer), "".join(found), frozenset(found) - STOP_WORDS, units
-    )
+    return _Answer(text, yes_or_no(text), number_in(answer), "".join(found), frozenset(found) - STOP_WORDS, units)

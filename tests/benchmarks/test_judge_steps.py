@@ -129,6 +129,6 @@ def test_the_command_writes_the_set_and_the_result(tmp_path: Path, steps: list[L
     small = ["--good", "1", "--bad", "1", "--seeds", "2", "judge.rules.coverage=full"]
     judge_agreement.main(["--out", str(tmp_path / "r.json"), *small])
     result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert result["steps"] == 60 and result["judge"].startswith("rules-v6-full")
+    assert result["steps"] == 60 and result["judge"].startswith("rules-v7-full")
     assert result["settings"]["each_good_kind"] == 1 and result["environment"]["cores"] >= 1
     assert result["accuracy_of_other_seeds"].keys() == {"1"}

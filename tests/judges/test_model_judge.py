@@ -598,7 +598,7 @@ def test_ids_come_from_the_settings_without_an_http_client(settings, tools, ids,
 
 def test_the_id_of_every_kind_is_that_of_the_loaded_judge():
     assert judge_id(JudgeConfig(), SUMS) == load_judge(JudgeConfig(), SUMS).id
-    assert judge_id(JudgeConfig(), BOTH) == "rules-v6-connected-tools.aecfb463"
+    assert judge_id(JudgeConfig(), BOTH) == "rules-v7-connected-tools.aecfb463"
     assert judge_id(JudgeConfig(kind="reference"), BOTH) == ReferenceJudge(BOTH, {"?": ()}).id
     assert judge_id(JudgeConfig(kind="reference"), BOTH) == "reference-v2-tools.9d7ca214"
     for refuse in (judge_id, load_judge):

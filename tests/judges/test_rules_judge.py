@@ -300,6 +300,8 @@ FULL = {
 }
 
 SEARCH = {
+    "several queries in a call, of 32 words": (FILM, [], found("; ".join(["Greta Garbo first film that was spoken"] * 4), "")[0], "GOOD"),
+    "no and why": (SAME, BOTH, answer("No, one is not American."), "GOOD"),
     "a query about the question": (FILM, [], found("Greta Garbo first spoken film", "")[0], "GOOD"),
     "the question itself": (FILM, [], found(FILM, "")[0], "GOOD"),
     "a query about what was found": (FILM, GARBO, found("Anna Christie Clarence", "")[0], "GOOD"),
@@ -362,6 +364,10 @@ SEARCH = {
     "a person who is a number": (FILM, GARBO, answer("1930"), "BAD"),
     "most words of elsewhere": (FILM, [], found("weather tomorrow film", "")[0], "BAD"),
     "a calculation": (FILM, [], call("1+1")[0], "BAD"),
+    "one of several queries is too long": (FILM, [], found("Greta Garbo; " + "film " * 31, "")[0], "BAD"),
+    "many queries in a call": (FILM, [], found("; ".join(["Greta Garbo"] * 6), "")[0], "BAD"),
+    "a name that begins with no, to a question for yes or no": (SAME, BOTH, answer("No Doubt"), "BAD"),
+    "no and why, before the other side was found": (SAME, BOTH[:1], answer("No, one is not."), "BAD"),
 }  # fmt: skip
 
 
@@ -514,7 +520,7 @@ def test_ids_name_what_changes_verdicts():
     assert len(ids) == 6
     same = RulesConfig(coverage_by_task={"sums": "connected", "elsewhere": "single"})
     assert RulesJudge(same, TOOLS).id == RulesJudge(RulesConfig(), TOOLS).id
-    assert all(id.startswith(("rules-v6-connected", "rules-v6-full")) for id in ids)
+    assert all(id.startswith(("rules-v7-connected", "rules-v7-full")) for id in ids)
 
 
 def test_tools_of_the_task_decide_what_is_malformed():

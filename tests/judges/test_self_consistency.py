@@ -111,7 +111,9 @@ def test_which_answers_agree(one: str, other: str, same: bool | None) -> None:
     [
         ("Paris", "It is Paris, in France.", True),
         ("Ann Lee", "It was Ann Lee.", True),
-        ("1990", "25 May 1990 or so", True),
+        ("1990", "on 25 May 1990, they say", True),
+        ("Paris", "Paris or Rome", None),
+        ("Paris", "Both Paris and Rome", None),
         ("Lee Ann", "Ann Lee", None),
         ("Ann Lee", "Ann Leeson", None),
         ("Paris", "not Paris", None),
@@ -157,6 +159,10 @@ def test_naming_several_answers_wins_nothing() -> None:
         found = by_vote(hedge, others, True, recorded=True)
         assert (found and found.verdict) == (GOOD if hedge in ("Paris", "It is Paris") else None), hedge
     assert by_vote("5 or 6 or 7", ("5", "6", "7"), True, recorded=True) is None
+    both = "Paris had it first, and lost it to Rome."
+    assert by_vote(both, ("Paris", "Paris", "Rome"), True, recorded=True) is None
+    found = by_vote("Rome", (both, "Paris", "Paris"), True, recorded=True)
+    assert found == Judgement(BAD, "by vote: 0 of 3 other answers to the question agree, and 2 are another one")
 
 
 ANSWERS = st.sampled_from(["5", "5.0", "6", "Paris", "in Paris, France", "not Paris", "", "yes", "Yes it is", "nobody"])

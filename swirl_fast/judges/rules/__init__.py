@@ -62,7 +62,7 @@ from swirl_fast.tools.tool import BUILT_IN, ToolSpec
 from swirl_fast.trajectory import StepView
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
-VERSION = 6  # of the rules: part of the judge's id, under which verdicts are cached
+VERSION = 7  # of the rules: part of the judge's id, under which verdicts are cached
 MAX_ANSWER_CHARS = 40  # of a number with its unit
 
 _SPOKEN = {  # word -> numbers it may stand for

@@ -23,6 +23,7 @@ from swirl_fast.tools.characters import without_accents
 
 MAX_ANSWER_WORDS = 12  # of a span
 MAX_QUERY_WORDS = 30
+MAX_QUERIES = 5  # in one call, parted by ";"
 
 STOP_WORDS = frozenset(
     "a an the of in on at to for from by with and or but not no is are was were be been being am do does did has have "
@@ -41,12 +42,19 @@ _THING = re.compile(
     r"city|town|village|river|nationality)\b",  # but films and bands may be called by a number
     re.I,
 )
+_YES_OR_NO = re.compile(r"(yes|no)(?:\s*[,;:!–—]|\s-|\.(?!\s*\d)|$)")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def words(text: str) -> list[str]:
     """Words under HotPotQA's normalisation: lower case, no punctuation, no articles; without accents, as the search finds them."""
     return [word for word in without_accents(text).translate(_PUNCTUATION).split() if word not in ("a", "an", "the")]
+
+
+def yes_or_no(text: str) -> str:
+    """The yes or no that a text begins with, in lower case; empty where it is another one, such as "No Doubt" or "No. 5"."""
+    found = _YES_OR_NO.match(text.strip().lower())
+    return found[1] if found else ""
 
 
 @lru_cache(maxsize=4096)
@@ -61,8 +69,11 @@ def query_fault(query: str, question: str, passages: Sequence[str]) -> str:
     """Why a query that was not made before does not help, "" when it may."""
     asked = words(query)
     content = set(asked) - STOP_WORDS
-    if not content or len(asked) > MAX_QUERY_WORDS:
-        return f"a query needs a content word and at most {MAX_QUERY_WORDS} words; it has {len(asked)} words"
+    parts = [len(words(part)) for part in query.split(";")]
+    if not content or max(parts) > MAX_QUERY_WORDS:
+        return f"a query needs a content word and at most {MAX_QUERY_WORDS} words; it has {max(parts)} words"
+    if len(parts) > MAX_QUERIES:
+        return f"a call holds at most {MAX_QUERIES} queries, parted by semicolons; it has {len(parts)}"
     known = content & {word for text in (question, *passages) for word in words(text)}
     if not known:
         return "the query shares no content word with the question or with what was found"
@@ -78,7 +89,7 @@ def answer_fault(answer: str, question: str, passages: Sequence[str]) -> str:
         return f"the answer needs a content word and at most {MAX_ANSWER_WORDS} words; it has {len(given)} words"
     asked = words(question)
     read = [words(passage) for passage in passages]
-    if given in (["yes"], ["no"]):
+    if given in (["yes"], ["no"]) or (yes_or_no(answer) and _CLOSED.match(question.strip())):
         return _closed_fault(question, set(asked), {word for passage in read for word in passage})
     if _CLOSED.match(question.strip()):
         return "the question asks for yes or no"
