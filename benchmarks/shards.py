@@ -138,9 +138,9 @@ class SeededSampler(Sampler):
 def _from_json(value: dict[str, Any]) -> StepSample:
     trajectory = value["trajectory"]
     steps = [Step(**{**step, "action": Action.of_table(step["action"])}) for step in trajectory["steps"]]
-    finish = Finish(trajectory["finish"])
+    read = {"steps": steps, "finish": Finish(trajectory["finish"]), "other_answers": tuple(trajectory["other_answers"])}
     return StepSample(
-        Trajectory(**{**trajectory, "steps": steps, "finish": finish}),
+        Trajectory(**{**trajectory, **read}),
         [Verdict(verdict) for verdict in value["verdicts"]],
     )
 
