@@ -176,7 +176,11 @@ def with_votes(judged: Sequence[Judged]) -> list[Judged]:
     found = []
     for at, (trajectory, judgements) in enumerate(judged):
         others = tuple(o for i in of_question[trajectory.question] if i != at and (o := answers[i]) is not None)
-        vote = None if (answer := answers[at]) is None else by_vote(answer, others, informed[at], recorded=True)
+        vote = (
+            None
+            if (answer := answers[at]) is None
+            else by_vote(answer, others, trajectory.question, informed[at], recorded=True)
+        )
         found.append((trajectory, judgements if vote is None else [*judgements[:-1], vote]))
     return found
 

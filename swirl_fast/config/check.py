@@ -265,11 +265,11 @@ def _check_stages(config: Config, values: _Values) -> None:
                 "judge.self_consistency",
                 f"judge.kind={config.judge.kind} knows what is right without a vote; leave it out",
             )
-        if collect.source != "policy" or (collect.trajectories_per_question < 2 and not config.training.shards):
+        if (collect.source != "policy" or collect.trajectories_per_question < 3) and not config.training.shards:
             fail(
                 "judge.self_consistency",
-                "needs several trajectories of a question: collect.source=policy and collect.trajectories_per_question of 2 or more, "
-                "such as 5",
+                "needs several trajectories of a question: collect.source=policy and collect.trajectories_per_question of 3 or more, "
+                "such as 5; set it to false where there are none, as in an arm that imitates solutions",
             )
     if config.judge.model.scale == 1:
         fail("judge.model.scale", "must be 0, for GOOD or BAD, or the best grade of at least 2, such as 5")

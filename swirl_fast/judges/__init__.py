@@ -16,7 +16,7 @@ from swirl_fast.judges.own import OwnJudge, own_judge_id
 from swirl_fast.judges.recorded_action import RecordedActionJudge, recorded_action_judge_id
 from swirl_fast.judges.reference import ReferenceJudge, reference_judge_id
 from swirl_fast.judges.rules import RulesJudge
-from swirl_fast.judges.self_consistency import PREFIX, SelfConsistentJudge
+from swirl_fast.judges.self_consistency import PREFIX, SelfConsistentJudge, check_tools
 from swirl_fast.tasks.task import Split, Task
 from swirl_fast.tools.tool import ToolSpec
 
@@ -41,15 +41,7 @@ def load_judge(
     """
     if not config.self_consistency:
         return _judge_of_kind(config, tools_by_task, probe, tasks, form)
-    if not tasks:
-        raise ConfigError(
-            "judge.self_consistency=true holds answers against those of other trajectories, and labelled steps (judge --against) come "
-            "without any; leave it out"
-        )
-    if bare := [task for task, tools in tools_by_task.items() if not tools]:
-        raise ConfigError(
-            f"judge.self_consistency=true: task {bare[0]} has no tools, and no vote makes an answer GOOD before a call; leave it out"
-        )
+    check_tools(tools_by_task)
     return SelfConsistentJudge(_judge_of_kind(config, tools_by_task, probe, tasks, form), tools_by_task, form)
 
 

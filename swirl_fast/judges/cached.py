@@ -124,6 +124,8 @@ def judged_trajectories(
             ]
             if votes(judge_id) and trajectory.answer is not None and judgements[-1] is not NOT_JUDGED:
                 informed = any(has_result(step.action, step.observation) for step in trajectory.steps)
-                vote = by_vote(trajectory.answer, trajectory.other_answers, informed, recorded=True)
+                vote = by_vote(
+                    trajectory.answer, trajectory.other_answers, trajectory.question, informed, recorded=True
+                )
                 judgements[-1] = vote or judgements[-1]
             yield trajectory, judgements

@@ -52,7 +52,7 @@ OWN = "judge.recorded_action.turns_without_a_call"
 NONE = "unknown"  # its value where there is no function
 
 # Symbols that make another call of the same words: operators, brackets of code, and what stands between or before digits.
-_FORMAL = re.compile(r"[+*/^=<>%|&~\\{}\[\]_$#@]|\d[.,:-]\d|(?<!\w)-\d|\d\s*[-−]")
+_FORMAL = re.compile(r"[+*/^=<>%|&~\\{}\[\]_$#@]|\d[.,:-]\d|(?<!\w)[-−]\s?\d|(?<!\w)\.\d|\w-(?!\w)|\d\s*[-−]")
 
 
 class RecordedActionJudge:
@@ -196,10 +196,15 @@ def text_agreement(one: str, other: str) -> float:
     same = _same_number(one, other)
     if same is not None:
         return float(same)
-    if _FORMAL.search(one) or _FORMAL.search(other):
+    if formal(one) or formal(other):
         return _token_f1(_symbols(one), _symbols(other))
     score = score_text(one, [other])
     return min(score.f1, _token_f1(normalise_answer(one).split(), normalise_answer(other).split()))
+
+
+def formal(text: str) -> bool:
+    """Whether its symbols say something that its words do not."""
+    return _FORMAL.search(text) is not None
 
 
 def _symbols(text: str) -> list[str]:

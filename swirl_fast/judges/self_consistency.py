@@ -3,7 +3,7 @@ of self-consistency (arXiv 2203.11171; as a reward of reinforcement learning arX
 
     GOOD    more trajectories give this answer than any other one, at least two do, and a call gave a result before it: otherwise a policy
             would learn to guess
-    BAD     another answer is given by at least twice as many as this one
+    BAD     another answer is given by at least twice as many as this one, itself counted
     else    what the judge of judge.kind says, as for calls
 
 Whether two answers agree is not always plain, and then neither counts for or against the other (`same_answer`). A recorded answer also
@@ -29,23 +29,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 
+from swirl_fast.config import ConfigError
 from swirl_fast.formats.format import Action, Format, results_in
 from swirl_fast.formats.tags import TAGS
 from swirl_fast.judges.judge import BY_VOTE, Judge, Refusal
-from swirl_fast.judges.recorded_action import text_agreement
-from swirl_fast.judges.rules.queries import STOP_WORDS, words, yes_or_no
+from swirl_fast.judges.recorded_action import formal, text_agreement
+from swirl_fast.judges.rules.queries import STOP_WORDS, asks_yes_or_no, words, yes_or_no
 from swirl_fast.tasks.scoring import same_number
 from swirl_fast.tools.characters import same_text, without_accents
-from swirl_fast.tools.numerals import MAX_CHARS, Mention, currency_in, number_in
+from swirl_fast.tools.numerals import Mention, currency_in, number_in
 from swirl_fast.tools.search import NOTHING_FOUND
 from swirl_fast.tools.tool import ToolSpec
 from swirl_fast.trajectory import StepView, Trajectory
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
 VERSION = 1  # of the vote: part of the judge's id
+MAX_CHARS = 500  # longer answers agree only where they are alike
 PREFIX = f"self_consistency-v{VERSION}-"  # of its id, before that of the judge behind it
 _TURNS = frozenset(  # words that make another answer of those beside them
-    "not isnt no never neither nor nobody nothing none or either both".split()
+    "not no never neither nor nobody nothing none or either both rather instead".split()
 )
 
 
@@ -86,13 +88,21 @@ class SelfConsistentJudge:
         if action.kind != "answer":
             return None
         informed = any(has_result(self._form.parse(text, tools), seen) for text, seen in step.history)
-        return by_vote(action.argument, step.other_answers, informed)
+        return by_vote(action.argument, step.other_answers, step.question, informed)
 
 
 def has_result(action: Action, seen: str | None) -> bool:
     """Whether a call of the turn gave a result. seen: what the environment wrote after it."""
     results = results_in(action.calls, seen or "") if action.calls else ()
     return any(shown and not shown.startswith("ERROR:") and shown != NOTHING_FOUND for shown in results or ())
+
+
+def check_tools(tools_by_task: Mapping[str, Collection[ToolSpec]]) -> None:
+    """Raises ConfigError for a task without tools."""
+    if bare := [task for task, tools in tools_by_task.items() if not tools]:
+        raise ConfigError(
+            f"judge.self_consistency=true: task {bare[0]} has no tools, and no vote makes an answer GOOD before a call; leave it out"
+        )
 
 
 def stored_id(judge_id: str) -> str:
@@ -117,87 +127,126 @@ def with_other_answers(
 
 
 @lru_cache(maxsize=1024)  # trajectories with the same answer have the same others
-def by_vote(answer: str, others: tuple[str, ...], informed: bool, recorded: bool = False) -> Judgement | None:
+def by_vote(
+    answer: str, others: tuple[str, ...], question: str, informed: bool, recorded: bool = False
+) -> Judgement | None:
     """None where the vote does not decide. others: the answers of the other trajectories. informed: whether a call gave a result before the
-    answer. recorded: whether the answer is a recorded one."""
-    plain = _plain(tuple(sorted({answer, *others} if recorded else set(others))))
-    if recorded and answer not in plain:
+    answer. recorded: whether the answer is a recorded one, which has a vote itself."""
+    closed = asks_yes_or_no(question)
+    pool = tuple(sorted({answer, *others} if recorded else set(others)))
+    agreeing = _agreeing(pool, closed)
+    counts = Counter(other for other in others if other in agreeing)
+    found = {other: _agree(answer, other, closed, recorded) for other in counts}
+    with_it = [other for other in counts if found[other]]
+    if recorded:
+        unsure = answer not in agreeing
+    else:
+        unsure = any(same_answer(one, other, closed) is not True for one, other in combinations(with_it, 2))
+    if unsure:
         return None
-    counts = Counter(other for other in others if other in plain)
-    found = {other: (held_in_other if recorded else same_answer)(answer, other) for other in counts}
-    against = [other for other in counts if found[other] is False]
-    rivals = (sum(counts[other] for other in against if held_in_other(one, other)) for one in against)
-    own, rival = 1 + sum(count for other, count in counts.items() if found[other]), max(rivals, default=0)
-    given = f"{BY_VOTE}{own - 1} of {len(others)} other answers to the question"
-    if own >= 2 and own > rival and informed:
-        return Judgement(Verdict.GOOD, f"{given} agree")
-    if rival >= 2 * own:
-        return Judgement(Verdict.BAD, f"{given} agree, and {rival} are another one")
+    votes_for = sum(counts[other] for other in with_it)
+    rival = max(
+        (
+            sum(counts[same] for same in agreeing[other] if found.get(same) is False)
+            for other in counts
+            if found[other] is False
+        ),
+        default=0,
+    )
+    given = f"{BY_VOTE}{votes_for} of {len(others)} other answers to the question agree"
+    if votes_for + recorded >= 2 and votes_for + recorded > rival and informed:
+        return Judgement(Verdict.GOOD, given)
+    if rival >= 2 * (votes_for + 1):
+        return Judgement(Verdict.BAD, f"{given}, and {rival} are another one")
     return None
 
 
 @lru_cache(maxsize=64)
-def _plain(answers: tuple[str, ...]) -> frozenset[str]:
-    """Those that do not agree with two which contradict each other, as one that names several does."""
-    agreeing = {answer: [other for other in answers if held_in_other(answer, other)] for answer in answers}
-    return frozenset(
-        answer
-        for answer, others in agreeing.items()
-        if not any(same_answer(one, other) is False for one, other in combinations(others, 2))
-    )
+def _agreeing(answers: tuple[str, ...], closed: bool) -> Mapping[str, Sequence[str]]:
+    """Each recorded answer with those that agree with it, itself among them. Without answers that agree with two which contradict each
+    other, as one that names several does."""
+    found = {one: [other for other in answers if _agree(one, other, closed, recorded=True)] for one in answers}
+    several = {
+        one
+        for one, others in found.items()
+        if any(same_answer(*pair, closed) is False for pair in combinations(others, 2))
+    }
+    return {
+        one: [other for other in others if other not in several] for one, others in found.items() if one not in several
+    }
 
 
-@lru_cache(maxsize=2**16)  # pairs of one question
-def held_in_other(one: str, other: str) -> bool | None:
-    """`same_answer`; or the words of one stand in the other, side by side (`Paris`, `It is Paris.`). Not of fresh answers: training would
-    teach to name several."""
-    found = same_answer(one, other)
-    if found is not None or max(len(one), len(other)) > MAX_CHARS or (number_in(one) and number_in(other)):
+def _agree(one: str, other: str, closed: bool, recorded: bool) -> bool | None:
+    """`same_answer`; or, of recorded answers, the words of one stand in the other, side by side (`Paris`, `It is Paris.`). Not of fresh
+    answers: training would teach to name several."""
+    found = same_answer(one, other, closed)
+    long = max(len(one), len(other)) > MAX_CHARS
+    if (
+        not recorded
+        or found is not None
+        or long
+        or (number_in(one) and number_in(other))
+        or formal(one)
+        or formal(other)
+    ):
         return found
-    short, long = sorted((words(one), words(other)), key=len)
-    if STOP_WORDS.issuperset(short) or _TURNS.isdisjoint(short) != _TURNS.isdisjoint(long):
+    few, many = sorted((words(one), words(other)), key=len)
+    if STOP_WORDS.issuperset(few) or _turned(one, few) != _turned(other, many):
         return None
-    return any(long[at : at + len(short)] == short for at in range(len(long) - len(short) + 1)) or None
+    return any(many[at : at + len(few)] == few for at in range(len(many) - len(few) + 1)) or None
 
 
-@lru_cache(maxsize=2**16)  # pairs of one question
-def same_answer(one: str, other: str) -> bool | None:
-    """Whether two answers to a question agree: by the yes or no that they begin with, as numbers, or as texts (`text_agreement`). None
-    where that is not plain: words that both hold (`Paris` and `Paris or Rome`, `12 Angry Men` and `12 Years a Slave`), other units, long
-    texts that are not alike."""
+def _turned(text: str, its_words: Sequence[str]) -> bool:
+    return not _TURNS.isdisjoint(its_words) or re.search(r"n['’]t\b", text) is not None
+
+
+@lru_cache(maxsize=2**16)
+def same_answer(one: str, other: str, closed: bool = False) -> bool | None:
+    """Whether two answers to a question agree: as numbers, as texts (`text_agreement`), or, to one for yes or no (closed), by that which
+    they begin with. None where it is not plain: words that both hold (`Paris` and `Paris or Rome`, `12 Angry Men` and `12 Years a Slave`),
+    other units, a bare number and words, initials, long texts that are not alike."""
     left, right = _read(one), _read(other)
     if left.text == right.text:
         return True
-    if len(one) > MAX_CHARS or len(other) > MAX_CHARS:
+    if max(len(one), len(other)) > MAX_CHARS:
         return None
-    if left.closed and right.closed:
-        return left.closed == right.closed
+    if closed and (said := (yes_or_no(one), yes_or_no(other))) != ("", ""):
+        return said[0] == said[1] if all(said) else None
     if left.number and right.number:
-        units = [left.units != right.units and left.units and right.units]
-        currencies = [currency for text in (one, other) if (currency := currency_in(text))]
-        return None if any(units) or len(set(currencies)) > 1 else same_number(one, other)
+        currencies = {currency for text in (one, other) if (currency := currency_in(text))}
+        other_units = left.units != right.units and left.units and right.units
+        return None if other_units or len(currencies) > 1 else same_number(one, other)
+    if any(one.number and one.number.whole for one in (left, right)):
+        return None
     if text_agreement(one, other) == 1.0:
         return True
     within = left.letters in right.letters or right.letters in left.letters
-    return None if within or left.words & right.words else False
+    initials = left.letters == right.initials or right.letters == left.initials
+    return None if within or initials or left.words & right.words else False
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """text: without case. closed: yes or no, where it begins with it. letters: text without spaces and punctuation. words: without those
-    that say nothing. units: words beside numbers."""
+    """text: without case. letters: text without spaces and punctuation. initials: of its words. words: without those that say nothing.
+    units: letters beside numbers."""
 
     text: str
-    closed: str
     number: Mention | None
     letters: str
+    initials: str
     words: frozenset[str]
     units: frozenset[str]
 
 
 @lru_cache(maxsize=4096)
 def _read(answer: str) -> _Answer:
-    text = same_text(answer).casefold()
-    found = re.findall(r"\w+", without_accents(answer[:MAX_CHARS]))
-    units = frozenset(word for word in found if not re.search(r"\d", word))
-    return _Answer(text, yes_or_no(text), number_in(answer), "".join(found), frozenset(found) - STOP_WORDS, units)
+    plain = without_accents(answer[: MAX_CHARS + 1])
+    found = re.findall(r"\w+", plain)
+    return _Answer(
+        same_text(answer).casefold(),
+        number_in(answer),
+        "".join(found),
+        "".join(word[0] for word in found),
+        frozenset(found) - STOP_WORDS,
+        frozenset(re.findall(r"[^\W\d_]+", plain)),
+    )

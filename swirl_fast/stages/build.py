@@ -70,7 +70,8 @@ def task_judge(config: Config, task: Task, votes: bool = True) -> Iterator[Judge
 @contextlib.contextmanager
 def labels_judge(config: Config, tools_by_task: ToolsByTask) -> Iterator[Judge]:
     """The judge of labelled steps, which may be of several tasks. tools_by_task: task name -> the tools on offer."""
-    with closing_judge(load_judge(config.judge, tools_by_task)) as judge:
+    settings = replace(config.judge, self_consistency=False)  # labelled steps come without other trajectories
+    with closing_judge(load_judge(settings, tools_by_task)) as judge:
         yield judge
 
 

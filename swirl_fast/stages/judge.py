@@ -18,7 +18,7 @@ from swirl_fast.judges.cached import judge_missing, judge_steps, judged_trajecto
 from swirl_fast.judges.judge import Judge
 from swirl_fast.judges.labels import LabelledStep, read_labels, steps_to_label, write_labels
 from swirl_fast.judges.outcome import judge_outcomes, lacks_outcome, outcome_judge_id
-from swirl_fast.judges.self_consistency import stored_id
+from swirl_fast.judges.self_consistency import check_tools, stored_id
 from swirl_fast.ranks import Ranks, joined
 from swirl_fast.stages.build import build_task, labels_judge, questions_by_id, task_judge
 from swirl_fast.stages.collect import collected_ids
@@ -49,8 +49,11 @@ def judge(config: Config) -> None:
 
 
 def check_tasks(config: Config, task: Task) -> None:
-    """Raises ConfigError for a coverage of a task that is not there. Evaluations may be of other tasks than those it is meant for."""
+    """Raises ConfigError for a coverage of a task that is not there, and for a task that a vote says nothing of. Evaluations may be of
+    other tasks than those it is meant for."""
     known = offered_tools(task)
+    if config.judge.self_consistency:
+        check_tools(known)
     if config.judge.kind == "rules" and (unknown := sorted(set(config.judge.rules.coverage_by_task) - set(known))):
         raise ConfigError(
             f"judge.rules.coverage_by_task: no task here is called {', '.join(unknown)}; there is {', '.join(sorted(known))}"

@@ -124,6 +124,9 @@ CASES = [
     # operators, order and case count where there are operators
     (search("a < 5"), search("a > 5"), 2 / 3, 0.0),
     (search("the town at (-1, 2)"), search("the town at (1, 2)"), 16 / 17, 0.0),
+    (search("the town at (1, - 2)"), search("the town at (1, 2)"), 16 / 17, 0.0),
+    (search("drops of .5 mg"), search("drops of 5 mg"), 8 / 9, 0.0),
+    (search("blood of type O-"), search("blood of type O"), 8 / 9, 0.0),
     (search("x = a - b"), search("x = b - a"), 9 / 10, 0.0),
     (search("x=y"), search("x = y"), 1.0, 1.0),
     (search("N=m"), search("n=m"), 2 / 3, 0.0),

@@ -27,7 +27,6 @@ from swirl_fast.judges.self_consistency import (
     PREFIX,
     SelfConsistentJudge,
     by_vote,
-    held_in_other,
     same_answer,
     stored_id,
     with_other_answers,
@@ -70,12 +69,18 @@ GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
         ("x < 3", "x > 3", None),
         ("C", "C++", None),
         ("B+", "B-", None),
-        ("Yes", "yes, both are", True),
-        ("No.", "No - one of them is not", True),
+        ("10km", "10 miles", None),
+        ("10km", "10 km", True),
+        ("five", "5", None),
+        ("48/2", "24", None),
+        ("NYC", "New York City", None),
+        ("Yes", "yes, both are", None),
+        ("Yes, Minister", "Yes, Giorgio", None),
         ("No.", "Yes", False),
         ("no", "The answer is no", None),
         ("No", "No Doubt", None),
         ("No. 5", "No. 7", False),
+        ("true", "yes", False),
         ("No Country for Old Men", "No Time to Die", False),
         ("Paris", "paris", True),
         ("Paris", "Paris.", True),
@@ -93,6 +98,7 @@ GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
         ("of", "University of Oxford", None),
         ("The Who", "Who", True),
         ("The Who", "The Band", False),
+        ("Battle of Manila (1762)", "Seven Days", False),
         ("A", "a", True),
         ("A", "B", False),
         ("", "", True),
@@ -104,6 +110,21 @@ GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
 )
 def test_which_answers_agree(one: str, other: str, same: bool | None) -> None:
     assert same_answer(one, other) is same_answer(other, one) is same
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Yes", "yes, both are", True),
+        ("No.", "No - one of them is not", True),
+        ("No.", "Yes, both", False),
+        ("No", "one of them is not", None),
+        ("No", "No Doubt", None),
+        ("both are not", "neither is", False),
+    ],
+)
+def test_which_answers_for_yes_or_no_agree(one: str, other: str, same: bool | None) -> None:
+    assert same_answer(one, other, closed=True) is same_answer(other, one, closed=True) is same
 
 
 @pytest.mark.parametrize(
@@ -123,45 +144,68 @@ def test_which_answers_agree(one: str, other: str, same: bool | None) -> None:
         ("2 hours", "2 minutes", None),
         ("May 1990", "1990", True),
         ("x " * 1500, "x", None),
+        ("(-1, 2)", "(1, 2)", None),
+        ("C", "C++ it is", None),
+        ("12:30", "1230", None),
+        ("Paris", "I couldn't find Paris", None),
+        ("Paris", "London rather than Paris", None),
     ],
 )
 def test_which_recorded_answers_agree(one: str, other: str, held: bool | None) -> None:
-    assert held_in_other(one, other) is held_in_other(other, one) is held
+    """By a vote of two that must agree."""
+    for mine, others in ((one, other), (other, one)):
+        found = by_vote(mine, (others,), "?", True, recorded=True)
+        assert (found and found.verdict) == (GOOD if held else None)
+        rivals = by_vote(mine, (others, others), "?", True, recorded=True)
+        assert (rivals and rivals.verdict) == {True: GOOD, False: BAD, None: None}[held]
 
 
 def test_every_split_of_a_few_votes() -> None:
-    """Own answer 1, others 1, 2 or 3: all multisets of up to five others."""
+    """Own answer 1, others 1, 2 or 3: all multisets of up to five others. A fresh answer has no vote itself."""
     for size in range(6):
         for others in itertools.combinations_with_replacement("123", size):
             counts = Counter(others)
-            own, rival = 1 + counts["1"], max(counts["2"], counts["3"])
-            wanted = GOOD if own > rival and own > 1 else BAD if rival >= 2 * own else None
-            found = by_vote("1", others, True)
-            assert (found and found.verdict) == wanted, others
-            uncalled = by_vote("1", others, False)
-            assert (uncalled and uncalled.verdict) == (BAD if wanted is BAD else None), "a guess is not voted right"
+            rival = max(counts["2"], counts["3"])
+            for recorded in (False, True):
+                own = counts["1"] + recorded
+                wanted = GOOD if own > max(1, rival) else BAD if rival >= 2 * (counts["1"] + 1) else None
+                found = by_vote("1", others, "?", True, recorded)
+                assert (found and found.verdict) == wanted, (others, recorded)
+                guessed = by_vote("1", others, "?", False, recorded)
+                assert (guessed and guessed.verdict) == (BAD if wanted is BAD else None), "a guess is not voted right"
+
+
+def test_a_fresh_answer_that_sides_disagree_about_wins_nothing() -> None:
+    sides = ("December 25", "December 25", "June 25", "June 25")
+    assert by_vote("25", sides, "?", True) is None
+    found = by_vote("December 25", sides, "?", True)
+    assert found is not None and found.verdict is GOOD, "two recorded ones, and June 25 is not plainly another"
+    assert by_vote("50%", ("50", "50", "0.5", "0.5"), "?", True) is None
+    assert by_vote("5", ("5 km", "5 miles"), "?", True) is None
+    assert by_vote("Rome", ("Rome", "Rome", "Oslo", "Oslo"), "?", True) is None
+    assert by_vote("7", ("7", "8", "9", "10"), "?", True) is None
 
 
 def test_rivals_that_say_the_same_in_other_words_are_one() -> None:
-    found = by_vote("Rome", ("Paris", "in Paris, France"), True)
+    found = by_vote("Rome", ("Paris", "in Paris, France"), "?", True)
     assert found == Judgement(BAD, "by vote: 0 of 2 other answers to the question agree, and 2 are another one")
-    assert by_vote("Rome", ("Paris", "Lyon"), True) is None
+    assert by_vote("Rome", ("Paris", "Lyon"), "?", True) is None
     agreed = Judgement(GOOD, "by vote: 1 of 2 other answers to the question agree")
-    assert by_vote("Rome", ("rome", "Lyon"), True) == agreed
+    assert by_vote("Rome", ("rome", "Lyon"), "?", True, recorded=True) == agreed
 
 
 def test_naming_several_answers_wins_nothing() -> None:
     """Fresh ones agree as they are; of recorded ones that hold others, these must not contradict each other."""
     others = ("Paris", "Paris", "Rome", "London")
     for hedge in ("Paris or Rome or London", "Paris Rome London", "Paris", "It is Paris", "it is not Paris"):
-        found = by_vote(hedge, others, True)
+        found = by_vote(hedge, others, "?", True)
         assert (found and found.verdict) == (GOOD if hedge == "Paris" else None), hedge
-        found = by_vote(hedge, others, True, recorded=True)
+        found = by_vote(hedge, others, "?", True, recorded=True)
         assert (found and found.verdict) == (GOOD if hedge in ("Paris", "It is Paris") else None), hedge
-    assert by_vote("5 or 6 or 7", ("5", "6", "7"), True, recorded=True) is None
+    assert by_vote("5 or 6 or 7", ("5", "6", "7"), "?", True, recorded=True) is None
     both = "Paris had it first, and lost it to Rome."
-    assert by_vote(both, ("Paris", "Paris", "Rome"), True, recorded=True) is None
-    found = by_vote("Rome", (both, "Paris", "Paris"), True, recorded=True)
+    assert by_vote(both, ("Paris", "Paris", "Rome"), "?", True, recorded=True) is None
+    found = by_vote("Rome", (both, "Paris", "Paris"), "?", True, recorded=True)
     assert found == Judgement(BAD, "by vote: 0 of 3 other answers to the question agree, and 2 are another one")
 
 
@@ -172,7 +216,7 @@ ANSWERS = st.sampled_from(["5", "5.0", "6", "Paris", "in Paris, France", "not Pa
 def test_the_order_of_the_others_changes_nothing(answer: str, others: list[str]) -> None:
     one, other = tuple(others), tuple(sorted(others, reverse=True))
     for recorded in (False, True):
-        assert by_vote(answer, one, True, recorded) == by_vote(answer, other, True, recorded)
+        assert by_vote(answer, one, "?", True, recorded) == by_vote(answer, other, "?", True, recorded)
 
 
 class Asked:
@@ -207,12 +251,12 @@ STEPS = [
     answer("6", "5", "5"),
     answer("7", "5", "6"),
     StepView("t", "?", (), "<math_exp>2+3</math_exp>", None, ("5", "5")),
-    answer("5", "5", history=()),
-    answer("5", "5", history=(("<math_exp>", "malformed"),)),
-    answer("5", "5", history=(("<math_exp>2/0</math_exp>", "2/0 -> ERROR: division by zero"),)),
-    answer("5", "5", history=(("<math_exp>2+3</math_exp> and so on, cut off", "The turn was cut off."),)),
+    answer("5", "5", "5", history=()),
+    answer("5", "5", "5", history=(("<math_exp>", "malformed"),)),
+    answer("5", "5", "5", history=(("<math_exp>2/0</math_exp>", "2/0 -> ERROR: division by zero"),)),
+    answer("5", "5", "5", history=(("<math_exp>2+3</math_exp> and so on, cut off", "The turn was cut off."),)),
     answer("5"),
-    answer("5", "5", task="other"),
+    answer("5", "5", "5", task="other"),
 ]
 
 
@@ -333,13 +377,15 @@ def test_a_vote_is_counted_when_verdicts_are_read(store: Store) -> None:
     assert [each.reward for each in one["q1/0"]] == [0.25, 0.0], "also of a part of the store"
 
 
-def test_votes_of_a_judge_and_of_the_store_are_the_same(store: Store) -> None:
+def test_a_fresh_answer_like_a_recorded_one_has_a_vote_less(store: Store) -> None:
+    """Two trajectories give 5, a third one comes."""
     judge = SelfConsistentJudge(Asked(), TOOLS)
-    ids = store.ids(finished=True)
-    judge_steps(judge, store, ids, "judge")
-    for one, judged in judged_trajectories(store, judge.id, ids):
-        assert judge.judge(one.views()) == judged  # of answers that need no other words to agree
-        assert one.view(one.num_steps - 1) == one.views()[-1]
+    for more, wanted in (([], 0.25), ([trajectory(QUESTIONS[0], 5, "$5")], 1.0)):
+        store.record(more)
+        judge_steps(judge, store, store.ids(finished=True), "judge")
+        ((one, judged),) = judged_trajectories(store, judge.id, ["q0/0"])
+        assert judged[-1].reward == 1.0 and one.view(1) == one.views()[1]
+        assert judge.judge(one.views())[-1].reward == wanted
 
 
 def test_others_are_all_but_itself(store: Store) -> None:
@@ -375,19 +421,13 @@ def test_ids_are_those_of_the_judge_behind_it() -> None:
     [
         (["judge.kind=reference"], "judge.kind=reference knows what is right without a vote"),
         (["judge.kind=recorded_action"], "judge.kind=recorded_action knows what is right without a vote"),
-        (["collect.trajectories_per_question=1"], "needs several trajectories of a question"),
+        (["collect.trajectories_per_question=2"], "needs several trajectories of a question"),
         (["collect.source=solutions"], "needs several trajectories of a question"),
     ],
 )
 def test_settings_that_cannot_work(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=f"judge.self_consistency=True: .*{message}"):
         load(None, ["judge.self_consistency=true", *settings])
-
-
-def test_labelled_steps_come_without_other_trajectories() -> None:
-    config = load(None, ["judge.self_consistency=true"])
-    with pytest.raises(ConfigError, match="judge --against.* leave it out"):
-        load_judge(config.judge, TOOLS)
 
 
 def test_without_tools_no_vote_could_make_an_answer_good() -> None:
@@ -402,6 +442,6 @@ def test_votes_do_not_hide_that_the_judge_is_dead() -> None:
     completion = Completion(np.array([1], np.int32), [-1.0], "stop", 0)
     sampled = [SampledAction(0, 0, completion, each, STEPS[0]) for each in (action, action, Action("malformed"))]
     silent = Judgement(UNKNOWN, "no reply in 4 tries")
-    vote = by_vote("5", ("5", "5"), True)
+    vote = by_vote("5", ("5", "5"), "?", True)
     assert vote is not None
     assert asked_about(sampled, [vote, silent, Judgement(BAD, "malformed")]) == [silent]

@@ -33,12 +33,13 @@ def filtered(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     return folder
 
 
-def naive(answer: Fraction | None, others: list[Fraction | None]) -> Verdict | None:
+def naive(answer: Fraction | None, others: list[Fraction | None], recorded: bool) -> Verdict | None:
     """By the numbers, which is what the answers of the task are. None where nothing is decided, or an answer is no number."""
     if answer is None or None in others:
         return None
-    own, rival = 1 + others.count(answer), max((others.count(one) for one in others if one != answer), default=0)
-    return Verdict.GOOD if own > max(1, rival) else Verdict.BAD if rival >= 2 * own else None
+    agree, rival = others.count(answer), max((others.count(one) for one in others if one != answer), default=0)
+    own = agree + recorded
+    return Verdict.GOOD if own > max(1, rival) else Verdict.BAD if rival >= 2 * (agree + 1) else None
 
 
 def test_verdicts_shards_and_fresh_answers(filtered: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_verdicts_shards_and_fresh_answers(filtered: Path, tiny_model: Path, tmp
         assert list(one.other_answers) == others
         if one.answer is None:
             assert judged == alone[id_]
-        elif verdict := naive(number(one.answer), [number(other) for other in others]):
+        elif verdict := naive(number(one.answer), [number(other) for other in others], recorded=True):
             called = any(has_result(step.action, step.observation) for step in one.steps)
             assert judged[-1].verdict is (verdict if called or verdict is Verdict.BAD else alone[id_][-1].verdict)
             decided += judged[-1] != alone[id_][-1]
@@ -80,7 +81,7 @@ def test_verdicts_shards_and_fresh_answers(filtered: Path, tiny_model: Path, tmp
     assert len(by_vote) > 3
     for one in drawn:
         others = [number(other) for other in samples[one.trajectory].trajectory.other_answers]
-        verdict = naive(number(one.argument), others)
+        verdict = naive(number(one.argument), others, recorded=False)
         before = samples[one.trajectory].trajectory.steps[: one.state]
         called = any(has_result(step.action, step.observation) for step in before)
         if verdict and (called or verdict is Verdict.BAD):

@@ -23,7 +23,6 @@ from swirl_fast.tools.characters import without_accents
 
 MAX_ANSWER_WORDS = 12  # of a span
 MAX_QUERY_WORDS = 30
-MAX_QUERIES = 5  # in one call, parted by ";"
 
 STOP_WORDS = frozenset(
     "a an the of in on at to for from by with and or but not no is are was were be been being am do does did has have "
@@ -51,6 +50,10 @@ def words(text: str) -> list[str]:
     return [word for word in without_accents(text).translate(_PUNCTUATION).split() if word not in ("a", "an", "the")]
 
 
+def asks_yes_or_no(question: str) -> bool:
+    return _CLOSED.match(question.strip()) is not None
+
+
 def yes_or_no(text: str) -> str:
     """The yes or no that a text begins with, in lower case; empty where it is another one, such as "No Doubt" or "No. 5"."""
     found = _YES_OR_NO.match(text.strip().lower())
@@ -66,19 +69,24 @@ def names(text: str) -> frozenset[str]:
 
 
 def query_fault(query: str, question: str, passages: Sequence[str]) -> str:
-    """Why a query that was not made before does not help, "" when it may."""
-    asked = words(query)
+    """Why a query that was not made before does not help, "" when it may. Several in one call, parted by semicolons, are judged one by
+    one."""
+    read = (question, *passages)
+    known, named = {word for text in read for word in words(text)}, frozenset().union(*map(names, read))
+    faults = (_one_query_fault(words(one), known, named) for one in query.split("; "))
+    return next(filter(None, faults), "")
+
+
+def _one_query_fault(asked: Sequence[str], known: Collection[str], named: Collection[str]) -> str:
+    """asked: its words. known: those that were read. named: of these, the words of names."""
     content = set(asked) - STOP_WORDS
-    parts = [len(words(part)) for part in query.split(";")]
-    if not content or max(parts) > MAX_QUERY_WORDS:
-        return f"a query needs a content word and at most {MAX_QUERY_WORDS} words; it has {max(parts)} words"
-    if len(parts) > MAX_QUERIES:
-        return f"a call holds at most {MAX_QUERIES} queries, parted by semicolons; it has {len(parts)}"
-    known = content & {word for text in (question, *passages) for word in words(text)}
-    if not known:
+    if not content or len(asked) > MAX_QUERY_WORDS:
+        return f"a query needs a content word and at most {MAX_QUERY_WORDS} words; it has {len(asked)} words"
+    shared = content.intersection(known)
+    if not shared:
         return "the query shares no content word with the question or with what was found"
-    if 2 * len(known) < len(content) and not any(known & names(text) for text in (question, *passages)):
-        return f"most of the query is about something else: of its {len(content)} content words only {_quoted(known)} were read"
+    if 2 * len(shared) < len(content) and shared.isdisjoint(named):
+        return f"most of the query is about something else: of its {len(content)} content words only {_quoted(shared)} were read"
     return ""
 
 
@@ -89,9 +97,9 @@ def answer_fault(answer: str, question: str, passages: Sequence[str]) -> str:
         return f"the answer needs a content word and at most {MAX_ANSWER_WORDS} words; it has {len(given)} words"
     asked = words(question)
     read = [words(passage) for passage in passages]
-    if given in (["yes"], ["no"]) or (yes_or_no(answer) and _CLOSED.match(question.strip())):
+    if given in (["yes"], ["no"]):
         return _closed_fault(question, set(asked), {word for passage in read for word in passage})
-    if _CLOSED.match(question.strip()):
+    if asks_yes_or_no(question):
         return "the question asks for yes or no"
     if _starts(given, asked) and not _offered(given, question):
         return "the answer is copied from the question"
