@@ -23,6 +23,7 @@ from swirl_fast.tools.characters import without_accents
 
 MAX_ANSWER_WORDS = 12  # of a span
 MAX_QUERY_WORDS = 30
+MAX_QUERIES = 5  # in one call
 
 STOP_WORDS = frozenset(
     "a an the of in on at to for from by with and or but not no is are was were be been being am do does did has have "
@@ -69,24 +70,19 @@ def names(text: str) -> frozenset[str]:
 
 
 def query_fault(query: str, question: str, passages: Sequence[str]) -> str:
-    """Why a query that was not made before does not help, "" when it may. Several in one call, parted by semicolons, are judged one by
-    one."""
-    read = (question, *passages)
-    known, named = {word for text in read for word in words(text)}, frozenset().union(*map(names, read))
-    faults = (_one_query_fault(words(one), known, named) for one in query.split("; "))
-    return next(filter(None, faults), "")
-
-
-def _one_query_fault(asked: Sequence[str], known: Collection[str], named: Collection[str]) -> str:
-    """asked: its words. known: those that were read. named: of these, the words of names."""
-    content = set(asked) - STOP_WORDS
-    if not content or len(asked) > MAX_QUERY_WORDS:
-        return f"a query needs a content word and at most {MAX_QUERY_WORDS} words; it has {len(asked)} words"
-    shared = content.intersection(known)
-    if not shared:
+    """Why a query that was not made before does not help, "" when it may. It may hold several, parted by semicolons."""
+    parts = [words(part) for part in query.split("; ")]
+    content = {word for part in parts for word in part} - STOP_WORDS
+    longest = max(map(len, parts))
+    if not content or longest > MAX_QUERY_WORDS:
+        return f"a query needs a content word and at most {MAX_QUERY_WORDS} words; it has {longest} words"
+    if len(parts) > MAX_QUERIES:
+        return f"one call may hold {MAX_QUERIES} queries; it has {len(parts)}"
+    known = content & {word for text in (question, *passages) for word in words(text)}
+    if not known:
         return "the query shares no content word with the question or with what was found"
-    if 2 * len(shared) < len(content) and shared.isdisjoint(named):
-        return f"most of the query is about something else: of its {len(content)} content words only {_quoted(shared)} were read"
+    if 2 * len(known) < len(content) and not any(known & names(text) for text in (question, *passages)):
+        return f"most of the query is about something else: of its {len(content)} content words only {_quoted(known)} were read"
     return ""
 
 
