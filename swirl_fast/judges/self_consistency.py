@@ -145,14 +145,9 @@ def by_vote(
     if unsure:
         return None
     votes_for = sum(counts[other] for other in with_it)
-    rival = max(
-        (
-            sum(counts[same] for same in agreeing[other] if found.get(same) is False)
-            for other in counts
-            if found[other] is False
-        ),
-        default=0,
-    )
+    against = {other for other in counts if found[other] is False}
+    rivals = (sum(counts[same] for same in agreeing[other] if same in against) for other in against)
+    rival = max(rivals, default=0)
     given = f"{BY_VOTE}{votes_for} of {len(others)} other answers to the question agree"
     if votes_for + recorded >= 2 and votes_for + recorded > rival and informed:
         return Judgement(Verdict.GOOD, given)
@@ -180,16 +175,11 @@ def _agree(one: str, other: str, closed: bool, recorded: bool) -> bool | None:
     """`same_answer`; or, of recorded answers, the words of one stand in the other, side by side (`Paris`, `It is Paris.`). Not of fresh
     answers: training would teach to name several."""
     found = same_answer(one, other, closed)
-    long = max(len(one), len(other)) > MAX_CHARS
-    if (
-        not recorded
-        or found is not None
-        or long
-        or (number_in(one) and number_in(other))
-        or formal(one)
-        or formal(other)
-    ):
+    if found is not None or not recorded:
         return found
+    both = (one, other)
+    if max(map(len, both)) > MAX_CHARS or all(map(number_in, both)) or any(map(formal, both)):
+        return None
     few, many = sorted((words(one), words(other)), key=len)
     if STOP_WORDS.issuperset(few) or _turned(one, few) != _turned(other, many):
         return None
