@@ -60,7 +60,8 @@ class Step:
 @dataclass(eq=False)
 class Trajectory:
     """tokens: int32 [length of the trunk], token ids; a list becomes an array here. steps: in order, non-overlapping, each inside
-    `tokens`. Two trajectories are equal when all their fields are."""
+    `tokens`. other_answers: those of the other trajectories of its question, where judge.self_consistency asks for them. Two trajectories
+    are equal when all their fields are."""
 
     id: str
     question_id: str
@@ -71,9 +72,7 @@ class Trajectory:
     tokens: NDArray[np.int32]
     steps: list[Step] = field(default_factory=list)
     finish: Finish | None = None  # None: still being collected
-    other_answers: tuple[
-        str, ...
-    ] = ()  # of the other trajectories of its question, where judge.self_consistency asks for them
+    other_answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.tokens = np.asarray(self.tokens, np.int32)
