@@ -57,7 +57,6 @@ from swirl_fast.verdict import Judgement, Verdict
 
 BATCH = 64  # trajectories read in one transaction
 KINDS = ("tool", "answer", "malformed")  # of an Action
-ARGUMENT = 7  # its place among the columns of steps
 
 
 def trajectory_ids(questions: Sequence[Question], trajectories_per_question: int) -> list[str]:
@@ -408,14 +407,14 @@ class Store:
         version = self._value("PRAGMA data_version"), self._db.total_changes
         if version != self._answers[0]:
             rows = self._db.execute(
-                f"SELECT t.question_id, b.hash, {columns('steps', 's.')} FROM trajectories t "
+                f"SELECT t.question_id, s.argument, b.hash, {columns('steps', 's.')} FROM trajectories t "
                 "JOIN steps s ON s.trajectory = t.number AND s.kind = 'answer' "
                 "LEFT JOIN steps b ON b.trajectory = t.number AND b.i = s.i - 1 WHERE t.finish = 'answer' ORDER BY t.number"
             )
             found: dict[str, list[str]] = {}
-            for question, before, *row in rows:
+            for question, argument, before, *row in rows:
                 check_row(self.path, "steps", row, before or b"")
-                found.setdefault(question, []).append(row[ARGUMENT])
+                found.setdefault(question, []).append(argument)
             self._answers = version, found
         return self._answers[1]
 

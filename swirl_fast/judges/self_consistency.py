@@ -49,6 +49,12 @@ PREFIX = f"self_consistency-v{VERSION}-"  # of its id, before that of the judge 
 _TURNS = frozenset(  # words that make another answer of those beside them
     "not no never neither nor nobody nothing none or either both rather instead".split()
 )
+_SPELLED = {
+    **{word: n for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())},
+    **{word: n for n, word in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)},
+    **{word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)},
+    "once": 1, "twice": 2, "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6,
+}  # fmt: skip
 
 
 class SelfConsistentJudge:
@@ -194,7 +200,7 @@ def _turned(text: str, its_words: Sequence[str]) -> bool:
 def same_answer(one: str, other: str, closed: bool = False) -> bool | None:
     """Whether two answers to a question agree: as numbers, as texts (`text_agreement`), or, to one for yes or no (closed), by that which
     they begin with. None where it is not plain: words that both hold (`Paris` and `Paris or Rome`, `12 Angry Men` and `12 Years a Slave`),
-    other units, a bare number and words, initials, long texts that are not alike."""
+    other units, a number in figures and one in words, initials, long texts that are not alike."""
     left, right = _read(one), _read(other)
     if left.text == right.text:
         return True
@@ -206,7 +212,7 @@ def same_answer(one: str, other: str, closed: bool = False) -> bool | None:
         currencies = {currency for text in (one, other) if (currency := currency_in(text))}
         other_units = left.units != right.units and left.units and right.units
         return None if other_units or len(currencies) > 1 else same_number(one, other)
-    if any(one.number and one.number.whole for one in (left, right)):
+    if left.bare or right.bare or left.figures & right.spelled or right.figures & left.spelled:
         return None
     if text_agreement(one, other) == 1.0:
         return True
@@ -218,7 +224,8 @@ def same_answer(one: str, other: str, closed: bool = False) -> bool | None:
 @dataclass(frozen=True)
 class _Answer:
     """text: without case. letters: text without spaces and punctuation. initials: of its words. words: without those that say nothing.
-    units: letters beside numbers."""
+    units: letters beside numbers. bare: there are digits in every word. figures, spelled: numbers in
+    digits and in words."""
 
     text: str
     number: Mention | None
@@ -226,12 +233,16 @@ class _Answer:
     initials: str
     words: frozenset[str]
     units: frozenset[str]
+    bare: bool
+    figures: frozenset[int]
+    spelled: frozenset[int]
 
 
 @lru_cache(maxsize=4096)
 def _read(answer: str) -> _Answer:
     plain = without_accents(answer[: MAX_CHARS + 1])
     found = re.findall(r"\w+", plain)
+    spelled = [_SPELLED[word] for word in found if word in _SPELLED]
     return _Answer(
         same_text(answer).casefold(),
         number_in(answer),
@@ -239,4 +250,7 @@ def _read(answer: str) -> _Answer:
         "".join(word[0] for word in found),
         frozenset(found) - STOP_WORDS,
         frozenset(re.findall(r"[^\W\d_]+", plain)),
+        bare=bool(found) and all(re.search(r"\d", word) for word in found),
+        figures=frozenset(int(digits) for digits in re.findall(r"\d{1,9}", plain)),
+        spelled=frozenset((*spelled, sum(spelled))) if spelled else frozenset(),
     )

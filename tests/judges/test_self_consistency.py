@@ -8,6 +8,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from swirl_fast.rollouts.at_states import SampledAction, asked_about
 from swirl_fast.tasks import load_task
 from swirl_fast.tasks.task import Question
 from swirl_fast.tools.tool import CALCULATOR
+from swirl_fast.training.trainer import Trainer
 from swirl_fast.trajectory import Finish, Step, StepView, Trajectory
 from swirl_fast.verdict import Judgement, JudgeStats, Verdict
 
@@ -73,6 +75,11 @@ GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
         ("10km", "10 km", True),
         ("five", "5", None),
         ("48/2", "24", None),
+        ("1st", "first", None),
+        ("5 km", "five kilometres", None),
+        ("the 2nd of May", "second of June", None),
+        ("25 men", "twenty-five people", None),
+        ("seven", "eight", False),
         ("NYC", "New York City", None),
         ("Yes", "yes, both are", None),
         ("Yes, Minister", "Yes, Giorgio", None),
@@ -444,4 +451,10 @@ def test_votes_do_not_hide_that_the_judge_is_dead() -> None:
     silent = Judgement(UNKNOWN, "no reply in 4 tries")
     vote = by_vote("5", ("5", "5"), "?", True)
     assert vote is not None
-    assert asked_about(sampled, [vote, silent, Judgement(BAD, "malformed")]) == [silent]
+    judgements = [vote, silent, Judgement(BAD, "malformed")]
+    assert asked_about(sampled, judgements) == [silent]
+    told: list[tuple[object, ...]] = []
+    guards = SimpleNamespace(answered=lambda *numbers: told.append(numbers))
+    trainer = SimpleNamespace(guards=guards, step=4, rollouts=SimpleNamespace(judge_id="j"))
+    Trainer._answered(trainer, SimpleNamespace(sampled=sampled, judgements=judgements))  # type: ignore[arg-type]
+    assert told == [(5, 1, 0, 2, "j", "no reply in 4 tries")]
